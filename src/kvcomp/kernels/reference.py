@@ -1,0 +1,190 @@
+"""The oracle: the same functions as the fast kernels, written to be read, in float64 where it matters. No speed.
+
+Its decoder follows docs/format.md alone, so it is also the independent check of the fast encoders.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomp import block
+from kvcomp.codebook import Codebook
+from kvcomp.page import (
+    DEFAULT_BOOK,
+    FIXED,
+    OWN_BOOK,
+    RAW,
+    Layout,
+    assemble,
+    blocks_of,
+    token_scales_of,
+)
+from kvcomp.quantise import Array, Quantised, quantise, round_to, to_float32
+from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
+
+__all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quantise"]
+
+Books = tuple[Codebook, Codebook | None]  # the default book and the sequence's own
+KINDS: tuple[Kind, Kind] = ("K", "V")
+
+
+def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
+    """How often each pair of codes occurs in the blocks that are not raw: (classes, 128, 128)."""
+    counts = np.zeros((classes, 128, 128), np.uint64)
+    for page, head in np.argwhere(~q.raw):
+        counts += block.count_pairs(q.codes[page, head], kind, classes)
+    return counts
+
+
+def encode_pages(
+    k: Array,
+    v: Array,
+    kq: Quantised,
+    vq: Quantised,
+    coding: tuple[Coding, Coding],
+    units: tuple[Unit, Unit],
+    k_books: Books,
+    v_books: Books,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Pages of K and V.
+
+    k, v: the values, (heads, 64*pages, channels); kq, vq: the same, quantised.
+    Returns the bytes, with D spare bytes after the last page, and the offset of each page and of the end.
+    """
+    heads, tokens, channels = k.shape
+    layout = Layout(heads, channels, units, k.dtype.itemsize)
+    pages = []
+    for page in range(tokens // PAGE_TOKENS):
+        rows = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
+        token_scales, blocks = [], []
+        for kind, x, q, unit, code, books in zip(KINDS, (k, v), (kq, vq), units, coding, (k_books, v_books), strict=True):
+            if unit == "token":
+                token_scales.append(block.scale_bytes(q.scale[page].ravel(), q.zero[page].ravel()))
+            for head in range(heads):
+                if q.raw[page, head]:
+                    blocks.append((RAW, np.ascontiguousarray(x[head, rows]).tobytes()))
+                else:
+                    mode, body = _encode_codes(q.codes[page, head], kind, code, books)
+                    scales = b"" if unit == "token" else block.scale_bytes(q.scale[page, head], q.zero[page, head])
+                    blocks.append((mode, scales + body))
+        pages.append(assemble(layout, token_scales, blocks))
+    offsets = np.cumsum([0, *map(len, pages)], dtype=np.int64)
+    return np.frombuffer(b"".join(pages) + bytes(channels), np.uint8).copy(), offsets
+
+
+def _encode_codes(codes: npt.NDArray[np.uint8], kind: Kind, coding: Coding, books: Books) -> tuple[int, bytes]:
+    if coding == "fixed":
+        width = block.fixed_width(codes)
+        return FIXED + width, block.encode_fixed(codes, kind, width)
+    default, own = books
+    if own is not None and codes.max() < own.levels:
+        return OWN_BOOK, block.encode_huffman(codes, kind, own)
+    return DEFAULT_BOOK, block.encode_huffman(codes, kind, default)
+
+
+def page_bytes(address: int, heads: int) -> bytes:
+    """The bytes of the page at an address of this process."""
+    size = int(np.frombuffer(ctypes.string_at(address + 8 * heads, 4), "<u4")[0])
+    return ctypes.string_at(address, size)
+
+
+def decode_page(
+    page: bytes, layout: Layout, books: tuple[Books, Books], dtype: np.dtype[Any]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """K and V of a page, (heads, 64, channels) each, as attention sees them: raw values, or (code + zero) * scale in float32."""
+    values = np.empty((2, layout.heads, PAGE_TOKENS, layout.channels), np.float32)
+    for index, (mode, data) in enumerate(blocks_of(page, layout)):
+        kind, head = divmod(index, layout.heads)
+        values[kind, head] = _decode_block(page, mode, data, layout, kind, books[kind], dtype)
+    return values[0], values[1]
+
+
+def _decode_block(
+    page: bytes, mode: int, data: bytes, layout: Layout, kind: int, books: Books, dtype: np.dtype[Any]
+) -> npt.NDArray[np.float32]:
+    shape = PAGE_TOKENS, layout.channels
+    if mode == RAW:
+        return to_float32(np.frombuffer(data, dtype, shape[0] * shape[1]).reshape(shape))
+    count = layout.block_scales(kind)
+    shared = token_scales_of(page, layout, kind)
+    scale, zero = shared if shared is not None else block.scales_from(data, count)
+    body = data[block.scales_size(count) if count else 0 :]
+    if mode > FIXED:
+        codes = block.decode_fixed(body, layout.channels, KINDS[kind], mode - FIXED)
+    else:
+        book = books[0] if mode == DEFAULT_BOOK else books[1]
+        assert mode in (DEFAULT_BOOK, OWN_BOOK) and book is not None
+        codes = block.decode_huffman(body, layout.channels, KINDS[kind], book)
+    across = (1, -1) if layout.units[kind] == "channel" else (-1, 1)
+    return (codes + zero.reshape(across)).astype(np.float32) * scale.reshape(across)
+
+
+def decompress(
+    pages: npt.NDArray[np.int64], units: tuple[Unit, Unit], k_books: Books, v_books: Books, out_k: Array, out_v: Array
+) -> None:
+    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels), with the pages at these addresses, rounded to their dtype."""
+    layout = Layout(out_k.shape[0], out_k.shape[2], units, out_k.dtype.itemsize)
+    for index, address in enumerate(pages.tolist()):
+        k, v = decode_page(page_bytes(address, layout.heads), layout, (k_books, v_books), out_k.dtype)
+        rows = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
+        out_k[:, rows], out_v[:, rows] = round_to(k, out_k.dtype), round_to(v, out_v.dtype)
+
+
+def attend(
+    q: npt.NDArray[np.float32],
+    pages: npt.NDArray[np.int64],
+    valid: npt.NDArray[np.int32],
+    count: npt.NDArray[np.int64],
+    units: tuple[Unit, Unit],
+    books: Sequence[tuple[Books, Books]],
+    sinks_k: Array,
+    sinks_v: Array,
+    sink_count: npt.NDArray[np.int64],
+    tail_k: Array,
+    tail_v: Array,
+    tail_begin: npt.NDArray[np.int64],
+    tail_end: npt.NDArray[np.int64],
+    scaling: float,
+    softcap: float = 0.0,
+    threads: int = 1,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """softmax(cap(scaling q.K)) V over a cache of sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579), in float64.
+
+    q: float32 (rows, KV heads, queries of a head, channels).
+    pages, valid: (rows, capacity), addresses of pages and how many of their tokens count; count: (rows,), entries used.
+    books: for every row the codebooks of K and of V.
+    sinks_k, sinks_v: (rows, heads, sinks, channels), of which sink_count[row] count; tail_k, tail_v: (rows, heads, tokens,
+    channels), of which query i sees tail_begin[row] to tail_end[i].
+    softcap: cap(x) = softcap tanh(x / softcap), 0 for none.
+
+    Returns the output (as q) and the natural log of the softmax denominators (rows, heads, queries); a query that sees no
+    token gets 0 and -inf.
+    """
+    rows, heads, queries, channels = q.shape
+    layout = Layout(heads, channels, units, tail_k.dtype.itemsize)
+    out, lse = np.zeros(q.shape, np.float32), np.full(q.shape[:3], -np.inf, np.float32)
+    for row in range(rows):
+        k, v = [to_float32(sinks_k[row, :, : sink_count[row]])], [to_float32(sinks_v[row, :, : sink_count[row]])]
+        for address, tokens in zip(pages[row, : count[row]].tolist(), valid[row].tolist(), strict=False):
+            page_k, page_v = decode_page(page_bytes(address, heads), layout, books[row], tail_k.dtype)
+            k.append(page_k[:, :tokens])
+            v.append(page_v[:, :tokens])
+        for i in range(queries):
+            tail = slice(int(tail_begin[row]), max(int(tail_begin[row]), int(tail_end[i])))
+            keys = np.concatenate([*k, to_float32(tail_k[row, :, tail])], axis=1).astype(np.float64)
+            values = np.concatenate([*v, to_float32(tail_v[row, :, tail])], axis=1).astype(np.float64)
+            if keys.shape[1]:
+                score = scaling * np.einsum("hd,htd->ht", q[row, :, i].astype(np.float64), keys)
+                if softcap:
+                    score = softcap * np.tanh(score / softcap)
+                peak = score.max(axis=1, keepdims=True)
+                weight = np.exp(score - peak)
+                total = weight.sum(axis=1, keepdims=True)
+                out[row, :, i] = np.einsum("ht,htd->hd", weight / total, values)
+                lse[row, :, i] = (peak + np.log(total))[:, 0]
+    return out, lse

@@ -1,0 +1,161 @@
+"""Error-bounded quantisation: floats -> codes and scales, and back (KVComp, arXiv 2509.00579, section 3.1).
+
+This is the readable reference of docs/format.md, section 3; the kernels do the same arithmetic and give the same codes.
+
+Why the bound holds. Let s be the scale and e = r (max - min) / 2 the bound of a unit, u the spacing of the output type at
+``peak``. A code is the nearest grid point, off by at most s/2 plus the rounding of float32 (inv, x*inv and the product: together less
+than peak 2^-21); rounding to the output type adds at most u/2. So s = 2 (e - u/2 - peak 2^-21) suffices. On a grid s = 2^i the
+float32 arithmetic is exact, and so is the output: where 2^i >= u every grid point is representable, where 2^i < u the
+value x is itself a grid point. So s = 2^floor(log2(2e)) suffices too. The encoder still checks every value: what fails, NaN and
+infinity included, is kept raw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomp.errors import InvalidInput
+from kvcomp.spec import PAGE_TOKENS, Unit
+
+MAX_LEVELS = 128
+MAX_ZERO = 32767
+SCALE_RANGE = (2.0**-100, 2.0**100)
+ARITHMETIC_SLACK = 2.0**-21
+
+# Axes of (pages, heads, tokens, channels) over which a unit extends.
+UNIT_AXES: dict[Unit, tuple[int, ...]] = {"block": (2, 3), "channel": (2,), "vector": (3,), "token": (1, 3)}
+# Stored significand bits of a scale: float32 for a block, bfloat16 else.
+SCALE_BITS: dict[Unit, int] = {"block": 24, "channel": 8, "vector": 8, "token": 8}
+# Significand bits and smallest normal exponent of the dtypes; bfloat16 travels through numpy as its bits in uint16.
+FLOAT_FORMAT: dict[str, tuple[int, int]] = {"float32": (24, -126), "float16": (11, -14), "uint16": (8, -126)}
+
+Array = npt.NDArray[Any]
+
+
+def to_float32(x: Array) -> npt.NDArray[np.float32]:
+    """Values of a float32, float16 or bfloat16 (bits in uint16) array, exactly, as float32."""
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    return x.astype(np.float32)
+
+
+def round_to(x: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> Array:
+    """Round float32 values to the nearest float32, float16 or bfloat16 (bits in uint16), ties to even."""
+    if dtype == np.uint16:
+        bits = x.view(np.uint32)
+        rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+    with np.errstate(over="ignore"):
+        return x.astype(dtype)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Integer codes with what it takes to undo them.
+
+    codes: uint8 (pages, heads, 64, channels).
+    scale, zero: float32 and int32, (pages, heads, 64, channels) with a 1 for each axis over which the unit extends.
+    raw: bool (pages, heads), blocks that miss the bound and are kept as they came; their codes are 0 and mean nothing.
+    """
+
+    codes: npt.NDArray[np.uint8]
+    scale: npt.NDArray[np.float32]
+    zero: npt.NDArray[np.int32]
+    raw: npt.NDArray[np.bool_]
+
+    def dequantise(self, dtype: np.dtype[Any]) -> Array:
+        """(codes + zero) * scale in float32, rounded to ``dtype``: (pages, heads, 64, channels)."""
+        return round_to((self.codes + self.zero).astype(np.float32) * self.scale, dtype)
+
+
+def error_bound(x: Array, unit: Unit, relative_scale: float) -> npt.NDArray[np.float64]:
+    """The bound r (max - min) / 2 of every unit of ``x`` (heads, 64*pages, channels), in the shape of ``Quantised.scale``."""
+    values = _pages(x).astype(np.float64)
+    axes = UNIT_AXES[unit]
+    bound: npt.NDArray[np.float64] = relative_scale * (values.max(axes, keepdims=True) - values.min(axes, keepdims=True)) / 2
+    return bound
+
+
+def quantise(x: Array, unit: Unit, relative_scale: float) -> Quantised:
+    """Quantise whole pages so that every value of a block that is not raw comes back within ``error_bound``.
+
+    x: (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits.
+    Raises InvalidInput for another shape or type.
+    """
+    values = _pages(x)
+    axes = UNIT_AXES[unit]
+    with np.errstate(invalid="ignore", over="ignore"):
+        lo = values.min(axes, keepdims=True).astype(np.float64)
+        hi = values.max(axes, keepdims=True).astype(np.float64)
+        bound = relative_scale * (hi - lo) / 2
+        scale, constant_zero, storable = _scales(lo, hi, bound, x.dtype, SCALE_BITS[unit])
+        inverse = np.float32(1) / scale
+        zero = np.where(lo == hi, constant_zero, np.rint(lo.astype(np.float32) * inverse))
+        storable &= np.abs(zero) <= MAX_ZERO
+        scale = np.where(storable, scale, np.float32(1))
+        inverse = np.where(storable, inverse, np.float32(1))
+        zero = np.where(storable, zero, 0).astype(np.int32)
+        codes = np.rint(values * inverse) - zero.astype(np.float32)
+        back = (codes + zero.astype(np.float32)) * scale
+        error = np.abs(to_float32(round_to(back, x.dtype)).astype(np.float64) - values)
+        kept = storable & (codes < MAX_LEVELS) & (error <= bound)  # a NaN fails the comparison
+    raw = ~kept.all(axis=(2, 3))
+    if unit == "token":  # one scale serves all heads: without it no head's block can be coded
+        raw |= ~storable.all(axis=(1, 2, 3))[:, None]
+        unused = np.broadcast_to(raw.all(axis=1)[:, None, None, None], scale.shape)
+    else:
+        unused = np.broadcast_to(raw[:, :, None, None], scale.shape)
+    return Quantised(
+        codes=np.where(raw[:, :, None, None], 0, codes).astype(np.uint8),
+        scale=np.where(unused, np.float32(1), scale),
+        zero=np.where(unused, 0, zero),
+        raw=raw,
+    )
+
+
+def _pages(x: Array) -> npt.NDArray[np.float32]:
+    """(heads, 64*pages, channels) of any dtype -> (pages, heads, 64, channels) float32."""
+    if x.ndim != 3 or x.shape[1] % PAGE_TOKENS or x.dtype.name not in FLOAT_FORMAT:
+        raise InvalidInput(
+            "quantise takes (heads, 64*pages, channels) of float32, float16 or bfloat16 bits in uint16, "
+            f"not {x.shape} of {x.dtype}"
+        )
+    heads, tokens, channels = x.shape
+    return to_float32(x).reshape(heads, tokens // PAGE_TOKENS, PAGE_TOKENS, channels).swapaxes(0, 1)
+
+
+def _scales(
+    lo: npt.NDArray[np.float64], hi: npt.NDArray[np.float64], bound: npt.NDArray[np.float64], dtype: np.dtype[Any], bits: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Scale of each unit, zero of each constant unit, and whether the scale can be stored."""
+    significand, least_exponent = FLOAT_FORMAT[dtype.name]
+    peak = np.maximum(np.abs(lo), np.abs(hi)) + bound
+    ulp = np.exp2(np.maximum(_floor_log2(peak), least_exponent) - (significand - 1))
+    fine = 2 * (bound - ulp / 2 - peak * ARITHMETIC_SLACK)
+    even = np.exp2(_floor_log2(2 * bound))
+    varying = np.maximum(_round_down(fine, bits), even)
+
+    mantissa, exponent = np.frexp(lo)
+    integer = np.where(np.isfinite(lo), mantissa * 2.0**24, 0).astype(np.int64)
+    trailing = _floor_log2((integer & -integer).astype(np.float64))
+    constant = np.where(integer == 0, 1.0, np.exp2(exponent - 24 + trailing))
+    constant_zero = np.where(integer == 0, 0.0, integer / np.exp2(trailing))
+
+    scale = np.where(lo == hi, constant, varying)
+    storable = np.isfinite(lo) & np.isfinite(hi) & (scale >= SCALE_RANGE[0]) & (scale <= SCALE_RANGE[1])
+    return np.where(storable, scale, 1.0).astype(np.float32), constant_zero, storable
+
+
+def _floor_log2(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    exponent = np.where(np.isfinite(x) & (x > 0), np.frexp(x)[1] - 1, 0)
+    return exponent.astype(np.float64)
+
+
+def _round_down(x: npt.NDArray[np.float64], bits: int) -> npt.NDArray[np.float64]:
+    """Round down to a significand of ``bits`` bits; what is not positive gives 0."""
+    mantissa, exponent = np.frexp(np.where(np.isfinite(x) & (x > 0), x, 0))
+    return np.ldexp(np.floor(np.ldexp(mantissa, bits)), exponent - bits)
