@@ -6,7 +6,7 @@ Only the lengths are a codebook (docs/format.md, section 6); words and tables ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class Codebook:
     def classes(self) -> int:
         return int(self.lengths.shape[0])
 
-    @cached_property
+    @property
     def words(self) -> npt.NDArray[np.uint32]:
         """Code word of every symbol, (classes, symbols * symbols), bits reversed so that they go LSB first."""
         return np.stack([_canonical_words(lengths) for lengths in self.lengths])

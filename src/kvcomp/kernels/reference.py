@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp import block
-from kvcomp.codebook import Codebook
+from kvcomp.kernels import Books
 from kvcomp.page import (
     DEFAULT_BOOK,
     FIXED,
@@ -29,7 +29,6 @@ from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
 
 __all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quantise"]
 
-Books = tuple[Codebook, Codebook | None]  # the default book and the sequence's own
 KINDS: tuple[Kind, Kind] = ("K", "V")
 
 

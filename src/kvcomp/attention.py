@@ -1,0 +1,135 @@
+"""Attention over a KVStore: fused where the queries are few, tile by tile where they are many.
+
+Both are softmax(cap(scaling q.K)) V with the softmax taken online (Milakov & Gimelshein, 2018), so that parts of the cache
+merge exactly. Nothing larger than a block (fused) or a tile is ever decompressed (KVComp, arXiv 2509.00579, "Fetch").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcomp.errors import InvalidInput
+from kvcomp.spec import PAGE_TOKENS
+from kvcomp.store import KVStore, as_array
+
+FUSED_QUERIES = 64  # most queries of a KV head (group x new tokens) for which the fused kernel is used
+TILE_PAGES = 16
+TILE_QUERIES = 256
+
+
+def attend(store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+    """Fused attention of the last tokens, decoding the sealed pages on the fly.
+
+    q: (batch, heads, queries, head_dim); query i is at position ``tokens - queries + i`` and sees what is not after it.
+    scaling: factor on q.K. softcap: scores become softcap * tanh(score / softcap), 0 for none.
+    Returns (batch, heads, queries, head_dim) in q's type. Raises InvalidInput if q does not fit the store.
+    """
+    group, queries = _check(store, q)
+    if queries > store.tokens - int(store.tail_begin.max()) + 1:  # a crop left some of the last tokens in pages
+        return attend_tiled(store, q, scaling, softcap)
+    rows, heads, channels = store.batch, store.heads, store.channels
+    at = store.tokens - store.tail_base
+    tail_end = np.tile(np.arange(at - queries + 1, at + 1), group)
+    out, _ = store.kernels.attend(
+        q.detach().to(torch.float32).reshape(rows, heads, group * queries, channels).contiguous().numpy(),
+        store.pages,
+        store.valid,
+        store.count,
+        store.units,
+        [store.books(row) for row in range(rows)],
+        as_array(store.sinks_k),
+        as_array(store.sinks_v),
+        store.sink_count,
+        as_array(store.tail_k),
+        as_array(store.tail_v),
+        store.tail_begin - store.tail_base,
+        tail_end,
+        scaling,
+        softcap,
+        torch.get_num_threads(),
+    )
+    return torch.from_numpy(out).view(q.shape).to(q.dtype)
+
+
+def attend_tiled(
+    store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0, mask: Tensor | None = None
+) -> Tensor:
+    """The same for many queries or any mask: decompresses one tile of pages at a time.
+
+    mask: None for causal, or boolean (True: sees) or additive, broadcastable to (batch, heads, queries, tokens).
+    """
+    group, queries = _check(store, q)
+    if mask is not None and mask.shape[-1] != store.tokens:
+        raise InvalidInput(f"the mask covers {mask.shape[-1]} tokens, the cache holds {store.tokens}")
+    if mask is not None:
+        mask = mask.expand(store.batch, -1, -1, -1)
+    out = torch.empty_like(q)
+    for row in range(store.batch):
+        for first in range(0, queries, TILE_QUERIES):
+            part = slice(first, min(first + TILE_QUERIES, queries))
+            seen = None if mask is None else mask[row, :, part]
+            out[row, :, part] = _attend_row(store, row, q[row, :, part], store.tokens - queries + first, scaling, softcap, seen)
+    return out
+
+
+def _attend_row(
+    store: KVStore, row: int, q: Tensor, position: int, scaling: float, softcap: float, mask: Tensor | None
+) -> Tensor:
+    """Attention of one row. q: (heads, queries, head_dim), the first query at ``position``; mask: (1 or heads, queries, tokens)."""
+    heads, queries, channels = q.shape
+    group = heads // store.heads
+    grouped = q.detach().to(torch.float32).reshape(store.heads, group * queries, channels) * scaling
+    peak = torch.full((heads, queries, 1), -torch.inf)
+    total = torch.zeros_like(peak)
+    out = torch.zeros((heads, queries, channels))
+    for begin, k, v in _tiles(store, row):
+        tokens = k.shape[1]
+        score = (grouped @ k.to(torch.float32).mT).view(heads, queries, tokens)
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
+        if mask is None:
+            hidden = torch.arange(begin, begin + tokens) > torch.arange(position, position + queries)[:, None]
+            score = score.masked_fill(hidden, -torch.inf)
+        elif mask.dtype == torch.bool:
+            score = score.masked_fill(~mask[..., begin : begin + tokens], -torch.inf)
+        else:
+            score = score + mask[..., begin : begin + tokens]
+        higher = torch.maximum(peak, score.amax(-1, keepdim=True))
+        finite = torch.where(higher == -torch.inf, 0.0, higher)  # a query that has seen nothing yet
+        weight, shrink = torch.exp(score - finite), torch.exp(peak - finite)
+        total = total * shrink + weight.sum(-1, keepdim=True)
+        new = weight.view(store.heads, group * queries, tokens) @ v.to(torch.float32)
+        out = out * shrink + new.view(heads, queries, channels)
+        peak = higher
+    return (out / total.clamp_min(torch.finfo(torch.float32).tiny)).to(q.dtype)
+
+
+def _tiles(store: KVStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The tokens of a row in order, as (position of the first, K, V), K and V (KV heads, tokens, head_dim)."""
+    position, sinks = int(store.starts[row]), int(store.sink_count[row])
+    if sinks:
+        yield position, store.sinks_k[row, :, :sinks], store.sinks_v[row, :, :sinks]
+        position += sinks
+    for first in range(0, int(store.count[row]), TILE_PAGES):
+        k, v = store.tile(row, first, min(first + TILE_PAGES, int(store.count[row])))
+        yield position, k, v
+        position += k.shape[1]
+    first, last = position - store.tail_base, store.tokens - store.tail_base
+    for at in range(first, last, TILE_PAGES * PAGE_TOKENS):
+        part = slice(at, min(at + TILE_PAGES * PAGE_TOKENS, last))
+        yield store.tail_base + at, store.tail_k[row, :, part], store.tail_v[row, :, part]
+
+
+def _check(store: KVStore, q: Tensor) -> tuple[int, int]:
+    """Queries for each KV head, and new tokens. Raises InvalidInput if q does not fit the store."""
+    fits = q.ndim == 4 and (q.shape[0], q.shape[3]) == (store.batch, store.channels)
+    if not store.batch or not fits or q.shape[1] % store.heads or not 0 < q.shape[2] <= store.tokens:
+        raise InvalidInput(
+            f"queries must be (batch, heads, tokens, head_dim) = ({store.batch}, a multiple of {store.heads}, "
+            f"1 to {store.tokens}, {store.channels}), not {tuple(q.shape)}"
+        )
+    return q.shape[1] // store.heads, q.shape[2]

@@ -1,0 +1,394 @@
+"""KVStore: the cache of one layer. Sealed pages are only ever added; recent tokens and sinks are raw.
+
+Tokens have positions from 0 to ``tokens``, the same for all rows of the batch; row b's first real token is at ``starts[b]`` (left
+padding before it is never sealed). From there on a row's tokens lie in the sinks, then in its pages, then, from ``tail_begin[b]``, in the
+tail, a raw buffer that all rows share. A row's pages depend on its own tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvcomp import codebook
+from kvcomp.block import STREAMS, check_channels, scales_size
+from kvcomp.codebook import TRAINING_TOKENS, Codebook
+from kvcomp.errors import BackendUnavailable, InvalidInput
+from kvcomp.kernels import Books, load_backend
+from kvcomp.page import FIXED, RAW, Layout
+from kvcomp.spec import PAGE_TOKENS, CodecSpec, Kind, TensorSpec
+
+KINDS: tuple[Kind, Kind] = ("K", "V")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where the bytes of a cache are. The parts are what is allocated; bytes shared by several rows count once.
+
+    codes, lengths, scales, directories, raw_blocks: parts of the sealed pages, padding with the codes.
+    spare: readable bytes that must follow pages. table: page addresses and counts. books: codebooks.
+    window, sinks: raw recent and first tokens. other: caches of layers that kvcomp does not compress.
+    sealed_values: K and V values that the rows hold in pages; values: all they hold. dense: bytes of a dense cache of the same tokens.
+    """
+
+    codes: int = 0
+    lengths: int = 0
+    scales: int = 0
+    directories: int = 0
+    raw_blocks: int = 0
+    spare: int = 0
+    table: int = 0
+    table_entries: int = 0
+    books: int = 0
+    window: int = 0
+    sinks: int = 0
+    other: int = 0
+    sealed_values: int = 0
+    values: int = 0
+    dense: int = 0
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    @property
+    def pages(self) -> int:
+        """Bytes of the sealed pages."""
+        return self.codes + self.lengths + self.scales + self.directories + self.raw_blocks
+
+    @property
+    def total(self) -> int:
+        """Bytes allocated in all."""
+        return self.pages + self.spare + self.table + self.books + self.window + self.sinks + self.other
+
+    @property
+    def coded_bits(self) -> float:
+        """Bits for each sealed value: the pages with all their metadata, and their entries in the page table."""
+        return 8 * (self.pages + self.table_entries) / self.sealed_values if self.sealed_values else 0.0
+
+    @property
+    def total_bits(self) -> float:
+        """Bits for each value that the cache holds, everything counted."""
+        return 8 * self.total / self.values if self.values else 0.0
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of a dense cache of the same tokens over the bytes allocated."""
+        return self.dense / self.total if self.total else 1.0
+
+
+def as_array(x: Tensor) -> npt.NDArray[Any]:
+    """A numpy view of a CPU tensor; bfloat16 as its bits in uint16."""
+    x = x.detach()
+    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+class KVStore:
+    """The K and V of one layer, compressed as they grow.
+
+    spec: a spec of one layer (``CodecSpec.layer``). backend: ``cpu``, or ``reference`` to check against it.
+
+    Attributes: ``tokens``, positions held, left padding included; ``batch``, ``heads``, ``channels``, ``dtype``, known after the first append.
+    """
+
+    def __init__(self, spec: CodecSpec, backend: str = "cpu") -> None:
+        self.spec = spec
+        self.kernels = load_backend(backend)
+        self.units = spec.key.unit, spec.value.unit
+        self.default_books = _default_book(spec.key), _default_book(spec.value)
+        self.tokens = self.batch = self.heads = self.channels = 0
+        self.dtype = torch.float32
+
+    # What one append or seal changes
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add tokens at the end, raw until ``seal``.
+
+        k, v: (batch, KV heads, new tokens, head_dim), float32, float16 or bfloat16, on the CPU.
+        Raises InvalidInput or BackendUnavailable and leaves the store as it was.
+        """
+        self._check(k, v)
+        if not self.batch:
+            self._begin(k)
+        new = k.shape[2]
+        if self.tokens - self.tail_base + new > self.tail_k.shape[2]:
+            self._make_room(k, v)
+        else:
+            at = self.tokens - self.tail_base
+            self.tail_k[:, :, at : at + new] = k.detach()
+            self.tail_v[:, :, at : at + new] = v.detach()
+        self.tokens += new
+
+    def set_starts(self, starts: Sequence[int]) -> None:
+        """Say at which position each row's real tokens begin. Raises InvalidInput for a row that is sealed from another position."""
+        if len(starts) != self.batch or not all(0 <= start <= self.tokens for start in starts):
+            raise InvalidInput(f"starts must be {self.batch} positions from 0 to {self.tokens}, not {list(starts)}")
+        new = np.asarray(starts, np.int64)
+        moved = new != self.starts
+        if (moved & (self.tail_begin > self.starts)).any():
+            raise InvalidInput("the padding of a row cannot change once its tokens are compressed")
+        self.starts[moved] = self.tail_begin[moved] = new[moved]
+
+    def seal(self) -> None:
+        """Compress every whole page of tokens beyond the window. What is sealed never changes."""
+        if not self.batch:
+            return
+        for row in range(self.batch):
+            self._seal_row(row)
+        self._trim_tail()
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first ``tokens`` positions. Raises InvalidInput if there are fewer."""
+        if not 0 <= tokens <= self.tokens:
+            raise InvalidInput(f"cannot crop a cache of {self.tokens} tokens to {tokens}")
+        if tokens == self.tokens:
+            return
+        for row in np.flatnonzero(self.tail_begin > tokens):
+            self.starts[row] = min(self.starts[row], tokens)
+            self.sink_count[row] = min(self.sink_count[row], tokens - self.starts[row])
+            in_pages = tokens - self.starts[row] - self.sink_count[row]
+            before = np.concatenate([[0], np.cumsum(self.valid[row, : self.count[row]])])
+            keep = int(np.searchsorted(before, in_pages))
+            if keep:
+                self.valid[row, keep - 1] = in_pages - before[keep - 1]
+            self.count[row] = keep
+            del self.owners[row][keep:]
+            self.tail_begin[row] = tokens
+        self.tokens = tokens
+        self.tail_base = min(self.tail_base, tokens)
+
+    def select(self, rows: Tensor) -> None:
+        """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do not exist."""
+        index = rows.detach().cpu().numpy().astype(np.int64).ravel()
+        if not self.batch or index.size == 0 or index.min() < -self.batch or index.max() >= self.batch:
+            raise InvalidInput(f"rows must be from 0 to {self.batch - 1}")
+        chosen = torch.from_numpy(index % self.batch)
+        self.tail_k, self.tail_v, self.sinks_k, self.sinks_v = (
+            x.index_select(0, chosen) for x in (self.tail_k, self.tail_v, self.sinks_k, self.sinks_v)
+        )
+        for name in ("starts", "tail_begin", "sink_count", "pages", "valid", "count"):
+            setattr(self, name, getattr(self, name)[index])
+        self.owners = [list(self.owners[row]) for row in index]
+        self.own_books = [list(self.own_books[row]) for row in index]
+        self.pair_counts = [list(self.pair_counts[row]) for row in index]
+        self.batch = index.size
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVStore:
+        """An independent store; sealed pages, which never change, are shared."""
+        twin = copy(self)
+        if self.batch:
+            twin.select(torch.arange(self.batch))
+        return twin
+
+    # What readers need
+
+    @property
+    def compressed(self) -> bool:
+        """Whether any row has a sealed page."""
+        return bool(self.batch and self.count.any())
+
+    def books(self, row: int) -> tuple[Books, Books]:
+        """The default and own codebooks of K and of V of a row."""
+        (key, value), (own_key, own_value) = self.default_books, self.own_books[row]
+        return (key, own_key), (value, own_value)
+
+    def tile(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """K and V of the pages ``first`` to ``last`` of a row, (KV heads, tokens, head_dim) in the dtype."""
+        k = torch.empty((self.heads, (last - first) * PAGE_TOKENS, self.channels), dtype=self.dtype)
+        v = torch.empty_like(k)
+        self.kernels.decompress(self.pages[row, first:last].copy(), self.units, *self.books(row), as_array(k), as_array(v))
+        valid = torch.from_numpy(self.valid[row, first:last])
+        if int(valid.sum()) == k.shape[1]:
+            return k, v
+        used = (torch.arange(PAGE_TOKENS)[None] < valid[:, None]).ravel()
+        return k[:, used], v[:, used]
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """K and V as attention sees them, (batch, KV heads, tokens, head_dim) in the dtype; padding is 0 once a row is sealed."""
+        k = torch.zeros((self.batch, self.heads, self.tokens, self.channels), dtype=self.dtype)
+        v = torch.zeros_like(k)
+        for row in range(self.batch):
+            start, sinks, begin = int(self.starts[row]), int(self.sink_count[row]), int(self.tail_begin[row])
+            begin = self.tail_base if begin == start else begin  # nothing sealed: give the padding as it came
+            pages = self.tile(row, 0, int(self.count[row])) if self.count[row] else None
+            for i, (out, first, tail) in enumerate(((k, self.sinks_k, self.tail_k), (v, self.sinks_v, self.tail_v))):
+                out[row, :, start : start + sinks] = first[row, :, :sinks]
+                if pages is not None:
+                    out[row, :, start + sinks : begin] = pages[i]
+                out[row, :, begin:] = tail[row, :, begin - self.tail_base : self.tokens - self.tail_base]
+        return k, v
+
+    def memory(self) -> Memory:
+        """Bytes by part; a test holds them against what is allocated."""
+        if not self.batch:
+            return Memory()
+        parts = dict.fromkeys(("codes", "lengths", "scales", "directories", "raw_blocks"), 0)
+        buffers, seen = {}, set()
+        for owners, addresses in zip(self.owners, self.pages, strict=True):
+            for buffer, address in zip(owners, addresses.tolist(), strict=False):
+                buffers[id(buffer)] = buffer
+                if address not in seen:
+                    seen.add(address)
+                    self._measure_page(buffer, address, parts)
+        allocated = sum(buffer.nbytes for buffer in buffers.values())
+        own = {id(book): book.lengths.nbytes for books in self.own_books for book in books if book is not None}
+        waiting = {id(counts): counts.nbytes for pair in self.pair_counts for counts in pair if counts is not None}
+        default = sum(book.lengths.nbytes for book in self.default_books)
+        entries = self.pages.itemsize + self.valid.itemsize
+        token_values = 2 * self.heads * self.channels
+        held = int((self.tokens - self.starts).sum())
+        sealed = int((self.tail_begin - self.starts - self.sink_count).sum())
+        return Memory(
+            **parts,
+            spare=allocated - sum(parts.values()),
+            table=sum(x.nbytes for x in (self.pages, self.valid, self.count, self.starts, self.tail_begin, self.sink_count)),
+            table_entries=int(self.count.sum()) * entries,
+            books=sum(own.values()) + sum(waiting.values()) + default,
+            window=sum(x.untyped_storage().nbytes() for x in (self.tail_k, self.tail_v)),
+            sinks=sum(x.untyped_storage().nbytes() for x in (self.sinks_k, self.sinks_v)),
+            sealed_values=sealed * token_values,
+            values=held * token_values,
+            dense=held * token_values * self.dtype.itemsize,
+        )
+
+    # Steps
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        if k.ndim != 4 or k.shape != v.shape:
+            raise InvalidInput(
+                f"K and V must both be (batch, KV heads, tokens, head_dim), not {tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        if k.dtype != v.dtype or k.dtype not in DTYPES:
+            raise InvalidInput(f"K and V must both be float32, float16 or bfloat16, not {k.dtype} and {v.dtype}")
+        if k.device.type != "cpu" or v.device.type != "cpu":
+            raise BackendUnavailable(f"the kernels run on the CPU, K and V are on {k.device} and {v.device}")
+        if 0 in k.shape:
+            raise InvalidInput(f"K and V are empty: {tuple(k.shape)}; give at least one token")
+        check_channels(k.shape[3])
+        if self.batch:
+            have = self.batch, self.heads, self.channels
+            if (k.shape[0], k.shape[1], k.shape[3]) != have or k.dtype != self.dtype:
+                raise InvalidInput(
+                    f"this cache holds (batch, KV heads, head_dim) = {have} of {self.dtype}, "
+                    f"not {(k.shape[0], k.shape[1], k.shape[3])} of {k.dtype}: use a cache for one model and batch"
+                )
+
+    def _begin(self, k: Tensor) -> None:
+        self.batch, self.heads, _, self.channels = k.shape
+        self.dtype = k.dtype
+        self.layout = Layout(self.heads, self.channels, self.units, k.dtype.itemsize)
+        self.tail_base = 0
+        self.tail_k = k.new_empty((self.batch, self.heads, 0, self.channels))
+        self.tail_v = torch.empty_like(self.tail_k)
+        self.sinks_k = k.new_empty((self.batch, self.heads, self.spec.sinks, self.channels))
+        self.sinks_v = torch.empty_like(self.sinks_k)
+        self.starts, self.tail_begin, self.sink_count, self.count = np.zeros((4, self.batch), np.int64)
+        self.pages = np.zeros((self.batch, 0), np.int64)
+        self.valid = np.zeros((self.batch, 0), np.int32)
+        self.owners: list[list[npt.NDArray[np.uint8]]] = [[] for _ in range(self.batch)]
+        self.own_books: list[list[Codebook | None]] = [[None, None] for _ in range(self.batch)]
+        self.pair_counts: list[list[npt.NDArray[np.uint32] | None]] = [[None, None] for _ in range(self.batch)]
+
+    def _tail_room(self) -> int:
+        """Tokens the tail holds between two seals: the window, a page, and what rows that seal at other times need."""
+        return self.spec.window + PAGE_TOKENS + (PAGE_TOKENS - 1 if self.batch > 1 else 0)
+
+    def _make_room(self, k: Tensor, v: Tensor) -> None:
+        """Move the tail to a buffer with room for the new tokens, and put them there."""
+        base = min(int(self.tail_begin.min()), self.tokens) if self.compressed else self.tail_base
+        kept = self.tokens - base
+        room = max(kept + k.shape[2], min(self._tail_room(), 2 * (kept + k.shape[2])))
+        for name, new in (("tail_k", k), ("tail_v", v)):
+            old = getattr(self, name)
+            buffer = old.new_empty((self.batch, self.heads, room, self.channels))
+            buffer[:, :, :kept] = old[:, :, base - self.tail_base : self.tokens - self.tail_base]
+            buffer[:, :, kept : kept + k.shape[2]] = new.detach()
+            setattr(self, name, buffer)
+        self.tail_base = base
+
+    def _trim_tail(self) -> None:
+        """Give back what a prefill took for tokens that are now sealed."""
+        room = self._tail_room()
+        base = int(self.tail_begin.min())
+        kept = self.tokens - base
+        if self.tail_k.shape[2] > room >= kept and self.compressed:
+            for name in ("tail_k", "tail_v"):
+                old = getattr(self, name)
+                buffer = old.new_empty((self.batch, self.heads, room, self.channels))
+                buffer[:, :, :kept] = old[:, :, base - self.tail_base : self.tokens - self.tail_base]
+                setattr(self, name, buffer)
+            self.tail_base = base
+
+    def _seal_row(self, row: int) -> None:
+        missing_sinks = self.spec.sinks - int(self.sink_count[row]) if not self.count[row] else 0
+        begin = int(self.tail_begin[row]) + missing_sinks
+        pages = (self.tokens - self.spec.window - begin) // PAGE_TOKENS
+        if pages < 1:
+            return
+        at = begin - self.tail_base
+        if missing_sinks:
+            for sinks, tail in ((self.sinks_k, self.tail_k), (self.sinks_v, self.tail_v)):
+                sinks[row, :, self.sink_count[row] :] = tail[row, :, at - missing_sinks : at]
+            self.sink_count[row] = self.spec.sinks
+        k, v = (as_array(x[row, :, at : at + pages * PAGE_TOKENS]) for x in (self.tail_k, self.tail_v))
+        kq = self.kernels.quantise(k, self.spec.key.unit, self.spec.key.scale)
+        vq = self.kernels.quantise(v, self.spec.value.unit, self.spec.value.scale)
+        for index, (tensor, q) in enumerate(((self.spec.key, kq), (self.spec.value, vq))):
+            if tensor.coding == "huffman" and self.own_books[row][index] is None:
+                self._learn(row, index, self.kernels.count_pairs(q, KINDS[index], tensor.classes), pages)
+        k_books, v_books = self.books(row)
+        coding = self.spec.key.coding, self.spec.value.coding
+        buffer, offsets = self.kernels.encode_pages(k, v, kq, vq, coding, self.units, k_books, v_books)
+        self._enter(row, buffer, offsets[:-1])
+        self.tail_begin[row] = begin + pages * PAGE_TOKENS
+
+    def _learn(self, row: int, index: int, counts: npt.NDArray[np.uint64], pages: int) -> None:
+        """Gather pair counts until the row has sealed enough tokens to train its own book."""
+        earlier = self.pair_counts[row][index]
+        if earlier is not None:
+            n = earlier.shape[1]
+            counts[:, :n, :n] += earlier
+        if (int(self.count[row]) + pages) * PAGE_TOKENS >= TRAINING_TOKENS:
+            self.own_books[row][index] = codebook.train(counts, (self.spec.key, self.spec.value)[index].limit)
+            self.pair_counts[row][index] = None
+        else:
+            n = 1 + int(np.max(np.nonzero(counts)[1:], initial=0))
+            self.pair_counts[row][index] = counts[:, :n, :n].astype(np.uint32)
+
+    def _enter(self, row: int, buffer: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> None:
+        """Add the pages at these offsets of a buffer to a row's table."""
+        first, last = int(self.count[row]), int(self.count[row]) + offsets.size
+        if last > self.pages.shape[1]:
+            more = max(last, self.pages.shape[1] * 5 // 4) - self.pages.shape[1]
+            self.pages = np.pad(self.pages, ((0, 0), (0, more)))
+            self.valid = np.pad(self.valid, ((0, 0), (0, more)))
+        self.pages[row, first:last] = buffer.ctypes.data + offsets
+        self.valid[row, first:last] = PAGE_TOKENS
+        self.owners[row] += [buffer] * offsets.size
+        self.count[row] = last
+
+    def _measure_page(self, buffer: npt.NDArray[np.uint8], address: int, parts: dict[str, int]) -> None:
+        """Add the bytes of a page to its parts."""
+        at = address - buffer.ctypes.data
+        directory = buffer[at : at + 4 * (2 * self.heads + 1)].view("<u4").astype(np.int64)
+        parts["directories"] += self.layout.directory_bytes
+        parts["scales"] += self.layout.first_block - self.layout.directory_bytes
+        sizes = np.diff(directory & ~15)
+        for index, (mode, size) in enumerate(zip((directory[:-1] & 15).tolist(), sizes.tolist(), strict=True)):
+            count = self.layout.block_scales(index // self.heads)
+            scales = scales_size(count) if count and mode != RAW else 0
+            lengths = STREAMS if RAW < mode < FIXED else 0
+            parts["scales"] += scales
+            parts["lengths"] += lengths
+            parts["raw_blocks" if mode == RAW else "codes"] += size - scales - lengths
+
+
+def _default_book(tensor: TensorSpec) -> Codebook:
+    return codebook.default(tensor.scale, tensor.classes, tensor.limit)
