@@ -55,31 +55,31 @@ def attend(store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0) -> T
     return torch.from_numpy(out).view(q.shape).to(q.dtype)
 
 
-def attend_tiled(
-    store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0, mask: Tensor | None = None
-) -> Tensor:
+def attend_tiled(store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """The same for many queries or any mask: decompresses one tile of pages at a time.
 
     mask: None for causal, or boolean (True: sees) or additive, broadcastable to (batch, heads, queries, tokens).
     """
-    group, queries = _check(store, q)
-    if mask is not None and mask.shape[-1] != store.tokens:
-        raise InvalidInput(f"the mask covers {mask.shape[-1]} tokens, the cache holds {store.tokens}")
+    _, queries = _check(store, q)
     if mask is not None:
-        mask = mask.expand(store.batch, -1, -1, -1)
+        if mask.shape[-1] != store.tokens:
+            raise InvalidInput(f"the mask covers {mask.shape[-1]} tokens, the cache holds {store.tokens}")
+        mask = mask.expand(store.batch, q.shape[1], queries, store.tokens)
     out = torch.empty_like(q)
     for row in range(store.batch):
         for first in range(0, queries, TILE_QUERIES):
             part = slice(first, min(first + TILE_QUERIES, queries))
             seen = None if mask is None else mask[row, :, part]
-            out[row, :, part] = _attend_row(store, row, q[row, :, part], store.tokens - queries + first, scaling, softcap, seen)
+            out[row, :, part] = _attend_row(
+                store, row, q[row, :, part], store.tokens - queries + first, scaling, softcap, seen
+            )
     return out
 
 
 def _attend_row(
     store: KVStore, row: int, q: Tensor, position: int, scaling: float, softcap: float, mask: Tensor | None
 ) -> Tensor:
-    """Attention of one row. q: (heads, queries, head_dim), the first query at ``position``; mask: (1 or heads, queries, tokens)."""
+    """Attention of one row. q: (heads, queries, head_dim), the first query at ``position``; mask: (heads, queries, tokens)."""
     heads, queries, channels = q.shape
     group = heads // store.heads
     grouped = q.detach().to(torch.float32).reshape(store.heads, group * queries, channels) * scaling
@@ -132,4 +132,6 @@ def _check(store: KVStore, q: Tensor) -> tuple[int, int]:
             f"queries must be (batch, heads, tokens, head_dim) = ({store.batch}, a multiple of {store.heads}, "
             f"1 to {store.tokens}, {store.channels}), not {tuple(q.shape)}"
         )
+    if q.device.type != "cpu":
+        raise InvalidInput(f"the cache is on the CPU, the queries are on {q.device}")
     return q.shape[1] // store.heads, q.shape[2]

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kvcomp.codebook import Codebook
 from kvcomp.errors import CorruptData, InvalidInput
+from kvcomp.quantise import MAX_ZERO, SCALE_RANGE
 from kvcomp.spec import PAGE_TOKENS, Kind
 
 STREAMS = 64
@@ -43,7 +44,7 @@ def stream_order(kind: Kind, channels: int) -> tuple[Indices, Indices]:
 @lru_cache(maxsize=64)
 def pair_classes(kind: Kind, channels: int, classes: int) -> Indices:
     """Codebook class of every pair, (64 streams, D/2 pairs)."""
-    token, channel = stream_order(kind, channels)
+    _, channel = stream_order(kind, channels)
     if classes == 1:
         return np.zeros_like(channel[:, ::2])
     if kind == "K":
@@ -155,7 +156,7 @@ def scale_bytes(scale: npt.NDArray[np.float32], zero: npt.NDArray[np.int32]) -> 
 
 
 def scales_from(data: bytes, count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """Inverse of ``scale_bytes``: ``count`` scales and zeros. Raises CorruptData if a scale is no positive finite number."""
+    """Inverse of ``scale_bytes``: ``count`` scales and zeros. Raises CorruptData if one is out of range."""
     if len(data) < scales_size(count):
         raise CorruptData("a block is too short for its scales")
     scale: npt.NDArray[Any]
@@ -164,8 +165,11 @@ def scales_from(data: bytes, count: int) -> tuple[npt.NDArray[np.float32], npt.N
     else:
         scale = (np.frombuffer(data, "<u2", count).astype(np.uint32) << 16).view(np.float32)
         zero = np.frombuffer(data, "<i2", count, 2 * count)
-    if not (np.isfinite(scale).all() and (scale > 0).all()):
-        raise CorruptData("a block has a scale that is no positive finite number")
+    if (
+        not ((scale >= SCALE_RANGE[0]) & (scale <= SCALE_RANGE[1])).all()
+        or (np.abs(zero.astype(np.int64)) > MAX_ZERO).any()
+    ):
+        raise CorruptData("a block has a scale or a zero that no encoder writes")
     return scale.astype(np.float32), zero.astype(np.int32)
 
 

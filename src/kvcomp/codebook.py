@@ -38,8 +38,14 @@ class Codebook:
     lengths: npt.NDArray[np.uint8]
 
     def __post_init__(self) -> None:
-        if not (1 <= self.levels <= MAX_LEVELS and 0 <= self.split <= 2 and 1 <= self.limit <= MAX_PAIR_BITS - 2 * self.split):
-            raise CorruptData(f"codebook with levels {self.levels}, split {self.split}, limit {self.limit} is out of range")
+        if not (
+            1 <= self.levels <= MAX_LEVELS
+            and 0 <= self.split <= 2
+            and 1 <= self.limit <= MAX_PAIR_BITS - 2 * self.split
+        ):
+            raise CorruptData(
+                f"codebook with levels {self.levels}, split {self.split}, limit {self.limit} is out of range"
+            )
         if self.lengths.dtype != np.uint8 or self.lengths.ndim != 2 or self.lengths.shape[1] != self.symbols**2:
             raise CorruptData(f"codebook needs uint8 lengths (classes, {self.symbols**2}), not {self.lengths.shape}")
         if self.lengths.shape[0] not in (1, 4):
@@ -78,11 +84,12 @@ class Codebook:
         """Decode table (classes, 2^(L + 2k)): ``bits | a << 16 | b << 24``, indexed by the next L + 2k bits of a stream."""
         k, size = self.split, 1 << (self.limit + 2 * self.split)
         table = np.zeros((self.classes, size), np.uint32)
+        words = self.words
         for index, lengths in enumerate(self.lengths):
             single = np.count_nonzero(lengths) == 1
             for symbol in np.flatnonzero(lengths):
                 hi_a, hi_b = divmod(int(symbol), self.symbols)
-                bits, word = int(lengths[symbol]), int(self.words[index, symbol])
+                bits, word = int(lengths[symbol]), int(words[index, symbol])
                 for lo in range(1 << (2 * k)):
                     a, b = hi_a << k | lo & ((1 << k) - 1), hi_b << k | lo >> k
                     entry = bits + 2 * k | a << 16 | b << 24
@@ -110,10 +117,10 @@ def train(counts: npt.NDArray[Any], limit: int) -> Codebook:
 @lru_cache(maxsize=256)
 def default(relative_scale: float, classes: int, limit: int) -> Codebook:
     """The book for blocks that the sequence's own book does not cover, or that come before it; shared, a function of its arguments."""
-    levels = min(MAX_LEVELS, int(2 / relative_scale) + 3)
+    levels = int(min(MAX_LEVELS, 2 / relative_scale + 3))
     k = split_for(levels)
     m = _symbols(levels, k)
-    centre = min(m, -(-(int(1 / relative_scale) + 2) // (1 << k)))
+    centre = min(m, -(-int(min(MAX_LEVELS, 1 / relative_scale + 2)) // (1 << k)))
     weight = [((h + 1) * (centre - h)) ** 4 if h < centre else 0 for h in range(m)]
     top = max(weight) ** 2
     pairs = np.array([(a * b << 20) // top for a in weight for b in weight], np.int64)

@@ -94,7 +94,9 @@ def blocks_of(page: bytes, layout: Layout) -> list[tuple[int, bytes]]:
     return blocks
 
 
-def token_scales_of(page: bytes, layout: Layout, kind_index: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]] | None:
+def token_scales_of(
+    page: bytes, layout: Layout, kind_index: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]] | None:
     """Token scales and zeros of K (0) or V (1), 64 each; None where the unit is not ``token``."""
     offset = layout.token_scale_offsets[kind_index]
     return None if offset is None else scales_from(page[offset:], PAGE_TOKENS)

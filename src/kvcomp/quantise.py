@@ -76,7 +76,9 @@ def error_bound(x: Array, unit: Unit, relative_scale: float) -> npt.NDArray[np.f
     """The bound r (max - min) / 2 of every unit of ``x`` (heads, 64*pages, channels), in the shape of ``Quantised.scale``."""
     values = _pages(x).astype(np.float64)
     axes = UNIT_AXES[unit]
-    bound: npt.NDArray[np.float64] = relative_scale * (values.max(axes, keepdims=True) - values.min(axes, keepdims=True)) / 2
+    bound: npt.NDArray[np.float64] = (
+        relative_scale * (values.max(axes, keepdims=True) - values.min(axes, keepdims=True)) / 2
+    )
     return bound
 
 
@@ -129,7 +131,11 @@ def _pages(x: Array) -> npt.NDArray[np.float32]:
 
 
 def _scales(
-    lo: npt.NDArray[np.float64], hi: npt.NDArray[np.float64], bound: npt.NDArray[np.float64], dtype: np.dtype[Any], bits: int
+    lo: npt.NDArray[np.float64],
+    hi: npt.NDArray[np.float64],
+    bound: npt.NDArray[np.float64],
+    dtype: np.dtype[Any],
+    bits: int,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Scale of each unit, zero of each constant unit, and whether the scale can be stored."""
     significand, least_exponent = FLOAT_FORMAT[dtype.name]

@@ -28,7 +28,7 @@ class TensorSpec:
         ``vector`` (one head's token); KVComp's BlockQuant, ChannelQuant, TokenQuant (arXiv 2509.00579, section 3).
     relative_scale: quantisation step over the unit's range (max - min), in (0, 1); one number, or one for each layer.
     coding: ``huffman`` (pairs of codes, variable length) or ``fixed`` (fixed width, chosen for each block).
-    limit: longest Huffman code in bits, 8 to 12.
+    limit: longest Huffman code in bits, 10 to 12.
     classes: codebooks for each quarter of the channels (4) or one for all (1).
     """
 
@@ -50,9 +50,9 @@ class TensorSpec:
                 raise InvalidInput(f"relative_scale must lie strictly between 0 and 1, not {scale!r}")
         if not self.scales:
             raise InvalidInput("relative_scale needs one number, or one for each layer")
-        if isinstance(self.limit, bool) or not isinstance(self.limit, int) or not 8 <= self.limit <= 12:
-            raise InvalidInput(f"limit must be 8 to 12 bits, not {self.limit!r}")
-        if isinstance(self.classes, bool) or self.classes not in (1, 4):
+        if isinstance(self.limit, bool) or not isinstance(self.limit, int) or not 10 <= self.limit <= 12:
+            raise InvalidInput(f"limit must be 10 to 12 bits, not {self.limit!r}")
+        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or self.classes not in (1, 4):
             raise InvalidInput(f"classes must be 1 or 4, not {self.classes!r}")
 
     @property
@@ -93,8 +93,11 @@ class CodecSpec:
     def layer(self, index: int, layers: int) -> CodecSpec:
         """The spec of layer ``index`` of ``layers``: the same, with one relative scale each for K and V.
 
-        Raises InvalidInput if the spec lists scales for another number of layers.
+        Raises InvalidInput if the spec lists scales for another number of layers, or there is no such layer.
         """
+
+        if not 0 <= index < layers:
+            raise InvalidInput(f"there is no layer {index} among {layers}")
 
         def of_layer(tensor: TensorSpec) -> TensorSpec:
             if len(tensor.scales) not in (1, layers):
@@ -115,11 +118,11 @@ class CodecSpec:
         """Read what ``to_json`` wrote. Raises InvalidInput for anything else, UnsupportedVersion for a newer version."""
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidInput(f"a spec must be JSON: {error}") from None
         if not isinstance(content, Mapping) or "kvcomp_spec" not in content:
             raise InvalidInput('this JSON is no kvcomp spec: the field "kvcomp_spec" is missing')
-        if content["kvcomp_spec"] != SPEC_VERSION:
+        if content["kvcomp_spec"] is True or content["kvcomp_spec"] != SPEC_VERSION:
             raise UnsupportedVersion(
                 f"spec version {content['kvcomp_spec']!r}: this kvcomp reads version {SPEC_VERSION}"
             )

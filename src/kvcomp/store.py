@@ -105,6 +105,10 @@ class KVStore:
         self.default_books = _default_book(spec.key), _default_book(spec.value)
         self.tokens = self.batch = self.heads = self.channels = 0
         self.dtype = torch.float32
+        # For each row: the buffer behind each page, the codebooks of K and V, and the pair counts until there are such books.
+        self.owners: list[list[npt.NDArray[np.uint8]]] = []
+        self.own_books: list[list[Codebook | None]] = []
+        self.pair_counts: list[list[npt.NDArray[np.uint32] | None]] = []
 
     # What one append or seal changes
 
@@ -132,7 +136,7 @@ class KVStore:
             raise InvalidInput(f"starts must be {self.batch} positions from 0 to {self.tokens}, not {list(starts)}")
         new = np.asarray(starts, np.int64)
         moved = new != self.starts
-        if (moved & (self.tail_begin > self.starts)).any():
+        if (moved & ((self.tail_begin > self.starts) | (new < self.tail_base))).any():
             raise InvalidInput("the padding of a row cannot change once its tokens are compressed")
         self.starts[moved] = self.tail_begin[moved] = new[moved]
 
@@ -164,11 +168,14 @@ class KVStore:
         self.tokens = tokens
         self.tail_base = min(self.tail_base, tokens)
 
+    @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
         """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do not exist."""
+        if rows.is_floating_point() or rows.dtype == torch.bool:
+            raise InvalidInput(f"rows must be whole numbers, not {rows.dtype}")
         index = rows.detach().cpu().numpy().astype(np.int64).ravel()
-        if not self.batch or index.size == 0 or index.min() < -self.batch or index.max() >= self.batch:
-            raise InvalidInput(f"rows must be from 0 to {self.batch - 1}")
+        if index.size == 0 or index.min() < -self.batch or index.max() >= self.batch:
+            raise InvalidInput(f"rows must be some of the {self.batch} that the cache holds, not {index.tolist()}")
         chosen = torch.from_numpy(index % self.batch)
         self.tail_k, self.tail_v, self.sinks_k, self.sinks_v = (
             x.index_select(0, chosen) for x in (self.tail_k, self.tail_v, self.sinks_k, self.sinks_v)
@@ -203,7 +210,9 @@ class KVStore:
         """K and V of the pages ``first`` to ``last`` of a row, (KV heads, tokens, head_dim) in the dtype."""
         k = torch.empty((self.heads, (last - first) * PAGE_TOKENS, self.channels), dtype=self.dtype)
         v = torch.empty_like(k)
-        self.kernels.decompress(self.pages[row, first:last].copy(), self.units, *self.books(row), as_array(k), as_array(v))
+        self.kernels.decompress(
+            self.pages[row, first:last].copy(), self.units, *self.books(row), as_array(k), as_array(v)
+        )
         valid = torch.from_numpy(self.valid[row, first:last])
         if int(valid.sum()) == k.shape[1]:
             return k, v
@@ -248,7 +257,9 @@ class KVStore:
         return Memory(
             **parts,
             spare=allocated - sum(parts.values()),
-            table=sum(x.nbytes for x in (self.pages, self.valid, self.count, self.starts, self.tail_begin, self.sink_count)),
+            table=sum(
+                x.nbytes for x in (self.pages, self.valid, self.count, self.starts, self.tail_begin, self.sink_count)
+            ),
             table_entries=int(self.count.sum()) * entries,
             books=sum(own.values()) + sum(waiting.values()) + default,
             window=sum(x.untyped_storage().nbytes() for x in (self.tail_k, self.tail_v)),
@@ -280,31 +291,35 @@ class KVStore:
                     f"not {(k.shape[0], k.shape[1], k.shape[3])} of {k.dtype}: use a cache for one model and batch"
                 )
 
+    @torch.inference_mode(False)  # the buffers outlive the mode they were filled in
     def _begin(self, k: Tensor) -> None:
         self.batch, self.heads, _, self.channels = k.shape
         self.dtype = k.dtype
         self.layout = Layout(self.heads, self.channels, self.units, k.dtype.itemsize)
         self.tail_base = 0
-        self.tail_k = k.new_empty((self.batch, self.heads, 0, self.channels))
+        self.tail_k = torch.empty((self.batch, self.heads, 0, self.channels), dtype=k.dtype)
         self.tail_v = torch.empty_like(self.tail_k)
-        self.sinks_k = k.new_empty((self.batch, self.heads, self.spec.sinks, self.channels))
+        self.sinks_k = torch.empty((self.batch, self.heads, self.spec.sinks, self.channels), dtype=k.dtype)
         self.sinks_v = torch.empty_like(self.sinks_k)
         self.starts, self.tail_begin, self.sink_count, self.count = np.zeros((4, self.batch), np.int64)
         self.pages = np.zeros((self.batch, 0), np.int64)
         self.valid = np.zeros((self.batch, 0), np.int32)
-        self.owners: list[list[npt.NDArray[np.uint8]]] = [[] for _ in range(self.batch)]
-        self.own_books: list[list[Codebook | None]] = [[None, None] for _ in range(self.batch)]
-        self.pair_counts: list[list[npt.NDArray[np.uint32] | None]] = [[None, None] for _ in range(self.batch)]
+        self.owners = [[] for _ in range(self.batch)]
+        self.own_books = [[None, None] for _ in range(self.batch)]
+        self.pair_counts = [[None, None] for _ in range(self.batch)]
 
     def _tail_room(self) -> int:
         """Tokens the tail holds between two seals: the window, a page, and what rows that seal at other times need."""
-        return self.spec.window + PAGE_TOKENS + (PAGE_TOKENS - 1 if self.batch > 1 else 0)
+        ragged = PAGE_TOKENS - 1 if self.batch > 1 else 0
+        return self.spec.window + PAGE_TOKENS + ragged + (0 if self.compressed else self.spec.sinks)
 
+    @torch.inference_mode(False)
     def _make_room(self, k: Tensor, v: Tensor) -> None:
         """Move the tail to a buffer with room for the new tokens, and put them there."""
         base = min(int(self.tail_begin.min()), self.tokens) if self.compressed else self.tail_base
         kept = self.tokens - base
-        room = max(kept + k.shape[2], min(self._tail_room(), 2 * (kept + k.shape[2])))
+        need, steady = kept + k.shape[2], self._tail_room()
+        room = min(2 * need, steady) if need <= steady else need * 5 // 4 if kept else need
         for name, new in (("tail_k", k), ("tail_v", v)):
             old = getattr(self, name)
             buffer = old.new_empty((self.batch, self.heads, room, self.channels))
@@ -313,6 +328,7 @@ class KVStore:
             setattr(self, name, buffer)
         self.tail_base = base
 
+    @torch.inference_mode(False)
     def _trim_tail(self) -> None:
         """Give back what a prefill took for tokens that are now sealed."""
         room = self._tail_room()
@@ -333,10 +349,6 @@ class KVStore:
         if pages < 1:
             return
         at = begin - self.tail_base
-        if missing_sinks:
-            for sinks, tail in ((self.sinks_k, self.tail_k), (self.sinks_v, self.tail_v)):
-                sinks[row, :, self.sink_count[row] :] = tail[row, :, at - missing_sinks : at]
-            self.sink_count[row] = self.spec.sinks
         k, v = (as_array(x[row, :, at : at + pages * PAGE_TOKENS]) for x in (self.tail_k, self.tail_v))
         kq = self.kernels.quantise(k, self.spec.key.unit, self.spec.key.scale)
         vq = self.kernels.quantise(v, self.spec.value.unit, self.spec.value.scale)
@@ -346,6 +358,10 @@ class KVStore:
         k_books, v_books = self.books(row)
         coding = self.spec.key.coding, self.spec.value.coding
         buffer, offsets = self.kernels.encode_pages(k, v, kq, vq, coding, self.units, k_books, v_books)
+        if missing_sinks:
+            for sinks, tail in ((self.sinks_k, self.tail_k), (self.sinks_v, self.tail_v)):
+                sinks[row, :, self.sink_count[row] :] = tail[row, :, at - missing_sinks : at]
+            self.sink_count[row] = self.spec.sinks
         self._enter(row, buffer, offsets[:-1])
         self.tail_begin[row] = begin + pages * PAGE_TOKENS
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp import block
+from kvcomp.errors import CorruptData
 from kvcomp.kernels import Books
 from kvcomp.page import (
     DEFAULT_BOOK,
@@ -61,7 +62,9 @@ def encode_pages(
     for page in range(tokens // PAGE_TOKENS):
         rows = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
         token_scales, blocks = [], []
-        for kind, x, q, unit, code, books in zip(KINDS, (k, v), (kq, vq), units, coding, (k_books, v_books), strict=True):
+        for kind, x, q, unit, code, books in zip(
+            KINDS, (k, v), (kq, vq), units, coding, (k_books, v_books), strict=True
+        ):
             if unit == "token":
                 token_scales.append(block.scale_bytes(q.scale[page].ravel(), q.zero[page].ravel()))
             for head in range(heads):
@@ -117,7 +120,8 @@ def _decode_block(
         codes = block.decode_fixed(body, layout.channels, KINDS[kind], mode - FIXED)
     else:
         book = books[0] if mode == DEFAULT_BOOK else books[1]
-        assert mode in (DEFAULT_BOOK, OWN_BOOK) and book is not None
+        if book is None:
+            raise CorruptData("a block needs the sequence's own codebook, and there is none")
         codes = block.decode_huffman(body, layout.channels, KINDS[kind], book)
     across = (1, -1) if layout.units[kind] == "channel" else (-1, 1)
     return (codes + zero.reshape(across)).astype(np.float32) * scale.reshape(across)
