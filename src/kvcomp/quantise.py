@@ -105,9 +105,9 @@ def quantise(x: Array, unit: Unit, relative_scale: float) -> Quantised:
         back = (codes + zero.astype(np.float32)) * scale
         error = np.abs(to_float32(round_to(back, x.dtype)).astype(np.float64) - values)
         kept = storable & (codes < MAX_LEVELS) & (error <= bound)  # a NaN fails the comparison
-    raw = ~kept.all(axis=(2, 3))
+    raw: npt.NDArray[np.bool_] = ~np.asarray(kept.all(axis=(2, 3)))
     if unit == "token":  # one scale serves all heads: without it no head's block can be coded
-        raw |= ~storable.all(axis=(1, 2, 3))[:, None]
+        raw |= ~np.asarray(storable.all(axis=(1, 2, 3)))[:, None]
         unused = np.broadcast_to(raw.all(axis=1)[:, None, None, None], scale.shape)
     else:
         unused = np.broadcast_to(raw[:, :, None, None], scale.shape)
@@ -164,4 +164,5 @@ def _floor_log2(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _round_down(x: npt.NDArray[np.float64], bits: int) -> npt.NDArray[np.float64]:
     """Round down to a significand of ``bits`` bits; what is not positive gives 0."""
     mantissa, exponent = np.frexp(np.where(np.isfinite(x) & (x > 0), x, 0))
-    return np.ldexp(np.floor(np.ldexp(mantissa, bits)), exponent - bits)
+    rounded: npt.NDArray[np.float64] = np.ldexp(np.floor(np.ldexp(mantissa, bits)), exponent - bits)
+    return rounded

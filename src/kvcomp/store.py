@@ -98,6 +98,19 @@ class KVStore:
     Attributes: ``tokens``, positions held, left padding included; ``batch``, ``heads``, ``channels``, ``dtype``, known after the first append.
     """
 
+    layout: Layout
+    starts: npt.NDArray[np.int64]
+    tail_begin: npt.NDArray[np.int64]
+    sink_count: npt.NDArray[np.int64]
+    pages: npt.NDArray[np.int64]  # (rows, capacity) addresses, the first count[row] of them used
+    valid: npt.NDArray[np.int32]  # (rows, capacity) how many of a page's tokens count
+    count: npt.NDArray[np.int64]
+    tail_base: int  # position of the tail's first token
+    tail_k: Tensor  # (rows, KV heads, room, head_dim), as tail_v
+    tail_v: Tensor
+    sinks_k: Tensor  # (rows, KV heads, sinks, head_dim), as sinks_v
+    sinks_v: Tensor
+
     def __init__(self, spec: CodecSpec, backend: str = "cpu") -> None:
         self.spec = spec
         self.kernels = load_backend(backend)

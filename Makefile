@@ -1,0 +1,40 @@
+# Everything runs in .venv, made on the first use. `make demo` shows the library, `make test` tests it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check lint types layers slow bench clean
+
+demo: $(READY)
+	@$(BIN)/kvcomp generate --compare
+
+test: $(READY)
+	$(BIN)/pytest
+
+check: lint types layers test
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY)
+	$(BIN)/mypy
+
+layers: $(READY)
+	$(BIN)/lint-imports
+
+slow: $(READY)
+	$(BIN)/pytest -m slow
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("kvcomp needs Python 3.11 or later; try: make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || (echo "making $(VENV) failed; on Debian and Ubuntu: apt-get install python3-venv" && false)
+	@echo "setting up $(VENV), once"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,plots]' --group dev
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,244 @@
+"""The command line: ``kvcomp generate``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kvcomp.errors import KVCompError
+from kvcomp.spec import PRESETS, CodecSpec
+
+PROMPT_TOKENS = 2304
+MIB = 1024 * 1024
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Run language models from a compressed KV cache.\n\nStart here: [bold]kvcomp generate --compare[/bold]",
+)
+screen, errors = Console(), Console(stderr=True)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps ``generate`` a command of its own while it is the only one."""
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A clear message and exit code 1 instead of a traceback, for what is known to go wrong."""
+    try:
+        yield
+    except (KVCompError, OSError, MemoryError) as error:
+        errors.print(f"[bold red]error:[/bold red] {type(error).__name__}: {error}", highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        raise typer.Exit(130) from None
+
+
+def _spec(name: str | None) -> CodecSpec | None:
+    try:
+        return None if name is None else CodecSpec.resolve(name)
+    except KVCompError as error:
+        raise typer.BadParameter(str(error), param_hint="--spec") from None
+
+
+@app.command()
+def generate(
+    model: Annotated[str | None, typer.Argument(help="Model directory or hub name [default: the shipped one]")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File with the text to continue", exists=True, dir_okay=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate")] = 128,
+    spec: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(PRESETS)} or a spec.json [default: kvcomp.json beside the model, else kvcomp]"),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Hold every token against the uncompressed cache")] = False,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sample at this temperature; 0 takes the likeliest token")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling")] = 0,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file")] = None,
+) -> None:
+    """Generate text from a compressed KV cache and say what it cost.
+
+    Without a prompt the shipped model continues some 2,300 tokens of Python's standard library that it never saw.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise typer.BadParameter("give --prompt or --prompt-file, not both")
+    if model is not None and prompt is None and prompt_file is None:
+        raise typer.BadParameter("a model of your own needs --prompt or --prompt-file")
+    chosen = _spec(spec)
+    with _plain_errors():
+        _generate(model, prompt, prompt_file, max_new_tokens, chosen, compare, temperature, seed, output)
+
+
+def _generate(
+    name: str | None,
+    prompt: str | None,
+    prompt_file: Path | None,
+    max_new_tokens: int,
+    spec: CodecSpec | None,
+    compare: bool,
+    temperature: float,
+    seed: int,
+    output: Path | None,
+) -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with screen.status("loading"):  # torch and transformers take seconds to import: only where they are needed
+        import torch
+        from transformers.utils import logging as transformers_logging
+
+        from kvcomp.evaluate import generation
+        from kvcomp.evaluate.models import default_spec, held_out_ids, load_model, shipped_model
+        from kvcomp.integrations.transformers import KVCompCache
+
+        transformers_logging.disable_progress_bar()
+        logging.getLogger("kvcomp").addHandler(_ToScreen())
+        logging.getLogger("kvcomp").setLevel(logging.INFO)
+        place = name if name is not None else shipped_model()
+        language_model, tokenizer = load_model(place)
+    spec = spec or default_spec(place)
+    if prompt_file is not None:
+        prompt = _read_text(prompt_file)
+    own_text = held_out_ids(tokenizer, shipped_model())[:PROMPT_TOKENS] if prompt is None else []
+    ids = own_text or tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise typer.BadParameter("the prompt is empty")
+    cache = KVCompCache(language_model.config, spec)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    screen.print(
+        f"{place}: {len(ids)} prompt tokens, then {max_new_tokens} new ones from a compressed cache\n", style="dim"
+    )
+    tokens: list[int] = []
+    begin = time.perf_counter()
+    with Live(console=screen, refresh_per_second=8, vertical_overflow="visible") as live:
+
+        def show(token: int) -> None:
+            tokens.append(token)
+            live.update(Group(Text(tokenizer.decode(tokens), style="cyan"), _status(cache, len(tokens), begin)))
+
+        run = generation.generate(language_model, torch.tensor([ids]), cache, max_new_tokens, show, **sampling)
+    against = None
+    if compare:
+        with screen.status("the same tokens from the uncompressed cache"):
+            against = generation.compare(language_model, torch.tensor([ids]), run)
+    screen.print(_table(run, against))
+    if output is not None:
+        output.write_text(json.dumps(_figures(spec, run, against), indent=2) + "\n", encoding="utf-8")
+
+
+class _ToScreen(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(record.getMessage(), style="dim")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{path} is no UTF-8 text: {error}") from None
+
+
+def _status(cache: Any, tokens: int, begin: float) -> Text:
+    memory = cache.memory()
+    return Text(
+        f"\n{tokens} tokens, {tokens / (time.perf_counter() - begin):.1f}/s with the prompt   cache {memory.total / MIB:.2f} MiB, "
+        f"dense {memory.dense / MIB:.2f} MiB: {memory.ratio:.2f}x smaller",
+        style="dim",
+    )
+
+
+def _table(run: Any, against: Any) -> Table:
+    """What the generation cost, by part, beside the uncompressed cache where that was run."""
+    memory = run.memory
+    table = Table(title=f"{run.prompt} prompt + {len(run.tokens)} new tokens", title_justify="left")
+    table.add_column("")
+    table.add_column("compressed", justify="right")
+    table.add_column("uncompressed", justify="right")
+
+    def row(label: str, ours: str, theirs: str = "") -> None:
+        table.add_row(label, ours, theirs)
+
+    timing = against.timing if against else None
+    row("cache, MiB", f"{memory.total / MIB:.3f}", f"{(against.dense if against else memory.dense) / MIB:.3f}")
+    row("smaller by", f"{memory.ratio:.2f}x", "1x")
+    row("total bits per value", f"{memory.total_bits:.2f}", f"{8 * memory.dense / max(1, memory.values):.2f}")
+    parts = (
+        "codes",
+        "lengths",
+        "scales",
+        "directories",
+        "raw_blocks",
+        "spare",
+        "table",
+        "books",
+        "window",
+        "sinks",
+        "other",
+    )
+    for part in parts:
+        size = getattr(memory, part)
+        if size:
+            row(f"  {part.replace('_', ' ')}", f"{8 * size / max(1, memory.values):.2f}")
+    row("coded bits per sealed value", f"{memory.coded_bits:.2f}")
+    row("first token, s", f"{run.timing.first:.2f}", f"{timing.first:.2f}" if timing else "")
+    row(
+        "tokens per second after it",
+        f"{run.timing.tokens_per_second:.1f}",
+        f"{timing.tokens_per_second:.1f}" if timing else "",
+    )
+    row("peak memory of the process, MiB", f"{run.peak / MIB:.0f}")
+    if against:
+        row("same likeliest token", f"{100 * against.top1:.1f} %")
+        row("mean KL from uncompressed, nats", f"{against.kl:.2e}")
+    return table
+
+
+def _figures(spec: CodecSpec, run: Any, against: Any) -> dict[str, Any]:
+    """The table's figures, in bytes, seconds, bits and nats."""
+    memory = run.memory
+    figures: dict[str, Any] = {
+        "spec": json.loads(spec.to_json()),
+        "prompt_tokens": run.prompt,
+        "new_tokens": run.tokens,
+        "memory": asdict(memory) | {"total": memory.total},
+        "ratio": memory.ratio,
+        "total_bits": memory.total_bits,
+        "coded_bits": memory.coded_bits,
+        "first_token_seconds": run.timing.first,
+        "tokens_per_second": run.timing.tokens_per_second,
+        "peak_bytes": run.peak,
+    }
+    if against:
+        figures["uncompressed"] = {
+            "bytes": against.dense,
+            "first_token_seconds": against.timing.first,
+            "tokens_per_second": against.timing.tokens_per_second,
+        }
+        figures["top1_agreement"], figures["mean_kl"] = against.top1, against.kl
+    return figures
+
+
+def main() -> None:
+    """Entry point of the command ``kvcomp``."""
+    app()
