@@ -16,6 +16,7 @@ from kvcomp.errors import CorruptData, InvalidInput
 from kvcomp.quantise import MAX_LEVELS
 
 MAX_SYMBOLS_A_SIDE = 24  # the pair alphabet stays below 576 symbols where the split codes allow
+MAX_LIMIT = 12
 MAX_PAIR_BITS = 15  # L + 2k: so that the length of a stream fits a byte
 TRAINING_TOKENS = 256  # sealed tokens from which a sequence trains its own book
 
@@ -38,11 +39,8 @@ class Codebook:
     lengths: npt.NDArray[np.uint8]
 
     def __post_init__(self) -> None:
-        if not (
-            1 <= self.levels <= MAX_LEVELS
-            and 0 <= self.split <= 2
-            and 1 <= self.limit <= MAX_PAIR_BITS - 2 * self.split
-        ):
+        longest = min(MAX_LIMIT, MAX_PAIR_BITS - 2 * self.split)
+        if not (1 <= self.levels <= MAX_LEVELS and 0 <= self.split <= 2 and 1 <= self.limit <= longest):
             raise CorruptData(
                 f"codebook with levels {self.levels}, split {self.split}, limit {self.limit} is out of range"
             )
@@ -117,10 +115,10 @@ def train(counts: npt.NDArray[Any], limit: int) -> Codebook:
 @lru_cache(maxsize=256)
 def default(relative_scale: float, classes: int, limit: int) -> Codebook:
     """The book for blocks that the sequence's own book does not cover, or that come before it; shared, a function of its arguments."""
-    levels = int(min(MAX_LEVELS, 2 / relative_scale + 3))
+    levels = min(MAX_LEVELS, int(min(MAX_LEVELS, 2 / relative_scale)) + 3)
     k = split_for(levels)
     m = _symbols(levels, k)
-    centre = min(m, -(-int(min(MAX_LEVELS, 1 / relative_scale + 2)) // (1 << k)))
+    centre = min(m, -(-(int(min(MAX_LEVELS, 1 / relative_scale)) + 2) // (1 << k)))
     weight = [((h + 1) * (centre - h)) ** 4 if h < centre else 0 for h in range(m)]
     top = max(weight) ** 2
     pairs = np.array([(a * b << 20) // top for a in weight for b in weight], np.int64)
