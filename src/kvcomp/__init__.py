@@ -1,0 +1,37 @@
+"""kvcomp: the KV cache of language models, error-bounded and entropy-coded, with attention on the compressed bits.
+
+    packed = kvcomp.compress(k, v)      # (batch, kv_heads, tokens, head_dim)
+    o = packed.attend(q)                # (batch, heads, 1, head_dim)
+
+For Hugging Face transformers see ``kvcomp.integrations.transformers``.
+"""
+
+from kvcomp.errors import (
+    BackendUnavailable,
+    CorruptData,
+    InvalidInput,
+    KVCompError,
+    LimitExceeded,
+    UnsupportedModel,
+    UnsupportedVersion,
+)
+from kvcomp.packed import Packed, compress
+from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
+from kvcomp.store import KVStore, Memory
+
+__all__ = [
+    "PRESETS",
+    "BackendUnavailable",
+    "CodecSpec",
+    "CorruptData",
+    "InvalidInput",
+    "KVCompError",
+    "KVStore",
+    "LimitExceeded",
+    "Memory",
+    "Packed",
+    "TensorSpec",
+    "UnsupportedModel",
+    "UnsupportedVersion",
+    "compress",
+]

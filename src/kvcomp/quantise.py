@@ -109,7 +109,7 @@ def quantise(x: Array, unit: Unit, relative_scale: float) -> Quantised:
     if unit == "token":  # one scale serves all heads: without it no head's block can be coded
         usable: npt.NDArray[np.bool_] = np.asarray(storable.all(axis=(1, 2, 3)))
         raw |= ~usable[:, None]
-        unused = np.broadcast_to(raw.all(axis=1)[:, None, None, None], scale.shape)
+        unused = np.broadcast_to(np.asarray(raw.all(axis=1))[:, None, None, None], scale.shape)
     else:
         unused = np.broadcast_to(raw[:, :, None, None], scale.shape)
     return Quantised(

@@ -1,0 +1,54 @@
+"""K and V tensors without a model: compress, decompress, attend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from kvcomp.attention import attend
+from kvcomp.errors import InvalidInput
+from kvcomp.spec import CodecSpec
+from kvcomp.store import KVStore, Memory
+
+
+class Packed:
+    """Compressed K and V of one layer; made by ``compress``."""
+
+    def __init__(self, store: KVStore) -> None:
+        self._store = store
+
+    def decompress(self) -> tuple[Tensor, Tensor]:
+        """K and V, (batch, KV heads, tokens, head_dim) in the type they came in, within the spec's bound."""
+        return self._store.dense()
+
+    def attend(self, q: Tensor, scaling: float | None = None, softcap: float = 0.0) -> Tensor:
+        """softmax(scaling q.K) V on the compressed bits.
+
+        q: (batch, heads, queries, head_dim), the queries of the last tokens, each of which sees what is not after it.
+        scaling: head_dim^-0.5 if None. Returns (batch, heads, queries, head_dim) in q's type. Raises InvalidInput if q does not fit.
+        """
+        return attend(self._store, q, self._store.channels**-0.5 if scaling is None else scaling, softcap)
+
+    def memory(self) -> Memory:
+        """Bytes by part."""
+        return self._store.memory()
+
+
+def compress(k: Tensor, v: Tensor, spec: str | Path | CodecSpec = "kvcomp", backend: str = "cpu") -> Packed:
+    """Compress the K and V of one layer: every whole page of 64 tokens; what is left at the end stays raw.
+
+    k, v: (batch, KV heads, tokens, head_dim), float32, float16 or bfloat16, on the CPU. spec: a preset's name, a JSON file or a
+    CodecSpec with one relative scale each; its window and sinks are not used here.
+    Raises InvalidInput or BackendUnavailable.
+    """
+    resolved = CodecSpec.resolve(spec)
+    if len(resolved.key.scales) > 1 or len(resolved.value.scales) > 1:
+        raise InvalidInput(
+            "this spec has scales for each layer of a model: give CodecSpec.layer(i, layers) for one layer's tensors"
+        )
+    store = KVStore(replace(resolved, window=0, sinks=0), backend)
+    store.append(k, v)
+    store.seal()
+    return Packed(store)
