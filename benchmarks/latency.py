@@ -72,15 +72,9 @@ def summarise(seconds: np.ndarray[Any, Any]) -> list[Span]:
     for begin in range(0, len(seconds), BIN):
         part, seals = 1e3 * seconds[begin : begin + BIN], sealing[begin : begin + BIN]
         total = part.sum(axis=1)
-        spans.append(
-            Span(
-                begin + BIN // 2,
-                *(float(x) for x in np.median(part[~seals], axis=0)),
-                float(np.percentile(total, 50)),
-                float(np.percentile(total, 99)),
-                float(np.median(total[seals])),
-            )
-        )
+        append, seal, attending = (float(x) for x in np.median(part[~seals], axis=0))
+        p50, p99 = (float(x) for x in np.percentile(total, (50, 99)))
+        spans.append(Span(begin + BIN // 2, append, seal, attending, p50, p99, float(np.median(total[seals]))))
     return spans
 
 

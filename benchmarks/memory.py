@@ -52,7 +52,7 @@ def resident() -> int:
 def one(kind: str, tokens: int, new: int, chunk: int) -> None:
     """Generate with one kind of cache and print what it occupied."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG).to(torch.bfloat16).eval()
+    model: Any = LlamaForCausalLM(CONFIG).bfloat16().eval()
     compressed = kind != "DynamicCache"
     model.set_attn_implementation("kvcomp" if compressed else "sdpa")
     ids = torch.randint(0, CONFIG.vocab_size, (1, tokens))

@@ -22,6 +22,7 @@ from kvcomp.errors import KVCompError
 from kvcomp.spec import PRESETS, CodecSpec
 
 PROMPT_TOKENS = 2304
+REFRESH_SECONDS = 0.2
 MIB = 1024 * 1024
 
 app = typer.Typer(
@@ -130,12 +131,18 @@ def _generate(
         f"{place}: {len(ids)} prompt tokens, then {max_new_tokens} new ones from a compressed cache\n", style="dim"
     )
     tokens: list[int] = []
-    begin = time.perf_counter()
-    with Live(console=screen, refresh_per_second=8, vertical_overflow="visible") as live:
+    begin = shown = time.perf_counter()
+    with Live(console=screen, auto_refresh=False, vertical_overflow="visible") as live:
 
         def show(token: int) -> None:
+            nonlocal shown
             tokens.append(token)
-            live.update(Group(Text(tokenizer.decode(tokens), style="cyan"), _status(cache, len(tokens), begin)))
+            if time.perf_counter() - shown < REFRESH_SECONDS and len(tokens) < max_new_tokens:
+                return  # walking the cache for its size at every token would slow the generation down
+            shown = time.perf_counter()
+            live.update(
+                Group(Text(tokenizer.decode(tokens), style="cyan"), _status(cache, len(tokens), begin)), refresh=True
+            )
 
         run = generation.generate(language_model, torch.tensor([ids]), cache, max_new_tokens, show, **sampling)
     against = None
@@ -162,8 +169,8 @@ def _read_text(path: Path) -> str:
 def _status(cache: Any, tokens: int, begin: float) -> Text:
     memory = cache.memory()
     return Text(
-        f"\n{tokens} tokens, {tokens / (time.perf_counter() - begin):.1f}/s with the prompt   cache {memory.total / MIB:.2f} MiB, "
-        f"dense {memory.dense / MIB:.2f} MiB: {memory.ratio:.2f}x smaller",
+        f"\n{tokens} tokens in {time.perf_counter() - begin:.1f} s; cache {memory.total / MIB:.2f} MiB, "
+        f"dense {memory.dense / MIB:.2f} MiB: {memory.ratio:.2f}x smaller\n",
         style="dim",
     )
 
