@@ -260,9 +260,10 @@ class KVStore:
                     seen.add(address)
                     self._measure_page(buffer, address, parts)
         allocated = sum(buffer.nbytes for buffer in buffers.values())
-        own = {id(book): book.lengths.nbytes for books in self.own_books for book in books if book is not None}
+        books = {
+            id(book): book.lengths.nbytes for pair in [*self.own_books, self.default_books] for book in pair if book
+        }
         waiting = {id(counts): counts.nbytes for pair in self.pair_counts for counts in pair if counts is not None}
-        default = sum(book.lengths.nbytes for book in self.default_books)
         entries = self.pages.itemsize + self.valid.itemsize
         token_values = 2 * self.heads * self.channels
         held = int((self.tokens - self.starts).sum())
@@ -274,7 +275,7 @@ class KVStore:
                 x.nbytes for x in (self.pages, self.valid, self.count, self.starts, self.tail_begin, self.sink_count)
             ),
             table_entries=int(self.count.sum()) * entries,
-            books=sum(own.values()) + sum(waiting.values()) + default,
+            books=sum(books.values()) + sum(waiting.values()),
             window=sum(x.untyped_storage().nbytes() for x in (self.tail_k, self.tail_v)),
             sinks=sum(x.untyped_storage().nbytes() for x in (self.sinks_k, self.sinks_v)),
             sealed_values=sealed * token_values,
@@ -324,7 +325,8 @@ class KVStore:
     def _tail_room(self) -> int:
         """Tokens the tail holds between two seals: the window, a page, and what rows that seal at other times need."""
         ragged = PAGE_TOKENS - 1 if self.batch > 1 else 0
-        return self.spec.window + PAGE_TOKENS + ragged + (0 if self.compressed else self.spec.sinks)
+        page = max(PAGE_TOKENS, self.spec.window // 4)  # a wide window is not moved at every page
+        return self.spec.window + page + ragged + (0 if self.compressed else self.spec.sinks)
 
     @torch.inference_mode(False)
     def _make_room(self, k: Tensor, v: Tensor) -> None:

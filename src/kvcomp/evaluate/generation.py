@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from kvcomp.integrations.transformers import KVCompCache
@@ -81,6 +81,18 @@ class _Clock(BaseStreamer):
         return Timing(steps[0] if steps else 0.0, tuple(steps[1:]))
 
 
+class _Follow(LogitsProcessor):
+    """Makes ``generate`` take given tokens, whatever the model says."""
+
+    def __init__(self, prompt: int, tokens: list[int]) -> None:
+        self.prompt, self.tokens = prompt, tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.tokens[input_ids.shape[1] - self.prompt]] = 0
+        return forced
+
+
 def generate(
     model: Any,
     ids: Tensor,
@@ -94,45 +106,42 @@ def generate(
     ids: int64 (1, tokens). on_token: called with each new token's id as it comes.
     """
     model.set_attn_implementation("kvcomp")
+    tokens, logits, timing = _run(model, ids, cache, on_token, max_new_tokens=max_new_tokens, **sampling)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Generation(ids.shape[1], tokens, logits, timing, cache.memory(), peak)
+
+
+def compare(model: Any, ids: Tensor, run: Generation) -> Agreement:
+    """Generate the tokens of ``run`` again with an uncompressed cache and transformers' own attention (sdpa)."""
+    model.set_attn_implementation("sdpa")
+    cache = DynamicCache(config=model.config)
+    follow = LogitsProcessorList([_Follow(ids.shape[1], run.tokens)])
+    count = len(run.tokens)
+    _, logits, timing = _run(
+        model, ids, cache, lambda token: None, max_new_tokens=count, min_new_tokens=count, logits_processor=follow
+    )
+    reference, ours = logits.log_softmax(-1), run.logits.log_softmax(-1)
+    layers: list[Any] = list(cache.layers)
+    return Agreement(
+        top1=float((reference.argmax(-1) == ours.argmax(-1)).float().mean()),
+        kl=float((reference.exp() * (reference - ours)).sum(-1).mean()),
+        timing=timing,
+        dense=sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values)),
+    )
+
+
+def _run(
+    model: Any, ids: Tensor, cache: Any, on_token: Callable[[int], None], **options: Any
+) -> tuple[list[int], Tensor, Timing]:
+    """Token ids, the logits (float32, (tokens, vocabulary)) they were chosen from, and the times."""
     clock = _Clock(on_token)
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
-        max_new_tokens=max_new_tokens,
         streamer=clock,
         output_logits=True,
         return_dict_in_generate=True,
-        **{"do_sample": False, **sampling},
+        **{"do_sample": False, **options},
     )
-    return Generation(
-        prompt=ids.shape[1],
-        tokens=out.sequences[0, ids.shape[1] :].tolist(),
-        logits=torch.cat(out.logits).float(),
-        timing=clock.timing,
-        memory=cache.memory(),
-        peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    )
-
-
-@torch.inference_mode()
-def compare(
-    model: Any, ids: Tensor, run: Generation, on_token: Callable[[int], None] = lambda token: None
-) -> Agreement:
-    """Feed the tokens of ``run`` to the same model with an uncompressed cache (and transformers' own attention, sdpa)."""
-    model.set_attn_implementation("sdpa")
-    cache = DynamicCache(config=model.config)
-    step, agree, kl, seconds = ids, 0, 0.0, []
-    for token, compressed in zip(run.tokens, run.logits, strict=True):
-        begin = time.perf_counter()
-        logits = model(input_ids=step, past_key_values=cache, logits_to_keep=1).logits[0, -1].float()
-        seconds.append(time.perf_counter() - begin)
-        reference, ours = logits.log_softmax(-1), compressed.log_softmax(-1)
-        agree += int(reference.argmax() == ours.argmax())
-        kl += float((reference.exp() * (reference - ours)).sum())
-        step = torch.tensor([[token]])
-        on_token(token)
-    layers: list[Any] = list(cache.layers)
-    dense = sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
-    count = max(1, len(run.tokens))
-    return Agreement(agree / count, kl / count, Timing(seconds[0], tuple(seconds[1:])), dense)
+    return out.sequences[0, ids.shape[1] :].tolist(), torch.cat(out.logits).float(), clock.timing
