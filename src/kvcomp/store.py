@@ -346,14 +346,13 @@ class KVStore:
     @torch.inference_mode(False)
     def _trim_tail(self) -> None:
         """Give back what a prefill took for tokens that are now sealed."""
-        room = self._tail_room()
         base = int(self.tail_begin.min())
         kept = self.tokens - base
-        if self.tail_k.shape[2] > room >= kept and self.compressed:
+        if self.tail_k.shape[2] > self._tail_room() >= kept and self.compressed:
             for name in ("tail_k", "tail_v"):
                 old = getattr(self, name)
-                buffer = old.new_empty((self.batch, self.heads, room, self.channels))
-                buffer[:, :, :kept] = old[:, :, base - self.tail_base : self.tokens - self.tail_base]
+                buffer = old.new_empty((self.batch, self.heads, kept, self.channels))
+                buffer[:] = old[:, :, base - self.tail_base : self.tokens - self.tail_base]
                 setattr(self, name, buffer)
             self.tail_base = base
 

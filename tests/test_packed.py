@@ -1,0 +1,60 @@
+"""compress, decompress and attend on tensors, as the README shows them."""
+
+import pytest
+import torch
+
+import kvcomp
+from kvcomp.quantise import error_bound
+from kvcomp.store import as_array
+
+
+def tensors(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(tokens)
+    k, v = torch.randn(2, 2, 3, tokens, 64).to(dtype)
+    return k, v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_decompress_is_within_the_bound_and_keeps_the_type(dtype: torch.dtype) -> None:
+    k, v = tensors(192, dtype)
+    back_k, back_v = kvcomp.compress(k, v).decompress()
+    assert back_k.dtype == back_v.dtype == dtype
+    for row in range(2):
+        for x, back, unit, r in ((k, back_k, "block", 0.05), (v, back_v, "token", 0.1)):
+            bound = torch.from_numpy(error_bound(as_array(x[row]), unit, r))
+            error = (back[row].double() - x[row].double()).abs().unflatten(1, (-1, 64)).swapaxes(0, 1)
+            assert bool((error <= bound).all())
+            assert bool((error > 0).any())
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
+def test_attend_reads_the_compressed_bits_as_attention_reads_what_decompress_gives(tokens: int) -> None:
+    k, v = tensors(tokens, torch.float32)
+    packed = kvcomp.compress(k, v)
+    q = torch.randn(2, 12, 1, 64)
+    back_k, back_v = packed.decompress()
+    expected = torch.nn.functional.scaled_dot_product_attention(q, back_k, back_v, enable_gqa=True)
+    torch.testing.assert_close(packed.attend(q), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_pages_are_compressed_and_counted() -> None:
+    k, v = tensors(256)
+    memory = kvcomp.compress(k, v).memory()
+    assert memory.sealed_values == memory.values == k.numel() + v.numel()
+    assert memory.dense == 2 * memory.values
+    assert 2 < memory.coded_bits < memory.total_bits < 6
+
+
+def test_a_spec_of_many_layers_and_bad_tensors_are_refused() -> None:
+    k, v = tensors(64)
+    spec = kvcomp.CodecSpec(kvcomp.TensorSpec("block", (0.1, 0.2)), kvcomp.TensorSpec("token", 0.1))
+    with pytest.raises(kvcomp.InvalidInput, match="each layer"):
+        kvcomp.compress(k, v, spec)
+    with pytest.raises(kvcomp.InvalidInput, match="head_dim must be a multiple of 16"):
+        kvcomp.compress(k[..., :24], v[..., :24])
+    with pytest.raises(kvcomp.InvalidInput, match="at least one token"):
+        kvcomp.compress(k[:, :, :0], v[:, :, :0])
+    with pytest.raises(kvcomp.BackendUnavailable, match="no backend 'tpu'"):
+        kvcomp.compress(k, v, backend="tpu")
+    with pytest.raises(kvcomp.BackendUnavailable, match="run on the CPU"):
+        kvcomp.compress(k.to("meta"), v.to("meta"))
