@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
 import numpy as np
 import torch
 import typer
@@ -22,6 +21,7 @@ from rich.table import Table
 from setting import RESULTS, setting
 
 from kvcomp.attention import attend
+from kvcomp.evaluate.plots import lines
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore
 
@@ -79,23 +79,16 @@ def summarise(seconds: np.ndarray[Any, Any]) -> list[Span]:
 
 
 def plot(spans: list[Span], path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    contexts = [span.context for span in spans]
-    for label, values in (
-        ("attend", [span.attend for span in spans]),
-        ("append", [span.append for span in spans]),
-        ("token, median", [span.p50 for span in spans]),
-        ("token, 99th percentile", [span.p99 for span in spans]),
-        ("token that seals a page, median", [span.sealing_p50 for span in spans]),
-    ):
-        axes.plot(contexts, values, marker=".", label=label)
-    axes.set(xlabel="context, tokens", ylabel="milliseconds a token and layer", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
+    contexts = [float(span.context) for span in spans]
+    curves = {
+        "attend": [span.attend for span in spans],
+        "append": [span.append for span in spans],
+        "token, median": [span.p50 for span in spans],
+        "token, 99th percentile": [span.p99 for span in spans],
+        "token that seals a page, median": [span.sealing_p50 for span in spans],
+    }
+    series = {name: (contexts, values) for name, values in curves.items()}
+    lines(path, series, ("context, tokens", "milliseconds a token and layer"))
 
 
 def main(

@@ -31,6 +31,7 @@ from kvcomp.evaluate.fidelity import (
     score,
 )
 from kvcomp.evaluate.models import default_spec, held_out_ids, load_model, shipped_model
+from kvcomp.evaluate.plots import lines
 from kvcomp.evaluate.text import LookupLists
 from kvcomp.spec import CodecSpec, TensorSpec
 
@@ -73,6 +74,19 @@ def at_the_kl_of(kivi: dict[str, float], rows: list[dict[str, Any]]) -> dict[str
         "coded_ratio": bits[best]["coded_bits"] / kivi["coded_bits"],
         "total_ratio": bits[best]["total_bits"] / kivi["total_bits"],
     }
+
+
+def plot(kivi: dict[int, Any], rows: list[dict[str, Any]], tuned: dict[str, Any], path: Path) -> None:
+    """KL over coded bits."""
+
+    def curve(results: list[Any]) -> tuple[list[float], list[float]]:
+        return [r["coded_bits"] for r in results], [r["kl"] for r in results]
+
+    series = {"KIVI-style, group 32": curve(list(kivi.values()))}
+    for ratio in VALUE_OVER_KEY:
+        series[f"paper, V scale {ratio} x K's"] = curve([row for row in rows if row["value_over_key"] == ratio])
+    series["tuned for the model"] = curve([tuned])
+    lines(path, series, ("coded bits per value", "KL from the uncompressed cache, nats a token"))
 
 
 def main(
@@ -134,6 +148,7 @@ def main(
         + "\n",
         encoding="utf-8",
     )
+    plot(kivi, rows, tuned, output.with_suffix(".svg"))
     table = Table("method", "coded bits", "total bits", "KL", "top-1", title=f"{prompts} prompts of {PROMPT} tokens")
     for name, result in [
         *((f"KIVI-{bits} style, group 32", result) for bits, result in kivi.items()),
