@@ -1,8 +1,8 @@
 """Find the relative scales of the spec that lies beside the model, kvcomp.json: one for each layer's K and V.
 
-For small steps a tensor's share of the KL grows with the square of its step, so the fewest bits for a given KL have every tensor add the
-same: r_i = c r_0 / sqrt(KL_i), KL_i measured with that tensor alone compressed at r_0. Then the largest c is taken that keeps
-the top-1 agreement and the look-ups. All of it on text the model was trained on, and on look-up lists of
+Each tensor is compressed alone at some scales, which gives its share of the KL and its size at each; for a price of KL every tensor then takes
+the scale of least size + price * KL (Shoham & Gersho, 1988), and the lowest price is taken that keeps the top-1
+agreement and the look-ups. All of it on text the model was trained on, and on look-up lists of
 other seeds than the benchmarks': held-out text is left for measuring.
 """
 
@@ -22,34 +22,33 @@ from kvcomp.evaluate.fidelity import Codec, Coded, Sample, kvcomp_codec, lookup_
 from kvcomp.evaluate.models import TUNED_SPEC, load_model
 from kvcomp.evaluate.text import LookupLists, held_out_names, join, training_text
 from kvcomp.spec import PRESETS, CodecSpec
+from kvcomp.store import Memory
 
 HERE = Path(__file__).parent
 PROMPT, SCORED = 2048, 256
-COARSEST, FINEST = 0.5, 0.016
+STEPS = (0.33, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)  # relative scales, as multiples of the preset's
 SEED = 7
 
 screen = Console()
 
 
-def only(codec: Codec, layer: int, key: bool) -> Codec:
-    """Compress the K or the V of one layer, and nothing else."""
+def spec_of(scales: np.ndarray[Any, Any]) -> CodecSpec:
+    """The preset with these relative scales, (layers, K|V)."""
+    base = PRESETS["kvcomp"]
+    key, value = (tuple(round(float(r), 4) for r in column) for column in scales.T)
+    return replace(base, key=replace(base.key, relative_scale=key), value=replace(base.value, relative_scale=value))
+
+
+def only(codec: Codec, layer: int, tensor: int) -> Codec:
+    """Compress the K (0) or the V (1) of one layer, and nothing else."""
 
     def code(index: int, k: torch.Tensor, v: torch.Tensor) -> Coded:
-        coded = codec(index, k, v)
         if index != layer:
-            return Coded(k, v, coded.memory)
-        return Coded(coded.k, v, coded.memory) if key else Coded(k, coded.v, coded.memory)
+            return Coded(k, v, Memory())
+        coded = codec(index, k, v)
+        return Coded(k if tensor else coded.k, coded.v if tensor else v, coded.memory)
 
     return code
-
-
-def spec_for(kl: np.ndarray[Any, Any], c: float) -> CodecSpec:
-    """The spec whose tensors, kl[layer, K|V] each at the preset's scales, all add the same to the KL."""
-    base = PRESETS["kvcomp"]
-    start = np.array([base.key.scale, base.value.scale])
-    scales = np.clip(c * start / np.sqrt(kl), FINEST, COARSEST).round(4)
-    key, value = (tuple(float(r) for r in column) for column in scales.T)
-    return replace(base, key=replace(base.key, relative_scale=key), value=replace(base.value, relative_scale=value))
 
 
 def main(
@@ -72,28 +71,29 @@ def main(
     records = [lookup_sample(model, each) for each in track(drawn, "reading look-up lists", console=screen)]
     exact = np.mean([r for each, s in zip(drawn, records, strict=True) for r in lookups_right(model, each, s, None)])
 
-    codec = kvcomp_codec(PRESETS["kvcomp"], layers)
-    kl = np.array(
-        [
-            [np.mean(score(model, [*texts, *records], only(codec, layer, key)).kl) for key in (True, False)]
-            for layer in track(range(layers), "sensitivity of each layer", console=screen)
-        ]
-    )
-    screen.print("KL of each layer's K and V alone:", kl.round(5).tolist())
+    base = np.array([[PRESETS["kvcomp"].key.scale, PRESETS["kvcomp"].value.scale]] * layers)
+    kl, size = np.zeros((2, layers, 2, len(STEPS)))
+    for layer, tensor, step in track(list(np.ndindex(kl.shape)), "each layer's K and V alone", console=screen):
+        scales = base.copy()
+        scales[layer, tensor] *= STEPS[step]
+        scored = score(model, [*texts, *records], only(kvcomp_codec(spec_of(scales), layers), layer, tensor))
+        kl[layer, tensor, step] = np.mean(scored.kl)
+        size[layer, tensor, step] = scored.memory.coded_bits
 
-    low, high = 0.0, 0.5  # the KL of each tensor is about c^2 times its share
-    for _ in track(range(7), "largest scales that keep the quality", console=screen):
-        c = (low + high) / 2
-        coded = kvcomp_codec(spec_for(kl, c), layers)
+    low, high = 1.0, 1e5  # bits a value for a nat
+    for _ in track(range(12), "lowest price that keeps the quality", console=screen):
+        price = float(np.sqrt(low * high))
+        scales = base * np.take(STEPS, np.argmin(size + price * kl, axis=2))
+        coded = kvcomp_codec(spec_of(scales), layers)
         scored = score(model, texts, coded)
         right = np.mean([r for e, s in zip(drawn, records, strict=True) for r in lookups_right(model, e, s, coded)])
         kept = np.mean(scored.top1) >= top1 and exact - right <= lookups
         screen.print(
-            f"c {c:.4f}: {scored.memory.coded_bits:.3f} coded bits, KL {np.mean(scored.kl):.2e}, "
+            f"price {price:.0f}: {scored.memory.coded_bits:.3f} coded bits, KL {np.mean(scored.kl):.2e}, "
             f"top-1 {np.mean(scored.top1):.4f}, look-ups {right:.4f} of {exact:.4f}"
         )
-        low, high = (c, high) if kept else (low, c)
-    spec = spec_for(kl, low)
+        low, high = (low, price) if kept else (price, high)
+    spec = spec_of(base * np.take(STEPS, np.argmin(size + high * kl, axis=2)))
     (HERE / TUNED_SPEC).write_text(spec.to_json() + "\n", encoding="utf-8")
     screen.print(f"wrote {TUNED_SPEC}:", spec.key.relative_scale, spec.value.relative_scale)
 
