@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint types layers slow bench clean
+.PHONY: demo test check lint types layers slow bench-quality bench-attention bench-memory bench-latency tables clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -27,6 +27,12 @@ layers: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -m slow
+
+bench-%: $(READY)
+	$(BIN)/python benchmarks/$(if $(filter attention,$*),attention_cpu,$*).py
+
+tables: $(READY)
+	$(BIN)/python benchmarks/tables.py
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("kvcomp needs Python 3.11 or later; try: make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
