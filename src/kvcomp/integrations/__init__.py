@@ -1,0 +1,1 @@
+"""kvcomp inside other libraries; importing this package imports none of them."""

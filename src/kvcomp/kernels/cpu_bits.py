@@ -1,0 +1,249 @@
+"""What Numba lacks for the CPU kernels: memory at an address, vectors of 16 floats, an atomic counter.
+
+Addresses are plain int64; who passes one keeps the memory alive. Loads and stores need no alignment.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16  # floats of a vector: a register of AVX-512; LLVM splits it where registers are smaller
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # dtypes of raw values, as the kernels name them
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+POINTER = ir.PointerType()
+
+# What a sum may be rearranged to, but not that it is finite: raw blocks may hold NaN and infinity.
+FAST = {"contract", "reassoc", "nsz", "arcp"}
+
+_cacheable = True
+
+
+def compiled(function: Callable[..., Any] | None = None, *, fastmath: set[str] | bool = False) -> Any:
+    """Compile with Numba, without the GIL, with a cache on disk; where no directory for it is writable, warn once and go without."""
+    global _cacheable
+    if function is None:
+        return lambda f: compiled(f, fastmath=fastmath)
+    options: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": fastmath}
+    if _cacheable:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # "cannot cache function ...: no locator available"
+            _cacheable = False
+            warnings.warn(
+                "Numba finds no writable cache directory: the CPU kernels compile anew in each process", stacklevel=2
+            )
+    return njit(**options)(function)
+
+
+Emit = Callable[[Any, ir.IRBuilder, Sequence[ir.Value]], ir.Value | None]
+
+
+def emitted(result: types.Type, arguments: Sequence[types.Type], emit: Emit) -> Any:
+    """A function for compiled code whose body is the LLVM IR that ``emit(context, builder, arguments)`` writes."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> ir.Value:
+        value = emit(context, builder, args)
+        return context.get_dummy_value() if value is None else value
+
+    def typing(*_: Any) -> Any:
+        return result(*arguments), codegen
+
+    names = ["context", *(f"argument_{index}" for index in range(len(arguments)))]  # Numba looks at the parameters
+    typing.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])  # type: ignore[attr-defined]
+    return intrinsic(typing)
+
+
+@compiled
+def address_of(array):  # type: ignore[no-untyped-def]
+    """Address of an array's first element. Take it where the array is a parameter: Numba frees a local after its last mention."""
+    return np.int64(array.ctypes.data)
+
+
+@compiled
+def row_address(array, index):  # type: ignore[no-untyped-def]
+    """Address of ``array[index]``."""
+    return np.int64(array.ctypes.data) + index * np.int64(array.strides[0])
+
+
+def _viewer(element: types.Type) -> Any:
+    pointer = emitted(types.CPointer(element), [types.int64], lambda context, builder, args: at(builder, args[0]))
+
+    @compiled
+    def view(address, shape):  # type: ignore[no-untyped-def]
+        return carray(pointer(address), shape)
+
+    return view
+
+
+def at(builder: ir.IRBuilder, address: ir.Value, offset: int = 0) -> ir.Value:
+    """The pointer ``address + offset`` bytes."""
+    return builder.inttoptr(builder.add(address, I64(offset)) if offset else address, POINTER)
+
+
+def _loader(result: types.Type, stored: ir.Type) -> Any:
+    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
+        return builder.load(at(builder, args[0]), align=1, typ=stored)
+
+    return emitted(result, [types.int64], emit)
+
+
+def _storer(given: types.Type) -> Any:
+    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+        builder.store(args[1], at(builder, args[0]), align=1)
+
+    return emitted(types.void, [types.int64, given], emit)
+
+
+# Arrays on memory that somebody else keeps alive: (address, shape). They cost no reference counting, an array argument does.
+floats_at, integers_at, halves_at, words_at = (
+    _viewer(element) for element in (types.float32, types.int64, types.uint16, types.uint32)
+)
+
+load_u8, load_u16, load_u32 = _loader(types.uint8, I8), _loader(types.uint16, I16), _loader(types.uint32, I32)
+load_i16, load_i32, load_f32 = _loader(types.int16, I16), _loader(types.int32, I32), _loader(types.float32, F32)
+store_u8, store_u16, store_u32 = _storer(types.uint8), _storer(types.uint16), _storer(types.uint32)
+store_u64 = _storer(types.uint64)
+
+
+def _copy_bytes(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    source, target, count = args
+    cgutils.raw_memcpy(builder, at(builder, target), at(builder, source), count, 1)
+
+
+def _clear_bytes(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    cgutils.memset(builder, at(builder, args[0]), args[1], 0)
+
+
+copy_bytes = emitted(types.void, [types.int64] * 3, _copy_bytes)  # (source, target, count)
+clear_bytes = emitted(types.void, [types.int64] * 2, _clear_bytes)  # (target, count)
+
+# Reinterpretation of a float64 as its bits, and back.
+bits_of = emitted(types.int64, [types.float64], lambda context, builder, args: builder.bitcast(args[0], I64))
+float_of = emitted(
+    types.float64, [types.int64], lambda context, builder, args: builder.bitcast(args[0], ir.DoubleType())
+)
+
+
+def _prefetch(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(prefetch, [at(builder, args[0]), I32(0), I32(3), I32(1)])  # to read, keep near, data
+
+
+prefetch = emitted(types.void, [types.int64], _prefetch)  # the cache line at an address
+
+
+def _fetch_add(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
+    return builder.atomic_rmw("add", at(builder, args[0]), I64(1), "monotonic")
+
+
+# take_next(address): the int64 at an address, which grows by one, atomically.
+take_next = emitted(types.int64, [types.int64], _fetch_add)
+
+
+def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
+    return ir.VectorType(element, lanes)
+
+
+def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int = LANES) -> ir.Value:
+    """A vector with one value in all lanes."""
+    of = vector(value.type, lanes)
+    first = builder.insert_element(ir.Constant(of, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(first, ir.Constant(of, ir.Undefined), ir.Constant(vector(I32, lanes), [0] * lanes))
+
+
+def fold_lanes(builder: ir.IRBuilder, x: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+    """One value from the lanes of a vector, halves onto halves."""
+    lanes = x.type.count
+    while lanes > 1:
+        lanes //= 2
+        low, high = (builder.shuffle_vector(x, x, integers(I32, range(first, first + lanes))) for first in (0, lanes))
+        x = combine(low, high)
+    return builder.extract_element(x, I32(0))
+
+
+def sum_of_lanes(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    return fold_lanes(builder, x, builder.fadd)
+
+
+def integers(element: ir.IntType, values: Sequence[int]) -> ir.Constant:
+    """A constant vector."""
+    return ir.Constant(vector(element, len(values)), list(values))
+
+
+def round_bfloat16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Vector of float32 -> vector of i32 whose upper halves are the nearest bfloat16, ties to even; not for NaN."""
+    bits = builder.bitcast(x, vector(I32))
+    odd = builder.and_(builder.lshr(bits, integers(I32, [16] * LANES)), integers(I32, [1] * LANES))
+    return builder.add(bits, builder.add(odd, integers(I32, [0x7FFF] * LANES)))
+
+
+def _widen(stored: int) -> Emit:
+    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+        source, target, count = args
+        size = 4 if stored == FLOAT32 else 2
+        with cgutils.for_range_slice(builder, I64(0), count, I64(LANES), I64) as (i, _):
+            pointer = at(builder, builder.add(source, builder.mul(i, I64(size))))
+            if stored == FLOAT32:
+                x = builder.load(pointer, align=1, typ=vector(F32))
+            elif stored == FLOAT16:
+                x = builder.fpext(builder.load(pointer, align=1, typ=vector(F16)), vector(F32))
+            else:
+                bits = builder.zext(builder.load(pointer, align=1, typ=vector(I16)), vector(I32))
+                x = builder.bitcast(builder.shl(bits, integers(I32, [16] * LANES)), vector(F32))
+            builder.store(x, at(builder, builder.add(target, builder.mul(i, I64(4)))), align=1)
+
+    return emit
+
+
+def _narrow(stored: int) -> Emit:
+    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+        source, target, count = args
+        size = 4 if stored == FLOAT32 else 2
+        with cgutils.for_range_slice(builder, I64(0), count, I64(LANES), I64) as (i, _):
+            x = builder.load(at(builder, builder.add(source, builder.mul(i, I64(4)))), align=1, typ=vector(F32))
+            if stored == FLOAT16:
+                x = builder.fptrunc(x, vector(F16))
+            elif stored == BFLOAT16:
+                x = builder.trunc(builder.lshr(round_bfloat16(builder, x), integers(I32, [16] * LANES)), vector(I16))
+            builder.store(x, at(builder, builder.add(target, builder.mul(i, I64(size)))), align=1)
+
+    return emit
+
+
+_copy = [types.int64, types.int64, types.int64]
+_widen_float32, _widen_float16, _widen_bfloat16 = (emitted(types.void, _copy, _widen(dtype)) for dtype in range(3))
+_narrow_float32, _narrow_float16, _narrow_bfloat16 = (emitted(types.void, _copy, _narrow(dtype)) for dtype in range(3))
+
+
+@compiled
+def widen(dtype, source, target, count):  # type: ignore[no-untyped-def]
+    """``count`` values (a multiple of 16) of a dtype at an address, as float32 to another address."""
+    if dtype == FLOAT32:
+        _widen_float32(source, target, count)
+    elif dtype == FLOAT16:
+        _widen_float16(source, target, count)
+    else:
+        _widen_bfloat16(source, target, count)
+
+
+@compiled
+def narrow(dtype, source, target, count):  # type: ignore[no-untyped-def]
+    """The inverse of ``widen``, rounded to nearest, ties to even; not for NaN."""
+    if dtype == FLOAT32:
+        _narrow_float32(source, target, count)
+    elif dtype == FLOAT16:
+        _narrow_float16(source, target, count)
+    else:
+        _narrow_bfloat16(source, target, count)

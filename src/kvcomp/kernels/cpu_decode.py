@@ -1,0 +1,258 @@
+"""Blocks -> pairs of codes (docs/format.md, sections 4 and 5), the innermost loop of every reader.
+
+Decoded pairs lie where the products want them: K as [channel pair][token], V as [token pair][channel], 16 bits each, in one of two
+forms: *narrow* ``bits : 6 | a : 5 | b : 5``, an entry of a small decode table as it is, or *wide* ``a : 8 | b : 8``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from kvcomp.kernels.cpu_bits import (
+    I1,
+    I16,
+    I32,
+    I64,
+    at,
+    compiled,
+    emitted,
+    integers,
+    integers_at,
+    load_u8,
+    splat,
+    vector,
+)
+
+K, V = 0, 1
+RAW, DEFAULT_BOOK, OWN_BOOK, FIXED = 0, 1, 2, 8
+NARROW_LEVELS = 32  # books of at most so many levels have entries of 16 bits: half the cache
+NARROW_A, NARROW_B = 6, 11  # first bits of a and b
+
+# Columns of a book's description (see describe_book in cpu.py).
+LENGTHS, CLASSES, SYMBOLS, SPLIT, LIMIT, NARROW, LEVELS, COLUMNS = 0, 1, 2, 3, 4, 5, 6, 7
+
+STREAMS, TOGETHER = 64, 8  # TOGETHER streams are decoded at the same time: lanes j, j + 4, .. j + 28 of one s
+
+
+@compiled
+def entry_of(bits, a, b, narrow):  # type: ignore[no-untyped-def]
+    """Entry of a decode table."""
+    if narrow:
+        return bits | a << NARROW_A | b << NARROW_B
+    return bits | a << 16 | b << 24
+
+
+@compiled
+def canonical_words(lengths, count, limit, words):  # type: ignore[no-untyped-def]
+    """Reversed canonical code words of ``count`` symbols (section 4); ``lengths`` is an address. Returns how many have a code."""
+    first = np.zeros(17, np.int64)
+    for symbol in range(count):
+        first[load_u8(lengths + symbol) + 1] += 1
+    used = count - first[1]
+    first[1] = 0
+    code = 0
+    for length in range(
+        1, limit + 1
+    ):  # the first code of each length; so far first[length + 1] counts those of this length
+        number = first[length + 1]
+        first[length] = code
+        code = (code + number) << 1
+    for symbol in range(count):
+        length = np.int64(load_u8(lengths + symbol))
+        if length:
+            code = first[length]
+            first[length] += 1
+            word = 0
+            for _ in range(length):
+                word = word << 1 | code & 1
+                code >>= 1
+            words[symbol] = word
+    return used
+
+
+@compiled
+def build_table(lengths, symbols, split, limit, narrow, table):  # type: ignore[no-untyped-def]
+    """Decode table of 2^(limit + 2 split) entries for one class, the split bits folded in.
+
+    The codes of a length are entered when the table has just one place for each, then the table is doubled.
+    """
+    count = symbols * symbols
+    words = np.empty(count, np.uint16)
+    used = canonical_words(lengths, count, limit, words)
+    # symbols by length
+    begin = np.zeros(18, np.int64)
+    for symbol in range(count):
+        begin[load_u8(lengths + symbol) + 1] += 1
+    for length in range(17):
+        begin[length + 1] += begin[length]
+    ordered = np.empty(count, np.uint16)
+    fill = begin.copy()
+    for symbol in range(count):
+        length = load_u8(lengths + symbol)
+        ordered[fill[length]] = symbol
+        fill[length] += 1
+    low = (1 << split) - 1
+    size = 1 << (2 * split)
+    for length in range(1, limit + 1):
+        for i in range(size):
+            table[size + i] = table[i]
+        size *= 2
+        for index in range(begin[length], begin[length + 1]):
+            symbol = np.int64(ordered[index])
+            a, b = symbol // symbols << split, symbol % symbols << split
+            for tail in range(1 << (2 * split)):
+                entry = entry_of(length + 2 * split, a | tail & low, b | tail >> split, narrow)
+                table[np.int64(words[symbol]) | tail << length] = entry
+                if used == 1:  # a single symbol has a code of one bit, and both bits mean it
+                    table[1 | tail << length] = entry
+
+
+def _pair_decoder(entry: ir.IntType, pairs_a_window: int) -> Any:
+    """``decode(positions, table, table_bits, offsets, out, pairs)``: the next pairs of eight streams, interleaved.
+
+    positions: address of eight int64, the absolute bit positions of the streams, which move on. table: address. offsets: address
+    of int64, where each pair lies in the output, in bytes; the eight streams lie side by side. pairs: a multiple of pairs_a_window.
+
+    A stream's window is 64 bits from its position, ended by a sentinel 1, so that the leading zeros count what was taken. Positions
+    stay in memory: registers are for the windows.
+    """
+
+    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+        positions, table, table_bits, offsets, out, pairs = args
+        mask = builder.not_(builder.shl(I64(-1), table_bits))
+        scale = I64(1 if entry == I16 else 2)
+        with cgutils.for_range_slice(builder, I64(0), pairs, I64(pairs_a_window), I64) as (pair, _):
+            windows = []
+            for stream in range(TOGETHER):
+                position = builder.load(at(builder, positions, 8 * stream), typ=I64)
+                bits = builder.load(at(builder, builder.lshr(position, I64(3))), align=1, typ=I64)
+                windows.append(builder.or_(builder.lshr(bits, builder.and_(position, I64(7))), I64(-(1 << 63))))
+            for i in range(pairs_a_window):
+                offset = builder.load(at(builder, builder.add(offsets, builder.shl(pair, I64(3))), 8 * i), typ=I64)
+                target = builder.add(out, offset)
+                for stream in range(TOGETHER):
+                    index = builder.shl(builder.and_(windows[stream], mask), scale)
+                    found = at(builder, builder.add(table, index))
+                    bits = head = builder.load(found, typ=I16)
+                    if entry == I32:  # a second load is cheaper than a shift
+                        head = builder.load(at(builder, builder.add(table, index), 2), typ=I16)
+                    builder.store(head, at(builder, target, 2 * stream), align=2)
+                    taken = builder.and_(builder.zext(bits, I64), I64(63))
+                    windows[stream] = builder.lshr(windows[stream], taken)
+            for stream in range(TOGETHER):
+                slot = at(builder, positions, 8 * stream)
+                taken = builder.ctlz(windows[stream], I1(1))
+                builder.store(builder.add(builder.load(slot, typ=I64), taken), slot)
+
+    return emitted(types.void, [types.int64] * 6, emit)
+
+
+_narrow_4, _wide_4, _wide_2 = _pair_decoder(I16, 4), _pair_decoder(I32, 4), _pair_decoder(I32, 2)
+
+
+@compiled
+def decode_pairs(positions, table, table_bits, narrow, offsets, out, pairs):  # type: ignore[no-untyped-def]
+    """The right decoder for a table: 57 bits of a window are sure, so four pairs of 14 bits or two of 15."""
+    if narrow:
+        _narrow_4(positions, table, table_bits, offsets, out, pairs)
+    elif table_bits <= 14:
+        _wide_4(positions, table, table_bits, offsets, out, pairs)
+    else:
+        _wide_2(positions, table, table_bits, offsets, out, pairs)
+
+
+@compiled
+def pair_offsets(kind, channels, offsets):  # type: ignore[no-untyped-def]
+    """Byte offset of each of a stream's D/2 pairs in the decoded block, without that of the stream (section 4)."""
+    run = channels // 8
+    for pair in range(channels // 2):
+        if kind == K:  # [channel pair][64 tokens]
+            offsets[pair] = pair % run * 128 + pair // run * 16
+        else:  # [token pair][D channels]
+            offsets[pair] = (8 * (pair >> 1 & 3) + 4 * (pair & 1)) * 2 * channels + 16 * (pair >> 3)
+
+
+@compiled
+def stream_offset(kind, channels, s, j):  # type: ignore[no-untyped-def]
+    """Byte offset of the streams (s, j, g = 0 .. 7), which lie side by side."""
+    if kind == K:
+        return j * (channels // 8) * 128 + s * 64
+    return j * 2 * channels + s * channels
+
+
+@compiled
+def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out):  # type: ignore[no-untyped-def]
+    """64 length bytes and the streams behind them to pairs; all by address but ``book``. ``positions``: scratch, int64 [64]."""
+    begin = integers_at(positions, STREAMS)
+    unit = 4 if channels <= 128 else 8
+    position = (codes + STREAMS) * 8
+    for stream in range(STREAMS):
+        lane = stream & 31
+        begin[(stream & 32) + (lane & 3) * TOGETHER + (lane >> 2)] = position
+        position += np.int64(load_u8(codes + stream)) * unit
+    narrow, bits = book[NARROW], book[LIMIT] + 2 * book[SPLIT]
+    table_bytes = np.int64(2 if narrow else 4) << bits
+    for s in range(2):
+        for j in range(4):
+            of_streams = positions + (s * 4 + j) * TOGETHER * 8
+            target = out + stream_offset(kind, channels, s, j)
+            if book[CLASSES] == 1 or kind == K:
+                table = tables + (table_bytes * j if book[CLASSES] > 1 else 0)
+                decode_pairs(of_streams, table, bits, narrow, offsets, target, channels // 2)
+            else:  # a class of V is a run of tiles of eight channels, eight pairs each
+                first, tiles = s * (channels // 16), channels // 16
+                tile = 0
+                while tile < tiles:
+                    of_class = 4 * (first + tile) // (channels // 8)
+                    end = tile + 1
+                    while end < tiles and 4 * (first + end) // (channels // 8) == of_class:
+                        end += 1
+                    table = tables + table_bytes * of_class
+                    decode_pairs(of_streams, table, bits, narrow, offsets + tile * 64, target, (end - tile) * 8)
+                    tile = end
+
+
+def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    """One pair of 32 streams, from a row of words and the next; to four runs of eight streams."""
+    words, following, shift, width, out, step = args
+    low, high = (builder.load(at(builder, address), align=1, typ=vector(I32, 32)) for address in (words, following))
+    wide, lanes = I64, 32
+    both = builder.or_(
+        builder.zext(low, vector(wide, lanes)),
+        builder.shl(builder.zext(high, vector(wide, lanes)), integers(wide, [32] * lanes)),
+    )
+    both = builder.trunc(builder.lshr(both, splat(builder, shift, lanes)), vector(I32, lanes))
+    count = builder.trunc(width, I32)
+    mask = splat(builder, builder.not_(builder.shl(I32(-1), count)), lanes)
+    second = builder.and_(builder.lshr(both, splat(builder, count, lanes)), mask)
+    pair = builder.or_(builder.and_(both, mask), builder.shl(second, integers(I32, [8] * lanes)))
+    pair = builder.trunc(pair, vector(I16, lanes))
+    for j in range(4):
+        streams = integers(I32, [4 * g + j for g in range(TOGETHER)])
+        run = builder.shuffle_vector(pair, ir.Constant(pair.type, ir.Undefined), streams)
+        builder.store(run, at(builder, builder.add(out, builder.mul(step, I64(j)))), align=2)
+
+
+_unpack_pair = emitted(types.void, [types.int64] * 6, _unpack)
+
+
+@compiled
+def decode_fixed(codes, kind, channels, width, offsets, out):  # type: ignore[no-untyped-def]
+    """Codes of a fixed width at an address, word i of stream x at 4 (64 i + x), to wide pairs at another."""
+    rows = (channels * width + 31) // 32
+    step = stream_offset(kind, channels, 0, 1)
+    place_of = integers_at(offsets, channels // 2)
+    for s in range(2):
+        for pair in range(channels // 2):
+            bit = 2 * pair * width
+            row = bit >> 5
+            words = codes + 4 * (STREAMS * row + 32 * s)
+            following = words + (4 * STREAMS if row + 1 < rows else 0)
+            target = out + stream_offset(kind, channels, s, 0) + place_of[pair]
+            _unpack_pair(words, following, bit & 31, width, target, step)

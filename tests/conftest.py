@@ -1,0 +1,42 @@
+"""What all tests share: hypothesis profiles and the backends to run over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("default", max_examples=60, **COMMON)
+settings.register_profile("ci", max_examples=60, derandomize=True, database=None, print_blob=True, **COMMON)
+settings.register_profile("release", max_examples=5000, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+
+@pytest.fixture(scope="session", params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend; one that this machine cannot import is skipped."""
+    pytest.importorskip(f"kvcomp.kernels.{request.param}", exc_type=ImportError)
+    return str(request.param)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that torch and NumPy give without a value holds NaN, so that whoever reads it is found out."""
+    plain = np.empty
+
+    def filled(*args: Any, **options: Any) -> Any:
+        array = plain(*args, **options)
+        if array.dtype.kind == "f":
+            array.fill(np.nan)
+        return array
+
+    monkeypatch.setattr(np, "empty", filled)
+    torch.use_deterministic_algorithms(True)  # also fills what torch.empty and new_empty return
+    yield
+    torch.use_deterministic_algorithms(False)

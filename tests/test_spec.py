@@ -1,0 +1,227 @@
+"""CodecSpec: what is accepted, what is refused, and that a spec survives JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcomp.errors import InvalidInput, KVCompError, UnsupportedVersion
+from kvcomp.spec import CODINGS, PAGE_TOKENS, PRESETS, SPEC_VERSION, UNITS, CodecSpec, TensorSpec
+
+BLOCK = TensorSpec("block", 0.05)
+
+relative_scales = st.floats(0, 1, exclude_min=True, exclude_max=True, allow_nan=False)
+tensor_specs = st.builds(
+    TensorSpec,
+    unit=st.sampled_from(UNITS),
+    relative_scale=relative_scales | st.lists(relative_scales, min_size=1, max_size=5).map(tuple),
+    coding=st.sampled_from(CODINGS),
+    limit=st.integers(10, 12),
+    classes=st.sampled_from([1, 4]),
+)
+codec_specs = st.builds(
+    CodecSpec, key=tensor_specs, value=tensor_specs, window=st.integers(0, 65536), sinks=st.integers(0, 65536)
+)
+
+
+def changed(**change: Any) -> str:
+    """The JSON of the preset with some of its top fields changed; None takes a field away."""
+    content = {**json.loads(PRESETS["kvcomp"].to_json()), **change}
+    return json.dumps({name: value for name, value in content.items() if value is not None})
+
+
+@given(codec_specs)
+def test_a_spec_survives_json(spec: CodecSpec) -> None:
+    again = CodecSpec.from_json(spec.to_json())
+    assert again == spec
+    assert hash(again) == hash(spec)
+    assert again.to_json() == spec.to_json()
+
+
+@given(codec_specs)
+def test_json_names_the_version_and_every_field(spec: CodecSpec) -> None:
+    content = json.loads(spec.to_json())
+    assert set(content) == {"kvcomp_spec", "key", "value", "window", "sinks"}
+    assert content["kvcomp_spec"] == SPEC_VERSION == 1
+    assert set(content["key"]) == {"unit", "relative_scale", "coding", "limit", "classes"}
+
+
+def test_fields_left_out_of_the_json_take_their_defaults() -> None:
+    spec = CodecSpec.from_json(
+        '{"kvcomp_spec": 1, "key": {"unit": "channel", "relative_scale": [0.1, 0.2]}, '
+        '"value": {"unit": "token", "relative_scale": 0.25}}'
+    )
+    assert spec == CodecSpec(TensorSpec("channel", (0.1, 0.2), "huffman", 12, 1), TensorSpec("token", 0.25), 64, 4)
+
+
+def test_a_spec_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        PRESETS["kvcomp"].window = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("unit", bad) for bad in ("Block", "", "head", None, 1, ["block"])),
+        *(("coding", bad) for bad in ("Huffman", "none", None, 8)),
+        *(
+            ("relative_scale", bad)
+            for bad in (0, 1, 0.0, 1.0, -0.1, 1.5, float("nan"), float("inf"), "0.1", None, True)
+        ),
+        *(("relative_scale", bad) for bad in ((), [], (0.1, 0.0), [0.1, 2], (0.1, None), (0.1, True), ((0.1,),))),
+        *(("limit", bad) for bad in (9, 13, 0, -8, 12.0, "12", None, True)),
+        *(("classes", bad) for bad in (0, 2, 3, 5, -1, "1", None, True, 4.0)),
+    ],
+)
+def test_a_tensor_spec_refuses(field: str, value: Any) -> None:
+    with pytest.raises(InvalidInput, match=field):
+        replace(BLOCK, **{field: value})
+
+
+@pytest.mark.parametrize("value", [-1, 65537, 64.0, "64", None, True])
+@pytest.mark.parametrize("field", ["window", "sinks"])
+def test_a_codec_spec_refuses_a_number_of_tokens(field: str, value: Any) -> None:
+    with pytest.raises(InvalidInput, match=field):
+        CodecSpec(BLOCK, BLOCK, **{field: value})
+
+
+@pytest.mark.parametrize("value", [None, "block", {"unit": "block", "relative_scale": 0.1}])
+@pytest.mark.parametrize("field", ["key", "value"])
+def test_key_and_value_must_be_tensor_specs(field: str, value: Any) -> None:
+    with pytest.raises(InvalidInput, match=field):
+        CodecSpec(**{"key": BLOCK, "value": BLOCK, field: value})
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 65536])
+def test_window_and_sinks_may_be_from_0_to_65536(tokens: int) -> None:
+    spec = CodecSpec(BLOCK, BLOCK, window=tokens, sinks=tokens)
+    assert (spec.window, spec.sinks) == (tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nonsense",
+        "null",
+        "[]",
+        "3",
+        '"kvcomp"',
+        "{}",
+        '{"key": {}, "value": {}}',
+        '{"kvcomp_spec": 1}',
+        '{"kvcomp_spec": 1, "key": {"unit": "block", "relative_scale": 0.1}}',
+        changed(key=None),
+        changed(value="token"),
+        changed(value=[0.1]),
+        changed(key={"unit": "block"}),
+        changed(key={"relative_scale": 0.1}),
+        changed(key={"unit": "block", "relative_scale": 0.1, "levels": 9}),
+        changed(key={"unit": "block", "relative_scale": "0.1"}),
+        changed(key={"unit": "block", "relative_scale": {}}),
+        changed(window="64"),
+        changed(window=-1),
+        changed(transform="klt"),
+        changed(key={"unit": "block", "relative_scale": float("nan")}),
+    ],
+)
+def test_json_that_is_no_spec_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput):
+        CodecSpec.from_json(text)
+
+
+def test_deeply_nested_json_is_refused() -> None:
+    with pytest.raises(InvalidInput):
+        CodecSpec.from_json("[" * 200_000)
+
+
+@given(
+    st.text()
+    | st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
+)
+def test_any_other_json_or_text_gives_a_typed_error(content: Any) -> None:
+    for text in (content if isinstance(content, str) else "", json.dumps(content), changed(key=content or 0)):
+        with pytest.raises(KVCompError):
+            CodecSpec.from_json(text)
+
+
+@pytest.mark.parametrize("version", [0, 2, 99, -1, 1.5, "1", [1], {}, True, False])
+def test_another_version_is_refused_as_such_even_with_fields_not_known_here(version: Any) -> None:
+    with pytest.raises(UnsupportedVersion, match="reads version 1"):
+        CodecSpec.from_json(changed(kvcomp_spec=version, more="fields"))
+
+
+@given(st.lists(relative_scales, min_size=2, max_size=6).map(tuple), relative_scales, st.data())
+def test_a_layer_takes_its_own_scale_and_nothing_else_changes(
+    scales: tuple[float, ...], common: float, data: st.DataObject
+) -> None:
+    spec = CodecSpec(TensorSpec("channel", scales, limit=10), TensorSpec("token", common, classes=4), window=3, sinks=2)
+    index = data.draw(st.integers(0, len(scales) - 1))
+    layer = spec.layer(index, len(scales))
+    assert layer == CodecSpec(
+        TensorSpec("channel", scales[index], limit=10), TensorSpec("token", common, classes=4), window=3, sinks=2
+    )
+    assert (layer.key.scale, layer.value.scale) == (scales[index], common)
+    assert layer.layer(0, 7) == layer
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_scales_for_another_number_of_layers_are_refused(layers: int) -> None:
+    listed = TensorSpec("block", (0.1, 0.2, 0.3))
+    for spec in (CodecSpec(listed, BLOCK), CodecSpec(BLOCK, listed)):
+        with pytest.raises(InvalidInput, match="3 layers"):
+            spec.layer(0, layers)
+
+
+@pytest.mark.parametrize(("index", "layers"), [(3, 3), (-1, 3), (0, 0), (1, 1)])
+def test_a_layer_that_does_not_exist_is_refused(index: int, layers: int) -> None:
+    for spec in (CodecSpec(BLOCK, BLOCK), CodecSpec(TensorSpec("block", (0.1, 0.2, 0.3)), BLOCK)):
+        with pytest.raises(InvalidInput):
+            spec.layer(index, layers)
+
+
+def test_a_spec_with_a_scale_for_each_layer_has_no_single_scale() -> None:
+    with pytest.raises(InvalidInput, match="layer"):
+        _ = TensorSpec("block", (0.1, 0.2)).scale
+
+
+def test_a_list_of_scales_is_kept_as_a_tuple() -> None:
+    assert TensorSpec("block", [0.1, 0.2]).scales == (0.1, 0.2)  # type: ignore[arg-type]
+
+
+def test_the_presets_are_the_published_ones() -> None:
+    assert PAGE_TOKENS == 64
+    assert PRESETS["kvcomp"] == CodecSpec(
+        TensorSpec("block", 0.05, "huffman", 12, 1), TensorSpec("token", 0.1, "huffman", 12, 1), window=64, sinks=4
+    )
+    packed = PRESETS["packed"]
+    assert (packed.key, packed.value) == (TensorSpec("block", 1 / 14, "fixed"), TensorSpec("token", 1 / 14, "fixed"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_spec_resolves_from_itself_its_name_and_its_file(name: str, tmp_path: Path) -> None:
+    spec = PRESETS[name]
+    path = tmp_path / "my spec.json"
+    path.write_text(spec.to_json(), encoding="utf-8")
+    assert CodecSpec.resolve(spec) is spec
+    assert CodecSpec.resolve(name) == CodecSpec.resolve(path) == CodecSpec.resolve(str(path)) == spec
+
+
+@pytest.mark.parametrize("name", ["kvcompress", "", "spec.yaml", "KVCOMP"])
+def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(InvalidInput, match="kvcomp, packed"):
+        CodecSpec.resolve(name)
+
+
+def test_a_spec_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "absent.json", binary):
+        with pytest.raises(InvalidInput, match="cannot read"):
+            CodecSpec.resolve(path)
