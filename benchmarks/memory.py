@@ -48,6 +48,11 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def dense_bytes(cache: DynamicCache) -> int:
+    layers: list[Any] = list(cache.layers)
+    return sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
+
+
 @app.command()
 def one(kind: str, tokens: int, new: int, chunk: int) -> None:
     """Generate with one kind of cache and print what it occupied."""
@@ -57,7 +62,7 @@ def one(kind: str, tokens: int, new: int, chunk: int) -> None:
     model.set_attn_implementation("kvcomp" if compressed else "sdpa")
     ids = torch.randint(0, CONFIG.vocab_size, (1, tokens))
 
-    def cache_for() -> Cache:
+    def cache_for() -> KVCompCache | DynamicCache:
         return KVCompCache(CONFIG, kind) if compressed else DynamicCache(config=CONFIG)
 
     def run(cache: Cache, ids: torch.Tensor) -> None:
@@ -80,21 +85,23 @@ def one(kind: str, tokens: int, new: int, chunk: int) -> None:
     if isinstance(cache, KVCompCache):
         counted, dense = cache.memory().total, cache.memory().dense
     else:
-        layers: list[Any] = list(cache.layers)
-        counted = dense = sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
+        counted = dense = dense_bytes(cache)
     del cache
     freed = held - resident()
     print(json.dumps({"before": before, "peak": peak, "occupied": freed, "counted": counted, "dense": dense}))
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     tokens: Annotated[int, typer.Option(help="Prompt tokens")] = 16384,
     new: Annotated[int, typer.Option(help="Generated tokens")] = 32,
     chunk: Annotated[int, typer.Option(help="Prompt tokens read at a time")] = 1024,
     output: Annotated[Path, typer.Option(help="Where the results go")] = RESULTS / "memory.json",
 ) -> None:
     """Compare the caches and write the results."""
+    if context.invoked_subcommand:
+        return
     found: dict[str, dict[str, float]] = {}
     for kind in ("DynamicCache", "kvcomp", "packed"):
         with screen.status(f"{kind}: {tokens} tokens"):

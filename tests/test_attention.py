@@ -409,5 +409,5 @@ def test_an_empty_store_is_refused() -> None:
 @pytest.mark.parametrize("tokens", [149, 151, 1])
 def test_a_mask_for_another_number_of_tokens_is_refused(tokens: int) -> None:
     store = filled("reference", 150, starts=[0, 0])
-    with pytest.raises(InvalidInput, match="mask covers"):
+    with pytest.raises(InvalidInput, match="does not fit"):
         attend_tiled(store, STORE_QUERIES, 0.3, mask=torch.ones(2, 1, 3, tokens, dtype=torch.bool))

@@ -6,7 +6,7 @@ import gc
 import itertools
 import tracemalloc
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -586,7 +586,8 @@ def held(thing: Any, seen: dict[Any, int]) -> None:
     elif isinstance(thing, dict):
         held(list(thing.values()), seen)
     elif type(thing).__module__.startswith("kvcomp"):
-        names = [f.name for f in fields(thing)] if hasattr(thing, "__dataclass_fields__") else list(vars(thing))
+        names = {field.name for field in fields(thing)} if is_dataclass(thing) else set()
+        names |= set(getattr(thing, "__dict__", {}))  # whatever an object keeps for later counts too
         held([getattr(thing, name) for name in names], seen)
 
 

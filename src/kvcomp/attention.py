@@ -62,9 +62,11 @@ def attend_tiled(store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0
     """
     _, queries = _check(store, q)
     if mask is not None:
-        if mask.shape[-1] != store.tokens:
-            raise InvalidInput(f"the mask covers {mask.shape[-1]} tokens, the cache holds {store.tokens}")
-        mask = mask.expand(store.batch, q.shape[1], queries, store.tokens)
+        shape = store.batch, q.shape[1], queries, store.tokens
+        try:
+            mask = mask.expand(shape)
+        except RuntimeError:
+            raise InvalidInput(f"a mask of {tuple(mask.shape)} does not fit {shape}") from None
     out = torch.empty_like(q)
     for row in range(store.batch):
         for first in range(0, queries, TILE_QUERIES):
@@ -127,7 +129,7 @@ def _tiles(store: KVStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
 def _check(store: KVStore, q: Tensor) -> tuple[int, int]:
     """Queries for each KV head, and new tokens. Raises InvalidInput if q does not fit the store."""
     fits = q.ndim == 4 and (q.shape[0], q.shape[3]) == (store.batch, store.channels)
-    if not store.batch or not fits or q.shape[1] % store.heads or not 0 < q.shape[2] <= store.tokens:
+    if not store.batch or not fits or not q.shape[1] or q.shape[1] % store.heads or not 0 < q.shape[2] <= store.tokens:
         raise InvalidInput(
             f"queries must be (batch, heads, tokens, head_dim) = ({store.batch}, a multiple of {store.heads}, "
             f"1 to {store.tokens}, {store.channels}), not {tuple(q.shape)}"

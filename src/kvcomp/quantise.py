@@ -106,9 +106,7 @@ def quantise(x: Array, unit: Unit, relative_scale: float) -> Quantised:
         error = np.abs(to_float32(round_to(back, x.dtype)).astype(np.float64) - values)
         kept = storable & (codes < MAX_LEVELS) & (error <= bound)  # a NaN fails the comparison
     raw: npt.NDArray[np.bool_] = ~np.asarray(kept.all(axis=(2, 3)))
-    if unit == "token":  # one scale serves all heads: without it no head's block can be coded
-        usable: npt.NDArray[np.bool_] = np.asarray(storable.all(axis=(1, 2, 3)))
-        raw |= ~usable[:, None]
+    if unit == "token":  # one scale serves all heads
         unused = np.broadcast_to(np.asarray(raw.all(axis=1))[:, None, None, None], scale.shape)
     else:
         unused = np.broadcast_to(raw[:, :, None, None], scale.shape)

@@ -385,7 +385,7 @@ class KVStore:
         if earlier is not None:
             n = earlier.shape[1]
             counts[:, :n, :n] += earlier
-        if (int(self.count[row]) + pages) * PAGE_TOKENS >= TRAINING_TOKENS:
+        if (int(self.count[row]) + pages) * PAGE_TOKENS >= TRAINING_TOKENS and counts.any():
             self.own_books[row][index] = codebook.train(counts, (self.spec.key, self.spec.value)[index].limit)
             self.pair_counts[row][index] = None
         else:
