@@ -18,7 +18,7 @@ from kvcomp.store import KVStore, as_array
 
 FUSED_QUERIES = 64  # most queries of a KV head (group x new tokens) for which the fused kernel is used
 TILE_PAGES = 16
-TILE_QUERIES = 256
+TILE_QUERIES = 128
 
 
 def attend(store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
@@ -63,51 +63,58 @@ def attend_tiled(store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0
     _, queries = _check(store, q)
     if mask is not None:
         shape = store.batch, q.shape[1], queries, store.tokens
+        fits = mask.shape[-1] == store.tokens
         try:
             mask = mask.expand(shape)
         except RuntimeError:
-            raise InvalidInput(f"a mask of {tuple(mask.shape)} does not fit {shape}") from None
+            fits = False
+        if not fits:
+            raise InvalidInput(f"a mask of {tuple(mask.shape)} does not fit {shape}")
     out = torch.empty_like(q)
     for row in range(store.batch):
-        for first in range(0, queries, TILE_QUERIES):
-            part = slice(first, min(first + TILE_QUERIES, queries))
-            seen = None if mask is None else mask[row, :, part]
-            out[row, :, part] = _attend_row(
-                store, row, q[row, :, part], store.tokens - queries + first, scaling, softcap, seen
-            )
+        out[row] = _attend_row(store, row, q[row], scaling, softcap, None if mask is None else mask[row])
     return out
 
 
-def _attend_row(
-    store: KVStore, row: int, q: Tensor, position: int, scaling: float, softcap: float, mask: Tensor | None
-) -> Tensor:
-    """Attention of one row. q: (heads, queries, head_dim), the first query at ``position``; mask: (heads, queries, tokens)."""
-    heads, queries, channels = q.shape
-    group = heads // store.heads
-    grouped = q.detach().to(torch.float32).reshape(store.heads, group * queries, channels) * scaling
-    peak = torch.full((heads, queries, 1), -torch.inf)
-    total = torch.zeros_like(peak)
-    out = torch.zeros((heads, queries, channels))
+def _attend_row(store: KVStore, row: int, q: Tensor, scaling: float, softcap: float, mask: Tensor | None) -> Tensor:
+    """Attention of one row. q: (heads, queries, head_dim), those of the last tokens; mask: (heads, queries, tokens)."""
+    _, queries, channels = q.shape
+    # (KV heads, group, queries, ...): the heads that share K and V lie together
+    grouped = (q.detach().to(torch.float32) * scaling).view(store.heads, -1, queries, channels)
+    mask = None if mask is None else mask.view(*grouped.shape[:3], -1)
+    peak = torch.full((*grouped.shape[:3], 1), -torch.inf)
+    total, out = torch.zeros_like(peak), torch.zeros_like(grouped)
     for begin, k, v in _tiles(store, row):
-        tokens = k.shape[1]
-        score = (grouped @ k.to(torch.float32).mT).view(heads, queries, tokens)
-        if softcap:
-            score = softcap * torch.tanh(score / softcap)
-        if mask is None:
-            hidden = torch.arange(begin, begin + tokens) > torch.arange(position, position + queries)[:, None]
-            score = score.masked_fill(hidden, -torch.inf)
-        elif mask.dtype == torch.bool:
-            score = score.masked_fill(~mask[..., begin : begin + tokens], -torch.inf)
-        else:
-            score = score + mask[..., begin : begin + tokens]
-        higher = torch.maximum(peak, score.amax(-1, keepdim=True))
-        finite = torch.where(higher == -torch.inf, 0.0, higher)  # a query that has seen nothing yet
-        weight, shrink = torch.exp(score - finite), torch.exp(peak - finite)
-        total = total * shrink + weight.sum(-1, keepdim=True)
-        new = weight.view(store.heads, group * queries, tokens) @ v.to(torch.float32)
-        out = out * shrink + new.view(heads, queries, channels)
-        peak = higher
-    return (out / total.clamp_min(torch.finfo(torch.float32).tiny)).to(q.dtype)
+        k, v = k.to(torch.float32), v.to(torch.float32)
+        seen = slice(begin, begin + k.shape[1])
+        for first in range(0, queries, TILE_QUERIES):
+            part = slice(first, first + TILE_QUERIES)
+            score = _matmul(grouped[:, :, part], k.mT)
+            if softcap:
+                score = softcap * torch.tanh(score / softcap)
+            position = store.tokens - queries + first
+            if mask is not None:
+                seen_mask = mask[:, :, part, seen]
+                hide = seen_mask.dtype == torch.bool
+                score = score.masked_fill(~seen_mask, -torch.inf) if hide else score + seen_mask
+            elif seen.stop > position + 1:
+                ahead = torch.arange(seen.start, seen.stop) > torch.arange(position, position + score.shape[2])[:, None]
+                score = score.masked_fill(ahead, -torch.inf)
+            before = peak[:, :, part]
+            higher = torch.maximum(before, score.amax(-1, keepdim=True))
+            finite = torch.where(higher == -torch.inf, 0.0, higher)  # a query that has seen nothing yet
+            weight, shrink = score.sub_(finite).exp_(), torch.exp(before - finite)
+            total[:, :, part] = total[:, :, part] * shrink + weight.sum(-1, keepdim=True)
+            out[:, :, part] = out[:, :, part] * shrink + _matmul(weight, v)
+            peak[:, :, part] = higher
+    result: Tensor = out / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return result.to(q.dtype).view(q.shape)
+
+
+def _matmul(x: Tensor, y: Tensor) -> Tensor:
+    """(KV heads, group, queries, n) times (KV heads, n, m), one product for each KV head."""
+    product: Tensor = (x.flatten(1, 2) @ y).unflatten(1, x.shape[1:3])
+    return product
 
 
 def _tiles(store: KVStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
