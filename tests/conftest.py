@@ -15,6 +15,7 @@ COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthChec
 settings.register_profile("default", max_examples=60, **COMMON)
 settings.register_profile("ci", max_examples=60, derandomize=True, database=None, print_blob=True, **COMMON)
 settings.register_profile("release", max_examples=5000, **COMMON)
+torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
 
