@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Fused decode attention on compressed pages (KVComp, arXiv 2509.00579, "Fetch").
 
 One task is one KV head of one part of a sequence: sixteen pages, or the raw sinks and tail. A block is decoded into a few
@@ -81,7 +82,7 @@ class Scratch(NamedTuple):
 
 
 @compiled
-def lay_out(base, queries, channels, table_bytes):  # type: ignore[no-untyped-def]
+def lay_out(base, queries, channels, table_bytes):
     """Scratch from an address on."""
     padded = (channels + 31) & ~31
     line = 64
@@ -114,7 +115,7 @@ def lay_out(base, queries, channels, table_bytes):  # type: ignore[no-untyped-de
 
 
 @compiled
-def prepare(s):  # type: ignore[no-untyped-def]
+def prepare(s):
     """Fill what does not change."""
     floats_at(s.q, (s.queries, s.padded))[:] = f32(0)
     floats_at(s.ones, MAX_CHANNELS)[:] = f32(1)
@@ -126,7 +127,7 @@ def prepare(s):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def score_coded_keys(unit, narrow, s):  # type: ignore[no-untyped-def]
+def score_coded_keys(unit, narrow, s):
     """score[g, t] = sum over channels of q * (code + zero) * scale, from pairs [channel pair][token]."""
     mask_a, mask_b, unit_a, unit_b = code_masks(narrow)
     score = floats_at(s.score, (s.queries, TOKENS))
@@ -155,7 +156,7 @@ def score_coded_keys(unit, narrow, s):  # type: ignore[no-untyped-def]
 
 
 @compiled(fastmath=FAST)
-def add_coded_values(unit, narrow, s, out):  # type: ignore[no-untyped-def]
+def add_coded_values(unit, narrow, s, out):
     """out[g, c] += sum over tokens of weight * (code + zero) * scale, from pairs [token pair][channel]; in part through ``rest``."""
     mask_a, mask_b, unit_a, unit_b = code_masks(narrow)
     pitch, rows, step = i64(4 * FACTORS), TOKENS // 2, 4 * s.channels
@@ -178,7 +179,7 @@ def add_coded_values(unit, narrow, s, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def decode_coded(page, block, mode, kind, heads, k_unit, v_unit, books, s):  # type: ignore[no-untyped-def]
+def decode_coded(page, block, mode, kind, heads, k_unit, v_unit, books, s):
     """Scales, zeros and pairs of a coded block to scratch. Returns whether the pairs are narrow."""
     unit = k_unit if kind == K else v_unit
     if unit == TOKEN:
@@ -190,7 +191,7 @@ def decode_coded(page, block, mode, kind, heads, k_unit, v_unit, books, s):  # t
 
 
 @compiled
-def soften_and_weigh(tokens, softcap, s, peak, total, out):  # type: ignore[no-untyped-def]
+def soften_and_weigh(tokens, softcap, s, peak, total, out):
     """Scores to weights."""
     if softcap:
         soften(floats_at(s.score, (s.queries, TOKENS)), tokens, f32(softcap))
@@ -198,20 +199,20 @@ def soften_and_weigh(tokens, softcap, s, peak, total, out):  # type: ignore[no-u
 
 
 @compiled
-def score_raw(keys, step, tokens, dtype, s):  # type: ignore[no-untyped-def]
+def score_raw(keys, step, tokens, dtype, s):
     q, score = floats_at(s.q, (s.queries, s.padded)), floats_at(s.score, (s.queries, TOKENS))
     score_raw_keys(q, keys, step, tokens, dtype, floats_at(s.values, (TOKENS, s.channels)), score)
 
 
 @compiled
-def add_raw(values, step, tokens, dtype, s, out):  # type: ignore[no-untyped-def]
+def add_raw(values, step, tokens, dtype, s, out):
     weights, seen = floats_at(s.score, (s.queries, TOKENS)), integers_at(s.seen, s.queries)
     sums, scratch = floats_at(out, (s.queries, s.channels)), floats_at(s.values, (TOKENS, s.channels))
     add_raw_values(weights, seen, values, step, tokens, dtype, scratch, sums)
 
 
 @compiled
-def attend_page(page, following, tokens, head, heads, k_unit, v_unit, books, dtype, softcap, s, peak, total, out):  # type: ignore[no-untyped-def]
+def attend_page(page, following, tokens, head, heads, k_unit, v_unit, books, dtype, softcap, s, peak, total, out):
     """One step of the online softmax over the first tokens of a page; ``following`` is the next page, or 0."""
     row_bytes = s.channels * (4 if dtype == FLOAT32 else 2)
     integers_at(s.seen, s.queries)[:] = tokens
@@ -239,7 +240,7 @@ def attend_page(page, following, tokens, head, heads, k_unit, v_unit, books, dty
 
 
 @compiled
-def attend_raw(keys, key_step, values, value_step, begin, end, ends, dtype, softcap, s, peak, total, out):  # type: ignore[no-untyped-def]
+def attend_raw(keys, key_step, values, value_step, begin, end, ends, dtype, softcap, s, peak, total, out):
     """Online softmax over the raw tokens ``begin`` to ``end``, ``step`` bytes apart; query g sees those before ends[g]."""
     seen = integers_at(s.seen, s.queries)
     for token in range(begin, end, TOKENS):
@@ -251,8 +252,8 @@ def attend_raw(keys, key_step, values, value_step, begin, end, ends, dtype, soft
         add_raw(values + token * value_step, value_step, tokens, dtype, s, out)
 
 
-@compiled
-def attend_tasks(  # type: ignore[no-untyped-def]
+@compiled(entry=True)
+def attend_tasks(
     counter, first_part, q, pages, valid, count, units, books, dtype,
     sinks, sink_strides, sink_count, tail, tail_strides, tail_begin, tail_end,
     scaling, softcap, partial_out, partial_peak, partial_total,

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """What Numba lacks for the CPU kernels: memory at an address, vectors of 16 floats, an atomic counter.
 
 Addresses are plain int64; who passes one keeps the memory alive. Loads and stores need no alignment.
@@ -29,12 +30,18 @@ FAST = {"contract", "reassoc", "nsz", "arcp"}
 _cacheable = True
 
 
-def compiled(function: Callable[..., Any] | None = None, *, fastmath: set[str] | bool = False) -> Any:
-    """Compile with Numba, without the GIL, with a cache on disk; where no directory for it is writable, warn once and go without."""
+def compiled(
+    function: Callable[..., Any] | None = None, *, entry: bool = False, fastmath: set[str] | bool = False
+) -> Any:
+    """Compile with Numba, without the GIL, and cache on disk; where no directory for that is writable, warn once and go without.
+
+    entry: Python calls it; others are called from compiled code only and get no wrapper, which saves compile time.
+    """
     global _cacheable
     if function is None:
-        return lambda f: compiled(f, fastmath=fastmath)
+        return lambda f: compiled(f, entry=entry, fastmath=fastmath)
     options: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": fastmath}
+    options |= {"no_cfunc_wrapper": True, "no_cpython_wrapper": not entry}
     if _cacheable:
         try:
             return njit(cache=True, **options)(function)
@@ -60,18 +67,18 @@ def emitted(result: types.Type, arguments: Sequence[types.Type], emit: Emit) -> 
         return result(*arguments), codegen
 
     names = ["context", *(f"argument_{index}" for index in range(len(arguments)))]  # Numba looks at the parameters
-    typing.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])  # type: ignore[attr-defined]
+    typing.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
     return intrinsic(typing)
 
 
 @compiled
-def address_of(array):  # type: ignore[no-untyped-def]
+def address_of(array):
     """Address of an array's first element. Take it where the array is a parameter: Numba frees a local after its last mention."""
     return np.int64(array.ctypes.data)
 
 
 @compiled
-def row_address(array, index):  # type: ignore[no-untyped-def]
+def row_address(array, index):
     """Address of ``array[index]``."""
     return np.int64(array.ctypes.data) + index * np.int64(array.strides[0])
 
@@ -80,7 +87,7 @@ def _viewer(element: types.Type) -> Any:
     pointer = emitted(types.CPointer(element), [types.int64], lambda context, builder, args: at(builder, args[0]))
 
     @compiled
-    def view(address, shape):  # type: ignore[no-untyped-def]
+    def view(address, shape):
         return carray(pointer(address), shape)
 
     return view
@@ -228,7 +235,7 @@ _narrow_float32, _narrow_float16, _narrow_bfloat16 = (emitted(types.void, _copy,
 
 
 @compiled
-def widen(dtype, source, target, count):  # type: ignore[no-untyped-def]
+def widen(dtype, source, target, count):
     """``count`` values (a multiple of 16) of a dtype at an address, as float32 to another address."""
     if dtype == FLOAT32:
         _widen_float32(source, target, count)
@@ -239,7 +246,7 @@ def widen(dtype, source, target, count):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def narrow(dtype, source, target, count):  # type: ignore[no-untyped-def]
+def narrow(dtype, source, target, count):
     """The inverse of ``widen``, rounded to nearest, ties to even; not for NaN."""
     if dtype == FLOAT32:
         _narrow_float32(source, target, count)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Blocks -> pairs of codes (docs/format.md, sections 4 and 5), the innermost loop of every reader.
 
 Decoded pairs lie where the products want them: K as [channel pair][token], V as [token pair][channel], 16 bits each, in one of two
@@ -29,7 +30,7 @@ from kvcomp.kernels.cpu_bits import (
     vector,
 )
 
-K, V = 0, 1
+K, V = np.int64(0), np.int64(1)  # not int: Numba would compile for each of the two numbers
 RAW, DEFAULT_BOOK, OWN_BOOK, FIXED = 0, 1, 2, 8
 NARROW_LEVELS = 32  # books of at most so many levels have entries of 16 bits: half the cache
 NARROW_A, NARROW_B = 6, 11  # first bits of a and b
@@ -41,7 +42,7 @@ STREAMS, TOGETHER = 64, 8  # TOGETHER streams are decoded at the same time: lane
 
 
 @compiled
-def entry_of(bits, a, b, narrow):  # type: ignore[no-untyped-def]
+def entry_of(bits, a, b, narrow):
     """Entry of a decode table."""
     if narrow:
         return bits | a << NARROW_A | b << NARROW_B
@@ -49,7 +50,7 @@ def entry_of(bits, a, b, narrow):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def canonical_words(lengths, count, limit, words):  # type: ignore[no-untyped-def]
+def canonical_words(lengths, count, limit, words):
     """Reversed canonical code words of ``count`` symbols (section 4); ``lengths`` is an address. Returns how many have a code."""
     first = np.zeros(17, np.int64)
     for symbol in range(count):
@@ -77,7 +78,7 @@ def canonical_words(lengths, count, limit, words):  # type: ignore[no-untyped-de
 
 
 @compiled
-def build_table(lengths, symbols, split, limit, narrow, table):  # type: ignore[no-untyped-def]
+def build_table(lengths, symbols, split, limit, narrow, table):
     """Decode table of 2^(limit + 2 split) entries for one class, the split bits folded in.
 
     The codes of a length are entered when the table has just one place for each, then the table is doubled.
@@ -157,7 +158,7 @@ _narrow_4, _wide_4, _wide_2 = _pair_decoder(I16, 4), _pair_decoder(I32, 4), _pai
 
 
 @compiled
-def decode_pairs(positions, table, table_bits, narrow, offsets, out, pairs):  # type: ignore[no-untyped-def]
+def decode_pairs(positions, table, table_bits, narrow, offsets, out, pairs):
     """The right decoder for a table: 57 bits of a window are sure, so four pairs of 14 bits or two of 15."""
     if narrow:
         _narrow_4(positions, table, table_bits, offsets, out, pairs)
@@ -168,7 +169,7 @@ def decode_pairs(positions, table, table_bits, narrow, offsets, out, pairs):  # 
 
 
 @compiled
-def pair_offsets(kind, channels, offsets):  # type: ignore[no-untyped-def]
+def pair_offsets(kind, channels, offsets):
     """Byte offset of each of a stream's D/2 pairs in the decoded block, without that of the stream (section 4)."""
     run = channels // 8
     for pair in range(channels // 2):
@@ -179,7 +180,7 @@ def pair_offsets(kind, channels, offsets):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def stream_offset(kind, channels, s, j):  # type: ignore[no-untyped-def]
+def stream_offset(kind, channels, s, j):
     """Byte offset of the streams (s, j, g = 0 .. 7), which lie side by side."""
     if kind == K:
         return j * (channels // 8) * 128 + s * 64
@@ -187,7 +188,7 @@ def stream_offset(kind, channels, s, j):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out):  # type: ignore[no-untyped-def]
+def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out):
     """64 length bytes and the streams behind them to pairs; all by address but ``book``. ``positions``: scratch, int64 [64]."""
     begin = integers_at(positions, STREAMS)
     unit = 4 if channels <= 128 else 8
@@ -243,7 +244,7 @@ _unpack_pair = emitted(types.void, [types.int64] * 6, _unpack)
 
 
 @compiled
-def decode_fixed(codes, kind, channels, width, offsets, out):  # type: ignore[no-untyped-def]
+def decode_fixed(codes, kind, channels, width, offsets, out):
     """Codes of a fixed width at an address, word i of stream x at 4 (64 i + x), to wide pairs at another."""
     rows = (channels * width + 31) // 32
     step = stream_offset(kind, channels, 0, 1)

@@ -1,43 +1,150 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Pages -> values (docs/format.md, section 3)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
 
 from kvcomp.kernels.cpu_attention import decode_coded, lay_out, prepare
-from kvcomp.kernels.cpu_bits import FLOAT32, address_of, compiled, copy_bytes, floats_at, halves_at, integers_at, narrow
+from kvcomp.kernels.cpu_bits import (
+    F32,
+    FLOAT32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    address_of,
+    at,
+    compiled,
+    copy_bytes,
+    emitted,
+    integers,
+    integers_at,
+    narrow,
+    splat,
+    vector,
+)
 from kvcomp.kernels.cpu_decode import NARROW_A, NARROW_B, RAW, K
-from kvcomp.kernels.cpu_page import CHANNEL, MAX_CHANNELS, TOKENS, block_at, prefetch_block, table_places
+from kvcomp.kernels.cpu_page import CHANNEL, TOKENS, block_at, prefetch_block, table_places
 
-f32, i64 = np.float32, np.int64
+i64 = np.int64
+FLOATS = vector(F32)
+TILE = 8
+
+
+def _transpose_tile(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    """(source, source_step, target, target_step): 8 x 8 words, rows ``step`` bytes apart."""
+    source, source_step, target, target_step = args
+    rows = [
+        builder.load(at(builder, builder.add(source, builder.mul(source_step, I64(i)))), align=2, typ=vector(I16, TILE))
+        for i in range(TILE)
+    ]
+    for stride in (1, 2, 4):  # swap the off-diagonal quarters of ever larger squares
+        for i in range(TILE):
+            if not i & stride:
+                first, second = rows[i], rows[i | stride]
+                low = [lane if not lane & stride else TILE + lane - stride for lane in range(TILE)]
+                high = [lane + stride if not lane & stride else TILE + lane for lane in range(TILE)]
+                rows[i] = builder.shuffle_vector(first, second, integers(I32, low))
+                rows[i | stride] = builder.shuffle_vector(first, second, integers(I32, high))
+    for i, row in enumerate(rows):
+        builder.store(row, at(builder, builder.add(target, builder.mul(target_step, I64(i)))), align=2)
+
+
+transpose_tile = emitted(types.void, [types.int64] * 4, _transpose_tile)
+
+
+def _restorer(interleaved: bool, by_channel: bool) -> Any:
+    """``restore(pairs, count, shift_a, shift_b, mask, scale, zero, out_a, out_b)``: ``count`` pairs to (code + zero) * scale.
+
+    Interleaved: the codes are neighbours, out_a gets both, a before b. Else they go to two rows. By channel: scale and zero are
+    arrays along the output; else the first is for out_a, the second for out_b, or the first for both if interleaved.
+    """
+
+    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+        pairs, count, shift_a, shift_b, mask, scale, zero, out_a, out_b = args
+        masks = splat(builder, builder.trunc(mask, I32))
+        shifts = [splat(builder, builder.trunc(shift, I32)) for shift in (shift_a, shift_b)]
+        shared = {
+            (address, second): splat(builder, builder.load(at(builder, address, 4 * second), align=4, typ=F32))
+            for address in (scale, zero)
+            for second in range(2)
+            if not by_channel
+        }
+        with cgutils.for_range_slice(builder, I64(0), count, I64(LANES // 2), I64) as (i, _):
+            # Half a vector at a time, as a row may have eight pairs.
+            half = vector(I16, LANES // 2)
+            words = builder.load(at(builder, builder.add(pairs, builder.shl(i, I64(1)))), align=2, typ=half)
+            words = builder.shuffle_vector(words, words, integers(I32, [lane // 2 for lane in range(LANES)]))
+            words = builder.zext(words, vector(I32))  # each pair twice
+            first_second = integers(I32, [lane % 2 * LANES + lane for lane in range(LANES)])
+            amounts = builder.shuffle_vector(*shifts, first_second)
+            codes = builder.sitofp(builder.and_(builder.lshr(words, amounts), masks), FLOATS)
+            if interleaved:
+                place = builder.shl(i, I64(3))
+                z, s = (
+                    builder.load(at(builder, builder.add(x, place)), align=4, typ=FLOATS)
+                    if by_channel
+                    else shared[x, 0]
+                    for x in (zero, scale)
+                )
+                x = builder.fmul(builder.fadd(codes, z), s)
+                builder.store(x, at(builder, builder.add(out_a, place)), align=4)
+            else:
+                place = builder.shl(i, I64(2))
+                for second, out in enumerate((out_a, out_b)):
+                    row = builder.shuffle_vector(codes, codes, integers(I32, range(second, LANES, 2)))
+                    lanes = vector(F32, LANES // 2)
+                    z, s = (
+                        builder.load(at(builder, builder.add(x, place)), align=4, typ=lanes)
+                        if by_channel
+                        else builder.shuffle_vector(
+                            shared[x, second], shared[x, second], integers(I32, [0] * (LANES // 2))
+                        )
+                        for x in (zero, scale)
+                    )
+                    x = builder.fmul(builder.fadd(row, z), s)
+                    builder.store(x, at(builder, builder.add(out, place)), align=4)
+
+    return emitted(types.void, [types.int64] * 9, emit)
+
+
+_keys_by_channel, _keys_by_token = _restorer(True, True), _restorer(True, False)
+_values_by_channel, _values_by_token = _restorer(False, True), _restorer(False, False)
 
 
 @compiled
-def restore_keys(pairs, small, by_channel, scale, zero, values):  # type: ignore[no-untyped-def]
-    """pairs [channel pair][token] -> values [token][channel] = (code + zero) * scale."""
+def restore(kind, pairs, small, by_channel, scale, zero, turned, channels, values):
+    """Decoded pairs -> float32 values [token, channel]; all addresses. ``turned``: scratch for the pairs of K, token by token."""
     shift_a, shift_b, mask = (NARROW_A, NARROW_B, 31) if small else (0, 8, 255)
-    for i in range(pairs.shape[0]):
+    half, row_bytes = channels // 2, 4 * channels
+    if kind == K:
+        for i in range(0, half, TILE):
+            for t in range(0, TOKENS, TILE):
+                transpose_tile(pairs + 2 * (TOKENS * i + t), 2 * TOKENS, turned + 2 * (half * t + i), 2 * half)
         for t in range(TOKENS):
-            word = i64(pairs[i, t])
-            a, b = (2 * i, 2 * i + 1) if by_channel else (t, t)
-            values[t, 2 * i] = (f32(word >> shift_a & mask) + zero[a]) * scale[a]
-            values[t, 2 * i + 1] = (f32(word >> shift_b & mask) + zero[b]) * scale[b]
+            words, out = turned + 2 * half * t, values + row_bytes * t
+            if by_channel:
+                _keys_by_channel(words, half, shift_a, shift_b, mask, scale, zero, out, out)
+            else:
+                _keys_by_token(words, half, shift_a, shift_b, mask, scale + 4 * t, zero + 4 * t, out, out)
+        return
+    for i in range(TOKENS // 2):
+        words, out = pairs + 2 * channels * i, values + 2 * row_bytes * i
+        if by_channel:
+            _values_by_channel(words, channels, shift_a, shift_b, mask, scale, zero, out, out + row_bytes)
+        else:
+            _values_by_token(words, channels, shift_a, shift_b, mask, scale + 8 * i, zero + 8 * i, out, out + row_bytes)
 
 
-@compiled
-def restore_values(pairs, small, by_channel, scale, zero, values):  # type: ignore[no-untyped-def]
-    """pairs [token pair][channel] -> values [token][channel] = (code + zero) * scale."""
-    shift_a, shift_b, mask = (NARROW_A, NARROW_B, 31) if small else (0, 8, 255)
-    for i in range(pairs.shape[0]):
-        for c in range(pairs.shape[1]):
-            word = i64(pairs[i, c])
-            a, b = (c, c) if by_channel else (2 * i, 2 * i + 1)
-            values[2 * i, c] = (f32(word >> shift_a & mask) + zero[a]) * scale[a]
-            values[2 * i + 1, c] = (f32(word >> shift_b & mask) + zero[b]) * scale[b]
-
-
-@compiled
-def decompress_pages(pages, units, books, heads, channels, dtype, out, strides):  # type: ignore[no-untyped-def]
+@compiled(entry=True)
+def decompress_pages(pages, units, books, heads, channels, dtype, out, strides):
     """Fill the values at two addresses, K's and V's, (heads, 64*pages, channels), with the pages at these addresses."""
     size = 4 if dtype == FLOAT32 else 2
     table_bytes = table_places(address_of(books), np.empty(4, i64))
@@ -46,12 +153,7 @@ def decompress_pages(pages, units, books, heads, channels, dtype, out, strides):
     prepare(s)
     table_places(address_of(books), integers_at(s.begin, 4))
     integers_at(s.built, 4)[:] = 0
-    half = channels // 2
-    values, scale, zero = (
-        floats_at(s.values, (TOKENS, channels)),
-        floats_at(s.scale, MAX_CHANNELS),
-        floats_at(s.zero, MAX_CHANNELS),
-    )
+    turned = np.empty(TOKENS * channels // 2, np.uint16)
     for index in range(pages.size):
         page = pages[index]
         for number in range(2 * heads):
@@ -66,10 +168,7 @@ def decompress_pages(pages, units, books, heads, channels, dtype, out, strides):
                 continue
             small = decode_coded(page, block, mode, kind, heads, units[0], units[1], address_of(books), s)
             by_channel = units[kind] == CHANNEL
-            if kind == K:
-                restore_keys(halves_at(s.pairs, (half, TOKENS)), small, by_channel, scale, zero, values)
-            else:
-                restore_values(halves_at(s.pairs, (TOKENS // 2, channels)), small, by_channel, scale, zero, values)
+            restore(kind, s.pairs, small, by_channel, s.scale, s.zero, address_of(turned), channels, s.values)
             for t in range(TOKENS):
                 narrow(dtype, s.values + 4 * t * channels, rows + t * strides[kind, 1], channels)
     return memory.size  # mentioned here, so that Numba keeps it until here

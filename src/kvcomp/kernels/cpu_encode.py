@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Codes -> pages (docs/format.md, sections 2, 4 and 5), and the pair counts that codebooks are made from."""
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ i64, u64 = np.int64, np.uint64
 
 
 @compiled
-def class_of(kind, channels, classes, channel):  # type: ignore[no-untyped-def]
+def class_of(kind, channels, classes, channel):
     """Codebook class of a pair that begins in this channel."""
     if classes == 1:
         return 0
@@ -48,7 +49,7 @@ def class_of(kind, channels, classes, channel):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def pair_words(kind, codes, words):  # type: ignore[no-untyped-def]
+def pair_words(kind, codes, words):
     """codes [64, D] -> pairs ``a | b << 8``: K [token, channel pair], V [token pair, channel]."""
     if kind == K:
         for t in range(TOKENS):
@@ -60,8 +61,8 @@ def pair_words(kind, codes, words):  # type: ignore[no-untyped-def]
                 words[t, c] = np.uint16(codes[2 * t, c]) | np.uint16(codes[2 * t + 1, c]) << np.uint16(8)
 
 
-@compiled
-def count_blocks(codes, raw, kind, counts):  # type: ignore[no-untyped-def]
+@compiled(entry=True)
+def count_blocks(codes, raw, kind, counts):
     """counts[class, a, b] += how often the pair (a, b) occurs in the blocks (pages, heads, 64, channels) that are not raw."""
     pages, heads, _, channels = codes.shape
     classes = counts.shape[0]
@@ -90,7 +91,7 @@ def count_blocks(codes, raw, kind, counts):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def order_streams(kind, words, streams):  # type: ignore[no-untyped-def]
+def order_streams(kind, words, streams):
     """Pairs as ``pair_words`` has them -> [64 streams, D/2 pairs] (section 4)."""
     pairs = streams.shape[1]
     for stream in range(STREAMS):
@@ -109,7 +110,7 @@ def order_streams(kind, words, streams):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def build_words(book, words):  # type: ignore[no-untyped-def]
+def build_words(book, words):
     """words[class, b << 7 | a] = code word with the split bits, and its length << 16."""
     symbols, split, limit, levels = book[SYMBOLS], book[SPLIT], book[LIMIT], book[LEVELS]
     count = symbols * symbols
@@ -128,7 +129,7 @@ def build_words(book, words):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def code_lengths(lengths, count):  # type: ignore[no-untyped-def]
+def code_lengths(lengths, count):
     """The bytes at an address as an array."""
     copy = np.empty(count, np.uint8)
     fill_bytes(lengths, copy)
@@ -136,7 +137,7 @@ def code_lengths(lengths, count):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def fill_bytes(source, array):  # type: ignore[no-untyped-def]
+def fill_bytes(source, array):
     copy_bytes(source, address_of(array), i64(array.size))
 
 
@@ -147,7 +148,7 @@ def _packer(pairs_a_flush: int) -> Any:
     """
 
     @compiled
-    def pack(streams, of_pair, words, lengths, unit):  # type: ignore[no-untyped-def]
+    def pack(streams, of_pair, words, lengths, unit):
         to = lengths + STREAMS
         waiting, held = u64(0), u64(0)  # bits, and how many
         for stream in range(STREAMS):
@@ -181,7 +182,7 @@ _pack_4, _pack_2 = _packer(4), _packer(2)
 
 
 @compiled
-def pack_fixed(streams, width, to):  # type: ignore[no-untyped-def]
+def pack_fixed(streams, width, to):
     """Codes of a fixed width: word i of stream x to 4 (64 i + x) bytes behind an address. Returns the end."""
     size = u64(width)
     rows = (2 * streams.shape[1] * width + 31) // 32
@@ -202,7 +203,7 @@ def pack_fixed(streams, width, to):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def store_scales(unit, scale_bits, zero, to):  # type: ignore[no-untyped-def]
+def store_scales(unit, scale_bits, zero, to):
     """Scales, as the bits of float32, and zeros to an address. Returns the end."""
     if unit == BLOCK:
         store_u32(to, scale_bits[0])
@@ -216,15 +217,15 @@ def store_scales(unit, scale_bits, zero, to):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def pad(to, begin):  # type: ignore[no-untyped-def]
+def pad(to, begin):
     """Zero bytes up to a multiple of 16 from ``begin``. Returns the end."""
     end = begin + ((to - begin + 15) & ~i64(15))
     clear_bytes(to, end - to)
     return end
 
 
-@compiled
-def encode_blocks(  # type: ignore[no-untyped-def]
+@compiled(entry=True)
+def encode_blocks(
     values, value_strides, value_bytes, codes, raws, scale_bits, zeros, units, fixed, books, buffer, offsets
 ):  # fmt: skip
     """Pages to ``buffer``, large enough; offsets[i] is where page i begins.
@@ -297,7 +298,7 @@ def encode_blocks(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def pair_classes(kind, channels, classes, of_pair):  # type: ignore[no-untyped-def]
+def pair_classes(kind, channels, classes, of_pair):
     """Codebook class of every pair of every stream (section 4)."""
     for stream in range(STREAMS):
         for pair in range(channels // 2):

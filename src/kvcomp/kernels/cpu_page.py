@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """What a page holds, by address (docs/format.md, sections 2 and 3), and its blocks as pairs of codes."""
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ f32, i64 = np.float32, np.int64
 
 
 @compiled
-def load_scales(address, unit, channels, scale, zero):  # type: ignore[no-untyped-def]
+def load_scales(address, unit, channels, scale, zero):
     """Scales and zeros at an address as float32 to two others, one for each token or, if the unit is that, channel. Returns their bytes."""
     if unit == BLOCK:
         floats_at(scale, TOKENS)[:] = load_f32(address)
@@ -59,14 +60,14 @@ def load_scales(address, unit, channels, scale, zero):  # type: ignore[no-untype
 
 
 @compiled
-def block_at(page, index):  # type: ignore[no-untyped-def]
+def block_at(page, index):
     """Address and mode of a block, by its place in the directory."""
     word = i64(load_u32(page + 4 * index))
     return page + (word & ~i64(15)), word & 15
 
 
 @compiled
-def prefetch_block(page, index):  # type: ignore[no-untyped-def]
+def prefetch_block(page, index):
     """Ask for the cache lines of a block while another is decoded: streams are not read in order, so the hardware does not guess."""
     begin, end = i64(load_u32(page + 4 * index)), i64(load_u32(page + 4 * index + 4))
     for offset in range(begin & ~i64(15), end & ~i64(15), 64):
@@ -74,14 +75,14 @@ def prefetch_block(page, index):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def token_scales_at(page, heads, k_unit, kind):  # type: ignore[no-untyped-def]
+def token_scales_at(page, heads, k_unit, kind):
     """Address of the token scales of K or V in a page."""
     directory = (4 * (2 * heads + 1) + 15) & ~15
     return page + directory + (4 * TOKENS if kind == V and k_unit == TOKEN else 0)
 
 
 @compiled
-def prefetch_token_scales(page, heads, k_unit, v_unit):  # type: ignore[no-untyped-def]
+def prefetch_token_scales(page, heads, k_unit, v_unit):
     """Ask for the token scales of K and V, which lie side by side."""
     begin = token_scales_at(page, heads, k_unit, K)
     size = 4 * TOKENS * ((1 if k_unit == TOKEN else 0) + (1 if v_unit == TOKEN else 0))
@@ -90,13 +91,13 @@ def prefetch_token_scales(page, heads, k_unit, v_unit):  # type: ignore[no-untyp
 
 
 @compiled
-def book_at(books, slot):  # type: ignore[no-untyped-def]
+def book_at(books, slot):
     """Description of one of a row's four books (K default, K own, V default, V own), which lie at an address."""
     return integers_at(books + 8 * COLUMNS * slot, COLUMNS)
 
 
 @compiled
-def table_places(books, begin):  # type: ignore[no-untyped-def]
+def table_places(books, begin):
     """Where the tables of four books begin in scratch. Returns the bytes of all."""
     total = i64(0)
     for slot in range(4):
@@ -108,7 +109,7 @@ def table_places(books, begin):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def build_tables(book, table):  # type: ignore[no-untyped-def]
+def build_tables(book, table):
     """The decode tables of a book's classes, to an address."""
     count, size = book[SYMBOLS] * book[SYMBOLS], i64(1) << (book[LIMIT] + 2 * book[SPLIT])
     for of_class in range(book[CLASSES]):
@@ -122,7 +123,7 @@ def build_tables(book, table):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def decode_block(codes, mode, kind, channels, books, tables, begin, built, offsets, streams, pairs):  # type: ignore[no-untyped-def]
+def decode_block(codes, mode, kind, channels, books, tables, begin, built, offsets, streams, pairs):
     """Codes of a coded block to pairs. Returns whether they are narrow.
 
     All but mode, kind and channels are addresses; begin, built: int64 [4], where the tables of the books lie in ``tables`` and whether they
@@ -142,7 +143,7 @@ def decode_block(codes, mode, kind, channels, books, tables, begin, built, offse
 
 
 @compiled
-def code_masks(narrow):  # type: ignore[no-untyped-def]
+def code_masks(narrow):
     """Masks of a and b in a pair, and what brings the masked values back to codes."""
     if narrow:
         return 31 << NARROW_A, 31 << NARROW_B, f32(1 / (1 << NARROW_A)), f32(1 / (1 << NARROW_B))

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Products of a block's codes with queries and weights.
 
 Scales and zeros are folded into the factors, so that the inner loops run on bare codes. Everything here takes addresses.
@@ -78,7 +79,7 @@ _sum_4x1, _sum_2x1, _sum_1x1 = _accumulator(4, 1), _accumulator(2, 1), _accumula
 
 
 @compiled
-def accumulate(pairs, columns, rows, mask_a, mask_b, of_a, of_b, factor_bytes, queries, out, out_bytes):  # type: ignore[no-untyped-def]
+def accumulate(pairs, columns, rows, mask_a, mask_b, of_a, of_b, factor_bytes, queries, out, out_bytes):
     """``_accumulator`` for any number of queries and a multiple of 16 columns."""
     row_bytes = 2 * columns
     m = 0
@@ -156,7 +157,7 @@ rescale = emitted(types.void, [types.int64] * 3 + [types.float32, types.int64], 
 
 
 @compiled(fastmath=FAST)
-def score_raw_keys(q, keys, step, tokens, dtype, scratch, score):  # type: ignore[no-untyped-def]
+def score_raw_keys(q, keys, step, tokens, dtype, scratch, score):
     """score[g, t] = q[g] . k[t] for up to 64 raw tokens at an address, ``step`` bytes apart; q [queries, channels], scratch [64, channels]."""
     queries, channels = q.shape[0], scratch.shape[1]
     for t in range(tokens):
@@ -170,7 +171,7 @@ def score_raw_keys(q, keys, step, tokens, dtype, scratch, score):  # type: ignor
 
 
 @compiled(fastmath=FAST)
-def add_raw_values(weight, seen, values, step, tokens, dtype, scratch, out):  # type: ignore[no-untyped-def]
+def add_raw_values(weight, seen, values, step, tokens, dtype, scratch, out):
     """out[g] += sum over the tokens that g sees of weight[g, t] * v[t]; a token out of sight may be anything, NaN too."""
     queries, channels = out.shape
     for t in range(tokens):

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Values -> codes under the bound, exactly as ``kvcomp.quantise`` says (docs/format.md, section 3). No fast arithmetic here."""
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ _by_row_float32, _by_row_float16, _by_row_bfloat16 = (_row_quantiser(dtype, Fals
 
 
 @compiled
-def quantise_row(dtype, by_channel, values, count, parameters, pitch, bound, codes):  # type: ignore[no-untyped-def]
+def quantise_row(dtype, by_channel, values, count, parameters, pitch, bound, codes):
     """``_row_quantiser`` of the dtype."""
     if by_channel:
         if dtype == FLOAT32:
@@ -147,7 +148,7 @@ def quantise_row(dtype, by_channel, values, count, parameters, pitch, bound, cod
 
 
 @compiled
-def floor_log2(x):  # type: ignore[no-untyped-def]
+def floor_log2(x):
     """Exponent of a positive, normal float64; 0 for what is not positive and finite."""
     if x > 0 and x < np.inf:
         return (bits_of(x) >> 52) - 1023
@@ -155,12 +156,12 @@ def floor_log2(x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def power_of_two(exponent):  # type: ignore[no-untyped-def]
+def power_of_two(exponent):
     return float_of((max(exponent, -1022) + 1023) << 52)
 
 
 @compiled
-def set_unit(lo, hi, relative_scale, scale_bits, dtype, parameters, bounds, unit):  # type: ignore[no-untyped-def]
+def set_unit(lo, hi, relative_scale, scale_bits, dtype, parameters, bounds, unit):
     """Scale, its inverse, zero and bound of a unit from its extremes (section 3, steps 1 to 3). Returns whether they can be stored."""
     lo, hi = f64(lo), f64(hi)
     bound = relative_scale * (hi - lo) / 2
@@ -198,7 +199,7 @@ def set_unit(lo, hi, relative_scale, scale_bits, dtype, parameters, bounds, unit
 
 
 @compiled
-def channel_extremes(values, lo, hi):  # type: ignore[no-untyped-def]
+def channel_extremes(values, lo, hi):
     """Least and greatest of each channel of [64, D]; a NaN is passed over and fails later."""
     lo[:], hi[:] = values[0], values[0]
     for t in range(1, TOKENS):
@@ -209,22 +210,22 @@ def channel_extremes(values, lo, hi):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def wider(lo, hi, range_, t):  # type: ignore[no-untyped-def]
+def wider(lo, hi, range_, t):
     """Widen token t's extremes by a row's; NaN stays."""
     lo[t] = lo[t] if np.isnan(lo[t]) or range_[0] >= lo[t] else range_[0]
     hi[t] = hi[t] if np.isnan(hi[t]) or range_[1] <= hi[t] else range_[1]
 
 
 @compiled
-def keep_parameters(parameters, count, used, scale, zero):  # type: ignore[no-untyped-def]
+def keep_parameters(parameters, count, used, scale, zero):
     """The parameters of ``count`` units as stored; 1 and 0 where nobody uses them."""
     for unit in range(count):
         scale[unit] = parameters[SCALE, unit] if used else f32(1)
         zero[unit] = np.int32(parameters[ZERO, unit]) if used else np.int32(0)
 
 
-@compiled
-def quantise_blocks(source, strides, dtype, unit, relative_scale, scale_bits, codes, scale, zero, raw):  # type: ignore[no-untyped-def]
+@compiled(entry=True)
+def quantise_blocks(source, strides, dtype, unit, relative_scale, scale_bits, codes, scale, zero, raw):
     """Quantise (heads, 64*pages, channels) values at an address, ``strides`` bytes apart.
 
     codes (pages, heads, 64, channels), scale and zero (pages, heads or 1, units of a block), raw (pages, heads) are filled.
@@ -275,19 +276,19 @@ def quantise_blocks(source, strides, dtype, unit, relative_scale, scale_bits, co
 
 
 @compiled
-def load_block(source, step, dtype, values):  # type: ignore[no-untyped-def]
+def load_block(source, step, dtype, values):
     """64 rows of values, ``step`` bytes apart, as float32."""
     for t in range(TOKENS):
         widen(dtype, source + t * step, address_of(values[t]), i64(values.shape[1]))
 
 
 @compiled
-def extremes_of(row, range_):  # type: ignore[no-untyped-def]
+def extremes_of(row, range_):
     row_extremes(address_of(row), i64(row.size), address_of(range_))
 
 
 @compiled
-def quantise_values(values, dtype, unit, parameters, bounds, codes):  # type: ignore[no-untyped-def]
+def quantise_values(values, dtype, unit, parameters, bounds, codes):
     """Codes of a block; False if a value misses its bound."""
     pitch = i64(parameters.strides[0])
     kept = True
