@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := $(VENV)/transformers-5.17
 
-.PHONY: demo test check lint types layers slow bench-quality bench-attention bench-memory bench-latency tables clean
+.PHONY: demo test check test-oldest lint types layers slow bench-quality bench-attention bench-memory bench-latency tables clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -13,7 +14,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest
 
-check: lint types layers test
+check: lint types layers test test-oldest
+
+# The integration under the oldest transformers that is supported; the constraints pin the newest.
+test-oldest: $(OLDEST)/.ready
+	PYTHONPATH=$(OLDEST) $(BIN)/pytest tests/integrations
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -40,6 +45,10 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV), once"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,plots]' --group dev
+	@touch $@
+
+$(OLDEST)/.ready: $(READY)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --target $(OLDEST) transformers==5.17.0 'numpy==$(shell sed -n s/^numpy==//p constraints.txt)'
 	@touch $@
 
 clean:

@@ -1,6 +1,6 @@
 """The CPU backend: the functions of ``kvcomp.kernels.reference``, compiled with Numba.
 
-The first call of each function compiles it, once for a machine (the cache is on disk); the logger "kvcomp" says so at level INFO.
+The first call of each function compiles it, once for a machine (the cache is on disk); the logger "kvcomp" says so.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _CompileNotice(event.Listener):
         dispatcher = event.data.get("dispatcher")
         if not self.said and getattr(dispatcher, "__module__", "").startswith(__name__):
             self.said = True
-            logging.getLogger("kvcomp").info(
+            logging.getLogger("kvcomp").warning(
                 "compiling the CPU kernels, once on this machine (about half a minute) ..."
             )
 
