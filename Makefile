@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-OLDEST := $(VENV)/transformers-5.17
+OLDEST := $(VENV)/transformers-5.14
 
 .PHONY: demo test check test-oldest lint types layers slow bench-quality bench-attention bench-memory bench-latency tables clean
 
@@ -48,7 +48,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(OLDEST)/.ready: $(READY)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --target $(OLDEST) transformers==5.17.0 'numpy==$(shell sed -n s/^numpy==//p constraints.txt)'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --target $(OLDEST) transformers==5.14.0 'numpy==$(shell sed -n s/^numpy==//p constraints.txt)'
 	@touch $@
 
 clean:

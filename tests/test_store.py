@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import pickle
 import tracemalloc
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
@@ -952,3 +953,8 @@ class StoreMachine(RuleBasedStateMachine):
 def test_a_store_behaves_like_plain_rows_whatever_is_done_to_it(backend: str) -> None:
     machine = type("Machine", (StoreMachine,), {"backend": backend})
     run_state_machine_as_test(machine, settings=settings(max_examples=settings().max_examples, stateful_step_count=12))
+
+
+def test_a_store_is_not_pickled(backend: str) -> None:
+    with pytest.raises(InvalidInput, match="cannot be pickled"):
+        pickle.dumps(KVStore(CodecSpec.resolve("kvcomp"), backend))

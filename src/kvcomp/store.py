@@ -8,7 +8,6 @@ tail, a raw buffer that all rows share. A row's pages depend on its own tokens a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -202,10 +201,15 @@ class KVStore:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVStore:
         """An independent store; sealed pages, which never change, are shared."""
-        twin = copy(self)
+        twin = object.__new__(KVStore)
+        twin.__dict__.update(self.__dict__)
         if self.batch:
             twin.select(torch.arange(self.batch))
         return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled: pages are known by their addresses in this process."""
+        raise InvalidInput("a KVStore cannot be pickled: save the cache in a .kvc file")
 
     # What readers need
 

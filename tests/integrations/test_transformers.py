@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    StaticCache,
     T5Config,
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -92,13 +93,6 @@ def dense_attend(
     padding = position < torch.from_numpy(store.starts)[:, None, None, None]
     weight = (score + mask).masked_fill(padding, -1e30).softmax(-1).masked_fill(padding, 0)
     return (weight @ v).to(q.dtype)
-
-
-@pytest.fixture
-def dense_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make dense attention of the compressed."""
-    monkeypatch.setattr(integration, "attend", dense_attend)
-    monkeypatch.setattr(integration, "attend_tiled", dense_attend)
 
 
 @pytest.fixture
@@ -251,6 +245,8 @@ def test_decoding_is_fused_and_the_prompt_dense(llama: PreTrainedModel, calls: d
     assert calls == {"_dense": 2, "attend": 18, "attend_tiled": 0}
     forward(llama, cache, input_ids=torch.full((2, 40), 5))
     assert calls == {"_dense": 2, "attend": 18, "attend_tiled": 2}
+    forward(llama, KVCompCache(llama.config, LOSSY), **prompt(5))
+    assert calls == {"_dense": 4, "attend": 18, "attend_tiled": 2}
 
 
 def test_turns_reuse_the_cache(llama: PreTrainedModel) -> None:
@@ -265,21 +261,16 @@ def test_turns_reuse_the_cache(llama: PreTrainedModel) -> None:
         assert caches["kvcomp"].get_seq_length() == caches["sdpa"].get_seq_length()
 
 
-def test_a_second_prompt_attends_to_the_compressed_first(llama: PreTrainedModel, dense_reference: None) -> None:
-    first, second = prompt(150, 100), torch.randint(3, 97, (2, 90))
-    mask = torch.cat([first["attention_mask"], torch.ones_like(second)], dim=1)
-    expected = KVCompCache(llama.config, LOSSY)
-    forward(llama, expected, **first)
-    reference = forward(llama, expected, input_ids=second, attention_mask=mask)
-    with pytest.MonkeyPatch.context() as real:
-        real.setattr(integration, "attend_tiled", ATTEND_TILED)
-        cache = KVCompCache(llama.config, LOSSY)
-        forward(llama, cache, **first)
-        got = forward(llama, cache, input_ids=second, attention_mask=mask)
-    torch.testing.assert_close(got, reference, atol=2e-3, rtol=0)
-
-
-ATTEND_TILED = integration.attend_tiled
+@pytest.mark.parametrize("kind", [LlamaConfig, Gemma2Config])
+def test_a_second_prompt_attends_to_the_compressed_first(kind: type[PreTrainedConfig]) -> None:
+    softcap = {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 1}
+    model = tiny_model(kind, **(softcap if kind is Gemma2Config else {}))
+    logits = []
+    for attention in ("kvcomp", "eager"):
+        cache = KVCompCache(model.config, LOSSY)
+        forward(model, cache, attention, **prompt(150, 150))
+        logits.append(forward(model, cache, attention, input_ids=prompt(90, 90, seed=1)["input_ids"]))
+    torch.testing.assert_close(*logits, atol=2e-3, rtol=0)
 
 
 # Models
@@ -343,7 +334,7 @@ def test_sliding_layers_keep_their_own_cache() -> None:
     assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, CompressedLayer]
     assert cache.is_sliding == [True, False]
     assert not cache.is_compileable
-    assert cache.is_croppable
+    assert cache.layers[1].is_croppable
 
 
 def test_the_text_part_of_a_multi_modal_configuration_counts() -> None:
@@ -372,6 +363,33 @@ def test_a_soft_cap_is_not_forgotten_on_plain_tensors() -> None:
     assert_same(generate(model, inputs, None, "kvcomp"), generate(model, inputs, None, "eager"))
 
 
+@pytest.mark.parametrize("kind", [LlamaConfig, Gemma2Config])
+def test_a_static_cache_is_longer_than_what_it_holds(kind: type[PreTrainedConfig]) -> None:
+    model = tiny_model(kind)
+    outputs = [
+        forward(model, StaticCache(config=model.config, max_cache_len=200), attention, **prompt(150))
+        for attention in ("kvcomp", "eager")
+    ]
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("spec", [LOSSLESS, LOSSY], ids=["lossless", "lossy"])
+def test_attention_without_a_mask(llama: PreTrainedModel, spec: CodecSpec, causal: bool) -> None:
+    """Causal queries are the last tokens; with is_causal=False every query sees every token."""
+    torch.manual_seed(0)
+    k, v, q = torch.randn(1, 2, 230, 16), torch.randn(1, 2, 230, 16), torch.randn(1, 4, 80, 16)
+    cache, module = KVCompCache(llama.config, spec), llama.model.layers[0].self_attn
+    for tokens in (slice(0, 150), slice(150, 230)):
+        keys, values = cache.update(k[:, :, tokens], v[:, :, tokens], 0)
+        dense = cache.layers[0].store.dense()
+        queries = q if tokens.start else q.repeat(1, 1, 2, 1)[:, :, :150]
+        ours = integration.kvcomp_attention(module, queries, keys, values, None, is_causal=causal)[0]
+    mask = torch.ones(80, 230, dtype=torch.bool).tril(150) if causal else None
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *dense, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(ours.transpose(1, 2), expected, atol=1e-4, rtol=0)
+
+
 # Masks
 
 
@@ -390,29 +408,43 @@ def test_a_mask_of_any_pattern_is_honoured(llama: PreTrainedModel) -> None:
         torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-4, rtol=0)
 
 
-def test_a_mask_with_holes_over_compressed_pages(llama: PreTrainedModel, dense_reference: None) -> None:
-    step = torch.full((1, 1), 5)
-    hole = torch.ones((1, 151), dtype=torch.long)
-    hole[0, 40:90] = 0
+def hiding(tokens: int, hidden: slice) -> torch.Tensor:
+    """A mask over this many tokens that hides some."""
+    mask = torch.ones((1, tokens), dtype=torch.long)
+    mask[:, hidden] = 0
+    return mask
+
+
+DISTANCE = torch.arange(151).flip(0)
+STEP_MASKS = {
+    "a hole": hiding(151, slice(40, 90)),
+    "a window": hiding(151, slice(0, 60)),
+    "a bias by distance": -0.2 * DISTANCE[None, None, None].float(),
+    "one mask for each head": (torch.tensor([20, 60, 100, 140])[:, None, None] > DISTANCE)[None],
+}
+
+
+@pytest.mark.parametrize("mask", STEP_MASKS.values(), ids=STEP_MASKS)
+def test_masks_over_compressed_pages(llama: PreTrainedModel, mask: torch.Tensor) -> None:
+    """As sdpa, on the decompressed cache, has it; and no window is taken for padding."""
     logits = []
-    for real in (False, True):
+    for attention in ("kvcomp", "sdpa"):
         cache = KVCompCache(llama.config, LOSSY)
-        forward(llama, cache, **prompt(150))
-        with pytest.MonkeyPatch.context() as patch:
-            if real:
-                patch.setattr(integration, "attend_tiled", ATTEND_TILED)
-            logits.append(forward(llama, cache, input_ids=step, attention_mask=hole))
+        forward(llama, cache, attention, **prompt(150))
+        logits.append(forward(llama, cache, attention, input_ids=torch.full((1, 1), 5), attention_mask=mask))
         assert cache.layers[0].store.starts.tolist() == [0]
+        assert cache.layers[0].store.compressed
     torch.testing.assert_close(*logits, atol=2e-3, rtol=0)
 
 
-def test_a_window_is_not_taken_for_padding(llama: PreTrainedModel) -> None:
-    cache = KVCompCache(llama.config, LOSSLESS)
-    forward(llama, cache, **prompt(150))
-    recent = torch.ones((1, 151), dtype=torch.long)
-    recent[0, :60] = 0
-    forward(llama, cache, input_ids=torch.full((1, 1), 5), attention_mask=recent)
-    assert cache.layers[0].store.starts.tolist() == [0]
+def test_a_mask_may_change_in_place(llama: PreTrainedModel) -> None:
+    cache, step = filled(llama), torch.full((1, 1), 5)
+    mask = torch.ones((1, 1, 1, 151), dtype=torch.bool)
+    forward(llama, cache, input_ids=step, attention_mask=mask)
+    cache.crop(-1)
+    mask[..., 40:90] = False
+    got = forward(llama, cache, input_ids=step, attention_mask=mask)
+    torch.testing.assert_close(got, forward(llama, filled(llama), input_ids=step, attention_mask=mask), atol=0, rtol=0)
 
 
 def test_a_mask_is_read_once_for_all_layers(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,6 +453,9 @@ def test_a_mask_is_read_once_for_all_layers(llama: PreTrainedModel, monkeypatch:
     monkeypatch.setattr(integration, "_read_mask", lambda *args: read.append(1) or real(*args))
     generate(llama, prompt(150, 90), KVCompCache(llama.config, LOSSY), max_new_tokens=5)
     assert len(read) == 5
+    session = KVCompCache(llama.config).session
+    masks = torch.ones((1, 1, 1, 9), dtype=torch.bool), torch.eye(9, dtype=torch.bool)[None, None, :1]
+    assert [session.plan_for(mask, 1, 1, 9).causal for mask in masks] == [True, False]
 
 
 def test_rows_that_begin_in_a_later_chunk(llama: PreTrainedModel) -> None:

@@ -11,12 +11,13 @@ A prompt is attended exactly and then compressed; decoding reads the compressed 
 implementation (sdpa, eager) results are as right, but each layer's cache is decompressed whole for its turn, tokens are compressed
 one forward pass late, and left padding is stored as tokens are.
 
-Tested with transformers 5.17 to 5.23.
+Works with transformers 5.14 to 5.23.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -34,6 +35,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvcomp import files
 from kvcomp.attention import FUSED_QUERIES, attend, attend_tiled
 from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
 from kvcomp.kernels import load_backend
@@ -51,6 +53,7 @@ POSITION_BIAS = {"bloom", "inkling", "inkling2", "mpt"}
 IDENTITY = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
+FINGERPRINT = (*IDENTITY, "head_dim", "vocab_size", "rope_parameters", "layer_types", "sliding_window")
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -83,6 +86,7 @@ class Session:
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = ref(config)
         self.identity = _identity(config)
+        self.fingerprint = _fingerprint(config)
         self.limit = _position_limit(config)
         self.plan: MaskPlan | None = None
 
@@ -112,6 +116,29 @@ class Session:
 
 def _identity(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: _get(config, name) for name in IDENTITY}
+
+
+def _fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a file keeps of the configuration: that on which K and V depend, in the form in which JSON gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps({name: _get(config, name) for name in FINGERPRINT}, default=str))
+    return found
+
+
+def _check_origin(model: Mapping[str, Any] | None, fingerprint: Mapping[str, Any], model_id: str | None) -> None:
+    """Raise InvalidInput if a file's cache is not of the model with this fingerprint and id."""
+    if model is None:
+        raise InvalidInput("the file holds tensors without a model: read it with kvcomp.load")
+    theirs = model.get("configuration")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    for name in sorted({*theirs, *fingerprint}):
+        if theirs.get(name) != fingerprint.get(name):
+            raise InvalidInput(
+                f"the file is of a model with {name} {theirs.get(name)!r}, not {fingerprint.get(name)!r}: give that model's configuration"
+            )
+    if model.get("id") != model_id:
+        raise InvalidInput(
+            f"the file is of the model_id {model.get('id')!r}, not {model_id!r}: give the one it was saved with"
+        )
 
 
 def _position_limit(config: PreTrainedConfig) -> int | None:
@@ -147,9 +174,8 @@ def _read_mask(mask: Tensor, batch: int, queries: int, tokens: int) -> MaskPlan:
     elif causal:
         position = torch.arange(tokens)
         for row, start in zip(seen[:, 0], first.tolist(), strict=True):
-            real = max(0, start - (tokens - queries))  # what the padding's own queries see is of no account
-            ahead = position[start:] > position[tokens - queries + real :, None]
-            causal = causal and torch.equal(row[real:, start:], ~ahead)
+            behind = position[start:] <= position[tokens - queries :, None]
+            causal = causal and torch.equal(row[:, start:], behind)
     return MaskPlan(ref(mask), first, causal)
 
 
@@ -343,6 +369,65 @@ class KVCompCache(Cache):
         self.first = next((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)
         super().__init__(layers=layers)
 
+    def save(self, path: str | Path, model_id: str | None = None, rows: Sequence[int] | None = None) -> None:
+        """Write a .kvc file from which ``load`` goes on as if nothing had happened; it takes the place of what was there.
+
+        model_id: a name for the weights, such as a commit, that ``load`` must then be given too; the configuration is always compared.
+        rows: which of the batch to write, all if None. Raises InvalidInput for an empty cache, UnsupportedModel if a layer is not
+        compressed (sliding windows and the like, which cannot be saved), and OSError.
+        """
+        self._check_saveable()
+        for layer in self.compressed_layers:
+            if layer.unsealed:
+                layer.seal()
+        stores = {index: layer.store for index, layer in enumerate(self.compressed_layers)}
+        model = {"id": model_id, "configuration": self.session.fingerprint}
+        files.save(path, stores, self.spec, len(stores), model, rows)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | Sequence[str | Path],
+        config: PreTrainedConfig,
+        model_id: str | None = None,
+        tokens: int | None = None,
+        rows: Sequence[int] | None = None,
+        *,
+        backend: str = "cpu",
+    ) -> Self:
+        """The cache that ``save`` wrote, without decoding anything; nobody may write into the file as long as the cache lives.
+
+        path: a file, or several whose rows become one batch, padded on the left. tokens: how many of the first to keep, all if None.
+        rows: which of each file, all if None. Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError, and InvalidInput or
+        UnsupportedModel for a file of another model or without what is asked for.
+        """
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        if not paths:
+            raise InvalidInput("there is no file to load: give at least one path")
+        containers = [files.open_container(one) for one in paths]
+        cache = cls(config, containers[0].header.spec, backend=backend)
+        cache._check_saveable()
+        for container in containers:
+            header = container.header
+            _check_origin(header.model, cache.session.fingerprint, model_id)
+            if header.spec != cache.spec or len(header.layers) != len(cache.layers):
+                raise InvalidInput(
+                    f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
+                )
+            cache._check_limit(max(1, header.tokens if tokens is None else tokens), 0)
+        read = [files.load(container, backend, None, rows, tokens) for container in containers]
+        for index, layer in enumerate(cache.compressed_layers):
+            layer.store = files.join([stores[index] for stores in read]) if len(read) > 1 else read[0][index]
+            layer.is_initialized = True
+        return cache
+
+    def _check_saveable(self) -> None:
+        others = [index for index, layer in enumerate(self.layers) if not isinstance(layer, CompressedLayer)]
+        if others:
+            raise UnsupportedModel(
+                f"layers {others} are not compressed (a sliding window or the like) and cannot be saved in a file yet"
+            )
+
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
@@ -379,10 +464,9 @@ class KVCompCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as it was in older transformers."""
-        layers: list[Any] = self.layers
-        for layer in sorted(
-            layers, key=lambda layer: isinstance(layer, CompressedLayer)
-        ):  # those that may refuse go first
+        layers: list[Any] = list(self.layers)
+        layers.sort(key=lambda layer: isinstance(layer, CompressedLayer))  # those that may refuse go first
+        for layer in layers:
             layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -518,7 +602,7 @@ def kvcomp_attention(
             session.check_model(config)
         out = _over_store(module, query, source, attention_mask, scaling, softcap, causal)
     except (InvalidInput, UnsupportedModel):
-        if source is not None and source.layer.unsealed:
+        if source is not None and source.layer.unsealed and source.tokens == source.layer.store.tokens:
             source.layer.undo(query.shape[2])
         raise
     return out, None
@@ -536,18 +620,20 @@ def _over_store(
     """Attention over a compressed layer, which may compress the new tokens afterwards."""
     layer, store = source.layer, source.layer.store
     batch, heads, queries, _ = query.shape
+    tokens = store.tokens
     if mask is None and queries > 1 and not causal:
-        mask = torch.ones((1, 1, queries, store.tokens), dtype=torch.bool)
-    plain = mask is None or _is_plain(store, layer.session.plan_for(mask, batch, queries, store.tokens), queries)
+        mask = torch.ones((1, 1, queries, tokens), dtype=torch.bool)
+    plain = mask is None or _is_plain(store, layer.session.plan_for(mask, batch, queries, tokens), queries)
     fresh, source.fresh = source.fresh, None
     if fresh is None and plain and queries * heads // store.heads <= FUSED_QUERIES:
         out = attend(store, query, scaling, softcap or 0.0).transpose(1, 2).contiguous()
     elif fresh is not None or not store.compressed:
-        keys, values = fresh or store.dense()
-        out = _dense(module, query, keys, values, mask, scaling, softcap, causal)
+        if mask is None and 1 < queries < tokens:
+            mask = torch.ones((queries, tokens), dtype=torch.bool).tril(tokens - queries)[None, None]
+        out = _dense(module, query, *(fresh or store.dense()), mask, scaling, softcap, causal)
     else:
         out = attend_tiled(store, query, scaling, softcap or 0.0, None if plain else mask).transpose(1, 2).contiguous()
-    del fresh
+    del fresh  # not needed while the layer is compressed
     layer.seal()
     return out
 
@@ -575,11 +661,14 @@ def _dense(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention over plain tensors, (batch, new tokens, heads, head_dim): sdpa, or by hand with a soft cap."""
-    queries, tokens = query.shape[2], key.shape[2]
-    if mask is None and causal and queries > 1 and (softcap or tokens > queries):
-        mask = torch.ones((queries, tokens), dtype=torch.bool, device=query.device).tril(tokens - queries)[None, None]
+    """Attention over plain tensors, (batch, new tokens, heads, head_dim): sdpa, or by hand with a soft cap.
+
+    Without a mask causal queries are the first tokens, as for sdpa: a static cache is longer than what it holds.
+    """
+    queries = query.shape[2]
     if softcap:
+        if mask is None and causal and queries > 1:
+            mask = torch.ones((queries, key.shape[2]), dtype=torch.bool, device=query.device).tril()[None, None]
         return _softcapped(query, key, value, mask, scaling, softcap, dropout)
     out: Tensor = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
