@@ -12,18 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from llvmlite.binding import get_host_cpu_name
+from setting import RESULTS, setting
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -173,32 +171,16 @@ def time_codec(cache: Cache, rounds: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "device": model,
-        "cores": os.cpu_count(),
-        "llvm_cpu": get_host_cpu_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "numpy": np.__version__,
-        "commit": commit or None,
-        "load_average": os.getloadavg()[0],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds, 8K tokens only")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "attention_cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "attention_cpu.json")
     options = parser.parse_args()
     rounds = 5 if options.quick else 21
-    result: dict[str, Any] = {"machine": machine(), "heads": 8, "channels": 128, "attention": []}
+    result: dict[str, Any] = {
+        "setting": setting(llvm_cpu=get_host_cpu_name(), kv_heads=8, head_dim=128),
+        "attention": [],
+    }
     for tokens in (8192,) if options.quick else (8192, 32768):
         cache = Cache(8, tokens, 128)
         bits = 8 * int(cache.offsets[-1]) / (2 * cache.k.numel())

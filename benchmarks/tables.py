@@ -80,10 +80,33 @@ def memory(found: Any) -> str:
     )
 
 
+def attention(found: Any) -> str:
+    """Time of the fused kernel over that of each dense method."""
+    rows = []
+    for row in found["attention"]:
+        ratios = {name: ratio["median"] for name, ratio in row["time_over"].items()}
+        fastest = row["time_over"][row["fastest_dense"]]
+        rows.append(
+            [
+                f"{row['tokens']:,}",
+                str(row["group"]),
+                str(row["threads"]),
+                f"{row['ns_per_value']['kvcomp']['median']:.3f}",
+                f"{ratios['sdpa_enable_gqa']:.2f}x",
+                f"{ratios['sdpa_group_folded']:.2f}x",
+                f"{ratios['grouped_matmul']:.2f}x",
+                f"{fastest['quartile_1']:.2f} to {fastest['quartile_3']:.2f}",
+            ]
+        )
+    header = ["context", "queries a KV head", "threads", "ns a value", "SDPA enable_gqa", "SDPA, group in q_len"]
+    return markdown([*header, "grouped matmul", "quartiles, fastest"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "quality": ("quality.json", quality),
     "equal-quality": ("quality.json", equal_quality),
     "memory": ("memory.json", memory),
+    "attention": ("attention_cpu.json", attention),
 }
 
 
