@@ -15,7 +15,7 @@ from kvcomp.errors import (
     UnsupportedModel,
     UnsupportedVersion,
 )
-from kvcomp.packed import Packed, compress
+from kvcomp.packed import Packed, compress, load
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store import KVStore, Memory
 
@@ -34,4 +34,5 @@ __all__ = [
     "UnsupportedModel",
     "UnsupportedVersion",
     "compress",
+    "load",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
+from kvcomp import files
 from kvcomp.attention import attend
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import CodecSpec
@@ -14,7 +16,7 @@ from kvcomp.store import KVStore, Memory
 
 
 class Packed:
-    """Compressed K and V of one layer; made by ``compress``."""
+    """Compressed K and V of one layer; made by ``compress`` or ``load``."""
 
     def __init__(self, store: KVStore) -> None:
         self._store = store
@@ -35,6 +37,10 @@ class Packed:
         """Bytes by part."""
         return self._store.memory()
 
+    def save(self, path: str | Path) -> None:
+        """Write a .kvc file that ``load`` reads; it takes the place of what was there. Raises OSError."""
+        files.save(path, {0: self._store}, self._store.spec, 1)
+
 
 def compress(k: Tensor, v: Tensor, spec: str | Path | CodecSpec = "kvcomp", backend: str = "cpu") -> Packed:
     """Compress the K and V of one layer: every whole page of 64 tokens; what is left at the end stays raw.
@@ -52,3 +58,23 @@ def compress(k: Tensor, v: Tensor, spec: str | Path | CodecSpec = "kvcomp", back
     store.append(k, v)
     store.seal()
     return Packed(store)
+
+
+def load(
+    path: str | Path,
+    layer: int | None = None,
+    rows: Sequence[int] | None = None,
+    tokens: int | None = None,
+    backend: str = "cpu",
+) -> Packed:
+    """The compressed K and V of one layer of a .kvc file, without decoding anything; nobody may write into the file meanwhile.
+
+    layer: which one, the only one if None. rows: which of the batch, all if None. tokens: how many of the first, all if None.
+    Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError, and InvalidInput if the file does not hold what is asked for.
+    """
+    container = files.open_container(path)
+    if layer is None:
+        if len(container.header.layers) != 1:
+            raise InvalidInput(f"the file holds {len(container.header.layers)} layers: say which one with layer=")
+        layer = container.header.layers[0].layer
+    return Packed(files.load(container, backend, [layer], rows, tokens)[layer])

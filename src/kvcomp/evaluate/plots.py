@@ -25,3 +25,13 @@ def lines(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def heat_map(path: Path, rows: Sequence[Sequence[float]], names: Sequence[str], labels: tuple[str, str, str]) -> None:
+    """Draw one coloured cell for each number, a named row for each row; labels of x, y and the colours. NaN stays empty."""
+    figure = Figure(figsize=(2.5 + 0.35 * len(rows[0]), 1.5 + 0.25 * len(rows)), layout="constrained")
+    axes: Any = figure.subplots()
+    image = axes.imshow(rows, aspect="auto", cmap="viridis")
+    axes.set(xlabel=labels[0], ylabel=labels[1], yticks=range(len(names)), yticklabels=names)
+    figure.colorbar(image, label=labels[2])
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,0 +1,345 @@
+"""Files of compressed layers: written atomically, read by mapping them into memory.
+
+A file is either the old one or the new one, never a part: what is written gets another name until it is whole and on the disk. A cache
+that was read from a file uses its pages where they are mapped, so nobody may write into the file as long as the cache lives; kvcomp
+never does, it puts a new file in its place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from xxhash import xxh3_64
+
+from kvcomp.codebook import Codebook
+from kvcomp.container import Container, LayerParts, pack
+from kvcomp.errors import CorruptData, InvalidInput
+from kvcomp.page import Layout
+from kvcomp.spec import CodecSpec
+from kvcomp.store import KVStore, as_array
+
+TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+WRITE_BYTES = 1 << 24
+
+Bytes = npt.NDArray[np.uint8]
+
+
+# Layers <-> files
+
+
+def save(
+    path: str | Path,
+    stores: Mapping[int, KVStore],
+    spec: CodecSpec,
+    model_layers: int,
+    model: Mapping[str, Any] | None = None,
+    rows: Sequence[int] | None = None,
+) -> None:
+    """Write layers to a file that takes the place of what was there.
+
+    stores: the layers by their index among ``model_layers``; all with the same rows and tokens. spec: that of the whole model.
+    model: its fingerprint, plain JSON. rows: the rows to write, all if None.
+    Raises InvalidInput, LimitExceeded or OSError; a file that was there before is then still there, whole.
+    """
+    if rows is not None:
+        stores = {layer: deepcopy(store) for layer, store in stores.items()}
+        for store in stores.values():
+            store.select(torch.tensor(list(rows), dtype=torch.int64))
+    shapes = {(store.batch, store.tokens) for store in stores.values()}
+    if len(shapes) != 1 or (0, 0) in shapes:
+        raise InvalidInput(
+            "only layers that hold the same rows and tokens, at least one, can be saved: fill the cache first"
+        )
+    ((batch, tokens),) = shapes
+    parts = [parts_of(store, layer) for layer, store in sorted(stores.items())]
+    write(path, pack(spec, model, model_layers, batch, tokens, parts))
+
+
+def open_container(path: str | Path) -> Container:
+    """Map a file and read its header. Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError."""
+    return Container(read(path))
+
+
+def load(
+    container: Container,
+    backend: str = "cpu",
+    layers: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    tokens: int | None = None,
+) -> dict[int, KVStore]:
+    """The layers of a file by their index in the model, ready to go on; only those asked for are read and checked.
+
+    layers, rows: which ones, all if None. tokens: how many to keep of the first, all if None; they are not compressed anew.
+    Raises CorruptData or LimitExceeded, and InvalidInput if the file does not hold what is asked for.
+    """
+    header = container.header
+    places = {layer.layer: place for place, layer in enumerate(header.layers)}
+    wanted = list(places) if layers is None else list(layers)
+    if not set(wanted) <= set(places):
+        raise InvalidInput(f"the file holds the layers {', '.join(map(str, places))}, not all of {wanted}")
+    stores = {}
+    for layer in wanted:
+        store = store_of(
+            container.layer(places[layer]), header.spec.layer(layer, header.model_layers), header.tokens, backend
+        )
+        if rows is not None:
+            store.select(torch.tensor(list(rows), dtype=torch.int64))
+        if tokens is not None:
+            store.crop(tokens)
+        stores[layer] = store
+    return stores
+
+
+@torch.inference_mode(False)
+def join(stores: Sequence[KVStore]) -> KVStore:
+    """One batch of the rows of several stores of one layer; pages are shared. Shorter rows get padding on the left.
+
+    Raises InvalidInput unless all have the same spec, shape and dtype, and hold tokens.
+    """
+    first = stores[0] if stores else None
+    if first is None or not all(store.batch for store in stores):
+        raise InvalidInput("only stores that hold tokens can be joined")
+    for store in stores:
+        if (store.spec, store.heads, store.channels, store.dtype) != (
+            first.spec,
+            first.heads,
+            first.channels,
+            first.dtype,
+        ):
+            raise InvalidInput("only rows of one spec, shape and dtype can be joined")
+    joined, shift = deepcopy(first), [max(store.tokens for store in stores) - store.tokens for store in stores]
+    joined.tokens = first.tokens + shift[0]
+    joined.batch = sum(store.batch for store in stores)
+    for name in ("starts", "tail_begin"):
+        shifted = [getattr(store, name) + by for store, by in zip(stores, shift, strict=True)]
+        setattr(joined, name, np.concatenate(shifted))
+    for name in ("sink_count", "count"):
+        setattr(joined, name, np.concatenate([getattr(store, name) for store in stores]))
+    capacity = int(joined.count.max())
+    for name in ("pages", "valid"):
+        tables = [getattr(store, name)[:, :capacity] for store in stores]
+        setattr(joined, name, np.concatenate([np.pad(x, ((0, 0), (0, capacity - x.shape[1]))) for x in tables]))
+    for name in ("owners", "own_books", "pair_counts"):
+        setattr(joined, name, [list(row) for store in stores for row in getattr(store, name)])
+    joined.tail_base = min(_tail_first(store) + by for store, by in zip(stores, shift, strict=True))
+    recent = joined.tokens - joined.tail_base
+    for name in ("sinks_k", "sinks_v"):
+        setattr(joined, name, torch.cat([getattr(store, name) for store in stores]))
+    tails = [_tail(store, min(recent, store.tokens)) for store in stores]
+    padded = [np.pad(x, ((0, 0), (0, 0), (0, 0), (recent - x.shape[3], 0), (0, 0))) for x in tails]
+    joined.tail_k, joined.tail_v = (_tensor(x, joined.dtype) for x in np.concatenate(padded, axis=1))
+    return joined
+
+
+# Stores <-> parts
+
+
+def parts_of(store: KVStore, layer: int) -> LayerParts:
+    """What a file holds of a layer: pages that rows share once, nothing that no token needs. Pages are not copied."""
+    arena, offsets = _arena(store)
+    books: dict[int, Codebook] = {}
+    row_books = np.full((store.batch, 2), -1, np.int64)
+    places: dict[int, int] = {}
+    for row, pair in enumerate(store.own_books):
+        for kind, book in enumerate(pair):
+            if book is not None:
+                books[id(book)] = book
+                row_books[row, kind] = places.setdefault(id(book), len(places))
+    recent = store.tokens - _tail_first(store)
+    held = [as_array(x) for x in (store.sinks_k, store.sinks_v)]
+    sinks = np.zeros((2, store.batch, store.heads, int(store.sink_count.max()), store.channels), held[0].dtype)
+    for row, count in enumerate(store.sink_count.tolist()):
+        for kind in (0, 1):
+            sinks[kind, row, :, :count] = held[kind][row, :, :count]
+    entries = [store.valid[row, :count] for row, count in enumerate(store.count.tolist())]
+    return LayerParts(
+        layer=layer,
+        heads=store.heads,
+        channels=store.channels,
+        dtype=NAMES[store.dtype],
+        start=store.starts,
+        sink_count=store.sink_count,
+        page_count=store.count,
+        offsets=offsets,
+        valid=np.concatenate(entries),
+        arena=arena,
+        books=list(books.values()),
+        row_books=row_books,
+        counts=store.pair_counts,
+        sinks=sinks,
+        tail=_tail(store, recent),
+    )
+
+
+@torch.inference_mode(False)
+def store_of(parts: LayerParts, spec: CodecSpec, tokens: int, backend: str = "cpu") -> KVStore:
+    """A store over parts that ``Container.layer`` has checked; its pages are the arena's, everything else is its own.
+
+    spec: that of the layer. tokens: positions that the layer holds.
+    """
+    store = KVStore(spec, backend)
+    rows = parts.start.size
+    store.batch, store.heads, store.channels, store.tokens = rows, parts.heads, parts.channels, tokens
+    store.dtype = TYPES[parts.dtype]
+    store.layout = Layout(parts.heads, parts.channels, store.units, store.dtype.itemsize)
+    store.starts, store.sink_count, store.count = (x.copy() for x in (parts.start, parts.sink_count, parts.page_count))
+    capacity = int(store.count.max())
+    used = np.arange(capacity) < store.count[:, None]
+    arena = parts.arena[0] if parts.arena else np.zeros(0, np.uint8)
+    store.pages, store.valid = np.zeros((rows, capacity), np.int64), np.zeros((rows, capacity), np.int32)
+    store.pages[used] = arena.ctypes.data + parts.offsets
+    store.valid[used] = parts.valid
+    store.tail_begin = store.starts + store.sink_count + store.valid.sum(axis=1, dtype=np.int64)
+    store.tail_base = tokens - parts.tail.shape[3]
+    store.tail_k, store.tail_v = (_tensor(x, store.dtype) for x in parts.tail)
+    missing = (0, 0), (0, 0), (0, spec.sinks - parts.sinks.shape[3]), (0, 0)
+    store.sinks_k, store.sinks_v = (_tensor(np.pad(x, missing), store.dtype) for x in parts.sinks)
+    store.owners = [[arena] * count for count in store.count.tolist()]
+    store.own_books = [[None if index < 0 else parts.books[index] for index in row] for row in parts.row_books.tolist()]
+    store.pair_counts = [list(pair) for pair in parts.counts]
+    return store
+
+
+def _arena(store: KVStore) -> tuple[list[Bytes], npt.NDArray[np.int64]]:
+    """The pages of all rows without repetition, in as few pieces as they lie in, and where each entry's page begins."""
+    places: dict[int, int] = {}
+    bases: dict[int, tuple[int, memoryview]] = {}
+    runs: list[tuple[Bytes, int, int]] = []
+    offsets, at, last = [], 0, 8 * store.heads
+    for owners, addresses, count in zip(store.owners, store.pages.tolist(), store.count.tolist(), strict=True):
+        for buffer, address in zip(owners, addresses[:count], strict=True):
+            if address not in places:
+                if id(buffer) not in bases:
+                    bases[id(buffer)] = buffer.ctypes.data, buffer.data
+                base, content = bases[id(buffer)]
+                begin = address - base
+                size = int.from_bytes(content[begin + last : begin + last + 4], "little")
+                if runs and runs[-1][0] is buffer and runs[-1][2] == begin:
+                    runs[-1] = buffer, runs[-1][1], begin + size
+                else:
+                    runs.append((buffer, begin, begin + size))
+                places[address] = at
+                at += size
+            offsets.append(places[address])
+    pieces = [buffer[begin:end] for buffer, begin, end in runs]
+    return [*pieces, np.zeros(store.channels if pieces else 0, np.uint8)], np.array(offsets, np.int64)
+
+
+def _tail_first(store: KVStore) -> int:
+    """The first position that a row needs of the tail; of a row of which nothing is sealed also the padding, as it came."""
+    return int(np.where(store.tail_begin == store.starts, store.tail_base, store.tail_begin).min())
+
+
+def _tail(store: KVStore, recent: int) -> npt.NDArray[Any]:
+    """The last ``recent`` tokens of K and V, (2, rows, heads, recent, D); 0 where a row has them compressed or not at all.
+
+    In NumPy: torch shares copies of this size among threads, and waits for them longer than the rest takes where cores are busy.
+    """
+    held = [as_array(x) for x in (store.tail_k, store.tail_v)]
+    tail = np.zeros((2, store.batch, store.heads, recent, store.channels), held[0].dtype)
+    end = store.tokens - store.tail_base
+    for row, begin in enumerate(store.tail_begin.tolist()):
+        first = store.tail_base if begin == store.starts[row] else begin
+        kept = min(store.tokens - first, recent)
+        for kind in (0, 1):
+            tail[kind, row, :, recent - kept :] = held[kind][row, :, end - kept : end]
+    return tail
+
+
+def _tensor(x: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
+    """An own copy of an array as a tensor."""
+    own = np.array(x)
+    return torch.from_numpy(own.view(np.int16)).view(dtype) if dtype == torch.bfloat16 else torch.from_numpy(own)
+
+
+# Bytes <-> files
+
+
+def read(path: str | Path) -> Bytes:
+    """The bytes of a file, mapped into memory; they are read when they are first looked at. Raises CorruptData if there are none."""
+    descriptor = os.open(
+        path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    )  # opening a pipe must not wait for its writer
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidInput(
+                f"{path} is no file: a .kvc file is mapped into memory, so it cannot be a pipe or a folder"
+            )
+        if not status.st_size:
+            raise CorruptData(f"{path} is empty")
+        return np.frombuffer(mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ), np.uint8)
+    finally:
+        os.close(descriptor)
+
+
+def write(path: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Put a file of these bytes in the place of ``path``: all of them, on the disk, or nothing. Raises OSError."""
+    target = Path(os.path.realpath(path))  # a link stays a link
+    _remove_abandoned(target)
+    descriptor, temporary = _create(target)
+    try:
+        try:
+            for piece in pieces:
+                _write_all(descriptor, memoryview(piece))
+            os.fsync(descriptor)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    finally:
+        os.close(descriptor)
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    """A write may take less than it is given."""
+    while data:
+        data = data[os.write(descriptor, data[:WRITE_BYTES]) :]
+
+
+def _create(target: Path) -> tuple[int, Path]:
+    """A new file beside the target, locked as long as it is open."""
+    while True:
+        temporary = target.with_name(f".{_mark(target)}.{secrets.token_hex(8)}.tmp")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # a file system without locks: what is abandoned there stays
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, temporary
+        os.close(descriptor)  # someone took it for abandoned before it was locked
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what processes left that were killed while they wrote this file: it has the name, but no lock."""
+    for path in target.parent.glob(f".{_mark(target)}.*.tmp"):
+        with suppress(OSError):  # another process was faster, or still writes
+            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _mark(target: Path) -> str:
+    """What the names of all temporaries of a file share; short, whatever the file is called."""
+    return str(xxh3_64(os.fsencode(target.name)).hexdigest())

@@ -1,0 +1,261 @@
+"""KVCompCache in files: what is loaded goes on as if it had never been away, with its own model alone."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sealing import seal, unseal
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen3Config
+
+import kvcomp
+from kvcomp import files
+from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedModel
+from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
+
+LOSSY = replace(PRESETS["kvcomp"], window=16)
+TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return model
+
+
+def run(
+    model: PreTrainedModel, cache: KVCompCache, ids: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits of the last token."""
+    model.set_attn_implementation("kvcomp")
+    mask = (
+        torch.ones((ids.shape[0], cache.get_seq_length() + ids.shape[1]), dtype=torch.int64) if mask is None else mask
+    )
+    position = mask.cumsum(1)[:, -ids.shape[1] :] - 1
+    with torch.inference_mode():
+        return model(ids, attention_mask=mask, position_ids=position.clamp(min=0), past_key_values=cache).logits[:, -1]
+
+
+def steps(
+    model: PreTrainedModel, cache: KVCompCache, token: torch.Tensor, count: int
+) -> tuple[list[torch.Tensor], list[list[int]]]:
+    logits, tokens = [], []
+    for _ in range(count):
+        logits.append(run(model, cache, token))
+        token = logits[-1].argmax(-1, keepdim=True)
+        tokens.append(token.ravel().tolist())
+    return logits, tokens
+
+
+def prompt(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, 97, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tokens", [10, 100, 400])
+def test_generation_goes_on_the_same_after_loading(llama: PreTrainedModel, tmp_path: Path, tokens: int) -> None:
+    cache = KVCompCache(llama.config, LOSSY)
+    first = run(llama, cache, prompt(2, tokens)).argmax(-1, keepdim=True)
+    cache.save(tmp_path / "a.kvc")
+    again = KVCompCache.load(tmp_path / "a.kvc", llama.config)
+    assert repr(again) == repr(cache)
+    assert again.spec == cache.spec
+    expected, found = steps(llama, cache, first, 90), steps(llama, again, first, 90)
+    assert expected[1] == found[1]
+    assert all(torch.equal(x, y) for x, y in zip(expected[0], found[0], strict=True))
+    cache.save(tmp_path / "b.kvc")
+    again.save(tmp_path / "c.kvc")
+    assert (tmp_path / "b.kvc").read_bytes() == (tmp_path / "c.kvc").read_bytes()
+
+
+def test_generate_takes_a_loaded_cache(llama: PreTrainedModel, tmp_path: Path) -> None:
+    llama.set_attn_implementation("kvcomp")
+    ids, cache = prompt(1, 200), KVCompCache(llama.config, LOSSY)
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "attention_mask": None}
+    run(llama, cache, ids[:, :-1])
+    cache.save(tmp_path / "a.kvc")
+    options["attention_mask"] = torch.ones_like(ids)
+    expected = llama.generate(ids, past_key_values=cache, **options)
+    again = KVCompCache.load(tmp_path / "a.kvc", llama.config)
+    assert torch.equal(llama.generate(ids, past_key_values=again, **options), expected)
+
+
+def test_other_attention_saves_what_it_has_not_compressed_yet(llama: PreTrainedModel, tmp_path: Path) -> None:
+    llama.set_attn_implementation("sdpa")
+    cache = KVCompCache(llama.config, LOSSY)
+    with torch.inference_mode():
+        llama(prompt(1, 200), past_key_values=cache)
+    assert cache.compressed_layers[0].unsealed
+    cache.save(tmp_path / "a.kvc")
+    again = KVCompCache.load(tmp_path / "a.kvc", llama.config)
+    step = prompt(1, 1)
+    assert torch.equal(run(llama, again, step), run(llama, cache, step))
+
+
+def test_a_loaded_prefix_is_the_cropped_cache(llama: PreTrainedModel, tmp_path: Path) -> None:
+    cache = KVCompCache(llama.config, LOSSY)
+    ids = prompt(1, 300)
+    run(llama, cache, ids)
+    cache.save(tmp_path / "a.kvc")
+    for tokens in (0, 1, 3, 4, 68, 100, 299, 300):
+        again = KVCompCache.load(tmp_path / "a.kvc", llama.config, tokens=tokens)
+        twin = deepcopy(cache)
+        twin.crop(tokens if tokens else -300)
+        assert again.get_seq_length() == twin.get_seq_length() == tokens
+        assert torch.equal(run(llama, again, ids[:, tokens : tokens + 40] if tokens < 300 else ids[:, :1]),
+                           run(llama, twin, ids[:, tokens : tokens + 40] if tokens < 300 else ids[:, :1]))  # fmt: skip
+    with pytest.raises(InvalidInput, match="cannot crop a cache of 300 tokens to 301"):
+        KVCompCache.load(tmp_path / "a.kvc", llama.config, tokens=301)
+
+
+def test_rows_are_split_into_files_and_joined_into_a_batch(llama: PreTrainedModel, tmp_path: Path) -> None:
+    """Rows of other lengths, alone, from one file, and together: each goes on as it would alone."""
+    lengths, alone, logits = (90, 300, 7), [], []
+    for number, length in enumerate(lengths):
+        cache = KVCompCache(llama.config, LOSSY)
+        run(llama, cache, prompt(1, length, seed=number))
+        cache.save(tmp_path / f"{number}.kvc")
+        alone.append(cache)
+    paths = [tmp_path / f"{number}.kvc" for number in range(3)]
+    joined = KVCompCache.load(paths, llama.config)
+    assert joined.get_seq_length() == 300
+    assert [store.starts.tolist() for store in (layer.store for layer in joined.compressed_layers)] == [
+        [210, 0, 293]
+    ] * 2
+    joined.save(tmp_path / "all.kvc")
+    joined.save(tmp_path / "second.kvc", rows=[1])
+    assert (tmp_path / "second.kvc").read_bytes() == (tmp_path / "1.kvc").read_bytes()
+    from_file = KVCompCache.load(tmp_path / "all.kvc", llama.config)
+    swapped = KVCompCache.load(tmp_path / "all.kvc", llama.config, rows=[2, 0])
+    token = prompt(3, 1, seed=9)
+    mask = torch.ones((3, 300), dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        mask[row, : 300 - length] = 0
+    for step in range(100):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        logits = [run(llama, cache, token[row : row + 1]) for row, cache in enumerate(alone)]
+        together, loaded = run(llama, joined, token, mask), run(llama, from_file, token, mask)
+        assert torch.equal(together, loaded)
+        torch.testing.assert_close(together, torch.cat(logits), rtol=1e-4, atol=1e-4)
+        two = run(llama, swapped, token[[2, 0]], mask[[2, 0]])
+        torch.testing.assert_close(two, torch.cat([logits[2], logits[0]]), rtol=1e-4, atol=1e-4)
+        token = together.argmax(-1, keepdim=True)
+        if step == 60:
+            joined.save(tmp_path / "later.kvc")
+            from_file = KVCompCache.load(tmp_path / "later.kvc", llama.config)
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (LlamaConfig(**{**TINY, "num_hidden_layers": 3}), "num_hidden_layers 2, not 3"),
+        (LlamaConfig(**{**TINY, "vocab_size": 98}), "vocab_size 97, not 98"),
+        (LlamaConfig(**{**TINY, "rope_theta": 5e5}), "rope_parameters .*10000.*500000"),
+        (LlamaConfig(**{**TINY, "head_dim": 32}), "head_dim 16, not 32"),
+        (Qwen3Config(**TINY), "layer_types|model_type 'llama', not 'qwen3'"),
+    ],
+)
+def test_a_file_of_another_model_is_refused(llama: PreTrainedModel, tmp_path: Path, other: Any, match: str) -> None:
+    cache = KVCompCache(llama.config, LOSSY)
+    run(llama, cache, prompt(1, 20))
+    cache.save(tmp_path / "a.kvc")
+    with pytest.raises(InvalidInput, match=match):
+        KVCompCache.load(tmp_path / "a.kvc", other)
+
+
+def test_a_file_is_bound_to_its_model_id(llama: PreTrainedModel, tmp_path: Path) -> None:
+    cache = KVCompCache(llama.config, LOSSY)
+    run(llama, cache, prompt(1, 20))
+    cache.save(tmp_path / "named.kvc", model_id="llama@1")
+    cache.save(tmp_path / "plain.kvc")
+    assert KVCompCache.load(tmp_path / "named.kvc", llama.config, model_id="llama@1").get_seq_length() == 20
+    for name, model_id in (("named", None), ("named", "llama@2"), ("plain", "llama@1")):
+        with pytest.raises(InvalidInput, match="model_id"):
+            KVCompCache.load(tmp_path / f"{name}.kvc", llama.config, model_id=model_id)
+
+
+def test_what_cannot_be_saved_or_loaded_is_said(llama: PreTrainedModel, tmp_path: Path) -> None:
+    path = tmp_path / "a.kvc"
+    with pytest.raises(InvalidInput, match="fill the cache first"):
+        KVCompCache(llama.config).save(path)
+    hybrid = Gemma3TextConfig(**TINY, layer_types=["sliding_attention", "full_attention"], sliding_window=8)
+    with pytest.raises(UnsupportedModel, match=r"layers \[0\] are not compressed"):
+        KVCompCache(hybrid).save(path)
+    kvcomp.compress(*torch.randn(2, 1, 2, 20, 16)).save(path)
+    with pytest.raises(InvalidInput, match=r"read it with kvcomp\.load"):
+        KVCompCache.load(path, llama.config)
+    with pytest.raises(InvalidInput, match="at least one path"):
+        KVCompCache.load([], llama.config)
+    cache = KVCompCache(llama.config, LOSSY)
+    run(llama, cache, prompt(1, 20))
+    files.save(
+        path, {1: cache.compressed_layers[1].store}, LOSSY, 2, {"id": None, "configuration": cache.session.fingerprint}
+    )
+    with pytest.raises(InvalidInput, match="the file holds 1 layers"):
+        KVCompCache.load(path, llama.config)
+    cache.save(path)
+    header, sections = unseal(path.read_bytes())
+    header["tokens"] = 1025
+    tail = [dict(parts) for parts in sections]
+    header["layers"][0]["recent"] = header["layers"][1]["recent"] = 20
+    for parts in tail:
+        rows = bytearray(parts["rows"])
+        rows[:8] = (1005).to_bytes(8, "little")
+        parts["rows"] = bytes(rows)
+    path.write_bytes(seal(header, tail))
+    with pytest.raises(LimitExceeded, match="positions end at 1024"):
+        KVCompCache.load(path, llama.config)
+
+
+def test_one_layer_of_many(llama: PreTrainedModel, tmp_path: Path) -> None:
+    spec = CodecSpec(TensorSpec("block", (0.05, 0.2)), TensorSpec("token", 0.1), window=0)
+    cache = KVCompCache(llama.config, spec)
+    run(llama, cache, prompt(1, 200))
+    cache.save(tmp_path / "a.kvc")
+    for layer in (0, 1):
+        packed = kvcomp.load(tmp_path / "a.kvc", layer=layer)
+        store = cache.compressed_layers[layer].store
+        assert all(torch.equal(x, y) for x, y in zip(packed.decompress(), store.dense(), strict=True))
+    with pytest.raises(InvalidInput, match="say which one with layer="):
+        kvcomp.load(tmp_path / "a.kvc")
+    with pytest.raises(InvalidInput, match="holds the layers 0, 1"):
+        kvcomp.load(tmp_path / "a.kvc", layer=2)
+    # only what is asked for is read: damage elsewhere goes unnoticed
+    data = bytearray((tmp_path / "a.kvc").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "b.kvc").write_bytes(data)
+    kvcomp.load(tmp_path / "b.kvc", layer=0)
+    with pytest.raises(CorruptData, match="layer 1 is wrong: the file is damaged"):
+        kvcomp.load(tmp_path / "b.kvc", layer=1)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_the_memory_of_a_loaded_cache_is_that_of_the_saved_one(
+    llama: PreTrainedModel, tmp_path: Path, window: int
+) -> None:
+    cache = KVCompCache(llama.config, replace(LOSSY, window=window))
+    run(llama, cache, prompt(1, 900))
+    cache.save(tmp_path / "a.kvc")
+    again = KVCompCache.load(tmp_path / "a.kvc", llama.config)
+    assert again.memory() == cache.memory()
+    assert (tmp_path / "a.kvc").stat().st_size < 1.1 * cache.memory().total
