@@ -1,4 +1,4 @@
-"""The command line: ``kvcomp generate``."""
+"""The command line: ``kvcomp generate``, and the commands for files."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kvcomp import cli_files
+from kvcomp.cli_files import errors, plain_errors, screen
 from kvcomp.errors import InvalidInput, KVCompError
 from kvcomp.spec import PRESETS, CodecSpec
 
@@ -32,25 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run language models from a compressed KV cache.\n\nStart here: [bold]kvcomp generate --compare[/bold]",
 )
-screen, errors = Console(), Console(stderr=True)
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps ``generate`` a command of its own while it is the only one."""
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """A clear message and exit code 1 instead of a traceback, for what is known to go wrong."""
-    try:
-        yield
-    except (KVCompError, OSError, MemoryError) as error:
-        errors.print(f"[bold red]error:[/bold red] {type(error).__name__}: {error}", highlight=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        errors.print("stopped")
-        raise typer.Exit(130) from None
+app.add_typer(cli_files.app)
 
 
 def _spec(name: str | None) -> CodecSpec | None:
@@ -88,7 +70,7 @@ def generate(
     if model is not None and prompt is None and prompt_file is None:
         raise typer.BadParameter("a model of your own needs --prompt or --prompt-file")
     chosen = _spec(spec)
-    with _plain_errors():
+    with plain_errors():
         _generate(model, prompt, prompt_file, max_new_tokens, chosen, compare, temperature, seed, output)
 
 
