@@ -187,7 +187,7 @@ def parts_of(store: KVStore, layer: int) -> LayerParts:
 
 @torch.inference_mode(False)
 def store_of(parts: LayerParts, spec: CodecSpec, tokens: int, backend: str = "cpu") -> KVStore:
-    """A store over parts that ``Container.layer`` has checked; its pages are the arena's, everything else is its own.
+    """A store of parts that ``Container.layer`` has checked, whose arrays become the store's.
 
     spec: that of the layer. tokens: positions that the layer holds.
     """
@@ -206,8 +206,9 @@ def store_of(parts: LayerParts, spec: CodecSpec, tokens: int, backend: str = "cp
     store.tail_begin = store.starts + store.sink_count + store.valid.sum(axis=1, dtype=np.int64)
     store.tail_base = tokens - parts.tail.shape[3]
     store.tail_k, store.tail_v = (_tensor(x, store.dtype) for x in parts.tail)
-    missing = (0, 0), (0, 0), (0, spec.sinks - parts.sinks.shape[3]), (0, 0)
-    store.sinks_k, store.sinks_v = (_tensor(np.pad(x, missing), store.dtype) for x in parts.sinks)
+    sinks = np.zeros((*parts.sinks.shape[:3], spec.sinks, parts.channels), parts.sinks.dtype)
+    sinks[:, :, :, : parts.sinks.shape[3]] = parts.sinks
+    store.sinks_k, store.sinks_v = (_tensor(x, store.dtype) for x in sinks)
     store.owners = [[arena] * count for count in store.count.tolist()]
     store.own_books = [[None if index < 0 else parts.books[index] for index in row] for row in parts.row_books.tolist()]
     store.pair_counts = [list(pair) for pair in parts.counts]
@@ -261,9 +262,8 @@ def _tail(store: KVStore, recent: int) -> npt.NDArray[Any]:
 
 
 def _tensor(x: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
-    """An own copy of an array as a tensor."""
-    own = np.array(x)
-    return torch.from_numpy(own.view(np.int16)).view(dtype) if dtype == torch.bfloat16 else torch.from_numpy(own)
+    """An array as a tensor, without a copy."""
+    return torch.from_numpy(x.view(np.int16)).view(dtype) if dtype == torch.bfloat16 else torch.from_numpy(x)
 
 
 # Bytes <-> files

@@ -37,7 +37,7 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
-from kvcomp.integrations import transformers as integration
+from kvcomp.integrations import transformers_attention, transformers_layer
 from kvcomp.integrations.transformers import CompressedLayer, KVCompCache
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store import KVStore
@@ -105,7 +105,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return real(*args, **kwargs)
 
     for name in count:
-        monkeypatch.setattr(integration, name, partial(counted, name, getattr(integration, name)))
+        monkeypatch.setattr(transformers_attention, name, partial(counted, name, getattr(transformers_attention, name)))
     return count
 
 
@@ -187,8 +187,8 @@ def test_compressed_attention_is_dense_attention_over_what_is_stored(
     cache = KVCompCache(llama.config, LOSSY)
     got = generate(llama, inputs, cache, **options)
     assert cache.layers[0].store.compressed
-    monkeypatch.setattr(integration, "attend", dense_attend)
-    monkeypatch.setattr(integration, "attend_tiled", dense_attend)
+    monkeypatch.setattr(transformers_attention, "attend", dense_attend)
+    monkeypatch.setattr(transformers_attention, "attend_tiled", dense_attend)
     assert_same(got, generate(llama, inputs, KVCompCache(llama.config, LOSSY), **options), 2e-3)
 
 
@@ -222,8 +222,8 @@ def test_assisted_generation(llama: PreTrainedModel) -> None:
         assert torch.equal(assisted(KVCompCache(llama.config, LOSSLESS), attention), expected)
     lossy = assisted(KVCompCache(llama.config, LOSSY))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integration, "attend", dense_attend)
-        patch.setattr(integration, "attend_tiled", dense_attend)
+        patch.setattr(transformers_attention, "attend", dense_attend)
+        patch.setattr(transformers_attention, "attend_tiled", dense_attend)
         assert torch.equal(lossy, assisted(KVCompCache(llama.config, LOSSY)))
 
 
@@ -324,8 +324,8 @@ def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stores = [layer.store for layer in cache.layers if isinstance(layer, CompressedLayer)]
     assert all(store.compressed for store in stores)
     assert bool(stores) == (name != "mistral, sliding")
-    monkeypatch.setattr(integration, "attend", dense_attend)
-    monkeypatch.setattr(integration, "attend_tiled", dense_attend)
+    monkeypatch.setattr(transformers_attention, "attend", dense_attend)
+    monkeypatch.setattr(transformers_attention, "attend_tiled", dense_attend)
     assert_same(lossy, generate(model, inputs, KVCompCache(model.config, LOSSY)), 2e-3)
 
 
@@ -349,7 +349,7 @@ def test_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
         [forward(model, cache, **prompt(150, 120)), forward(model, cache, input_ids=torch.full((2, 1), 7))], dim=1
     )
     assert cache.layers[0].store.dtype == torch.bfloat16
-    monkeypatch.setattr(integration, "attend", dense_attend)
+    monkeypatch.setattr(transformers_attention, "attend", dense_attend)
     cache = KVCompCache(model.config, LOSSY)
     want = torch.cat(
         [forward(model, cache, **prompt(150, 120)), forward(model, cache, input_ids=torch.full((2, 1), 7))], dim=1
@@ -384,7 +384,7 @@ def test_attention_without_a_mask(llama: PreTrainedModel, spec: CodecSpec, causa
         keys, values = cache.update(k[:, :, tokens], v[:, :, tokens], 0)
         dense = cache.layers[0].store.dense()
         queries = q if tokens.start else q.repeat(1, 1, 2, 1)[:, :, :150]
-        ours = integration.kvcomp_attention(module, queries, keys, values, None, is_causal=causal)[0]
+        ours = transformers_attention.kvcomp_attention(module, queries, keys, values, None, is_causal=causal)[0]
     mask = torch.ones(80, 230, dtype=torch.bool).tril(150) if causal else None
     expected = torch.nn.functional.scaled_dot_product_attention(q, *dense, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(ours.transpose(1, 2), expected, atol=1e-4, rtol=0)
@@ -449,8 +449,8 @@ def test_a_mask_may_change_in_place(llama: PreTrainedModel) -> None:
 
 def test_a_mask_is_read_once_for_all_layers(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    real = integration._read_mask
-    monkeypatch.setattr(integration, "_read_mask", lambda *args: read.append(1) or real(*args))
+    real = transformers_layer.read_mask
+    monkeypatch.setattr(transformers_layer, "read_mask", lambda *args: read.append(1) or real(*args))
     generate(llama, prompt(150, 90), KVCompCache(llama.config, LOSSY), max_new_tokens=5)
     assert len(read) == 5
     session = KVCompCache(llama.config).session
@@ -733,7 +733,7 @@ def test_attention_parameters_it_does_not_know(llama: PreTrainedModel) -> None:
     for name in ("s_aux", "position_bias"):
         for key, value in (cache.update(x, x, 0), (x, x)):
             with pytest.raises(UnsupportedModel, match="use another attn_implementation"):
-                integration.kvcomp_attention(
+                transformers_attention.kvcomp_attention(
                     module, torch.zeros(1, 4, 1, 16), key, value, None, **{name: torch.zeros(4)}
                 )
     assert_unchanged(cache, before)

@@ -1,0 +1,99 @@
+"""Which models a compressed cache can hold, and how one model is told from another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from kvcomp.errors import InvalidInput, UnsupportedModel
+
+ATTENTION_SINKS = {
+    "deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash", "openai_privacy_filter",
+}  # fmt: skip
+POSITION_BIAS = {"bloom", "inkling", "inkling2", "mpt"}
+IDENTITY = (
+    "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
+FINGERPRINT = (*IDENTITY, "head_dim", "vocab_size", "rope_parameters", "layer_types", "sliding_window")
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The text configuration. Raises UnsupportedModel for models whose K and V this cache cannot hold."""
+    text = config.get_text_config(decoder=True)
+    cross = setting(text, "cross_attention_layers") or setting(text, "add_cross_attention")
+    bias = setting(text, "alibi") or setting(text, "relative_attention_num_buckets") or text.model_type in POSITION_BIAS
+    reasons = {
+        "is an encoder-decoder, whose cross-attention has a cache of its own": config.is_encoder_decoder,
+        "has cross-attention layers, whose keys are not those of its tokens": cross,
+        "has latent attention (MLA), whose cache the model itself compresses": setting(text, "kv_lora_rank"),
+        "has attention sink parameters, which the fused kernel does not know": text.model_type in ATTENTION_SINKS,
+        "adds a bias by position to its scores (as T5 and ALiBi do), which the fused kernel does not know": bias,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedModel(f"{config.model_type} cannot use a KVCompCache: it {reason}")
+    return text
+
+
+def check_layer(config: PreTrainedConfig, index: int) -> None:
+    """Raise UnsupportedModel if the heads of a full-attention layer do not fit the format."""
+    own = getattr(config, "per_layer_config", None)
+    config = own[index] if isinstance(own, Sequence) else config
+    heads, width = setting(config, "num_attention_heads"), setting(config, "hidden_size")
+    head_dim = setting(config, "global_head_dim") or setting(config, "head_dim") or (heads and width and width // heads)
+    other = setting(config, "v_head_dim")
+    if head_dim and other and other != head_dim:
+        raise UnsupportedModel(
+            f"{config.model_type} cannot use a KVCompCache: head_dim is {head_dim} in K and {other} in V"
+        )
+    if head_dim and (head_dim % 16 or head_dim > 256):
+        raise UnsupportedModel(
+            f"{config.model_type} cannot use a KVCompCache: head_dim is {head_dim}, not a multiple of 16 up to 256"
+        )
+
+
+def setting(config: PreTrainedConfig, name: str) -> Any:
+    """A setting; None if there is none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' word for: ask the layer
+        return None
+
+
+def identity_of(config: PreTrainedConfig) -> dict[str, Any]:
+    return {name: setting(config, name) for name in IDENTITY}
+
+
+def fingerprint_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a file keeps of the configuration: that on which K and V depend, in the form in which JSON gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps({name: setting(config, name) for name in FINGERPRINT}, default=str))
+    return found
+
+
+def check_origin(model: Mapping[str, Any] | None, fingerprint: Mapping[str, Any], model_id: str | None) -> None:
+    """Raise InvalidInput if a file's cache is not of the model with this fingerprint and id."""
+    if model is None:
+        raise InvalidInput("the file holds tensors without a model: read it with kvcomp.load")
+    theirs = model.get("configuration")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    for name in sorted({*theirs, *fingerprint}):
+        if theirs.get(name) != fingerprint.get(name):
+            raise InvalidInput(
+                f"the file is of a model with {name} {theirs.get(name)!r}, not {fingerprint.get(name)!r}: give that model's configuration"
+            )
+    if model.get("id") != model_id:
+        raise InvalidInput(
+            f"the file is of the model_id {model.get('id')!r}, not {model_id!r}: give the one it was saved with"
+        )
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Tokens the model's positions allow; None where rotary positions are stretched, which has no such limit."""
+    limit = setting(config, "max_position_embeddings")
+    rope = setting(config, "rope_parameters") or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    stretched = any(part.get("rope_type", "default") not in ("default", "proportional") for part in parts)
+    return limit if isinstance(limit, int) and limit > 0 and not stretched else None
