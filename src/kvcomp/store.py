@@ -156,9 +156,9 @@ class KVStore:
         """Compress every whole page of tokens beyond the window. What is sealed never changes."""
         if not self.batch:
             return
-        for row in range(self.batch):
-            self._seal_row(row)
-        self._trim_tail()
+        sealed = [self._seal_row(row) for row in range(self.batch)]
+        if any(sealed):
+            self._trim_tail()
 
     def crop(self, tokens: int) -> None:
         """Keep the first ``tokens`` positions. Raises InvalidInput if there are fewer."""
@@ -360,12 +360,13 @@ class KVStore:
                 setattr(self, name, buffer)
             self.tail_base = base
 
-    def _seal_row(self, row: int) -> None:
+    def _seal_row(self, row: int) -> bool:
+        """Compress what is ready of a row; says whether anything was."""
         missing_sinks = self.spec.sinks - int(self.sink_count[row]) if not self.count[row] else 0
         begin = int(self.tail_begin[row]) + missing_sinks
         pages = (self.tokens - self.spec.window - begin) // PAGE_TOKENS
         if pages < 1:
-            return
+            return False
         at = begin - self.tail_base
         k, v = (as_array(x[row, :, at : at + pages * PAGE_TOKENS]) for x in (self.tail_k, self.tail_v))
         kq = self.kernels.quantise(k, self.spec.key.unit, self.spec.key.scale)
@@ -382,6 +383,7 @@ class KVStore:
             self.sink_count[row] = self.spec.sinks
         self._enter(row, buffer, offsets[:-1])
         self.tail_begin[row] = begin + pages * PAGE_TOKENS
+        return True
 
     def _learn(self, row: int, index: int, counts: npt.NDArray[np.uint64], pages: int) -> None:
         """Gather pair counts until the row has sealed enough tokens to train its own book."""
