@@ -90,7 +90,7 @@ def attention(found: Any) -> str:
             [
                 f"{row['tokens']:,}",
                 str(row["group"]),
-                str(row["threads"]),
+                f"{row['threads']}{'' if row['from_rest'] else ', back to back'}",
                 f"{row['ns_per_value']['kvcomp']['median']:.3f}",
                 f"{ratios['sdpa_enable_gqa']:.2f}x",
                 f"{ratios['sdpa_group_folded']:.2f}x",
