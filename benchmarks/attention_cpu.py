@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds, 8K tokens only")
     parser.add_argument("--output", type=Path, default=RESULTS / "attention_cpu.json")
     options = parser.parse_args()
-    rounds = 5 if options.quick else 21
+    rounds = 5 if options.quick else 41
     result: dict[str, Any] = {
         "setting": setting(llvm_cpu=get_host_cpu_name(), kv_heads=8, head_dim=128),
         "attention": [],
