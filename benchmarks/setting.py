@@ -24,6 +24,7 @@ def setting(**parameters: Any) -> dict[str, Any]:
         "device": _processor(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "default"),
         "python": platform.python_version(),
         **{name: version(name) for name in ("kvcomp", "torch", "numpy", "numba", "transformers")},
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
