@@ -3,7 +3,7 @@
     python benchmarks/attention_cpu.py [--quick] [--output benchmarks/results/attention_cpu.json]
 
 Every time is taken in rounds that run all methods one after the other, so that a noisy neighbour hits all of them; a ratio is taken within
-a round. OpenMP's workers spin for some milliseconds after a call of torch and take a core from whoever comes next, so with two threads there are two
+a round. OpenMP's workers go on spinning for a while after a call of torch and take a core from whoever comes next, so with two threads there are two
 figures: each call from rest, and back to back with the others, as between the layers of a model. The result is checked against float64 before anything is timed. K: scale for each block, r = 0.05; V: scale for each token,
 r = 0.1; Laplace and normal values with a spread of channels and tokens.
 """
