@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcomp import cli_files
-from kvcomp.cli_files import errors, plain_errors, screen
-from kvcomp.errors import InvalidInput, KVCompError
+from kvcomp.cli_files import errors, named_spec, plain_errors, screen
+from kvcomp.errors import InvalidInput
 from kvcomp.spec import PRESETS, CodecSpec
 
 PROMPT_FILE, PROMPT_TOKENS = "logging/handlers.py", 2304  # of the held-out files, one that every Python has
@@ -33,13 +33,6 @@ app = typer.Typer(
     help="Run language models from a compressed KV cache.\n\nStart here: [bold]kvcomp generate --compare[/bold]",
 )
 app.add_typer(cli_files.app)
-
-
-def _spec(name: str | None) -> CodecSpec | None:
-    try:
-        return None if name is None else CodecSpec.resolve(name)
-    except KVCompError as error:
-        raise typer.BadParameter(str(error), param_hint="--spec") from None
 
 
 @app.command()
@@ -69,7 +62,7 @@ def generate(
         raise typer.BadParameter("give --prompt or --prompt-file, not both")
     if model is not None and prompt is None and prompt_file is None:
         raise typer.BadParameter("a model of your own needs --prompt or --prompt-file")
-    chosen = _spec(spec)
+    chosen = None if spec is None else named_spec(spec)
     with plain_errors():
         _generate(model, prompt, prompt_file, max_new_tokens, chosen, compare, temperature, seed, output)
 

@@ -61,9 +61,10 @@ def _say_error(message: str) -> None:
     errors.print(Text.assemble(("error: ", "bold red"), message), highlight=False, soft_wrap=True)
 
 
-def _spec(name: str) -> CodecSpec:
+def named_spec(name: str) -> CodecSpec:
+    """The spec that an option names; a name that is none is a wrong use of the command."""
     try:
-        return replace(CodecSpec.resolve(name), window=0, sinks=0)
+        return CodecSpec.resolve(name)
     except KVCompError as error:
         raise typer.BadParameter(str(error), param_hint="--spec") from None
 
@@ -78,7 +79,7 @@ def compress(
 
     Every whole page of 64 tokens is compressed; what is left at the end stays as it is.
     """
-    chosen = _spec(spec)
+    chosen = replace(named_spec(spec), window=0, sinks=0)
     with plain_errors():
         from kvcomp import files
         from kvcomp.store import KVStore

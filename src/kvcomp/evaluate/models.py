@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvcomp.errors import InvalidInput
-from kvcomp.evaluate.text import held_out_names, held_out_text
+from kvcomp.evaluate.text import held_out_names, held_out_text, join
 from kvcomp.spec import CodecSpec
 
 TUNED_SPEC = "kvcomp.json"
@@ -45,7 +45,5 @@ def default_spec(model: str | Path) -> CodecSpec:
 
 def held_out_ids(tokenizer: Any, model: Path) -> list[int]:
     """Token ids of the text that the shipped model never saw: files of the running Python's standard library, one after another."""
-    ids: list[int] = []
-    for _, text in held_out_text(held_out_names(model / "held_out.txt")):
-        ids += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    ids: list[int] = join(tokenizer, held_out_text(held_out_names(model / "held_out.txt"))).tolist()
     return ids

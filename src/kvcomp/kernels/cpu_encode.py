@@ -32,10 +32,8 @@ from kvcomp.kernels.cpu_decode import (
     K,
     canonical_words,
 )
-
-BLOCK, CHANNEL, VECTOR, TOKEN = 0, 1, 2, 3  # units
-TOKENS = 64
-MAX_LEVELS = 128
+from kvcomp.kernels.cpu_page import BLOCK, TOKEN, TOKENS
+from kvcomp.quantise import MAX_LEVELS
 
 i64, u64 = np.int64, np.uint64
 

@@ -36,9 +36,9 @@ from kvcomp.kernels.cpu_decode import (
     decode_fixed,
     decode_huffman,
 )
+from kvcomp.spec import PAGE_TOKENS as TOKENS
 
 BLOCK, CHANNEL, VECTOR, TOKEN = 0, 1, 2, 3  # units
-TOKENS = 64
 MAX_CHANNELS = 256
 
 f32, i64 = np.float32, np.int64

@@ -36,13 +36,12 @@ from kvcomp.kernels.cpu_bits import (
     vector,
     widen,
 )
+from kvcomp.kernels.cpu_page import BLOCK, CHANNEL, TOKEN, TOKENS, VECTOR
+from kvcomp.quantise import MAX_LEVELS, MAX_ZERO
 
-BLOCK, CHANNEL, VECTOR, TOKEN = 0, 1, 2, 3  # units
-TOKENS = 64
 F64 = ir.DoubleType()
 f32, f64, i64 = np.float32, np.float64, np.int64
 LEAST_SCALE, MOST_SCALE = 2.0**-100, 2.0**100
-MAX_LEVELS, MAX_ZERO = 128, 32767
 SLACK = 2.0**-21
 SCALE, INVERSE, ZERO, PARAMETERS = 0, 1, 2, 3  # rows of a unit's float32 parameters
 

@@ -28,8 +28,8 @@ from kvcomp.kernels.cpu_bits import (
     sum_of_lanes,
     vector,
 )
+from kvcomp.spec import PAGE_TOKENS as TOKENS
 
-TOKENS = 64
 f32 = np.float32
 LOG2_E, LN_2 = f32(1.4426950408889634), f32(0.6931471805599453)
 LOWEST = f32(-1e30)  # what no score reaches; finite, so that differences are numbers
