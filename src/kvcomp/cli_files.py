@@ -105,7 +105,7 @@ def decompress(
     with plain_errors():
         from safetensors.torch import save
 
-        from kvcomp import files
+        from kvcomp import disk, files
         from kvcomp.header import DTYPES
 
         container = files.open_container(source)
@@ -127,7 +127,7 @@ def decompress(
             for layer, store in files.load(container).items():
                 for kind, x in zip("kv", store.dense(), strict=True):
                     tensors[f"layers.{layer}.{kind}" if container.header.model_layers > 1 else kind] = x
-        files.write(output, [save(tensors)])
+        disk.write(output, [save(tensors)])
         _say(f"{output}: {output.stat().st_size} bytes")
 
 

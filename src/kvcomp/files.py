@@ -1,19 +1,12 @@
-"""Files of compressed layers: written atomically, read by mapping them into memory.
+"""Compressed layers <-> .kvc files.
 
-A file is either the old one or the new one, never a part: what is written gets another name until it is whole and on the disk. A cache
-that was read from a file uses its pages where they are mapped, so nobody may write into the file as long as the cache lives; kvcomp
-never does, it puts a new file in its place.
+A cache that was read from a file uses its pages where they are mapped, so nobody may write into the file as long as the cache lives;
+kvcomp never does, it puts a new file in its place.
 """
 
 from __future__ import annotations
 
-import fcntl
-import mmap
-import os
-import secrets
-import stat
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,18 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from xxhash import xxh3_64
 
 from kvcomp.codebook import Codebook
 from kvcomp.container import Container, LayerParts, pack
-from kvcomp.errors import CorruptData, InvalidInput
+from kvcomp.disk import read, write
+from kvcomp.errors import InvalidInput
 from kvcomp.page import Layout
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, as_array
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in TYPES.items()}
-WRITE_BYTES = 1 << 24
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -55,6 +47,20 @@ def save(
     model: its fingerprint, plain JSON. rows: the rows to write, all if None.
     Raises InvalidInput, LimitExceeded or OSError; a file that was there before is then still there, whole.
     """
+    write(path, pack_stores(stores, spec, model_layers, model, rows))
+
+
+def pack_stores(
+    stores: Mapping[int, KVStore],
+    spec: CodecSpec,
+    model_layers: int,
+    model: Mapping[str, Any] | None = None,
+    rows: Sequence[int] | None = None,
+) -> list[memoryview]:
+    """The bytes of a file, as ``save`` writes it, in pieces that follow each other; those of the pages are not copied.
+
+    Raises InvalidInput or LimitExceeded.
+    """
     if rows is not None:
         stores = {layer: deepcopy(store) for layer, store in stores.items()}
         for store in stores.values():
@@ -66,7 +72,7 @@ def save(
         )
     ((batch, tokens),) = shapes
     parts = [parts_of(store, layer) for layer, store in sorted(stores.items())]
-    write(path, pack(spec, model, model_layers, batch, tokens, parts))
+    return pack(spec, model, model_layers, batch, tokens, parts)
 
 
 def open_container(path: str | Path) -> Container:
@@ -264,82 +270,3 @@ def _tail(store: KVStore, recent: int) -> npt.NDArray[Any]:
 def _tensor(x: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
     """An array as a tensor, without a copy."""
     return torch.from_numpy(x.view(np.int16)).view(dtype) if dtype == torch.bfloat16 else torch.from_numpy(x)
-
-
-# Bytes <-> files
-
-
-def read(path: str | Path) -> Bytes:
-    """The bytes of a file, mapped into memory; they are read when they are first looked at. Raises CorruptData if there are none."""
-    descriptor = os.open(
-        path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    )  # opening a pipe must not wait for its writer
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidInput(
-                f"{path} is no file: a .kvc file is mapped into memory, so it cannot be a pipe or a folder"
-            )
-        if not status.st_size:
-            raise CorruptData(f"{path} is empty")
-        return np.frombuffer(mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ), np.uint8)
-    finally:
-        os.close(descriptor)
-
-
-def write(path: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Put a file of these bytes in the place of ``path``: all of them, on the disk, or nothing. Raises OSError."""
-    target = Path(os.path.realpath(path))  # a link stays a link
-    _remove_abandoned(target)
-    descriptor, temporary = _create(target)
-    try:
-        try:
-            for piece in pieces:
-                _write_all(descriptor, memoryview(piece))
-            os.fsync(descriptor)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    finally:
-        os.close(descriptor)
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    """A write may take less than it is given."""
-    while data:
-        data = data[os.write(descriptor, data[:WRITE_BYTES]) :]
-
-
-def _create(target: Path) -> tuple[int, Path]:
-    """A new file beside the target, locked as long as it is open."""
-    while True:
-        temporary = target.with_name(f".{_mark(target)}.{secrets.token_hex(8)}.tmp")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with suppress(OSError):  # a file system without locks: what is abandoned there stays
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:
-            return descriptor, temporary
-        os.close(descriptor)  # someone took it for abandoned before it was locked
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove what processes left that were killed while they wrote this file: it has the name, but no lock."""
-    for path in target.parent.glob(f".{_mark(target)}.*.tmp"):
-        with suppress(OSError):  # another process was faster, or still writes
-            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-            finally:
-                os.close(descriptor)
-
-
-def _mark(target: Path) -> str:
-    """What the names of all temporaries of a file share; short, whatever the file is called."""
-    return str(xxh3_64(os.fsencode(target.name)).hexdigest())
