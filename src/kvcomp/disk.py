@@ -21,6 +21,7 @@ from xxhash import xxh3_64
 from kvcomp.errors import CorruptData, InvalidInput
 
 WRITE_BYTES = 1 << 24
+MARK = 16  # hex digits of a file's mark, and of what tells its temporaries apart
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -46,7 +47,7 @@ def read(path: str | Path) -> Bytes:
 def write(path: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
     """Put a file of these bytes in the place of ``path``: all of them, on the disk, or nothing. Raises OSError."""
     target = Path(os.path.realpath(path))  # a link stays a link
-    _remove_abandoned(target)
+    remove_abandoned(target.parent, _mark(target))
     descriptor, temporary = _create(target)
     try:
         try:
@@ -75,7 +76,7 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 def _create(target: Path) -> tuple[int, Path]:
     """A new file beside the target, locked as long as it is open."""
     while True:
-        temporary = target.with_name(f".{_mark(target)}.{secrets.token_hex(8)}.tmp")
+        temporary = target.with_name(f".{_mark(target)}.{secrets.token_hex(MARK // 2)}.tmp")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with suppress(OSError):  # a file system without locks: what is abandoned there stays
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -84,9 +85,12 @@ def _create(target: Path) -> tuple[int, Path]:
         os.close(descriptor)  # someone took it for abandoned before it was locked
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove what processes left that were killed while they wrote this file: it has the name, but no lock."""
-    for path in target.parent.glob(f".{_mark(target)}.*.tmp"):
+def remove_abandoned(folder: Path, mark: str = "?" * MARK) -> None:
+    """Remove what processes left that were killed while they wrote files here: it has the name of a temporary, but no lock.
+
+    mark: what the temporaries of one file share; of all files if it is left out.
+    """
+    for path in folder.glob(f".{mark}.{'?' * MARK}.tmp"):
         with suppress(OSError):  # another process was faster, or still writes
             descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
             try:

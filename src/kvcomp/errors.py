@@ -27,3 +27,7 @@ class UnsupportedModel(KVCompError):
 
 class BackendUnavailable(KVCompError):
     """No kernel can do what was asked on this machine."""
+
+
+class StoreUnavailable(KVCompError):
+    """A store of values (Redis, a folder) that does not answer in time, or refuses."""
