@@ -151,6 +151,19 @@ def join(stores: Sequence[KVStore]) -> KVStore:
     return joined
 
 
+def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
+    """A store of which only the last tokens are known, raw; the positions before them count as padding.
+
+    k, v: (batch, KV heads, last tokens, head_dim). tokens: positions in all. spec: that of the layer. Raises InvalidInput.
+    """
+    store = KVStore(spec)
+    store.append(k, v)
+    before = tokens - store.tokens
+    store.tokens, store.tail_base = tokens, before
+    store.starts[:] = store.tail_begin[:] = before
+    return store
+
+
 # Stores <-> parts
 
 

@@ -10,13 +10,22 @@ from typing import Any
 import pytest
 import torch
 from sealing import seal, unseal
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 
 import kvcomp
 from kvcomp import files
 from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
+from kvcomp.store import KVStore
 
 LOSSY = replace(PRESETS["kvcomp"], window=16)
 TINY: dict[str, Any] = {
@@ -194,13 +203,127 @@ def test_a_file_is_bound_to_its_model_id(llama: PreTrainedModel, tmp_path: Path)
             KVCompCache.load(tmp_path / f"{name}.kvc", llama.config, model_id=model_id)
 
 
+def test_a_file_is_bound_to_the_weights(llama: PreTrainedModel, tmp_path: Path) -> None:
+    """The hash of a model's weights stands for them: another model of the same configuration is refused, the same one elsewhere is not."""
+    cache = KVCompCache(llama.config, LOSSY)
+    run(llama, cache, prompt(1, 20))
+    cache.save(tmp_path / "a.kvc", llama)
+    assert KVCompCache.load(tmp_path / "a.kvc", llama.config, llama).get_seq_length() == 20
+    llama.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert KVCompCache.load(tmp_path / "a.kvc", again.config, again).get_seq_length() == 20
+    with torch.no_grad():
+        again.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
+    for other in (again, again.to(torch.bfloat16), None, "llama"):
+        with pytest.raises(InvalidInput, match="model_id"):
+            KVCompCache.load(tmp_path / "a.kvc", llama.config, other)
+    with pytest.raises(InvalidInput, match="a name or the model itself"):
+        cache.save(tmp_path / "b.kvc", 5)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        absent = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
+    with pytest.raises(InvalidInput, match="is not in memory"):
+        cache.save(tmp_path / "b.kvc", absent)
+
+
+HYBRIDS = {
+    "gemma2": Gemma2Config(**TINY, query_pre_attn_scalar=16, sliding_window=40),
+    "gemma3": Gemma3TextConfig(**TINY, layer_types=["sliding_attention", "full_attention"], sliding_window=40),
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("tokens", [20, 40, 300])
+def test_models_with_sliding_windows_go_on_the_same(tmp_path: Path, name: str, tokens: int) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(HYBRIDS[name]).eval()
+    cache = KVCompCache(model.config, LOSSY)
+    first = run(model, cache, prompt(2, tokens)).argmax(-1, keepdim=True)
+    cache.save(tmp_path / "a.kvc")
+    again = KVCompCache.load(tmp_path / "a.kvc", model.config)
+    swapped = KVCompCache.load(tmp_path / "a.kvc", model.config, rows=[1, 0])
+    for part in ("pages", "values", "dense"):
+        assert getattr(again.memory(), part) == getattr(cache.memory(), part)
+    expected, found = steps(model, cache, first, 60), steps(model, again, first, 60)
+    assert all(torch.equal(x, y) for x, y in zip(expected[0], found[0], strict=True))
+    turned = steps(model, swapped, first.flip(0), 60)
+    for x, y in zip(expected[0], turned[0], strict=True):
+        torch.testing.assert_close(x.flip(0), y, rtol=1e-4, atol=1e-4)
+    cache.save(tmp_path / "b.kvc")
+    again.save(tmp_path / "c.kvc")
+    assert (tmp_path / "b.kvc").read_bytes() == (tmp_path / "c.kvc").read_bytes()
+
+
+def test_rows_of_models_with_sliding_windows_are_joined(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(HYBRIDS["gemma3"]).eval()
+    lengths, alone = (20, 150, 90), []
+    for number, length in enumerate(lengths):
+        alone.append(KVCompCache(model.config, LOSSY))
+        run(model, alone[-1], prompt(1, length, seed=number))
+        alone[-1].save(tmp_path / f"{number}.kvc")
+    joined = KVCompCache.load([tmp_path / f"{number}.kvc" for number in range(3)], model.config)
+    mask = torch.ones((3, 150), dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        mask[row, : 150 - length] = 0
+    token = prompt(3, 1, seed=9)
+    for _ in range(70):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        expected = [run(model, cache, token[row : row + 1]) for row, cache in enumerate(alone)]
+        found = run(model, joined, token, mask)
+        torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+        token = found.argmax(-1, keepdim=True)
+
+
+def test_a_prefix_past_a_sliding_window_cannot_be_cut(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(HYBRIDS["gemma3"]).eval()
+    ids = prompt(1, 100)
+    for tokens in (30, 100):
+        cache = KVCompCache(model.config, LOSSY)
+        run(model, cache, ids[:, :tokens])
+        cache.save(tmp_path / f"{tokens}.kvc")
+    with pytest.raises(InvalidInput, match="no prefix can be cut"):
+        KVCompCache.load(tmp_path / "100.kvc", model.config, tokens=99)
+    cut, whole = KVCompCache.load(tmp_path / "30.kvc", model.config, tokens=10), KVCompCache(model.config, LOSSY)
+    run(model, whole, ids[:, :10])
+    torch.testing.assert_close(run(model, cut, ids[:, 10:90]), run(model, whole, ids[:, 10:90]))
+    assert KVCompCache.load(tmp_path / "30.kvc", model.config, tokens=0).get_seq_length() == 0
+
+
+def test_some_layers_of_a_cache(llama: PreTrainedModel, tmp_path: Path) -> None:
+    cache = KVCompCache(llama.config, LOSSY)
+    run(llama, cache, prompt(2, 200))
+    cache.save(tmp_path / "a.kvc", layers=[1], rows=[1])
+    packed = kvcomp.load(tmp_path / "a.kvc")
+    assert torch.equal(packed.decompress()[0], cache.compressed_layers[1].store.dense()[0][1:])
+    with pytest.raises(InvalidInput, match="the file holds 1 layers"):
+        KVCompCache.load(tmp_path / "a.kvc", llama.config)
+    for layers in ([], [2], [-1]):
+        with pytest.raises(InvalidInput, match="layers must be some of the 2"):
+            cache.save(tmp_path / "b.kvc", layers=layers)
+
+
+@pytest.mark.parametrize("spec", PRESETS.values(), ids=PRESETS)
+def test_the_file_of_a_long_cache_is_as_large_as_the_cache(
+    llama: PreTrainedModel, tmp_path: Path, spec: CodecSpec
+) -> None:
+    """Within one per cent, everything counted, at 8,192 tokens of a usual shape."""
+    stores = {}
+    for layer in range(2):
+        stores[layer] = KVStore(spec.layer(layer, 2))
+        stores[layer].append(*torch.randn(2, 1, 2, 8192, 128, dtype=torch.bfloat16))
+        stores[layer].seal()
+    files.save(tmp_path / "a.kvc", stores, spec, 2)
+    size, held = (tmp_path / "a.kvc").stat().st_size, sum(store.memory().total for store in stores.values())
+    assert abs(size / held - 1) < 0.01
+
+
 def test_what_cannot_be_saved_or_loaded_is_said(llama: PreTrainedModel, tmp_path: Path) -> None:
     path = tmp_path / "a.kvc"
     with pytest.raises(InvalidInput, match="fill the cache first"):
         KVCompCache(llama.config).save(path)
-    hybrid = Gemma3TextConfig(**TINY, layer_types=["sliding_attention", "full_attention"], sliding_window=8)
-    with pytest.raises(UnsupportedModel, match=r"layers \[0\] are not compressed"):
-        KVCompCache(hybrid).save(path)
+    linear = Qwen3NextConfig(**TINY, layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(UnsupportedModel, match=r"layers \[0\] are neither full attention nor sliding windows"):
+        KVCompCache(linear).save(path)
     kvcomp.compress(*torch.randn(2, 1, 2, 20, 16)).save(path)
     with pytest.raises(InvalidInput, match=r"read it with kvcomp\.load"):
         KVCompCache.load(path, llama.config)

@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from kvcomp import files
-from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
+from kvcomp.errors import InvalidInput, LimitExceeded
+from kvcomp.integrations import transformers_files
 from kvcomp.integrations.transformers_attention import NAME, kvcomp_attention
+from kvcomp.integrations.transformers_files import weights_id
 from kvcomp.integrations.transformers_layer import CompressedLayer, Session, uncompiled
 from kvcomp.integrations.transformers_models import check_layer, check_origin, text_config
 from kvcomp.kernels import load_backend
@@ -66,27 +68,33 @@ class KVCompCache(Cache):
         self.first = next((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)
         super().__init__(layers=layers)
 
-    def save(self, path: str | Path, model_id: str | None = None, rows: Sequence[int] | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        model_id: str | nn.Module | None = None,
+        rows: Sequence[int] | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         """Write a .kvc file from which ``load`` goes on as if nothing had happened; it takes the place of what was there.
 
-        model_id: a name for the weights, such as a commit, that ``load`` must then be given too; the configuration is always compared.
-        rows: which of the batch to write, all if None. Raises InvalidInput for an empty cache, UnsupportedModel if a layer is not
-        compressed (sliding windows and the like, which cannot be saved), and OSError.
+        model_id: the model itself, whose weights are hashed, or a name for them, such as a commit; ``load`` must then be given the same.
+        The configuration is always compared; with None nothing else is, so that a model with other weights of the same shape passes.
+        rows: which of the batch to write, all if None. layers: which ones, all if None; ``kvcomp.load`` reads single layers.
+        Raises InvalidInput for an empty cache, UnsupportedModel if a layer is neither full attention nor a sliding window, and OSError.
         """
-        self._check_saveable()
-        for layer in self.compressed_layers:
-            if layer.unsealed:
-                layer.seal()
-        stores = {index: layer.store for index, layer in enumerate(self.compressed_layers)}
-        model = {"id": model_id, "configuration": self.session.fingerprint}
-        files.save(path, stores, self.spec, len(stores), model, rows)
+        stores = transformers_files.stores_of(self.layers, self.spec)
+        chosen = sorted(stores) if layers is None else list(layers)
+        if not chosen or not set(chosen) <= set(stores):
+            raise InvalidInput(f"layers must be some of the {len(stores)} that the cache has, not {chosen}")
+        model = {"id": weights_id(model_id), "configuration": self.session.fingerprint}
+        files.save(path, {index: stores[index] for index in chosen}, self.spec, len(stores), model, rows)
 
     @classmethod
     def load(
         cls,
         path: str | Path | Sequence[str | Path],
         config: PreTrainedConfig,
-        model_id: str | None = None,
+        model_id: str | nn.Module | None = None,
         tokens: int | None = None,
         rows: Sequence[int] | None = None,
         *,
@@ -94,7 +102,8 @@ class KVCompCache(Cache):
     ) -> Self:
         """The cache that ``save`` wrote, without decoding anything; nobody may write into the file as long as the cache lives.
 
-        path: a file, or several whose rows become one batch, padded on the left. tokens: how many of the first to keep, all if None.
+        path: a file, or several whose rows become one batch, padded on the left. model_id: as it was given to ``save``.
+        tokens: how many of the first to keep, all if None; past a sliding window there is no prefix to cut.
         rows: which of each file, all if None. Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError, and InvalidInput or
         UnsupportedModel for a file of another model or without what is asked for.
         """
@@ -103,27 +112,21 @@ class KVCompCache(Cache):
             raise InvalidInput("there is no file to load: give at least one path")
         containers = [files.open_container(one) for one in paths]
         cache = cls(config, containers[0].header.spec, backend=backend)
-        cache._check_saveable()
+        transformers_files.check_layers(cache.layers)
+        identity = weights_id(model_id)
         for container in containers:
             header = container.header
-            check_origin(header.model, cache.session.fingerprint, model_id)
-            if header.spec != cache.spec or len(header.layers) != len(cache.layers):
+            check_origin(header.model, cache.session.fingerprint, identity)
+            if header.spec != cache.spec or [layer.layer for layer in header.layers] != list(range(len(cache.layers))):
                 raise InvalidInput(
                     f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
                 )
             cache._check_limit(max(1, header.tokens if tokens is None else tokens), 0)
         read = [files.load(container, backend, None, rows, tokens) for container in containers]
-        for index, layer in enumerate(cache.compressed_layers):
-            layer.store = files.join([stores[index] for stores in read]) if len(read) > 1 else read[0][index]
-            layer.is_initialized = True
+        for index, layer in enumerate(cache.layers):
+            store = files.join([stores[index] for stores in read]) if len(read) > 1 else read[0][index]
+            transformers_files.give(layer, store)
         return cache
-
-    def _check_saveable(self) -> None:
-        others = [index for index, layer in enumerate(self.layers) if not isinstance(layer, CompressedLayer)]
-        if others:
-            raise UnsupportedModel(
-                f"layers {others} are not compressed (a sliding window or the like) and cannot be saved in a file yet"
-            )
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
