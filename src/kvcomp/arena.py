@@ -58,6 +58,8 @@ def _check_some(arena: Bytes, begin: Places, sizes: Places, layout: Layout) -> n
     if modes[:, -1].any() or (offsets[:, -1] != sizes).any() or (offsets[:, 0] != layout.first_block).any():
         raise CorruptData("a page's directory does not fit the page")
     room = np.diff(offsets)
+    if room.min() < 0:
+        raise CorruptData("the blocks of a page are not in order")
     own = np.empty((begin.size, 2), np.bool_)
     for kind in range(2):
         heads = slice(kind * layout.heads, (kind + 1) * layout.heads)
