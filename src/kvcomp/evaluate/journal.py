@@ -1,0 +1,71 @@
+"""What a measurement has done so far, on disk, so that an interrupted one can go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvcomp import disk
+from kvcomp.errors import CorruptData, InvalidInput
+
+
+class Journal:
+    """Pieces of a measurement that are done, a JSON line each, so that a run that was stopped can go on.
+
+    path: ends in ``.partial``, beside the results file. identity: what must be the same for pieces to be of one measurement.
+    resume: take the pieces that are there. Raises InvalidInput if they are of another measurement, or there is nothing to resume.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], resume: bool) -> None:
+        self.path = path
+        self.pieces: dict[str, Any] = {}
+        head = json.loads(json.dumps(identity, default=str))
+        if resume:
+            self._read(head)
+        else:
+            path.write_text(json.dumps(head) + "\n", encoding="utf-8")
+
+    def _read(self, head: Any) -> None:
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise InvalidInput(f"there is nothing to resume: {error}; run once without --resume") from None
+        try:
+            first = json.loads(lines[0])
+        except (IndexError, ValueError):
+            raise CorruptData(f"{self.path} is not what an interrupted run left: run again without --resume") from None
+        if first != head:
+            other = sorted(name for name in {*first, *head} if first.get(name) != head.get(name))
+            raise InvalidInput(
+                f"{self.path} is of a run with another {', '.join(other)}: give the same options, or run again without --resume"
+            )
+        for line in lines[1:]:
+            try:
+                key, value = json.loads(line)
+            except ValueError:
+                break  # the line that was being written
+            self.pieces[key] = value
+        kept = [json.dumps(head), *(json.dumps([key, value]) for key, value in self.pieces.items())]
+        disk.write(self.path, ["\n".join(kept).encode() + b"\n"])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.pieces
+
+    def __getitem__(self, key: str) -> Any:
+        return self.pieces[key]
+
+    def record(self, key: str, value: Any) -> None:
+        """Add a piece; it is on disk when this returns."""
+        self.pieces[key] = json.loads(json.dumps(value))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([key, value]) + "\n")
+
+    def some(self, keys: Iterable[str]) -> list[Any]:
+        """Those of these pieces that are there."""
+        return [self.pieces[key] for key in keys if key in self.pieces]
+
+    def close(self) -> None:
+        """The measurement is whole: forget the pieces."""
+        self.path.unlink(missing_ok=True)

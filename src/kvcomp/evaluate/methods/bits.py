@@ -1,0 +1,26 @@
+"""Codes of some bits each, in bytes without gaps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcomp.errors import InvalidInput
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 (..., n * bits / 8) from codes below 2**bits, (..., n). Raises InvalidInput if they do not fill whole bytes."""
+    if codes.shape[-1] * bits % 8:
+        raise InvalidInput(f"{codes.shape[-1]} codes of {bits} bits do not fill whole bytes")
+    ones = (codes.to(torch.uint8).unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1
+    octets = ones.flatten(-2).unflatten(-1, (-1, 8))
+    packed: Tensor = (octets << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The codes, uint8 (..., n), of what ``pack`` returned."""
+    ones = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    digits = ones.flatten(-2).unflatten(-1, (-1, bits))
+    codes: Tensor = (digits << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return codes

@@ -1,0 +1,44 @@
+"""KIVI-style quantisation (Liu et al., arXiv 2402.02750): K along tokens, V along channels, asymmetric, groups of 32, residual 128.
+
+Of K whole groups of 128 tokens are coded, so 0 to 127 stay raw; of V the newest 128 tokens stay raw. Scale and zero are float16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcomp.evaluate.methods.baseline import Baseline, Parts
+from kvcomp.evaluate.methods.bits import pack, unpack
+from kvcomp.spec import Kind
+
+GROUP, RESIDUAL = 32, 128
+
+
+class Kivi(Baseline):
+    def __init__(self, bits: int) -> None:
+        self.name, self.bits = f"kivi-{bits}", bits
+
+    def coded(self, tokens: int, kind: Kind) -> int:
+        return tokens // RESIDUAL * RESIDUAL if kind == "K" else max(0, tokens - RESIDUAL)
+
+    def encode(self, x: Tensor, kind: Kind) -> Parts:
+        axis = 2 if kind == "K" else 3
+        groups = x.float().unflatten(axis, (-1, GROUP))
+        zero = groups.amin(axis + 1, keepdim=True).half()
+        scale = ((groups.amax(axis + 1, keepdim=True) - zero.float()) / (2**self.bits - 1)).half()
+        step = torch.where(scale == 0, 1.0, scale.float())
+        codes = ((groups - zero.float()) / step).round().clamp(0, 2**self.bits - 1)
+        return {"codes": pack(codes.flatten(axis, axis + 1), self.bits), "scales": torch.stack([zero, scale])}
+
+    def decode(self, parts: Parts, kind: Kind) -> Tensor:
+        axis = 2 if kind == "K" else 3
+        zero, scale = parts["scales"].float()
+        groups = unpack(parts["codes"], self.bits).float().unflatten(axis, (-1, GROUP))
+        back: Tensor = (groups * scale + zero).flatten(axis, axis + 1)
+        return back
+
+    def settings(self) -> dict[str, Any]:
+        return {"bits": self.bits, "group": GROUP, "residual": RESIDUAL, "scales": "float16"}

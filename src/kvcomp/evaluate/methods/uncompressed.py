@@ -1,0 +1,32 @@
+"""The cache that transformers uses by itself, in the model's type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from kvcomp.evaluate.methods.baseline import FURTHEST, stock_memory
+from kvcomp.evaluate.methods.method import Method, Pair
+from kvcomp.store import Memory
+
+
+class Uncompressed(Method):
+    name = "uncompressed"
+
+    def cache(self, config: PreTrainedConfig) -> Cache:
+        return DynamicCache(config=config)
+
+    def memory(self, cache: Cache) -> Memory:
+        memory = Memory()
+        for layer in cache.layers:
+            memory += stock_memory(layer)
+        return memory
+
+    def values(self, cache: Cache) -> list[Pair]:
+        layers: list[Any] = list(cache.layers)
+        return [(layer.keys, layer.values) for layer in layers]
+
+    def room(self, cache: Cache) -> int:
+        return FURTHEST

@@ -1,0 +1,135 @@
+"""Results: one JSON schema for every measurement.
+
+A results file is an object::
+
+    kvcomp_results: 1
+    kind: "evaluate" | "tune" | ...          what measured it
+    partial: true while pieces are missing (an interrupted run)
+    setting: device, versions, commit, date, seed, model, and the parameters of the measurement
+    methods: one object for each, in the order asked for        (kind "evaluate")
+
+A method is an object; what was not measured is absent::
+
+    name, settings                           settings: its parameters, such as a spec
+    memory: {mode: Size}                     mode: "teacher_forced" (the prompt) | "streaming" (prompt and text)
+    fidelity: {mode: Fidelity}
+    retrieval: [Cell]
+    tasks: {task: {metric: Figure, ...}}     of lm-evaluation-harness
+    error: Error
+    suffering: [{layer, kind: "K" | "V", kl, coded_bits, heads: [kl, ...] or absent}]   KL if that tensor alone is coded, largest first
+    failed: why it could not be measured     instead of all of these
+
+    Figure:   {mean, standard_error, count}; standard_error is null for a count of 1
+    Size:     {coded_bits, total_bits, ratio, allocated_bytes, dense_bytes, values, sealed_values, parts: {part: bits a value}}
+    Fidelity: {kl: Figure, top1: Figure, loss_difference: Figure (nats a token), perplexity, perplexity_uncompressed,
+               prompt_tokens, scored_tokens, samples}
+    Cell:     {task: "key-value" | "passkey", tokens, depth (0 to 1, middle of its bin), right, asked}
+    Error:    {largest_over_bound or null, missed (values outside of their bound), values,
+               heads: [{layer, kind, head, rms (over the values' rms), largest (over their largest), bits or null}],
+               histogram: {K | V: {edges, counts}} of error over the bound, or over the head's rms where there is no bound; over: "bound" | "rms"}
+
+Bits are for each value, bytes are counted, KL is KL(uncompressed || compressed) in nats a token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from kvcomp import disk
+from kvcomp.errors import CorruptData, InvalidInput, UnsupportedVersion
+from kvcomp.store import Memory
+
+VERSION: Final = 1
+PACKAGES = "kvcomp", "torch", "numpy", "numba", "transformers"
+PARTS = [f.name for f in fields(Memory) if f.name not in ("table_entries", "sealed_values", "values", "dense")]
+
+
+def setting(**parameters: Any) -> dict[str, Any]:
+    """Device, versions, commit, load and date, and the measurement's own parameters."""
+    source = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=source, capture_output=True, text=True, check=False
+    )
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **parameters,
+    }
+
+
+def figure(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of independent samples and its standard error, from their spread."""
+    count = len(values)
+    error = float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else None
+    return {"mean": float(np.mean(values)), "standard_error": error, "count": count}
+
+
+def size(memory: Memory) -> dict[str, Any]:
+    """A Memory as a Size."""
+    return {
+        "coded_bits": memory.coded_bits,
+        "total_bits": memory.total_bits,
+        "ratio": memory.ratio,
+        "allocated_bytes": memory.total,
+        "dense_bytes": memory.dense,
+        "values": memory.values,
+        "sealed_values": memory.sealed_values,
+        "parts": {part: 8 * n / max(1, memory.values) for part in PARTS if (n := getattr(memory, part))},
+    }
+
+
+def write(path: Path, kind: str, about: Mapping[str, Any], **content: Any) -> None:
+    """Write a results file whole or not at all. about: what ``setting`` returned. Raises OSError."""
+    text = json.dumps({"kvcomp_results": VERSION, "kind": kind, "setting": about, **content}, indent=2)
+    disk.write(path, [text.encode() + b"\n"])
+
+
+def read(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The content of a results file. Raises InvalidInput if it cannot be read or is of another kind, CorruptData if it is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput(f"cannot read the results file {path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CorruptData(f"{path} is no results file: {error}; measure again with kvcomp evaluate") from None
+    if not isinstance(content, dict) or not isinstance(content.get("setting"), dict) or "kvcomp_results" not in content:
+        raise CorruptData(f"{path} is no results file of kvcomp: measure again with kvcomp evaluate")
+    if content["kvcomp_results"] != VERSION:
+        raise UnsupportedVersion(
+            f"{path} has results of version {content['kvcomp_results']!r}: this kvcomp reads {VERSION}"
+        )
+    if kind is not None and content.get("kind") != kind:
+        raise InvalidInput(f"{path} holds results of kvcomp {content.get('kind')}, not of kvcomp {kind}")
+    return content
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

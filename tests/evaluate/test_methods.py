@@ -1,0 +1,188 @@
+"""Every method holds a cache: what it gives back, what it counts, and how a file of the user's becomes one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from kvcomp.errors import InvalidInput
+from kvcomp.evaluate.methods import BASELINES, Compressed, Method, baseline
+from kvcomp.evaluate.methods.bits import pack, unpack
+from kvcomp.evaluate.methods.turboquant import levels, rotation
+
+CONFIG = LlamaConfig(
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=256, head_dim=64, vocab_size=64
+)
+OWN = """
+from kvcomp.evaluate.methods import Baseline
+import torch
+
+class Halves(Baseline):
+    name = "halves"
+
+    def coded(self, tokens, kind):
+        return tokens // 64 * 64
+
+    def encode(self, x, kind):
+        return {"codes": x.to(torch.float8_e5m2)}
+
+    def decode(self, parts, kind):
+        return parts["codes"].float()
+"""
+
+
+def made(name: str) -> Method:
+    """The method of this name; a package that is not installed skips the test, saying which."""
+    if name in ("kvcomp", "packed"):
+        return Compressed(name)
+    try:
+        return baseline(name)
+    except InvalidInput as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def kv() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    return [tuple(torch.randn(2, 1, 2, 320, 64, dtype=torch.bfloat16)) for _ in range(2)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["kvcomp", "packed", *(name for name in BASELINES if "quanto" not in name)])
+def test_a_method_gives_back_what_went_in_and_counts_what_it_holds(
+    name: str, kv: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    _check(made(name), kv)
+
+
+@pytest.mark.slow  # compiles an extension on its first use
+@pytest.mark.parametrize("name", [name for name in BASELINES if "quanto" in name])
+def test_quanto_gives_back_what_went_in(name: str, kv: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    _check(made(name), kv)
+
+
+def _check(method: Method, kv: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    cache = method.cache(CONFIG)
+    for layer, (k, v) in enumerate(kv):
+        cache.update(k[:, :, :300], v[:, :, :300], layer)
+    memory = method.memory(cache)
+    assert memory.values == 2 * 2 * 2 * 300 * 64
+    assert memory.dense == 2 * memory.values
+    if method.name == "uncompressed":
+        assert memory.total == memory.dense
+    else:
+        assert 0 < memory.sealed_values <= memory.values
+        assert memory.total < memory.dense
+        assert memory.coded_bits < 9
+    for back, given_ in zip(method.values(cache), kv, strict=True):
+        for x, y in zip(back, given_, strict=True):
+            y = y[:, :, :300].float()
+            assert x.shape == y.shape
+            assert float((x.float() - y).norm() / y.norm()) < (0.8 if method.name.endswith("-2") else 0.25)
+    room = method.room(cache)
+    assert room >= 1
+    before = [x.clone() for x, _ in method.values(cache)]
+    new = min(room, 20) - 1  # not enough for anything to be coded
+    if new:
+        for layer, (k, v) in enumerate(kv):
+            cache.update(k[:, :, 300 : 300 + new], v[:, :, 300 : 300 + new], layer)
+        for x, (y, _) in zip(before, method.values(cache), strict=True):
+            assert torch.equal(x, y[:, :, :300])
+
+
+@pytest.mark.parametrize("name", ["kivi-4", "kivi-2", "turboquant-3", "fp8"])
+def test_tokens_one_by_one_are_coded_as_in_one_go(name: str, kv: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    method = baseline(name)
+    at_once, one_by_one = method.cache(CONFIG), method.cache(CONFIG)
+    for layer, (k, v) in enumerate(kv):
+        at_once.update(k, v, layer)
+        for token in range(k.shape[2]):
+            one_by_one.update(k[:, :, token : token + 1], v[:, :, token : token + 1], layer)
+    assert method.memory(at_once) == method.memory(one_by_one)
+    for first, second in zip(method.values(at_once), method.values(one_by_one), strict=True):
+        for x, y in zip(first, second, strict=True):
+            assert torch.allclose(x.float(), y.float(), atol=0.02)  # sums of a rotation may differ in the last place
+
+
+def test_kivi_counts_scales_and_keeps_its_residual(kv: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    method = baseline("kivi-2")
+    cache = method.cache(CONFIG)
+    for layer, (k, v) in enumerate(kv):
+        cache.update(k[:, :, :300], v[:, :, :300], layer)
+    memory = method.memory(cache)
+    assert memory.coded_bits == 3.0  # 2 bits and two float16 for 32 values
+    assert memory.window == 2 * (2 * 64) * ((300 - 256) + 128) * 2  # layers, values a token, tokens, bytes
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.data())
+def test_packed_codes_come_back(bits: int, octets: int, data: st.DataObject) -> None:
+    codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=8 * octets, max_size=8 * octets))
+    packed = pack(torch.tensor(codes), bits)
+    assert packed.numel() == bits * octets
+    assert unpack(packed, bits).tolist() == codes
+
+
+def test_codes_that_fill_no_whole_byte_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="whole bytes"):
+        pack(torch.zeros(3, dtype=torch.uint8), 3)
+
+
+def test_levels_are_those_of_a_gaussian_and_the_rotation_is_one() -> None:
+    assert levels(2).tolist() == pytest.approx([-1.510, -0.4528, 0.4528, 1.510], abs=1e-3)  # Lloyd 1982, Max 1960
+    q = rotation(64)
+    assert torch.allclose(q @ q.T, torch.eye(64), atol=1e-5)
+
+
+def test_a_file_of_the_user_is_a_baseline(tmp_path: Path, kv: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN, encoding="utf-8")
+    method = baseline(str(path))
+    assert method.name == "halves"
+    _check(method, kv)
+    assert baseline(f"{path}:Halves").name == "halves"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not run"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("x = 1", "0 subclasses"),
+        (OWN + "\nclass Other(Halves):\n    name = 'other'\n", "2 subclasses"),
+        (OWN.replace("encode", "encoder"), "cannot be made"),
+        (OWN.replace('    name = "halves"\n', ""), "needs a name"),
+    ],
+)
+def test_a_file_that_is_no_baseline_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidInput, match=message):
+        baseline(str(path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("tokens // 64 * 64", "tokens + 1", "must lie between"),
+        ('{"codes"', '{"bytes"', "name the parts"),
+        ("float()", "float()[:, :, 1:]", "decode gave"),
+    ],
+)
+def test_a_baseline_that_breaks_its_contract_is_told(
+    tmp_path: Path, kv: list[tuple[torch.Tensor, torch.Tensor]], old: str, new: str, message: str
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN.replace(old, new), encoding="utf-8")
+    method = baseline(str(path))
+    cache = method.cache(CONFIG)
+    cache.update(*kv[0], 0)
+    with pytest.raises(InvalidInput, match=message):
+        method.memory(cache)
+
+
+def test_a_name_that_is_none_is_refused_with_those_there_are() -> None:
+    with pytest.raises(InvalidInput, match="kivi-4"):
+        baseline("kivi")
