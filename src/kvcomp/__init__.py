@@ -12,10 +12,12 @@ from kvcomp.errors import (
     InvalidInput,
     KVCompError,
     LimitExceeded,
+    StoreUnavailable,
     UnsupportedModel,
     UnsupportedVersion,
 )
 from kvcomp.packed import Packed, compress, load
+from kvcomp.prefix import PrefixStore
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store import KVStore, Memory
 
@@ -30,6 +32,8 @@ __all__ = [
     "LimitExceeded",
     "Memory",
     "Packed",
+    "PrefixStore",
+    "StoreUnavailable",
     "TensorSpec",
     "UnsupportedModel",
     "UnsupportedVersion",
