@@ -24,7 +24,7 @@ from kvcomp.header import VERSION, Header
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore
 
-CHUNK_PAGES = 2
+CHUNK_PAGES = 4
 CHUNK_TOKENS = CHUNK_PAGES * PAGE_TOKENS
 
 
