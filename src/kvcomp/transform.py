@@ -1,0 +1,119 @@
+"""Transforms of one layer's K and V that attention never pays for: they are folded into the queries and the output.
+
+For each KV head, with k and v as the model makes them, the cache holds K' = A (k - a) and V' = B (v - b). As
+q.k = (A^-T q).K' + q.a, and q.a is the same for every token, softmax drops it; as weights sum to 1, sum w v = B^-1 (sum w V') + b. So
+a step costs one D x D product for each query head and one for each output, whatever the length of the cache.
+
+The useful A is the Karhunen-Loeve transform in the metric that counts (``metric_klt``): with M = E[q q^T] an error e in k moves a logit by
+sqrt(e^T M e) on average, and so does a white error of equal size in K'. Few of its rows then carry most of the information.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcomp.errors import InvalidInput
+
+RIDGE = 1e-3  # added to a metric, in units of its mean diagonal: no direction may go unseen
+WORST_CONDITION = 1e5  # of a transform that float32 products can undo
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """x' = A (x - mean), for each KV head.
+
+    matrix: float32 (KV heads, D, D), A. mean: float32 (KV heads, D). inverse: A^-1.
+    Raises InvalidInput if a matrix or mean is not finite, or cannot be inverted in float32.
+    """
+
+    matrix: Tensor
+    mean: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor, mean: Tensor) -> Affine:
+        """From A (KV heads, D, D) and the mean (KV heads, D)."""
+        if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2] or mean.shape != matrix.shape[:2]:
+            raise InvalidInput(f"a transform of {tuple(matrix.shape)} with a mean of {tuple(mean.shape)} fits no heads")
+        if not (matrix.isfinite().all() and mean.isfinite().all()):
+            raise InvalidInput("a transform has values that are not finite")
+        matrix = matrix.to(torch.float32).contiguous()
+        inverse, failed = torch.linalg.inv_ex(matrix.double())
+        condition = matrix.double().abs().sum(-1).amax(-1) * inverse.abs().sum(-1).amax(-1)
+        if failed.any() or not (condition < WORST_CONDITION).all():
+            raise InvalidInput("a transform cannot be inverted: its matrix is singular or nearly so")
+        return cls(matrix, mean.to(torch.float32).contiguous(), inverse.to(torch.float32).contiguous())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """(batch, KV heads, tokens, D) -> the same in x's dtype; products in float32."""
+        return ((x.detach().to(torch.float32) - self.mean[:, None]) @ self.matrix.mT).to(x.dtype)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """The inverse of ``apply``, (batch, KV heads, tokens, D) or (KV heads, tokens, D)."""
+        return (x.to(torch.float32) @ self.inverse.mT + self.mean[:, None]).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """The transforms of one layer, of K and of V."""
+
+    key: Affine
+    value: Affine
+
+    @property
+    def heads(self) -> int:
+        return int(self.key.mean.shape[0])
+
+    @property
+    def channels(self) -> int:
+        return int(self.key.mean.shape[1])
+
+    def queries(self, q: Tensor) -> Tensor:
+        """q (batch, heads, queries, D) -> A^-T q in float32, whose products with K' are those with k up to one number for each query."""
+        grouped = q.detach().to(torch.float32).reshape(q.shape[0], self.heads, -1, self.channels)
+        return (grouped @ self.key.inverse).view(q.shape)
+
+    def outputs(self, out: Tensor) -> Tensor:
+        """sum w V' (batch, heads, queries, D) -> sum w v, in float32, for weights that sum to 1."""
+        grouped = out.to(torch.float32).reshape(out.shape[0], self.heads, -1, self.channels)
+        return (grouped @ self.value.inverse.mT + self.value.mean[:, None]).view(out.shape)
+
+
+def metric_klt(covariance: Tensor, metric: Tensor) -> Tensor:
+    """A of the Karhunen-Loeve transform in a metric M: ||A e||^2 is proportional to e^T M e, and the rows of A x are uncorrelated, largest
+    variance first.
+
+    covariance, metric: float64 (D, D), symmetric and positive semidefinite. Returns float64 (D, D), scaled so that no row has an L1 norm above 1:
+    no |A x| is larger than the largest |x|, so a type that holds x holds A x.
+    """
+    size = metric.diagonal().mean()
+    scaled = metric / size if size > 0 else torch.zeros_like(metric)
+    weights, directions = torch.linalg.eigh(scaled + RIDGE * torch.eye(len(metric), dtype=metric.dtype))
+    root = directions @ (weights.clamp_min(RIDGE).sqrt()[:, None] * directions.mT)
+    _, basis = torch.linalg.eigh(root @ covariance @ root)
+    matrix = basis.flip(1).mT @ root
+    result: Tensor = matrix / matrix.abs().sum(1).max()
+    return result
+
+
+def logit_bound(q: Tensor, steps: Tensor, transform: Transform, scaling: float = 1.0) -> Tensor:
+    """The certificate: how far, at most, a logit scaling q.k lies from that of the K' it was coded from.
+
+    It is scaling (s/2) ||A^-T q||_1, as no coordinate of a coded K' is off by more than half of its head's step s.
+
+    q: (batch, heads, queries, D). steps: (KV heads,), of K. Returns float32 (batch, heads, queries).
+    """
+    size = transform.queries(q).abs().sum(-1)
+    half = steps.to(torch.float32).repeat_interleave(q.shape[1] // transform.heads) / 2
+    return abs(scaling) * half[:, None] * size
+
+
+def value_bound(steps: Tensor, affine: Affine) -> Tensor:
+    """How far, at most, a coded value of each channel is off in the model's coordinates: (s/2) times the L1 norm of its row of A^-1.
+
+    steps: (KV heads,). Returns float32 (KV heads, D).
+    """
+    return steps.to(torch.float32)[:, None] / 2 * affine.inverse.abs().sum(-1)
