@@ -1,9 +1,11 @@
 """The command line as a user types it."""
 
 import json
+import logging.handlers
 from pathlib import Path
 
 import pytest
+from redis_server import free_port
 from typer.testing import CliRunner, Result
 
 from kvcomp.cli import app
@@ -50,10 +52,38 @@ def test_generate_continues_a_prompt_of_the_user_and_sampling_repeats_with_its_s
     assert first == second
 
 
+def test_generate_skips_the_prefill_of_a_system_prompt_the_second_time(tmp_path: Path) -> None:
+    """Two chats over a system prompt of some 2,000 tokens: the second loads it."""
+    system = tmp_path / "system.txt"
+    system.write_text(Path(logging.handlers.__file__).read_text(encoding="utf-8")[:7000], encoding="utf-8")
+    found = []
+    for question in ("import os\n", "class Other:\n"):
+        output = tmp_path / "figures.json"
+        options = ("-n", "4", "--prompt", question, "--prefix-store", str(tmp_path / "store"), "--json", str(output))
+        result = run("generate", "--prompt-file", str(system), *options)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(output.read_text()))
+    first, second = (figures["prefix_store"] for figures in found)
+    assert first["loaded_tokens"] == 0
+    assert first["first_token_seconds_without"] is None
+    assert first["stored_tokens"] >= second["loaded_tokens"] > found[1]["prompt_tokens"] - 400 > 1400
+    assert "first token without it" in result.output
+    assert second["first_token_seconds"] > second["loading_seconds"] > 0
+    assert second["first_token_seconds_without"] > second["first_token_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"), [("s3://bucket", "no store s3://"), (f"redis://127.0.0.1:{free_port()}", "Redis at 127.0.0.1")]
+)
+def test_a_prefix_store_that_is_none(url: str, message: str) -> None:
+    result = run("generate", "-n", "1", "--prefix-store", url)
+    assert (result.exit_code, message in " ".join(result.output.split())) == (1, True)
+    assert "Traceback" not in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate", "--prompt", "a", "--prompt-file", "pyproject.toml"), "not both"),
         (("generate", "some/model"), "needs --prompt"),
         (("generate", "--spec", "none-such"), "no preset"),
         (("generate", "--prompt", ""), "empty"),

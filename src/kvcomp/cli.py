@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from kvcomp import cli_files
 from kvcomp.cli_files import errors, named_spec, plain_errors, screen
+from kvcomp.cli_prefix import Prefixes
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import PRESETS, CodecSpec
 
@@ -40,7 +42,8 @@ def generate(
     model: Annotated[str | None, typer.Argument(help="Model directory or hub name [default: the shipped one]")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="File with the text to continue", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(help="File with the text to continue, or to put before --prompt", exists=True, dir_okay=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate")] = 128,
     spec: Annotated[
@@ -52,19 +55,20 @@ def generate(
         float, typer.Option(min=0.0, help="Sample at this temperature; 0 takes the likeliest token")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling")] = 0,
+    prefix_store: Annotated[
+        str | None, typer.Option(help="Folder or redis:// URL: load what the prompt begins with, and store it")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file")] = None,
 ) -> None:
     """Generate text from a compressed KV cache and say what it cost.
 
     Without a prompt the shipped model continues some 2,300 tokens of a file of Python's standard library that it never saw.
     """
-    if prompt is not None and prompt_file is not None:
-        raise typer.BadParameter("give --prompt or --prompt-file, not both")
     if model is not None and prompt is None and prompt_file is None:
         raise typer.BadParameter("a model of your own needs --prompt or --prompt-file")
     chosen = None if spec is None else named_spec(spec)
     with plain_errors():
-        _generate(model, prompt, prompt_file, max_new_tokens, chosen, compare, temperature, seed, output)
+        _generate(model, prompt, prompt_file, max_new_tokens, chosen, compare, temperature, seed, prefix_store, output)
 
 
 def _generate(
@@ -76,6 +80,7 @@ def _generate(
     compare: bool,
     temperature: float,
     seed: int,
+    prefix_store: str | None,
     output: Path | None,
 ) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -97,11 +102,13 @@ def _generate(
         compress(*tokens).attend(tokens[0, :, :, :1])  # loads the kernels, or compiles them
     spec = spec or default_spec(place)
     if prompt_file is not None:
-        prompt = _read_text(prompt_file)
+        prompt = _read_text(prompt_file) + (prompt or "")
     ids = _own_prompt(tokenizer) if prompt is None else tokenizer(prompt)["input_ids"]
     if not ids:
         raise typer.BadParameter("the prompt is empty")
-    cache = KVCompCache(language_model.config, spec)
+    with screen.status("looking into the prefix store") if prefix_store else nullcontext():
+        prefixes = Prefixes(prefix_store, torch.tensor([ids]), language_model, spec) if prefix_store else None
+    cache = prefixes.cache if prefixes else KVCompCache(language_model.config, spec)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     screen.print(
@@ -124,9 +131,11 @@ def _generate(
     if compare:
         with screen.status("the same tokens from the uncompressed cache"):
             against = generation.compare(language_model, torch.tensor([ids]), run)
-    screen.print(_table(run, against))
+    if prefixes:
+        prefixes.keep(run.tokens)
+    screen.print(_table(run, against, prefixes))
     if output is not None:
-        output.write_text(json.dumps(_figures(spec, run, against), indent=2) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(_figures(spec, run, against, prefixes), indent=2) + "\n", encoding="utf-8")
 
 
 def _own_prompt(tokenizer: Any) -> list[int]:
@@ -159,7 +168,7 @@ def _status(cache: Any, tokens: int, begin: float) -> Text:
     )
 
 
-def _table(run: Any, against: Any) -> Table:
+def _table(run: Any, against: Any, prefixes: Prefixes | None) -> Table:
     """What the generation cost, by part, beside the uncompressed cache where that was run."""
     memory = run.memory
     table = Table(title=f"{run.prompt} prompt + {len(run.tokens)} new tokens", title_justify="left")
@@ -198,6 +207,8 @@ def _table(run: Any, against: Any) -> Table:
         f"{run.timing.tokens_per_second:.1f}",
         f"{timing.tokens_per_second:.1f}" if timing else "",
     )
+    for label, value in prefixes.rows(run.timing.first) if prefixes else ():
+        row(label, value)
     row("peak memory of the process, MiB", f"{run.peak / MIB:.0f}")
     if against:
         row("same likeliest token", f"{100 * against.top1:.1f} %")
@@ -205,7 +216,7 @@ def _table(run: Any, against: Any) -> Table:
     return table
 
 
-def _figures(spec: CodecSpec, run: Any, against: Any) -> dict[str, Any]:
+def _figures(spec: CodecSpec, run: Any, against: Any, prefixes: Prefixes | None) -> dict[str, Any]:
     """The table's figures, in bytes, seconds, bits and nats."""
     memory = run.memory
     figures: dict[str, Any] = {
@@ -220,6 +231,8 @@ def _figures(spec: CodecSpec, run: Any, against: Any) -> dict[str, Any]:
         "tokens_per_second": run.timing.tokens_per_second,
         "peak_bytes": run.peak,
     }
+    if prefixes:
+        figures["prefix_store"] = prefixes.figures(run.timing.first)
     if against:
         figures["uncompressed"] = {
             "bytes": against.dense,
