@@ -1,0 +1,72 @@
+// What a GPU has and C++ does not, in one place: the emulator (tests/emulator) brings its own file of this name.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef short i16;
+typedef int i32;
+typedef unsigned u32;
+typedef long long i64;
+typedef unsigned long long u64;
+
+#define KERNEL extern "C" __global__
+#define INLINE __device__ __forceinline__
+
+extern __shared__ __align__(16) u8 shared_memory[];
+
+// c += a b for a 16 x 16 and a 16 x 8 matrix of bfloat16, sums in float32. Lane (g, j) = (lane >> 2, lane & 3) holds
+// of a: a[0], a[1] rows g and g + 8 at columns 2j, 2j + 1; a[2], a[3] the same at columns 2j + 8, 2j + 9;
+// of b: b0 rows 2j, 2j + 1, b1 rows 2j + 8, 2j + 9, both of column g;
+// of c: c[0], c[1] row g at columns 2j, 2j + 1; c[2], c[3] the same of row g + 8.
+INLINE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats to bfloat16, ``first`` in the low half.
+INLINE u32 to_bfloat16s(float first, float second) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+}
+
+INLINE float from_float16(u16 bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+
+INLINE u16 to_float16(float x) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+
+INLINE float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+INLINE float log_of_two(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Copy 16 bytes to an offset of shared memory, asynchronously; both are multiples of 16.
+INLINE void copy_async(u32 to, const void* from) {
+    u32 address = (u32)__cvta_generic_to_shared(shared_memory + to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+
+// End a group of this thread's copies.
+INLINE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait until at most the ``LATER`` newest groups of this thread's copies are under way.
+template <int LATER>
+INLINE void await_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}

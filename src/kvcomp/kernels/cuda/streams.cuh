@@ -1,0 +1,266 @@
+// The bit streams of a block (docs/format.md, sections 4 and 5): 64 of them, two for each lane, read side by side.
+//
+// Every reader gives pairs of codes as two bfloat16 of value 128 + code, what the tensor cores multiply: a bfloat16 of 0x4300 + q is
+// exactly 128 + q for q below 128.
+#pragma once
+#include "page.cuh"
+
+constexpr u32 BFLOAT16_128 = 0x43004300u;
+
+// Words of a block in shared memory, by the offset of the next.
+struct SharedWords {
+    u32 at;
+    INLINE u32 take(u32 step) {
+        u32 word = load_word(shared_memory + at);
+        at += step;
+        return word;
+    }
+};
+
+// Words of a block anywhere.
+struct PlainWords {
+    const u8* at;
+    INLINE u32 take(u32 step) {
+        u32 word = load_word(at);
+        at += step;
+        return word;
+    }
+};
+
+// The words of one stream, of which ``left`` lie behind the next: the last is taken again rather than read over.
+template <class Words>
+struct BoundedWords {
+    Words words;
+    u32 left;
+    INLINE u32 take(u32 step) {
+        u32 word = Words(words).take(step);
+        if (left) words = words + step, left--;
+        return word;
+    }
+};
+
+INLINE SharedWords operator+(SharedWords words, u32 bytes) { return {words.at + bytes}; }
+INLINE PlainWords operator+(PlainWords words, u32 bytes) { return {words.at + bytes}; }
+
+// A stream whose words lie ``STEP`` bytes apart: a window of 64 bits, of which ``position`` (in its low five bits) are behind.
+template <class Words, u32 STEP>
+struct BitStream {
+    u32 low, high, position;
+    Words next;
+
+    // Begin ``bit`` bits after a word.
+    INLINE void begin(Words from, u32 bit) {
+        next = from;
+        low = next.take(STEP);
+        high = next.take(STEP);
+        position = bit;
+    }
+
+    INLINE u32 window() const { return __funnelshift_r(low, high, position); }
+
+    // Go on to a position at most 32 bits ahead; only the low six bits of it count.
+    INLINE void move_to(u32 ahead) {
+        if ((position ^ ahead) & 32) {
+            low = high;
+            high = next.take(STEP);
+        }
+        position = ahead;
+    }
+};
+
+// Where the streams ``lane`` and ``32 + lane`` begin, in bits after where the first does. Returns the bytes before that, from ``lengths`` on.
+template <int KIND, int CHANNELS>
+INLINE u32 stream_starts(const u8* lengths, int lane, u32& first, u32& second) {
+    constexpr u32 unit = CHANNELS <= 128 ? 4 : 8;
+    u32 head = load_word(lengths), width = head & 15, bit = width * lane;
+    const u8* at = lengths + 4 + (bit >> 5) * 4;
+    u32 mask = (1u << width) - 1, later = 4 * width;  // the differences of the streams from 32 on lie ``width`` words further
+    u32 low = __funnelshift_r(load_word(at), load_word(at + 4), bit) & mask;
+    u32 high = __funnelshift_r(load_word(at + later), load_word(at + later + 4), bit) & mask;
+    int low_group = KIND == K ? lane & 3 : lane >> 4, high_group = KIND == K ? lane & 3 : 2 + (lane >> 4);
+    low += head >> (4 + 7 * low_group) & 127;
+    high += head >> (4 + 7 * high_group) & 127;
+    u32 mine = low | high << 16, sum = mine;  // the sum of 32 lengths fits 16 bits
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) {
+        u32 before = __shfl_up_sync(~0u, sum, step);
+        sum += lane >= step ? before : 0;
+    }
+    u32 all = __shfl_sync(~0u, sum, LANES - 1) & 0xffff;
+    sum -= mine;
+    first = (sum & 0xffff) * unit;
+    second = ((sum >> 16) + all) * unit;
+    return 4 + 8 * width;
+}
+
+// The type behind a reference.
+template <class T>
+struct BareType {
+    typedef T Type;
+};
+template <class T>
+struct BareType<T&> {
+    typedef T Type;
+};
+template <class T>
+using Bare = typename BareType<T>::Type;
+
+// The decode table of a book in shared memory: each entry COPIES times side by side, so that lanes rarely meet in a bank.
+// The window is read LEAD bits early, which puts the index where the address wants it.
+template <u32 BASE, int INDEX_BITS, int COPIES>
+struct SharedTable {
+    static constexpr int LEAD = COPIES == 1 ? 2 : COPIES == 2 ? 3 : COPIES == 4 ? 4 : COPIES == 8 ? 5 : 6;
+    static constexpr u32 MASK = ((1u << INDEX_BITS) - 1) << LEAD;
+    static constexpr u32 BYTES = 1u << (INDEX_BITS + LEAD);
+    u32 place;  // of the class and of the lane's copy
+
+    INLINE void of(const u32*, u32 its_class, int lane) { place = its_class * BYTES + 4 * (lane % COPIES); }
+    INLINE u32 entry(u32 window) const { return load_word(shared_memory + BASE + (window & MASK | place)); }
+};
+
+// The same in global memory.
+template <int INDEX_BITS>
+struct PlainTable {
+    static constexpr int LEAD = 2;
+    static constexpr u32 MASK = ((1u << INDEX_BITS) - 1) << LEAD;
+    const u8* entries;
+
+    INLINE void of(const u32* table, u32 its_class, int) {
+        entries = reinterpret_cast<const u8*>(table + ((size_t)its_class << INDEX_BITS));
+    }
+    INLINE u32 entry(u32 window) const { return load_word(entries + (window & MASK)); }
+};
+
+// What decoded pairs become. WIDE: codes up to 255 as two pairs whose sum is 128 + code, as bfloat16 holds no odd number above 256.
+template <bool WIDE>
+struct CodedPairs {
+    typedef u32 Pair;
+    static constexpr int PARTS = WIDE ? 2 : 1;
+    static INLINE u32 operand(u32 pair, int part) {
+        if (!WIDE) return pair;
+        return part ? (pair & 0x00800080u) * (0x4300u / 0x80u) : pair & ~0x00800080u;  // part 1: 128 or 0
+    }
+};
+
+// Two streams of Huffman codes for pairs. PAIR_BITS: of the longest pair. SPLIT: whether the low bits of the codes follow a symbol's code.
+template <class Words, class Table, int PAIR_BITS, bool SPLIT, bool WIDE>
+struct HuffmanPairs : CodedPairs<WIDE> {
+    static constexpr int GROUP = (32 - Table::LEAD) / PAIR_BITS;  // pairs that surely fit a window
+    static_assert(GROUP >= 1, "a window must hold a pair");
+    BitStream<Words, 4> low, high;
+    Table low_table, high_table;
+    u32 low_split, high_split;
+    u32 ones;  // BFLOAT16_128, an argument of the kernel so that the compiler does not take it apart
+
+    INLINE void begin(Words block, u32 bit, u32 second_bit) {
+        bit -= Table::LEAD;
+        second_bit -= Table::LEAD;
+        low.begin(block + (bit >> 5) * 4, bit & 31);
+        high.begin(block + (second_bit >> 5) * 4, second_bit & 31);
+    }
+
+    // The classes of the pairs to come.
+    INLINE void classes(const Book& book, int of_low, int of_high, int lane) {
+        low_table.of(book.table, of_low, lane);
+        high_table.of(book.table, of_high, lane);
+        if (SPLIT) low_split = book.split[of_low], high_split = book.split[of_high];
+    }
+
+    template <int N>
+    INLINE void group(BitStream<Words, 4>& stream, const Table& table, u32 split, u32* pairs) {
+        u32 window = stream.window(), position = stream.position;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            u32 entry = table.entry(window);
+            position += entry;  // the length; what is above does not matter
+            u32 pair = __byte_perm(entry, ones, 0x5352);
+            if (SPLIT || i + 1 < N) window = __funnelshift_r(window, 0u, entry);
+            if (SPLIT) {
+                u32 rest = window >> Table::LEAD, part = (1u << split) - 1;
+                pair |= (rest & part) | (rest >> split & part) << 16;
+                window >>= 2 * split;
+            }
+            pairs[i] = pair;
+        }
+        stream.move_to(SPLIT ? position + 2 * N * split : position);
+    }
+
+    // The next N pairs of both streams.
+    template <int N>
+    INLINE void take(u32 (&of_low)[N], u32 (&of_high)[N]) {
+#pragma unroll
+        for (int i = 0; i + GROUP <= N; i += GROUP) {
+            group<GROUP>(low, low_table, low_split, of_low + i);
+            group<GROUP>(high, high_table, high_split, of_high + i);
+        }
+        constexpr int rest = N % GROUP;
+        if constexpr (rest > 0) {
+            group<rest>(low, low_table, low_split, of_low + N - rest);
+            group<rest>(high, high_table, high_split, of_high + N - rest);
+        }
+    }
+};
+
+// Two streams of codes of a fixed width. WIDTH: 2 or 4, read by whole words, where the codes of a tile fill them; 0: any.
+template <class Words, int WIDTH>
+struct FixedPairs : CodedPairs<WIDTH == 0> {
+    static constexpr u32 ROW = 4 * 2 * LANES;  // bytes from a word of a stream to the next: word i of stream x is word 64 i + x
+    typedef BitStream<BoundedWords<Words>, ROW> Stream;
+    Stream low, high;
+    u32 width, ones;
+
+    // words: of a stream.
+    INLINE void begin(Words codes, int lane, u32 words) {
+        BoundedWords<Words> of_low = {codes + 4 * lane, words - 1}, of_high = {codes + 4 * (LANES + lane), words - 1};
+        if constexpr (WIDTH == 0) {
+            low.begin(of_low, 0);
+            high.begin(of_high, 0);
+        } else {
+            low.next = of_low;
+            high.next = of_high;
+        }
+    }
+
+    INLINE void classes(const Book&, int, int, int) {}
+
+    INLINE u32 any_width(Stream& stream) {
+        u32 window = stream.window(), mask = (1u << width) - 1;
+        stream.move_to(stream.position + 2 * width);
+        return ones | (window & mask) | (window >> width & mask) << 16;
+    }
+
+    // All pairs of a word: a byte of the word holds the first code at its low end, a byte of the shifted word the second.
+    INLINE void whole_word(u32 word, u32* pairs) {
+        constexpr u32 mask = (1u << WIDTH) - 1;
+        constexpr int a_byte = 8 / (2 * WIDTH);  // pairs in a byte
+#pragma unroll
+        for (int i = 0; i < 4 * a_byte; i++) {
+            u32 shift = i % a_byte * 2 * WIDTH, byte = i / a_byte;
+            u32 both = __byte_perm(word >> shift, word >> (shift + WIDTH), byte | (4 + byte) << 8);
+            pairs[i] = (both & (mask | mask << 16)) | ones;
+        }
+    }
+
+    template <int N>
+    INLINE void take(u32 (&of_low)[N], u32 (&of_high)[N]) {
+        if constexpr (WIDTH == 0) {
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                of_low[i] = any_width(low);
+                of_high[i] = any_width(high);
+            }
+        } else {
+            constexpr int a_word = 32 / (2 * WIDTH);
+            static_assert(N % a_word == 0, "the codes of a tile must fill whole words");
+#pragma unroll
+            for (int i = 0; i < N; i += a_word) {
+                whole_word(low.next.words.take(ROW), of_low + i);
+                whole_word(high.next.words.take(ROW), of_high + i);
+            }
+        }
+    }
+};
+
+// Whether the codes of a tile fill whole words at a width.
+template <int WIDTH, int PAIRS>
+constexpr bool fills_words() { return PAIRS % (32 / (2 * WIDTH)) == 0; }

@@ -1,0 +1,127 @@
+// The machine of the emulator: what src/kvcomp/kernels/cuda/machine.cuh says, in C++ on a CPU. Every thread of a CTA is a fiber; all fibers of
+// a warp meet at each shuffle, product and barrier, in an order that the caller chooses.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef short i16;
+typedef int i32;
+typedef unsigned u32;
+typedef long long i64;
+typedef unsigned long long u64;
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define KERNEL extern "C"
+#define INLINE inline
+
+struct float2 {
+    float x, y;
+};
+struct Dim3 {
+    u32 x, y, z;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+using std::max;
+using std::min;
+
+extern u8 shared_memory[];
+extern Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+constexpr int WARP = 32;
+
+// Wait for the other lanes of the warp, or for the whole CTA.
+void meet_warp();
+void meet_block();
+// A word that each lane of the current warp shows the others.
+u32* shown(int lane);
+u32 (*operands(int lane))[6];
+int this_lane();
+
+inline void __syncwarp() { meet_warp(); }
+inline void __syncthreads() { meet_block(); }
+
+inline float __uint_as_float(u32 x) {
+    float y;
+    memcpy(&y, &x, 4);
+    return y;
+}
+inline u32 __float_as_uint(float x) {
+    u32 y;
+    memcpy(&y, &x, 4);
+    return y;
+}
+
+template <class T>
+T from_lane(T x, int lane) {
+    static_assert(sizeof(T) == 4, "registers have 32 bits");
+    memcpy(shown(this_lane()), &x, 4);
+    meet_warp();
+    T y;
+    memcpy(&y, shown(lane), 4);
+    meet_warp();
+    return y;
+}
+template <class T>
+T __shfl_sync(u32, T x, int lane) {
+    return from_lane(x, lane & 31);
+}
+template <class T>
+T __shfl_xor_sync(u32, T x, int mask) {
+    return from_lane(x, this_lane() ^ mask);
+}
+template <class T>
+T __shfl_up_sync(u32, T x, int step) {
+    int lane = this_lane();
+    return from_lane(x, lane >= step ? lane - step : lane);
+}
+
+inline u32 __funnelshift_r(u32 low, u32 high, u32 shift) { return (u32)(((u64)high << 32 | low) >> (shift & 31)); }
+inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
+    u64 both = (u64)b << 32 | a;
+    u32 result = 0;
+    for (int i = 0; i < 4; i++) {
+        u32 nibble = selector >> 4 * i & 15;
+        u32 byte = both >> 8 * (nibble & 7) & 255;
+        result |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+    }
+    return result;
+}
+
+void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
+
+inline u32 bfloat16_bits(float x) {
+    u32 bits = __float_as_uint(x);
+    return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline u32 to_bfloat16s(float first, float second) { return bfloat16_bits(first) | bfloat16_bits(second) << 16; }
+inline float from_float16(u16 bits) {
+    _Float16 x;
+    memcpy(&x, &bits, 2);
+    return (float)x;
+}
+inline u16 to_float16(float x) {
+    _Float16 y = (_Float16)x;
+    u16 bits;
+    memcpy(&bits, &y, 2);
+    return bits;
+}
+inline float power_of_two(float x) { return x < -126.f ? 0.f : exp2f(x); }
+inline float log_of_two(float x) { return log2f(x); }
+
+// Copies are made when they are waited for, not before.
+void copy_async(u32 to, const void* from);
+void end_copies();
+void await_groups(int later);
+template <int LATER>
+void await_copies() {
+    await_groups(LATER);
+}

@@ -1,0 +1,143 @@
+"""The CUDA attention kernel, run on the CPU, against the float64 oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from emulated_attention import attend
+from emulator import COMPILER, FINE
+from gpu_cases import Case, build, relative_error
+
+from kvcomp.kernels.gpu_layout import AttendBuild, attend_build, machine
+from kvcomp.quantise import round_to, to_float32
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
+
+# Queries and weights have sixteen bits, and scores of tens magnify their rounding; relative to the largest output.
+TOLERANCE = 1e-4
+
+QUICK = {
+    "the preset": Case(),
+    "fixed width": Case(channels=64, queries=1, coding=("fixed", "fixed"), scales=(1 / 14, 1 / 4)),
+}
+GRID = {
+    "80 channels, five queries": Case(channels=80, queries=5, pages=(2, 1)),
+    "96 channels, sixteen queries": Case(channels=96, queries=16, classes=(4, 4), pages=(2, 1), raw=True),
+    "192 channels": Case(channels=192, queries=2, pages=(2,), units=("channel", "vector")),
+    "256 channels": Case(channels=256, queries=8, pages=(2,), coding=("fixed", "huffman"), raw=True),
+    "112 channels, limit 10": Case(channels=112, queries=3, pages=(2, 1), limit=10),
+    "vector and channel, four classes": Case(units=("vector", "channel"), classes=(4, 4), raw=True, limit=11),
+    "token and block, float16": Case(units=("token", "block"), value="float16", raw=True, heads=3),
+    "soft cap, float32": Case(units=("block", "block"), value="float32", raw=True, softcap=20.0, partial=37),
+    "split codes": Case(scales=(0.02, 0.03), limit=11),
+    "codes split twice": Case(channels=64, scales=(0.012, 0.016), classes=(1, 4)),
+    "three new tokens": Case(queries=12, new=3, partial=1, pages=(3, 2)),
+    "steps of heads": Case(units=("head", "head"), classes=(4, 4), scales=(0.1, 0.1)),
+    "fine steps of heads": Case(units=("head", "head"), classes=(4, 1), scales=(0.02, 0.03), limit=10),
+    "steps of heads, fixed width": Case(units=("head", "head"), coding=("fixed", "fixed"), scales=(0.2, 0.05)),
+    "no own book": Case(own=False, channels=64, heads=1),
+    "nothing but a tail": Case(pages=(0, 0), sinks=0, tail=130, value="float16"),
+    "long rows": Case(channels=64, pages=(9, 4, 6), queries=7, sinks=70),
+}
+
+
+def build_for(case: Case, query: str = "float32", warps: int = 2) -> AttendBuild:
+    chosen = attend_build(case.spec.layer(0, 1), case.channels, case.value, query, bool(case.softcap), machine(90))
+    return replace(chosen, warps=warps)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*QUICK.values(), *(pytest.param(x, marks=pytest.mark.emulated) for x in GRID.values())],
+    ids=[*QUICK, *GRID],
+)
+def test_equals_the_oracle(case: Case) -> None:
+    cache = build(case)
+    result = attend(cache, build_for(case))
+    expected, expected_lse = cache.attend()
+    assert result.status == FINE
+    assert relative_error(result.out, expected) < TOLERANCE
+    np.testing.assert_allclose(result.lse, expected_lse, rtol=1e-5, atol=3e-4)
+
+
+def test_does_not_depend_on_the_order_of_the_threads() -> None:
+    case = QUICK["the preset"]
+    cache, chosen = build(case), build_for(case)
+    one, other = (attend(cache, chosen, ascending=ascending) for ascending in (True, False))
+    assert one.status == other.status == FINE
+    np.testing.assert_array_equal(one.out, other.out)
+    np.testing.assert_array_equal(one.lse, other.lse)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("splits", [1, 3])
+def test_splits_of_the_context(splits: int) -> None:
+    cache = build(GRID["long rows"])
+    result = attend(cache, build_for(cache.case), splits=splits)
+    assert result.status == FINE
+    assert relative_error(result.out, cache.attend()[0]) < TOLERANCE
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("query", ["bfloat16", "float16"])
+def test_queries_of_the_model_type(query: str) -> None:
+    cache = build(QUICK["the preset"])
+    dtype = np.dtype(np.uint16 if query == "bfloat16" else np.float16)
+    cache.q = to_float32(round_to(cache.q, dtype))
+    result = attend(cache, build_for(cache.case, query), query=query)
+    assert result.status == FINE
+    assert relative_error(result.out, cache.attend()[0]) < (2**-8 if query == "bfloat16" else 2**-11)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("copies", [0, 1, 8])
+def test_copies_of_the_tables(copies: int) -> None:
+    case = replace(QUICK["the preset"], limit=10, classes=(4, 1))
+    cache = build(case)
+    result = attend(cache, replace(build_for(case), k_copies=copies, v_copies=copies))
+    assert result.status == FINE
+    assert relative_error(result.out, cache.attend()[0]) < TOLERANCE
+
+
+@pytest.mark.emulated
+def test_blocks_too_large_to_stage() -> None:
+    case = Case(raw=True, units=("vector", "token"))
+    cache = build(case)
+    result = attend(cache, replace(build_for(case), stage=1024))
+    assert result.status == FINE
+    assert relative_error(result.out, cache.attend()[0]) < TOLERANCE
+
+
+@pytest.mark.emulated
+def test_tokens_that_do_not_count_may_hold_anything() -> None:
+    case = Case(value="float16", raw=True, partial=37, pages=(2,))
+    cache = build(case)
+    expected = cache.attend()[0]
+    cache.tail = tuple(
+        np.concatenate([x, np.full((*x.shape[:2], 10, x.shape[3]), np.nan, x.dtype)], axis=2) for x in cache.tail
+    )  # type: ignore[assignment]
+    result = attend(cache, build_for(case))
+    assert result.status == FINE
+    assert relative_error(result.out, expected) < TOLERANCE
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("seed", range(4))
+def test_hostile_streams_are_read_within_the_arena(seed: int) -> None:
+    """Every bit after the lengths of checked pages is random: the result means nothing, but no read leaves the arena."""
+    case = Case(channels=(64, 128, 192, 256)[seed], pages=(2,), limit=(10, 12)[seed % 2], classes=(1, 4))
+    cache = build(case)
+    rng = np.random.default_rng(seed)
+    buffer, offset = cache.owners[0], cache.pages[0] - cache.owners[0].ctypes.data
+    for page in range(2):
+        directory = buffer[offset[page] :][: 4 * (2 * case.heads + 1)].view("<u4")
+        for index in range(2 * case.heads):
+            begin, end = (int(offset[page]) + (int(word) & ~15) for word in directory[index : index + 2])
+            lengths = begin + (8 if index < case.heads else 0)  # behind the scales
+            head = lengths - begin + 4 + 8 * (int(buffer[lengths]) & 15)
+            buffer[begin + head : end] = rng.integers(0, 256, end - begin - head, np.uint8)
+    for stage in (None, 512):  # read from shared memory, and where it is
+        chosen = build_for(case)
+        assert attend(cache, chosen if stage is None else replace(chosen, stage=stage)).status == FINE
