@@ -13,7 +13,6 @@ answer: LMCache then computes the tokens anew.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -30,11 +29,11 @@ from lmcache.v1.platform import create_event_notifier
 from kvcomp.blobs import TIMEOUT, open_blobs
 from kvcomp.chunks import chunk_key, open_chunk, pack_chunk, unpack
 from kvcomp.errors import InvalidInput, KVCompError, StoreUnavailable, UnsupportedModel
+from kvcomp.integrations.asking import Patience
 from kvcomp.integrations.lmcache_layout import heads_of, kv_views
 from kvcomp.spec import CodecSpec
 
 PARAMETERS = "url", "heads", "head_dim", "layers", "dtype", "spec", "limit", "timeout", "workers", "capacity"
-PAUSE = 1.0  # seconds in which a store that just did not answer is not asked again
 
 logger = init_logger(__name__)
 
@@ -63,7 +62,7 @@ class KVCompL2Adapter(L2AdapterInterface):
             raise InvalidInput(f"workers must be 1 to 64 and capacity bytes from 0, not {workers!r} and {capacity!r}")
         super().__init__(capacity)
         self._blobs = open_blobs(params["url"], limit=params.get("limit"), timeout=params.get("timeout", TIMEOUT))
-        self._paused_until = 0.0
+        self._patience = Patience()
         self._events = {kind: create_event_notifier() for kind in ("store", "lookup", "load")}
         self._done: dict[str, dict[int, Any]] = {kind: {} for kind in self._events}
         self._sizes: dict[ObjectKey, int] = {}  # of what this adapter stored
@@ -107,7 +106,7 @@ class KVCompL2Adapter(L2AdapterInterface):
         name = self._name(key)
         _, kv = kv_views(memory, self._heads)
         pieces = pack_chunk(name, self._spec, kv)
-        self._ask(lambda: self._blobs.put([(name, pieces)]))
+        self._patience.ask(lambda: self._blobs.put([(name, pieces)]))
         return sum(piece.nbytes for piece in pieces)
 
     # Finding
@@ -121,7 +120,7 @@ class KVCompL2Adapter(L2AdapterInterface):
         return self._pop("lookup", task_id)
 
     def _look_up(self, keys: Sequence[ObjectKey]) -> Bitmap:
-        found = self._ask(lambda: self._blobs.sizes([self._name(key) for key in keys]))
+        found = self._patience.ask(lambda: self._blobs.sizes([self._name(key) for key in keys]))
         self._notify_keys_accessed([key for key, size in zip(keys, found, strict=True) if size is not None])
         return _bitmap([size is not None for size in found])
 
@@ -144,7 +143,7 @@ class KVCompL2Adapter(L2AdapterInterface):
         name = self._name(key)
         try:
             shape, kv = kv_views(memory, self._heads)
-            (data,) = self._ask(lambda: self._blobs.get([name]))
+            (data,) = self._patience.ask(lambda: self._blobs.get([name]))
             if data is None:
                 return False
             for store, (k, v) in zip(open_chunk(data, name, self._spec, shape), kv, strict=True):
@@ -153,6 +152,7 @@ class KVCompL2Adapter(L2AdapterInterface):
                 v.copy_(found_v)
         except KVCompError as error:
             self._complain(error)
+            self._patience.drop(self._blobs, name, error)
             return False
         return True
 
@@ -160,7 +160,7 @@ class KVCompL2Adapter(L2AdapterInterface):
 
     def delete(self, keys: list[ObjectKey]) -> None:
         try:
-            self._ask(lambda: self._blobs.delete([self._name(key) for key in keys]))
+            self._patience.ask(lambda: self._blobs.delete([self._name(key) for key in keys]))
         except StoreUnavailable as error:
             self._complain(error)
             return
@@ -170,7 +170,7 @@ class KVCompL2Adapter(L2AdapterInterface):
 
     def report_status(self) -> dict[str, Any]:
         return {
-            "is_healthy": time.monotonic() >= self._paused_until,
+            "is_healthy": not self._patience.lost,
             "type": type(self).__name__,
             "stored": len(self._sizes),
         }
@@ -228,16 +228,6 @@ class KVCompL2Adapter(L2AdapterInterface):
     def _pop(self, kind: str, task: int) -> Any:
         with self._lock:
             return self._done[kind].pop(task, None)
-
-    def _ask(self, call: Callable[[], Any]) -> Any:
-        """Call the store, unless it did not answer just now: waiting for its deadline again and again would stop LMCache."""
-        if time.monotonic() < self._paused_until:
-            raise StoreUnavailable("the store did not answer just now, so it is not asked")
-        try:
-            return call()
-        except StoreUnavailable:
-            self._paused_until = time.monotonic() + PAUSE
-            raise
 
     def _complain(self, error: KVCompError) -> None:
         """Log what went wrong, a layout that cannot be stored once only: it comes with every chunk."""

@@ -1,0 +1,378 @@
+"""The vLLM connector: an engine's steps, played with the calls that vLLM's scheduler and model runner make in turn."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from dataclasses import field as empty
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vllm_standin
+from redis_server import free_port, running
+
+from kvcomp import InvalidInput, UnsupportedModel, compress
+
+with vllm_standin.importable():
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+
+    from kvcomp.integrations.vllm import KVCompConnector, Transfers
+
+LAYERS, HEADS, DIM, BLOCK, CHUNK, BLOCKS = 3, 2, 32, 16, 128, 64
+
+
+class FullAttentionSpec(SimpleNamespace):
+    """As much of vLLM's class of this name as the connector reads."""
+
+
+@pytest.fixture(params=["redis", "folder"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "folder":
+        yield str(tmp_path / "store")
+        return
+    with running(tmp_path) as address:
+        yield address
+
+
+def connector(url: str, role: KVConnectorRole, rank: int = 0, ranks: int = 1, **other: Any) -> KVCompConnector:
+    spec: dict[str, Any] = {"num_kv_heads": HEADS, "head_size": DIM, "dtype": torch.bfloat16, "block_size": BLOCK}
+    names = other.pop("layer_names", [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)])
+    group = SimpleNamespace(layer_names=names, kv_cache_spec=FullAttentionSpec(**spec | other.pop("spec_fields", {})))
+    model = {"model": "a/model", "revision": None, "hf_config": SimpleNamespace(to_json_string=lambda: "{}")}
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=BLOCK),
+        model_config=SimpleNamespace(**model | other.pop("model_fields", {})),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=ranks, rank=rank, pipeline_parallel_size=other.pop("pipeline", 1)
+        ),
+        kv_transfer_config=SimpleNamespace(
+            kv_connector_extra_config={"url": url, "chunk_tokens": CHUNK, **other}, kv_load_failure_policy="recompute"
+        ),
+    )
+    return KVCompConnector(config, role, SimpleNamespace(kv_cache_groups=[group]))
+
+
+@dataclass
+class Engine:
+    """A scheduler and a worker with their connectors, and the worker's cache."""
+
+    url: str
+    options: dict[str, Any] = empty(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scheduler = connector(self.url, KVConnectorRole.SCHEDULER, **self.options)
+        self.worker = connector(self.url, KVConnectorRole.WORKER, **self.options)
+        shape = BLOCKS, HEADS, BLOCK, 2 * DIM
+        self.caches = {f"layer{i}": torch.full(shape, 9.0, dtype=torch.bfloat16) for i in range(LAYERS)}
+        self.worker.register_kv_caches(self.caches)
+
+    def start(self, request: Any, blocks: list[int], computed: int = 0) -> int:
+        """What the scheduler does with a new request: how many tokens the connector has beyond the computed ones."""
+        external, later = self.scheduler.get_num_new_matched_tokens(request, computed)
+        assert later is False
+        self.scheduler.update_state_after_alloc(request, None, external or 0)
+        self.new = [
+            SimpleNamespace(
+                req_id=request.request_id, block_ids=(blocks,), num_computed_tokens=computed + (external or 0)
+            )
+        ]
+        return external or 0
+
+    def step(self, scheduled: dict[str, int], old: Any = None, compute: Callable[[], None] = lambda: None) -> Transfers:
+        """One step: plan, load, compute, save. The plan crosses to the worker's process."""
+        none = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
+        output = SimpleNamespace(
+            scheduled_new_reqs=self.new, scheduled_cached_reqs=old or none, num_scheduled_tokens=scheduled
+        )
+        self.new = []
+        plan: Transfers = pickle.loads(pickle.dumps(self.scheduler.build_connector_meta(output)))
+        self.worker.bind_connector_metadata(plan)
+        self.worker.start_load_kv(SimpleNamespace())
+        compute()
+        self.worker.wait_for_save()
+        self.worker.clear_connector_metadata()
+        return plan
+
+    def fill(self, blocks: list[int], kv: torch.Tensor, first: int = 0) -> None:
+        """Put K and V, (layers, heads, tokens, 2 DIM), into blocks, from a token on: what the model's forward does."""
+        for layer, cache in zip(kv, self.caches.values(), strict=True):
+            for at in range(first, layer.shape[1]):
+                cache[blocks[at // BLOCK], :, at % BLOCK] = layer[:, at]
+
+    def held(self, blocks: list[int], tokens: int) -> torch.Tensor:
+        """(layers, heads, tokens, 2 DIM) of blocks."""
+        found = [
+            cache[blocks].transpose(0, 1).reshape(HEADS, -1, 2 * DIM)[:, :tokens] for cache in self.caches.values()
+        ]
+        return torch.stack(found)
+
+    def close(self) -> None:
+        self.scheduler.shutdown()
+        self.worker.shutdown()
+
+
+def request(name: str, tokens: list[int], **other: Any) -> Any:
+    fields = {"lora_request": None, "mm_features": [], "cache_salt": None} | other
+    return SimpleNamespace(request_id=name, prompt_token_ids=tokens, **fields)
+
+
+def values(tokens: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(LAYERS, HEADS, tokens, 2 * DIM, generator=generator).to(torch.bfloat16)
+
+
+def coded(kv: torch.Tensor, spec: str = "kvcomp") -> torch.Tensor:
+    """What whole chunks come back as, by the library's front door."""
+    chunks = []
+    for begin in range(0, kv.shape[2], CHUNK):
+        part = kv[:, :, begin : begin + CHUNK]
+        pairs = [compress(x[None, ..., :DIM], x[None, ..., DIM:], spec).decompress() for x in part]
+        chunks.append(torch.stack([torch.cat(pair, dim=3)[0] for pair in pairs]))
+    return torch.cat(chunks, dim=2)
+
+
+PROMPT = list(range(1000, 1000 + 3 * CHUNK + 40))
+
+
+def stored(url: str, prompt: list[int] = PROMPT, **options: Any) -> torch.Tensor:
+    """Run a prompt through an engine in one step, so that its chunks are in the store; its K and V."""
+    engine, kv = Engine(url, options), values(len(prompt))
+    blocks = list(range(2, 2 + -(-len(prompt) // BLOCK)))
+    assert engine.start(request("first", prompt), blocks) == 0
+    plan = engine.step({"first": len(prompt)}, compute=lambda: engine.fill(blocks, kv))
+    assert len(plan.stores) == len(prompt) // CHUNK
+    engine.close()
+    return kv
+
+
+def test_a_prompt_that_begins_alike_gets_what_another_engine_stored(url: str) -> None:
+    kv = stored(url)
+    engine, prompt = Engine(url), PROMPT[: 2 * CHUNK + 70] + [1] * 60
+    blocks = list(range(40, 63))
+    assert engine.start(request("second", prompt), blocks) == 2 * CHUNK
+    plan = engine.step({"second": len(prompt) - 2 * CHUNK})
+    assert (len(plan.loads), len(plan.stores)) == (2, 1)  # the third chunk is another one
+    assert torch.equal(engine.held(blocks, 2 * CHUNK), coded(kv[:, :, : 2 * CHUNK]))
+    assert engine.worker.get_block_ids_with_load_errors() == set()
+    others = [block for block in range(BLOCKS) if block not in blocks[: 2 * CHUNK // BLOCK]]
+    assert all((cache[others] == 9).all() for cache in engine.caches.values())
+    engine.close()
+
+
+def test_blocks_that_vllm_has_are_left_alone(url: str) -> None:
+    """Of a chunk whose first tokens are in vLLM's own prefix cache only the others are loaded."""
+    kv = stored(url)
+    engine, blocks, computed = Engine(url), list(range(10, 40)), CHUNK + 3 * BLOCK
+    assert engine.start(request("second", PROMPT), blocks, computed) == 3 * CHUNK - computed
+    engine.step({"second": len(PROMPT) - 3 * CHUNK})
+    assert (engine.held(blocks, computed) == 9).all()
+    assert torch.equal(engine.held(blocks, 3 * CHUNK)[:, :, computed:], coded(kv[:, :, : 3 * CHUNK])[:, :, computed:])
+    engine.close()
+
+
+def test_one_token_of_a_prompt_is_always_left_to_compute(url: str) -> None:
+    stored(url)
+    engine = Engine(url)
+    assert engine.start(request("whole", PROMPT[: 3 * CHUNK]), list(range(24))) == 2 * CHUNK
+    assert engine.start(request("more", PROMPT[: 3 * CHUNK + 1]), list(range(25))) == 3 * CHUNK
+    assert engine.start(request("less", PROMPT[: CHUNK - 1]), list(range(8))) == 0
+    engine.close()
+
+
+def test_a_prefill_in_pieces_stores_each_chunk_once_when_it_is_whole(tmp_path: Path) -> None:
+    engine, kv, blocks = Engine(str(tmp_path)), values(len(PROMPT)), list(range(30))
+    engine.start(request("first", PROMPT), blocks[:5])
+    seen, computed, have = [], 0, 5
+    for tokens in (80, 100, 100, 144):
+        old = None
+        if computed:
+            more = blocks[have : -(-(computed + tokens) // BLOCK)]
+            have += len(more)
+            old = SimpleNamespace(
+                req_ids=["first"], new_block_ids=[(more,)], num_computed_tokens=[computed], resumed_req_ids=set()
+            )
+        begin, computed = computed, computed + tokens
+        plan = engine.step({"first": tokens}, old, lambda b=begin, c=computed: engine.fill(blocks, kv[:, :, :c], b))
+        seen.append(len(plan.stores))
+    assert seen == [0, 1, 1, 1]
+    engine.close()
+    again = Engine(str(tmp_path))
+    assert again.start(request("second", PROMPT), blocks) == 3 * CHUNK
+    again.step({"second": 40})
+    assert torch.equal(again.held(blocks, 3 * CHUNK), coded(kv[:, :, : 3 * CHUNK]))
+    again.close()
+
+
+def test_a_request_that_was_preempted_loads_into_its_new_blocks(tmp_path: Path) -> None:
+    kv = stored(str(tmp_path))
+    engine, again = Engine(str(tmp_path)), request("second", PROMPT)
+    engine.start(again, list(range(30)))
+    engine.step({"second": 40})
+    blocks = list(range(30, 60))
+    assert engine.start(again, blocks) == 3 * CHUNK
+    engine.new = []
+    old = SimpleNamespace(
+        req_ids=["second"], new_block_ids=[(blocks,)], num_computed_tokens=[3 * CHUNK], resumed_req_ids={"second"}
+    )
+    engine.step({"second": 40}, old)
+    assert torch.equal(engine.held(blocks, 3 * CHUNK), coded(kv[:, :, : 3 * CHUNK]))
+    engine.close()
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "swapped"])
+def test_what_is_gone_or_damaged_when_it_is_loaded_is_reported_and_never_written(tmp_path: Path, damage: str) -> None:
+    kv = stored(str(tmp_path))
+    engine, blocks = Engine(str(tmp_path)), list(range(30))
+    assert engine.start(request("second", PROMPT), blocks) == 3 * CHUNK
+    keys = engine.scheduler._prompts["second"].keys
+    names = [engine.worker._name(key, 0) for key in keys]
+    (value, other) = (bytes(x) for x in engine.worker._blobs.get(names[1:]) if x is not None)
+    bad = {"cut": value[:-1], "flipped": value[:5000] + bytes([value[5000] ^ 4]) + value[5001:], "swapped": other}
+    if damage == "gone":
+        engine.worker._blobs.delete(names[1:2])
+    else:
+        engine.worker._blobs.put([(names[1], [bad[damage]])])
+    engine.step({"second": 40})
+    per_chunk = CHUNK // BLOCK
+    assert engine.worker.get_block_ids_with_load_errors() == set(blocks[per_chunk : 2 * per_chunk])
+    assert engine.worker.get_block_ids_with_load_errors() == set()
+    found, expected = engine.held(blocks, 3 * CHUNK), coded(kv[:, :, : 3 * CHUNK])
+    assert (found[:, :, CHUNK : 2 * CHUNK] == 9).all()
+    assert torch.equal(found[:, :, :CHUNK], expected[:, :, :CHUNK])
+    assert torch.equal(found[:, :, 2 * CHUNK :], expected[:, :, 2 * CHUNK :])
+    assert engine.start(request("third", PROMPT), blocks) == CHUNK  # what was damaged is gone, and can be stored again
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"cache_salt": "tenant"}, {"lora_request": object()}, {"mm_features": [object()]}, {"prompt_token_ids": None}],
+)
+def test_requests_whose_values_do_not_follow_from_the_same_tokens_alone_get_nothing(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
+    stored(str(tmp_path))
+    engine, asked = Engine(str(tmp_path)), request("second", PROMPT)
+    vars(asked).update(other)
+    assert engine.start(asked, list(range(30))) == 0
+    if "cache_salt" not in other:
+        assert not engine.step({"second": len(PROMPT)}).stores
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"spec": "packed"},
+        {"model_id": "finetuned"},
+        {"model_fields": {"model": "b/model"}},
+        {"model_fields": {"revision": "1"}},
+        {"model_fields": {"hf_config": SimpleNamespace(to_json_string=lambda: '{"rope_theta": 1}')}},
+        {"ranks": 2},
+    ],
+)
+def test_another_model_or_spec_finds_nothing(tmp_path: Path, other: dict[str, Any]) -> None:
+    stored(str(tmp_path))
+    engine = Engine(str(tmp_path), other)
+    assert engine.start(request("second", PROMPT), list(range(30))) == 0
+    engine.close()
+
+
+def test_a_chunk_counts_when_all_ranks_have_it(tmp_path: Path) -> None:
+    engines = [Engine(str(tmp_path), {"ranks": 2, "rank": rank}) for rank in (0, 1)]
+    for count, engine in enumerate(engines):
+        assert engine.start(request("first", PROMPT), list(range(30))) == 0, count
+        engine.step(
+            {"first": len(PROMPT)}, compute=lambda e=engine, c=count: e.fill(list(range(30)), values(len(PROMPT), c))
+        )
+        engine.worker.shutdown()
+    for rank in (0, 1):
+        later = Engine(str(tmp_path), {"ranks": 2, "rank": rank})
+        assert later.start(request("second", PROMPT), list(range(30))) == 3 * CHUNK
+        later.step({"second": 40})
+        assert torch.equal(later.held(list(range(30)), 3 * CHUNK), coded(values(len(PROMPT), rank)[:, :, : 3 * CHUNK]))
+        later.close()
+
+
+def test_a_dead_store_costs_one_deadline_and_no_request(tmp_path: Path) -> None:
+    engine = Engine(f"redis://127.0.0.1:{free_port()}", {"timeout": 0.5})
+    begin = time.monotonic()
+    for number in range(20):
+        assert engine.start(request(str(number), PROMPT), list(range(30))) == 0
+    engine.step({"19": len(PROMPT)})
+    engine.close()
+    assert time.monotonic() - begin < 6
+
+
+def test_a_store_slower_than_the_model_is_not_waited_for(tmp_path: Path) -> None:
+    engine = Engine(str(tmp_path))
+    while engine.worker._waiting.acquire(blocking=False):
+        pass
+    engine.start(request("first", PROMPT), list(range(30)))
+    assert len(engine.step({"first": len(PROMPT)}).stores) == 3
+    engine.close()
+    assert Engine(str(tmp_path)).start(request("second", PROMPT), list(range(30))) == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"dtype": torch.uint8}, {"head_size_v": 16}, {"num_head_slots": 1}, {"tokens_per_state": 4}, {"head_size": 576}],
+)
+def test_caches_that_are_not_plain_are_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel):
+        connector(str(tmp_path), KVConnectorRole.WORKER, spec_fields=fields)
+
+
+@pytest.mark.parametrize(
+    "shape", [(BLOCKS, BLOCK, HEADS, 2 * DIM), (2, BLOCKS, BLOCK, HEADS, DIM), (BLOCKS, HEADS, BLOCK, DIM)]
+)
+def test_layers_in_another_layout_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    worker = connector(str(tmp_path), KVConnectorRole.WORKER)
+    with pytest.raises(UnsupportedModel):
+        worker.register_kv_caches({f"layer{i}": torch.zeros(shape, dtype=torch.bfloat16) for i in range(LAYERS)})
+
+
+@pytest.mark.parametrize(
+    "other", [{"chunk_tokens": 100}, {"url": None}, {"port": 1}, {"spec": "none"}, {"timeout": -1}]
+)
+def test_parameters_are_checked(tmp_path: Path, other: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput):
+        connector(other.pop("url", str(tmp_path)), KVConnectorRole.SCHEDULER, **other)
+
+
+def test_pipeline_parallelism_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="tensor parallelism only"):
+        connector(str(tmp_path), KVConnectorRole.SCHEDULER, pipeline=2)
+
+
+def test_the_connector_is_what_vllm_asks_for() -> None:
+    """Every abstract method is there with the parameters of the base class, and so is each that is overridden."""
+    assert not inspect.isabstract(KVCompConnector)
+    for name, method in vars(KVCompConnector).items():
+        base = getattr(KVConnectorBase_V1, name, None)
+        if callable(method) and base is not None and name not in ("__init__", "__abstractmethods__"):
+            assert list(inspect.signature(method).parameters) == list(inspect.signature(base).parameters), name
+    assert list(inspect.signature(KVCompConnector).parameters) == ["vllm_config", "role", "kv_cache_config"]
+
+
+@pytest.mark.skipif(not vllm_standin.INSTALLED, reason="vLLM is not installed: the stand-in is not held against it")
+def test_the_stand_in_is_like_the_real_class() -> None:
+    real, ours = KVConnectorBase_V1, vllm_standin.KVConnectorBase_V1
+    assert real is not ours
+    assert ours.__abstractmethods__ == real.__abstractmethods__
+    for name in [
+        *ours.__abstractmethods__,
+        "__init__",
+        "register_kv_caches",
+        "request_finished",
+        "get_block_ids_with_load_errors",
+    ]:
+        assert list(inspect.signature(getattr(ours, name)).parameters) == list(
+            inspect.signature(getattr(real, name)).parameters
+        ), name
