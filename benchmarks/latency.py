@@ -21,7 +21,7 @@ from rich.table import Table
 from setting import RESULTS, setting
 
 from kvcomp.attention import attend
-from kvcomp.evaluate.plots import lines
+from kvcomp.evaluate import plots
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore
 
@@ -88,7 +88,7 @@ def plot(spans: list[Span], path: Path) -> None:
         "token that seals a page, median": [span.sealing_p50 for span in spans],
     }
     series = {name: (contexts, values) for name, values in curves.items()}
-    lines(path, series, ("context, tokens", "milliseconds a token and layer"))
+    plots.save(plots.lines(series, ("context, tokens", "milliseconds a token and layer")), path.with_suffix(""))
 
 
 def main(

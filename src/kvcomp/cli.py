@@ -17,13 +17,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvcomp import cli_files
+from kvcomp import cli_bench, cli_calibrate, cli_evaluate, cli_files
 from kvcomp.cli_files import errors, named_spec, plain_errors, screen
 from kvcomp.cli_prefix import Prefixes
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import PRESETS, CodecSpec
 
 PROMPT_FILE, PROMPT_TOKENS = "logging/handlers.py", 2304  # of the held-out files, one that every Python has
+CALIBRATED = "kvcomp-klt"
 REFRESH_SECONDS = 0.2
 MIB = 1024 * 1024
 
@@ -34,7 +35,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run language models from a compressed KV cache.\n\nStart here: [bold]kvcomp generate --compare[/bold]",
 )
+app.add_typer(cli_evaluate.app)
+app.add_typer(cli_calibrate.app)
 app.add_typer(cli_files.app)
+app.add_typer(cli_bench.app)
 
 
 @app.command()
@@ -48,7 +52,15 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate")] = 128,
     spec: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(PRESETS)} or a spec.json [default: kvcomp.json beside the model, else kvcomp]"),
+        typer.Option(
+            help=f"{', '.join(PRESETS)}, kvcomp-klt:LEVEL or a spec.json [default: kvcomp.json beside the model, else kvcomp]"
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Calibration for kvcomp-klt [default: model.kvcal beside the model]", exists=True, dir_okay=False
+        ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Hold every token against the uncompressed cache")] = False,
     temperature: Annotated[
@@ -66,9 +78,21 @@ def generate(
     """
     if model is not None and prompt is None and prompt_file is None:
         raise typer.BadParameter("a model of your own needs --prompt or --prompt-file")
-    chosen = None if spec is None else named_spec(spec)
+    if spec is not None and calibration is None and spec.partition(":")[0] != CALIBRATED:
+        named_spec(spec)
     with plain_errors():
-        _generate(model, prompt, prompt_file, max_new_tokens, chosen, compare, temperature, seed, prefix_store, output)
+        _generate(
+            model,
+            prompt,
+            prompt_file,
+            max_new_tokens,
+            (spec, calibration),
+            compare,
+            temperature,
+            seed,
+            prefix_store,
+            output,
+        )
 
 
 def _generate(
@@ -76,7 +100,7 @@ def _generate(
     prompt: str | None,
     prompt_file: Path | None,
     max_new_tokens: int,
-    spec: CodecSpec | None,
+    chosen: tuple[str | None, Path | None],
     compare: bool,
     temperature: float,
     seed: int,
@@ -89,7 +113,7 @@ def _generate(
         from transformers.utils import logging as transformers_logging
 
         from kvcomp.evaluate import generation
-        from kvcomp.evaluate.models import default_spec, load_model, shipped_model
+        from kvcomp.evaluate.models import load_model, shipped_model, spec_for
         from kvcomp.integrations.transformers import KVCompCache
         from kvcomp.packed import compress
 
@@ -100,15 +124,17 @@ def _generate(
         language_model, tokenizer = load_model(place)
         tokens = torch.zeros(2, 1, 1, 65, 16, dtype=language_model.dtype)
         compress(*tokens).attend(tokens[0, :, :, :1])  # loads the kernels, or compiles them
-    spec = spec or default_spec(place)
+        spec, calibration = spec_for(place, *chosen)
     if prompt_file is not None:
         prompt = _read_text(prompt_file) + (prompt or "")
     ids = _own_prompt(tokenizer) if prompt is None else tokenizer(prompt)["input_ids"]
     if not ids:
         raise typer.BadParameter("the prompt is empty")
     with screen.status("looking into the prefix store") if prefix_store else nullcontext():
-        prefixes = Prefixes(prefix_store, torch.tensor([ids]), language_model, spec) if prefix_store else None
-    cache = prefixes.cache if prefixes else KVCompCache(language_model.config, spec)
+        prefixes = None
+        if prefix_store:
+            prefixes = Prefixes(prefix_store, torch.tensor([ids]), language_model, spec, calibration)
+    cache = prefixes.cache if prefixes else KVCompCache(language_model.config, spec, calibration=calibration)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     screen.print(

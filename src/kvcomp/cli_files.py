@@ -299,6 +299,5 @@ def _draw(path: Path, bits: dict[int, Any]) -> None:
         raise InvalidInput("--plot needs matplotlib: pip install 'kvcomp[plots]'") from None
     width = max(x.shape[1] for x in bits.values())
     rows = [[*of, *[float("nan")] * (width - len(of))] for x in bits.values() for of in x.tolist()]
-    plots.heat_map(
-        path, rows, [f"{layer} {kind}" for layer in bits for kind in "KV"], ("head", "layer", "bits a value")
-    )
+    names = [f"{layer} {kind}" for layer in bits for kind in "KV"]
+    plots.write(plots.heat_map(rows, names, ("head", "layer", "bits a value")), path)
