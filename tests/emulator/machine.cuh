@@ -84,6 +84,34 @@ T __shfl_up_sync(u32, T x, int step) {
     return from_lane(x, lane >= step ? lane - step : lane);
 }
 
+inline bool __all_sync(u32, bool x) {
+    u32 all = x;
+    for (int step = 16; step; step /= 2) all &= __shfl_xor_sync(~0u, all, step);
+    return all;
+}
+
+inline double __longlong_as_double(i64 x) {
+    double y;
+    memcpy(&y, &x, 8);
+    return y;
+}
+inline i64 __double_as_longlong(double x) {
+    i64 y;
+    memcpy(&y, &x, 8);
+    return y;
+}
+inline int __clz(int x) { return x ? __builtin_clz((u32)x) : 32; }
+inline u32 atomicAdd(u32* at, u32 x) {
+    u32 before = *at;
+    *at += x;
+    return before;
+}
+inline u32 atomicOr(u32* at, u32 x) {
+    u32 before = *at;
+    *at |= x;
+    return before;
+}
+
 inline u32 __funnelshift_r(u32 low, u32 high, u32 shift) { return (u32)(((u64)high << 32 | low) >> (shift & 31)); }
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
     u64 both = (u64)b << 32 | a;

@@ -23,6 +23,7 @@ VALUES: Final = {"float32": 0, "float16": 1, "bfloat16": 2}
 QUERIES: Final = 8  # of a KV head that one pass takes
 LANES: Final = 32
 BFLOAT16_128: Final = 0x43004300
+COUNTED: Final = 64  # codes a side whose pairs are counted in shared memory
 BOOKS: Final = 4  # of a row: of K the default and the own, of V the same
 
 pointer = ctypes.c_uint64
@@ -67,6 +68,35 @@ class DecompressArguments(ctypes.Structure):
     )
 
 
+class Encoder(ctypes.Structure):
+    """A codebook for encoding (encode.cu)."""
+
+    _fields_ = (("words", pointer), *((name, i32 * 4) for name in ("begin", "first", "levels", "split", "symbols")))
+
+
+class EncodeTensor(ctypes.Structure):
+    """``Tensor`` of encode.cu."""
+
+    _fields_ = (
+        ("values", pointer),
+        ("head", i64),
+        ("token", i64),
+        ("relative_scale", ctypes.c_double),
+        *((name, pointer) for name in ("steps", "codes", "scale", "zero", "raw", "token_range", "counts", "books")),
+    )
+
+
+class EncodeArguments(ctypes.Structure):
+    """``Arguments`` of encode.cu."""
+
+    _fields_ = (
+        ("tensors", EncodeTensor * 2),
+        *((name, pointer) for name in ("modes", "sizes", "lengths", "offsets", "out")),
+        ("pages", i32),
+        ("heads", i32),
+    )
+
+
 def check_channels(channels: int) -> None:
     """Raise BackendUnavailable for a head_dim that no kernel is built for."""
     if channels % 16 or not 64 <= channels <= 256:
@@ -81,13 +111,31 @@ def table_entries(book: Codebook, index_bits: int) -> npt.NDArray[np.uint32]:
     for of_class in range(book.classes):
         m, k = book.symbols(of_class), book.split[of_class]
         lengths, words = book.lengths_of(of_class), book.words(of_class)
-        single = np.count_nonzero(lengths) == 1
-        for symbol in np.flatnonzero(lengths).tolist():
+        for symbol in np.flatnonzero(lengths).tolist() if lengths.size > 1 else [0]:
             hi_a, hi_b = divmod(symbol, m)
             entry = int(lengths[symbol]) | hi_a << k << 16 | hi_b << k << 24
-            for start in (0, 1) if single else (int(words[symbol]),):
-                table[of_class, start :: 1 << int(lengths[symbol])] = entry
+            table[of_class, int(words[symbol]) :: 1 << int(lengths[symbol])] = entry
     return table
+
+
+def encoder_words(book: Codebook) -> npt.NDArray[np.uint32]:
+    """``length | code << 8`` of every symbol, class after class."""
+    words = np.concatenate([book.words(of_class) for of_class in range(book.classes)])
+    return book.lengths.astype(np.uint32) | words.astype(np.uint32) << np.uint32(8)
+
+
+def describe_encoder(book: Codebook | None, words: int) -> Encoder:
+    """A book for encoding whose words lie at this address; all zero without one."""
+    described = Encoder()
+    if book is not None:
+        described.words = words
+        begin = 0
+        for of_class in range(book.classes):
+            described.begin[of_class] = begin
+            described.first[of_class], described.levels[of_class] = book.first[of_class], book.levels[of_class]
+            described.split[of_class], described.symbols[of_class] = book.split[of_class], book.symbols(of_class)
+            begin += book.symbols(of_class) ** 2
+    return described
 
 
 def describe_book(book: Codebook | None, table: int) -> Book:
@@ -197,8 +245,32 @@ class PageBuild:
         return self.warps * PAGE_TOKENS * self.channels
 
     @property
+    def most_units(self) -> int:
+        """Sets of a scale and a zero for which a block has room while it is encoded."""
+        return max(self.channels, PAGE_TOKENS)
+
+    @property
+    def quantise_shared(self) -> int:
+        return 32 * self.most_units + 8 * self.warps + 16
+
+    @property
+    def count_shared(self) -> int:
+        return 4 * max(self.k_classes, self.v_classes) * COUNTED**2
+
+    @property
+    def place_shared(self) -> int:
+        return 8 * LANES * self.warps
+
+    @property
+    def pack_shared(self) -> int:
+        """For each warp the largest block of streams: scales, lengths, 18 bits a pair, padding."""
+        scratch = 4 * self.most_units + 4 + 72 + PAGE_TOKENS * self.channels * 9 // 8 + 64 + 32
+        return self.warps * (scratch & ~15)
+
+    @property
     def defines(self) -> dict[str, int]:
-        return {f"KVC_{name.upper()}": int(getattr(self, name)) for name in self.__dataclass_fields__}
+        names = (*self.__dataclass_fields__, "quantise_shared", "count_shared", "pack_shared")
+        return {f"KVC_{name.upper()}": int(getattr(self, name)) for name in names}
 
 
 def page_build(spec: CodecSpec, channels: int, value: str) -> PageBuild:

@@ -64,7 +64,7 @@ constexpr int SUMS = V_STAGE + scale_stage(V_UNIT) + STAGE;  // [tile of 8 chann
 constexpr int WARP_BYTES = SUMS + CHANNELS / 8 * LANES * 8;
 constexpr int SHARED_BYTES = WARPS_AT + WARPS * WARP_BYTES;
 static_assert(SHARED_BYTES == KVC_SHARED, "the host must reserve as much");
-static_assert(STAGE % 16 == 0 && STAGE >= CHANNELS + 16, "a stream of foreign bytes may be read so far over its block");
+static_assert(STAGE % 16 == 0 && STAGE >= CHANNELS * 9 / 8 + 16, "a stream of foreign bytes may be read so far over its block");
 
 // What a warp does next: 64 tokens of a page, or of the raw tokens beside the pages.
 struct Item {
