@@ -10,14 +10,18 @@ from kvcomp.evaluate.fidelity import (
     Coded,
     Sample,
     bits_at,
-    kivi_codec,
+    compare,
+    fill,
     kvcomp_codec,
-    lookup_sample,
-    lookups_right,
+    measure,
+    predict,
+    predict_from,
     sample,
     score,
 )
+from kvcomp.evaluate.methods import Compressed, baseline
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
+from kvcomp.evaluate.retrieval import answered, lookup_quiz, passkey_quiz, quiz_sample
 from kvcomp.evaluate.text import LookupLists
 from kvcomp.spec import PRESETS
 from kvcomp.store import Memory
@@ -42,32 +46,77 @@ def test_an_exact_codec_has_no_kl(model_and_tokenizer: tuple[Any, Any], text: Sa
     result = score(model_and_tokenizer[0], [text], exact)
     assert result.kl == (0.0,)
     assert result.top1 == (1.0,)
+    compared, memory = measure(model_and_tokenizer[0], text, baseline("uncompressed"))
+    assert (compared.kl, compared.top1, compared.loss) == (0.0, 1.0, compared.loss_uncompressed)
+    assert memory.total_bits == 16
 
 
 def test_fewer_bits_cost_more_kl_and_sizes_are_counted_in_full(
     model_and_tokenizer: tuple[Any, Any], text: Sample
 ) -> None:
     model = model_and_tokenizer[0]
-    four, two = (score(model, [text], kivi_codec(bits, bits)) for bits in (4, 2))
-    assert 0 < four.kl[0] < two.kl[0]
-    assert four.memory.coded_bits == 5.0  # 4 bits and a float16 scale and zero for 32 values
-    assert two.memory.coded_bits == 3.0
-    ours = score(model, [text], kvcomp_codec(PRESETS["kvcomp"], model.config.num_hidden_layers))
-    assert ours.kl[0] > 0
-    assert ours.memory.sealed_values == four.memory.sealed_values
-    assert ours.memory.values == four.memory.values
+    (four, of_four), (two, of_two) = (measure(model, text, baseline(f"kivi-{bits}")) for bits in (4, 2))
+    assert 0 < four.kl < two.kl
+    assert of_four.coded_bits == 5.0  # 4 bits and a float16 scale and zero for 32 values
+    assert of_two.coded_bits == 3.0
+    ours, of_ours = measure(model, text, Compressed("kvcomp"))
+    assert ours.kl > 0
+    assert of_ours.values == of_four.values == of_two.values
+    assert of_ours.total_bits > of_ours.coded_bits
+
+
+def test_a_method_and_its_codec_are_the_same(model_and_tokenizer: tuple[Any, Any], text: Sample) -> None:
+    model = model_and_tokenizer[0]
+    layers = model.config.num_hidden_layers
+    by_codec = score(model, [text], kvcomp_codec(PRESETS["kvcomp"], layers))
+    compared, memory = measure(model, text, Compressed("kvcomp"))
+    assert by_codec.kl == (compared.kl,)
+    assert by_codec.memory.total == memory.total
+    method = Compressed("kvcomp")
+    values = method.values(fill(model, text, method))
+    assert compare(text, predict_from(model, text, values)) == compared
+
+
+@pytest.mark.parametrize("name", ["kvcomp", "kivi-4"])
+def test_streaming_by_the_methods_room_is_streaming_token_by_token(
+    model_and_tokenizer: tuple[Any, Any], text: Sample, name: str
+) -> None:
+    """What later tokens see is the same; the products of one token and of many differ in the last places of bfloat16."""
+    model = model_and_tokenizer[0]
+    method = Compressed(name) if name == "kvcomp" else baseline(name)
+    by_room, one_by_one = fill(model, text, method), fill(model, text, method)
+    in_chunks = predict(model, text.text, by_room, method, streaming=True)
+    single = torch.cat([predict(model, text.text[:, i : i + 1], one_by_one, method) for i in range(text.text.shape[1])])
+    for (k, v), (other_k, other_v) in zip(method.values(by_room), method.values(one_by_one), strict=True):
+        for x, y in ((k, other_k), (v, other_v)):
+            assert float((x.float() - y.float()).norm() / y.float().norm()) < 0.02
+    assert compare(text, in_chunks).kl == pytest.approx(compare(text, single).kl, rel=0.3)
+    assert method.memory(by_room).sealed_values == method.memory(one_by_one).sealed_values
+    assert method.memory(by_room).sealed_values > method.memory(fill(model, text, method)).sealed_values
 
 
 def test_look_ups_are_right_uncompressed_and_wrong_without_the_records(model_and_tokenizer: tuple[Any, Any]) -> None:
     model, tokenizer = model_and_tokenizer
-    drawn = LookupLists(tokenizer).draw(np.random.default_rng(0), 1024)
-    records = lookup_sample(model, drawn)
-    assert np.mean(lookups_right(model, drawn, records, None)) > 0.95
+    quiz = lookup_quiz(LookupLists(tokenizer), np.random.default_rng(0), 1024)
+    each = quiz_sample(model, quiz)
+    assert np.mean(answered(quiz, each.log_probs)) > 0.95
+    erased = [(k, torch.zeros_like(v)) for k, v in each.cache]
+    assert np.mean(answered(quiz, predict_from(model, each, erased))) < 0.2
+    assert set(quiz.depths) == set(range(5))
 
-    def erased(layer: int, k: torch.Tensor, v: torch.Tensor) -> Coded:
-        return Coded(k, torch.zeros_like(v), Memory())
 
-    assert np.mean(lookups_right(model, drawn, records, erased)) < 0.2
+def test_a_passkey_stands_at_its_depth(model_and_tokenizer: tuple[Any, Any]) -> None:
+    tokenizer = model_and_tokenizer[1]
+    lists = LookupLists(tokenizer)
+    for depth in range(5):
+        quiz = passkey_quiz(tokenizer, lists, np.random.default_rng(depth), 700, depth)
+        assert quiz.tokens.shape == (700,)
+        (begin, end) = quiz.answers[0]
+        answer = quiz.tokens[begin:end].tolist()
+        found = [i for i in range(quiz.context) if quiz.tokens[i : i + end - begin].tolist() == answer]
+        assert len(found) == 1
+        assert abs(found[0] / 700 - (depth + 0.5) / 5) < 0.05
+        assert str(tokenizer.decode(answer)).strip().isdigit()
 
 
 def test_bits_are_interpolated_in_log_kl_and_not_beyond_what_was_measured() -> None:

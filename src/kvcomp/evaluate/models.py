@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvcomp.errors import InvalidInput
-from kvcomp.evaluate.text import held_out_names, held_out_text, join
+from kvcomp.evaluate.text import held_out_names, held_out_text, join, manual_text, training_text
 from kvcomp.spec import CodecSpec
 
 TUNED_SPEC = "kvcomp.json"
+FITTING_CHARACTERS = 2_000_000
 
 
 def shipped_model() -> Path:
@@ -47,3 +49,44 @@ def held_out_ids(tokenizer: Any, model: Path) -> list[int]:
     """Token ids of the text that the shipped model never saw: files of the running Python's standard library, one after another."""
     ids: list[int] = join(tokenizer, held_out_text(held_out_names(model / "held_out.txt"))).tolist()
     return ids
+
+
+def text_ids(tokenizer: Any, model: str | Path, text: Path | None) -> tuple[np.ndarray[Any, np.dtype[np.int64]], str]:
+    """Token ids to score a model on, and what they are of: a file's, of text the shipped model never saw, else of Python's manual.
+
+    Raises InvalidInput for a file that is no UTF-8 text.
+    """
+    if text is not None:
+        try:
+            content = text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"cannot read the text {text}: {error}; give a UTF-8 file") from None
+        return join(tokenizer, [(text.name, content)]), str(text)
+    if (Path(model) / "held_out.txt").is_file():
+        return np.asarray(held_out_ids(tokenizer, Path(model)), np.int64), "held-out files of the standard library"
+    return join(tokenizer, manual_text()), "Python's manual (pydoc_data.topics)"
+
+
+def training_ids(
+    tokenizer: Any, model: str | Path, text: Path | None
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], str]:
+    """Token ids to fit something to a model on, other than those of ``text_ids``: a file's, or the standard library's sources that it does not take.
+
+    Raises InvalidInput for a file that is no UTF-8 text.
+    """
+    if text is not None:
+        return text_ids(tokenizer, model, text)
+    held_out = Path(model) / "held_out.txt"
+    sources = training_text(held_out_names(held_out) if held_out.is_file() else [])
+    order = np.random.default_rng(0).permutation(len(sources)).tolist()
+    taken, size = [], 0
+    while order and size < FITTING_CHARACTERS:
+        taken.append(sources[order.pop()])
+        size += len(taken[-1][1])
+    return join(tokenizer, taken), "sources of the standard library"
+
+
+def positions(config: Any) -> int:
+    """Tokens that a model's positions allow, as far as its configuration says."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else 1 << 20

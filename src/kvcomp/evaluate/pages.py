@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from kvcomp.errors import InvalidInput
 from kvcomp.quantise import error_bound, to_float32
-from kvcomp.spec import PAGE_TOKENS
+from kvcomp.spec import PAGE_TOKENS, Kind
 from kvcomp.store import KVStore, as_array
 
 
@@ -70,6 +71,19 @@ def compare(store: KVStore, k: Tensor, v: Tensor) -> Comparison:
                 bound = error_bound(x[:, first:begin], tensor.unit, tensor.scale)
                 total += _compare(_pages(x[:, first:begin]), _pages(y[:, first:begin]), bound)
     return total
+
+
+def error_shares(store: KVStore, k: Tensor, v: Tensor) -> Iterator[tuple[Kind, npt.NDArray[np.float64]]]:
+    """Errors of what is sealed over their bounds, signed, of K and of V; without those of exact values. Arguments as in ``compare``."""
+    kinds: tuple[Kind, Kind] = ("K", "V")
+    for kind, given, back, tensor in zip(kinds, (k, v), store.dense(), (store.spec.key, store.spec.value), strict=True):
+        for row in range(store.batch):
+            first, begin = int(store.starts[row] + store.sink_count[row]), int(store.tail_begin[row])
+            if first < begin:
+                x, y = (as_array(values)[row, :, first:begin] for values in (given, back))
+                error = to_float32(_pages(y)).astype(np.float64) - to_float32(_pages(x))
+                share = error / np.maximum(error_bound(x, tensor.unit, tensor.scale), np.finfo(np.float64).tiny)
+                yield kind, share[error != 0]
 
 
 def _pages(x: npt.NDArray[Any]) -> npt.NDArray[Any]:

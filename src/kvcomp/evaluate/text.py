@@ -74,7 +74,7 @@ def manual_text() -> list[tuple[str, str]]:
 
 def join(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]]) -> Tokens:
     """Token ids of the texts one after the other, each led by the begin-of-text token."""
-    start = _start(tokenizer)
+    start = start_ids(tokenizer)
     parts = [start + ids for ids in encode(tokenizer, [text for _, text in pairs])]
     return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
@@ -115,6 +115,15 @@ class LookupLists:
         single = {word for word, ids in zip(vocabulary, as_key, strict=True) if len(ids) == 1}
         self._keys = [word for word in self._words if word in single]
 
+    @property
+    def size(self) -> int:
+        """How many keys there are."""
+        return len(self._keys)
+
+    def key(self, rng: np.random.Generator) -> str:
+        """A key at random."""
+        return self._keys[int(rng.integers(len(self._keys)))]
+
     def draw(self, rng: np.random.Generator, tokens: int, lookups: int | None = None) -> LookupList:
         """A list of exactly ``tokens`` tokens that ends in ``lookups`` look-ups, one in 24 tokens if None.
 
@@ -124,7 +133,7 @@ class LookupLists:
         lines, answer_at = self._lines(rng, min(len(self._keys), tokens // 4))
         lengths = [len(line) for line in lines]
         newline, records_title, lookup_title = encode(self._tokenizer, ["\n", "### records\n", "### lookup\n"])
-        start = _start(self._tokenizer)
+        start = start_ids(self._tokenizer)
         room = tokens - len(start) - len(records_title) - len(lookup_title) - 2 * sum(lengths[:lookups])
         count = lookups
         while count < len(lines) and lengths[count] <= room:
@@ -184,7 +193,8 @@ def _letters(token: str) -> str:
     return word if word.isascii() and word.isalpha() and word.islower() and 3 <= len(word) <= 9 else ""
 
 
-def _start(tokenizer: Tokenizer) -> list[int]:
+def start_ids(tokenizer: Tokenizer) -> list[int]:
+    """The begin-of-text token, if the tokenizer has one."""
     return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
 
 

@@ -18,8 +18,9 @@ from kvcomp.evaluate.methods.method import Method, Pair
 from kvcomp.evaluate.methods.quantized_cache import Quantized
 from kvcomp.evaluate.methods.turboquant import TurboQuant
 from kvcomp.evaluate.methods.uncompressed import Uncompressed
+from kvcomp.evaluate.models import TUNED_SPEC
 
-__all__ = ["BASELINES", "Baseline", "Compressed", "Method", "Pair", "Parts", "baseline"]
+__all__ = ["BASELINES", "Baseline", "Compressed", "Method", "Pair", "Parts", "baseline", "default_specs"]
 
 BASELINES: dict[str, Callable[[], Method]] = {
     "uncompressed": Uncompressed,
@@ -42,6 +43,12 @@ def baseline(name: str) -> Method:
     if match is None:
         raise InvalidInput(f"no baseline {name!r}: use {', '.join(BASELINES)} or the path of a .py file with your own")
     return _from_file(Path(match[1]), match[2])
+
+
+def default_specs(model: str | Path) -> list[Method]:
+    """kvcomp as a model would use it: the spec tuned for it, if one lies beside it, and the preset."""
+    tuned = Path(model) / TUNED_SPEC
+    return [*([Compressed(tuned, "tuned")] if tuned.is_file() else []), Compressed("kvcomp")]
 
 
 def _from_file(path: Path, wanted: str | None) -> Method:

@@ -13,7 +13,7 @@ from kvcomp.evaluate.methods.baseline import FURTHEST, stock_memory
 from kvcomp.evaluate.methods.method import Method, Pair
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers_layer import CompressedLayer
-from kvcomp.spec import PAGE_TOKENS, CodecSpec
+from kvcomp.spec import PAGE_TOKENS, PRESETS, CodecSpec
 from kvcomp.store import KVStore, Memory
 
 
@@ -21,9 +21,10 @@ class Compressed(Method):
     attention = "kvcomp"
 
     def __init__(self, spec: str | Path | CodecSpec, name: str | None = None) -> None:
-        """spec: a preset's name, a spec.json or a spec. name: the preset's or the file's, if None. Raises InvalidInput."""
+        """spec: a preset's name, a spec.json or a spec. name: if None, the preset's or the file's. Raises InvalidInput."""
         self.spec = CodecSpec.resolve(spec)
-        self.name = name or ("spec" if isinstance(spec, CodecSpec) else Path(spec).stem)
+        stem = "spec" if isinstance(spec, CodecSpec) else Path(spec).stem
+        self.name = name or (str(spec) if stem in PRESETS else stem)
 
     def cache(self, config: PreTrainedConfig) -> Cache:
         return KVCompCache(config, self.spec)

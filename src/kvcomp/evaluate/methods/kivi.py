@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcomp.errors import UnsupportedModel
 from kvcomp.evaluate.methods.baseline import Baseline, Parts
 from kvcomp.evaluate.methods.bits import pack, unpack
 from kvcomp.spec import Kind
@@ -25,6 +26,8 @@ class Kivi(Baseline):
         return tokens // RESIDUAL * RESIDUAL if kind == "K" else max(0, tokens - RESIDUAL)
 
     def encode(self, x: Tensor, kind: Kind) -> Parts:
+        if x.shape[3] % GROUP:
+            raise UnsupportedModel(f"{self.name} needs a head_dim that is a multiple of {GROUP}, not {x.shape[3]}")
         axis = 2 if kind == "K" else 3
         groups = x.float().unflatten(axis, (-1, GROUP))
         zero = groups.amin(axis + 1, keepdim=True).half()

@@ -64,6 +64,11 @@ class Quantized(Method):
     def values(self, cache: Cache) -> list[Pair]:
         return [layer_values(layer) for layer in cache.layers]
 
+    def room(self, cache: Cache) -> int:
+        layers: list[Any] = list(cache.layers)
+        held = [x.shape[2] for layer in layers if (x := layer.keys) is not None and x.ndim == 4]
+        return max(1, RESIDUAL - max(held, default=0))
+
     def settings(self) -> dict[str, Any]:
         axis = AXES[self.backend]
         about = {"package": PACKAGES[self.backend], "version": self.version, "axis": axis}

@@ -1,0 +1,347 @@
+"""The commands that measure quality: ``kvcomp evaluate`` and ``kvcomp tune``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kvcomp.cli_files import errors, plain_errors, screen
+from kvcomp.errors import InvalidInput
+from kvcomp.spec import PRESETS
+
+app = typer.Typer()
+DEFAULT_BASELINES = ["kivi-4", "kivi-2"]
+
+Model = Annotated[str | None, typer.Argument(help="Model directory or hub name [default: the shipped one]")]
+TextFile = Annotated[
+    Path | None,
+    typer.Option("--text", help="UTF-8 text to score [default: text the shipped model never saw, or Python's manual]"),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run with the same options was stopped")]
+Seed = Annotated[int, typer.Option(help="Seed of the look-ups")]
+
+
+@app.command()
+def evaluate(
+    model: Model = None,
+    spec: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(PRESETS)} or a spec.json; may be given again")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="What to compare with, such as kivi-2, fp8, hqq-4 or ./mine.py; may be given again"),
+    ] = None,
+    text: TextFile = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts to score after, teacher-forced")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each")] = None,
+    scored_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens scored after each")] = None,
+    streams: Annotated[int | None, typer.Option(min=1, help="Texts to stream through a moving window")] = None,
+    streamed_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Context lengths of the look-ups, such as 1024,2048")] = None,
+    lists: Annotated[int | None, typer.Option(min=0, help="Look-up lists of each length")] = None,
+    passkeys: Annotated[int | None, typer.Option(min=0, help="Passkeys of each length and depth")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, such as gsm8k,coqa, or .yaml files")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task [default: all]")] = None,
+    seed: Seed = 0,
+    output: Annotated[Path, typer.Option("--json", help="Where the results go")] = Path("kvcomp-evaluate.json"),
+    resume: Resume = False,
+) -> None:
+    """Measure what compression costs a model: fidelity, look-ups, tasks, bits and errors, against other methods.
+
+    Without --spec: the tuned spec beside the model, if there is one, and the preset kvcomp; without --baseline: kivi-4 and kivi-2.
+    """
+    plan = {
+        "prompts": prompts,
+        "prompt": prompt_tokens,
+        "scored": scored_tokens,
+        "streams": streams,
+        "streamed": streamed_tokens,
+        "lengths": _numbers(lengths),
+        "lists": lists,
+        "passkeys": passkeys,
+        "seed": seed,
+    }
+    with plain_errors():
+        _evaluate(model, spec, baseline, text, plan, _names(tasks), task_limit, output, resume)
+
+
+def _evaluate(
+    name: str | None,
+    specs: list[str] | None,
+    baselines: list[str] | None,
+    text: Path | None,
+    chosen: dict[str, Any],
+    tasks: list[str],
+    task_limit: int | None,
+    output: Path,
+    resume: bool,
+) -> None:
+    with quiet_loading():
+        from kvcomp.evaluate import results
+        from kvcomp.evaluate.evaluation import Evaluation, Plan
+        from kvcomp.evaluate.journal import Journal
+        from kvcomp.evaluate.methods import Compressed, baseline, default_specs
+        from kvcomp.evaluate.models import load_model, positions, shipped_model, text_ids
+
+        place = name if name is not None else str(shipped_model())
+        model, tokenizer = load_model(place)
+        methods = [baseline("uncompressed")]
+        methods += default_specs(place) if specs is None else [Compressed(one) for one in specs]
+        methods += [baseline(one) for one in (DEFAULT_BASELINES if baselines is None else baselines)]
+        twice = sorted({one.name for one in methods if [other.name for other in methods].count(one.name) > 1})
+        if twice:
+            raise InvalidInput(f"{', '.join(twice)} is named twice: give every method once")
+        plan = Plan.for_model(positions(model.config), **chosen)
+        ids, source = text_ids(tokenizer, place, text)
+    about = results.setting(model=place, text=source, **vars(plan))
+    identity = {key: about[key] for key in ("model", "text", *vars(plan))}
+    identity["methods"] = {one.name: one.settings() for one in methods}
+    identity["tasks"] = [tasks, task_limit]
+    journal = Journal(partial(output), identity, resume)
+    evaluation = Evaluation(model, tokenizer, ids, methods, plan, journal)
+    stopped = False
+    try:
+        with bar() as progress:
+            task = progress.add_task("", total=evaluation.cost)
+            evaluation.run(lambda what, cost: progress.update(task, description=what, advance=cost))
+    except KeyboardInterrupt:
+        stopped = True
+    found, missing = evaluation.collected()
+    results.write(output, "evaluate", about, partial=missing, methods=found)
+    show(found, plan.lengths)
+    if stopped:
+        errors.print(f"stopped; what is done is in {partial(output)}: the same command with --resume goes on")
+        raise typer.Exit(130)
+    journal.close()
+    screen.print(f"written to {output}", style="dim")
+
+
+def partial(output: Path) -> Path:
+    """Where an interrupted run leaves its pieces."""
+    return output.with_name(output.name + ".partial")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """A status line while torch and transformers load, without their own progress bars."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with screen.status("loading"):
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        yield
+
+
+def bar() -> Progress:
+    """A progress bar with the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=screen, transient=True)
+
+
+def show(methods: list[dict[str, Any]], lengths: tuple[int, ...]) -> None:
+    """The results as tables."""
+    table = Table(title="bits per value, and the distance from the uncompressed cache", title_justify="left")
+    for header in ("method", "coded bits", "total bits", "KL, nats", "top-1", "perplexity", "KL streaming"):
+        table.add_column(header, justify="left" if header == "method" else "right")
+    for one in methods:
+        if "failed" in one:
+            table.add_row(one["name"], one["failed"])
+            continue
+        forced, moving = one["fidelity"].get("teacher_forced"), one["fidelity"].get("streaming")
+        if forced is None:
+            continue
+        held = one["memory"]["teacher_forced"]
+        table.add_row(
+            one["name"],
+            f"{held['coded_bits']:.2f}" if held["sealed_values"] else "",
+            f"{held['total_bits']:.2f}",
+            with_error(forced["kl"]),
+            f"{100 * forced['top1']['mean']:.1f} %",
+            f"{forced['perplexity'] - forced['perplexity_uncompressed']:+.3f}",
+            with_error(moving["kl"]) if moving else "",
+        )
+    screen.print(table)
+    asked = [one for one in methods if one.get("retrieval")]
+    if asked:
+        right = Table(title="look-ups right", title_justify="left")
+        right.add_column("method")
+        kinds = sorted({(cell["task"], cell["tokens"]) for cell in asked[0]["retrieval"]})
+        for task, tokens in kinds:
+            right.add_column(f"{task}\n{tokens:,}", justify="right")
+        for one in asked:
+            right.add_row(one["name"], *(_right(one["retrieval"], task, tokens) for task, tokens in kinds))
+        screen.print(right)
+    for one in methods:
+        if one.get("suffering") and one["name"] != "uncompressed":
+            screen.print(_worst(one), highlight=False)
+
+
+def with_error(figure: dict[str, Any]) -> str:
+    error = figure["standard_error"]
+    return f"{figure['mean']:.1e}" + (f" ± {error:.0e}" if error is not None else "")
+
+
+def _right(cells: list[dict[str, Any]], task: str, tokens: int) -> str:
+    of = [cell for cell in cells if (cell["task"], cell["tokens"]) == (task, tokens)]
+    asked = sum(cell["asked"] for cell in of)
+    return f"{100 * sum(cell['right'] for cell in of) / asked:.1f} %" if asked else ""
+
+
+def _worst(one: dict[str, Any]) -> str:
+    """The tensors that cost most, and the head within, in words."""
+    total = sum(max(0.0, row["kl"]) for row in one["suffering"])
+    parts = []
+    for row in one["suffering"][:2]:
+        heads = row.get("heads")
+        head = f", most by head {max(range(len(heads)), key=heads.__getitem__)}" if heads and len(heads) > 1 else ""
+        share = f"{100 * row['kl'] / total:.0f} %" if total > 0 else "none"
+        parts.append(f"{row['kind']} of layer {row['layer']} ({share} of the KL{head})")
+    return f"{one['name']} suffers most in {' and '.join(parts)}"
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} must be numbers with commas between", param_hint="--lengths") from None
+
+
+def _names(text: str | None) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()] if text else []
+
+
+@app.command()
+def tune(
+    model: Model = None,
+    keep: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Largest scales of K and V that keep this share of the score")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Fewest bits within this KL, nats a token; scales for each layer")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option(help="Fewest bits within the KL of this method, such as kivi-4; scales for each layer")
+    ] = None,
+    spec: Annotated[str, typer.Option(help=f"What to start from: {', '.join(PRESETS)} or a spec.json")] = "kvcomp",
+    text: TextFile = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of text")] = 8,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each")] = None,
+    scored_tokens: Annotated[int, typer.Option(min=2, help="Tokens scored after each")] = 256,
+    lists: Annotated[int, typer.Option(min=0, help="Look-up lists that --keep looks at too")] = 4,
+    seed: Seed = 7,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The spec file to write")] = Path("kvcomp.json"),
+    figures: Annotated[Path | None, typer.Option("--json", help="Write what was measured to this file")] = None,
+    resume: Resume = False,
+) -> None:
+    """Find the spec of fewest bits that keeps a model's quality, and say when not to compress it.
+
+    Without --keep, --max-kl or --like: --like kivi-4. The spec file is what KVCompCache(spec="kvcomp.json") takes.
+    """
+    if sum(goal is not None for goal in (keep, max_kl, like)) > 1:
+        raise typer.BadParameter("give one of --keep, --max-kl and --like")
+    if max_kl is not None and not max_kl > 0:
+        raise typer.BadParameter("--max-kl must be above 0: nothing lossy has no KL")
+    goal = {"keep": keep, "max_kl": max_kl, "like": like if keep or max_kl or like else "kivi-4"}
+    size = {"prompts": prompts, "prompt": prompt_tokens, "scored": scored_tokens, "lists": lists, "seed": seed}
+    with plain_errors():
+        _tune(model, goal, spec, text, size, output, figures, resume)
+
+
+def _tune(
+    name: str | None,
+    goal: dict[str, Any],
+    start: str,
+    text: Path | None,
+    size: dict[str, Any],
+    output: Path,
+    figures: Path | None,
+    resume: bool,
+) -> None:
+    with quiet_loading():
+        from dataclasses import asdict
+
+        import numpy as np
+
+        from kvcomp import disk
+        from kvcomp.evaluate import results
+        from kvcomp.evaluate.advice import advise
+        from kvcomp.evaluate.evaluation import Plan
+        from kvcomp.evaluate.journal import Journal
+        from kvcomp.evaluate.methods import Compressed, baseline
+        from kvcomp.evaluate.models import load_model, positions, shipped_model, training_ids
+        from kvcomp.evaluate.retrieval import quizzes
+        from kvcomp.evaluate.tune import Tuner
+
+        place = name if name is not None else str(shipped_model())
+        model, tokenizer = load_model(place)
+        base = Compressed(start)
+        reference = None if goal["like"] is None else baseline(goal["like"])
+        plan = Plan.for_model(positions(model.config), lengths=(), **size)
+        ids, source = training_ids(tokenizer, place, text)
+    need = plan.prompt + plan.scored
+    if ids.size < need:
+        raise InvalidInput(f"the text has {ids.size} tokens and {need} are needed: give a longer --text")
+    rng = np.random.default_rng(plan.seed)
+    begins = rng.integers(0, ids.size - need + 1, plan.prompts).tolist()
+    asked = quizzes(tokenizer, rng, plan.lists, plan.prompt) if goal["keep"] is not None else []
+    about = results.setting(
+        model=place, text=source, goal=goal, start=base.settings(), **{key: vars(plan)[key] for key in size}
+    )
+    identity = {key: about[key] for key in ("model", "text", "goal", "start", *size)}
+    journal = Journal(partial(output), identity, resume)
+    try:
+        with bar() as progress:
+            task = progress.add_task("")
+
+            def advance(what: str, cost: float) -> None:
+                progress.update(task, description=what, advance=cost)
+
+            tuner = Tuner(model, ids, begins, plan.prompt, plan.scored, asked, base.spec, journal, advance)
+            if goal["keep"] is not None:
+                progress.update(task, total=tuner.cost_of_turning_points())
+                found = tuner.turning_points(goal["keep"])
+            else:
+                progress.update(task, total=tuner.cost_of_allocation())
+                most = goal["max_kl"] if reference is None else tuner.figures(reference.name, reference)["kl"]
+                found = tuner.allocate(most)
+            progress.update(task, description="advice")
+            advice = advise(model, tuner.sample(0), Compressed(found.spec, "tuned"))
+    except KeyboardInterrupt:
+        errors.print(f"stopped; what is done is in {partial(output)}: the same command with --resume goes on")
+        raise typer.Exit(130) from None
+    before = {base.name: tuner.figures(f"start/{base.name}", base)}
+    if reference is not None:
+        before[reference.name] = tuner.figures(reference.name, reference)
+    disk.write(output, [found.spec.to_json().encode() + b"\n"])
+    if figures is not None:
+        results.write(
+            figures, "tune", about, spec=found.spec.to_json(), before=before, **found.figures, advice=asdict(advice)
+        )
+    journal.close()
+    table = Table(title=f"on {source}", title_justify="left")
+    for header in ("", "coded bits", "total bits", "KL, nats", "top-1"):
+        table.add_column(header, justify="left" if not header else "right")
+    for label, row in [(f"tuned: {output}", found.figures), *before.items()]:
+        numbers = (
+            f"{row['coded_bits']:.2f}",
+            f"{row['total_bits']:.2f}",
+            f"{row['kl']:.2e}",
+            f"{100 * row['top1']:.1f} %",
+        )
+        table.add_row(label, *numbers)
+    screen.print(table)
+    if "kept" in found.figures:
+        screen.print(f"together they keep {100 * found.figures['kept']:.1f} % of the score", highlight=False)
+    for sentence in advice.sentences:
+        screen.print(sentence, highlight=False)

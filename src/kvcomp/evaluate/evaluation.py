@@ -1,0 +1,248 @@
+"""``kvcomp evaluate``: methods x measurements, piece by piece, so that it can stop and go on anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvcomp.errors import InvalidInput, KVCompError
+from kvcomp.evaluate import damage, results
+from kvcomp.evaluate.fidelity import Sample, fill, measure, predict, sample
+from kvcomp.evaluate.journal import Journal
+from kvcomp.evaluate.methods import Method
+from kvcomp.evaluate.retrieval import (
+    DEPTHS,
+    LEAST_KEYS,
+    Quiz,
+    answered,
+    lengths_up_to,
+    lookup_quiz,
+    passkey_quiz,
+    quiz_sample,
+)
+from kvcomp.evaluate.text import LookupLists, Tokenizer, Tokens
+from kvcomp.store import Memory
+
+MODES = ("teacher_forced", "streaming")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    prompt, scored: tokens of each of ``prompts`` teacher-forced samples. streaming_prompt, streamed: of each of ``streams``. lengths: of look-up lists and
+    passkey contexts, in tokens; lists: look-up lists of each length; passkeys: of each length and depth. details: errors by head, and which layers suffer. seed: of the look-ups.
+    """
+
+    prompts: int = 8
+    prompt: int = 2048
+    scored: int = 256
+    streams: int = 2
+    streaming_prompt: int = 256
+    streamed: int = 512
+    lengths: tuple[int, ...] = ()
+    lists: int = 2
+    passkeys: int = 2
+    details: bool = True
+    seed: int = 0
+
+    @classmethod
+    def for_model(cls, limit: int, **chosen: Any) -> Plan:
+        """The plan for a model of this many positions; options that are None are left to it. Raises InvalidInput if nothing fits."""
+        options = {name: value for name, value in chosen.items() if value is not None}
+        plan = cls(**options)
+        if "prompt" not in options and plan.prompt + plan.scored > limit:
+            options["prompt"] = limit - plan.scored
+        if "streamed" not in options:
+            options["streamed"] = min(plan.streamed, limit - plan.streaming_prompt)
+        if "lengths" not in options:
+            options["lengths"] = tuple(lengths_up_to(min(limit, 4 * plan.prompt)))
+        plan = cls(**options)
+        longest = max(plan.prompt + plan.scored, plan.streaming_prompt + plan.streamed, *plan.lengths)
+        if plan.prompt < 1 or longest > limit:
+            raise InvalidInput(
+                f"the model has {limit} positions and {longest} tokens are asked for: lower --prompt-tokens, --scored-tokens or --lengths"
+            )
+        return plan
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A sample to take, and what to measure on it; cost: in arbitrary units, for the progress."""
+
+    key: str
+    cost: float
+    make: Callable[[], Sample]
+    measure: Callable[[Sample, Method], Any]
+
+
+class Evaluation:
+    """Methods on a model's text.
+
+    ids: int64, the tokens of the text. Raises InvalidInput if they are too few.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, ids: Tokens, methods: Sequence[Method], plan: Plan, journal: Journal
+    ) -> None:
+        self.model, self.tokenizer, self.ids = model, tokenizer, ids
+        self.methods, self.plan, self.journal = methods, plan, journal
+        need = max(plan.prompt + plan.scored, plan.streaming_prompt + plan.streamed)
+        if ids.size < need:
+            raise InvalidInput(
+                f"the text has {ids.size} tokens and {need} are needed: give a longer --text, or lower --prompt-tokens and --scored-tokens"
+            )
+        self.lists: LookupLists | None = LookupLists(tokenizer)
+        if self.lists.size < LEAST_KEYS:
+            self.lists = None
+        self.pieces = list(self._all_pieces())
+
+    def run(self, advance: Callable[[str, float], None]) -> None:
+        """Measure what the journal lacks. advance: told what was done, and its cost. A KeyboardInterrupt leaves what is done in the journal."""
+        for piece in self.pieces:
+            missing = [method for method in self.methods if self._key(piece, method) not in self.journal]
+            advance(piece.key, piece.cost * (len(self.methods) - len(missing)))
+            missing = [method for method in missing if self._failure(method) is None]
+            each = piece.make() if missing else None
+            for method in missing:
+                assert each is not None
+                try:
+                    self.journal.record(self._key(piece, method), piece.measure(each, method))
+                except KVCompError as error:
+                    self.journal.record(f"{method.name}/failed", f"{type(error).__name__}: {error}")
+                advance(f"{method.name}: {piece.key}", piece.cost)
+
+    @property
+    def cost(self) -> float:
+        return len(self.methods) * sum(piece.cost for piece in self.pieces)
+
+    def _all_pieces(self) -> Iterator[Piece]:
+        """All there is to measure, in order; nothing is computed before a piece's sample is made."""
+        plan = self.plan
+        for index, at in enumerate(self._begins(plan.prompts, plan.prompt + plan.scored)):
+            make = self._sampler(at, plan.prompt, plan.scored)
+            yield Piece(f"teacher_forced/{index}", 1.0, make, self._fidelity(streaming=False))
+            if index == 0 and plan.details:
+                yield Piece("error", 0.5, make, lambda each, method: damage.errors(self.model, each, method))
+                yield Piece("suffering", 4.0, make, lambda each, method: damage.suffering(self.model, each, method))
+        for index, at in enumerate(self._begins(plan.streams, plan.streaming_prompt + plan.streamed)):
+            make = self._sampler(at, plan.streaming_prompt, plan.streamed)
+            yield Piece(f"streaming/{index}", 20.0, make, self._fidelity(streaming=True))
+        for length in plan.lengths if self.lists else ():
+            for index in range(plan.lists):
+                yield from self._quiz(f"key-value/{length}/{index}", length / 1024, self._lookups(length, index))
+            for depth in range(DEPTHS):
+                for index in range(plan.passkeys):
+                    make_quiz = self._passkey(length, depth, index)
+                    yield from self._quiz(f"passkey/{length}/{depth}.{index}", length / 2048, make_quiz)
+
+    def _begins(self, count: int, length: int) -> list[int]:
+        found: list[int] = np.linspace(0, self.ids.size - length, count).astype(int).tolist()
+        return found
+
+    def _sampler(self, at: int, prompt: int, scored: int) -> Callable[[], Sample]:
+        def make() -> Sample:
+            ids = torch.from_numpy(self.ids[at : at + prompt + scored])[None].to(self.model.device)
+            return sample(self.model, ids, prompt)
+
+        return make
+
+    def _fidelity(self, streaming: bool) -> Callable[[Sample, Method], Any]:
+        def run(each: Sample, method: Method) -> Any:
+            compared, memory = measure(self.model, each, method, streaming)
+            return asdict(compared) | {"memory": asdict(memory)}
+
+        return run
+
+    def _lookups(self, length: int, index: int) -> Callable[[], Quiz | None]:
+        def draw() -> Quiz | None:
+            assert self.lists is not None
+            rng = np.random.default_rng([self.plan.seed, length, index])
+            try:
+                return lookup_quiz(self.lists, rng, length)
+            except ValueError:  # the tokenizer has too few words for a list so long
+                return None
+
+        return draw
+
+    def _passkey(self, length: int, depth: int, index: int) -> Callable[[], Quiz | None]:
+        def draw() -> Quiz | None:
+            assert self.lists is not None
+            rng = np.random.default_rng([self.plan.seed, length, depth, index])
+            return passkey_quiz(self.tokenizer, self.lists, rng, length, depth)
+
+        return draw
+
+    def _quiz(self, key: str, cost: float, draw: Callable[[], Quiz | None]) -> Iterator[Piece]:
+        quiz = draw()
+        if quiz is None:
+            return
+
+        def answer(each: Sample, method: Method) -> Any:
+            log_probs = predict(self.model, each.text, fill(self.model, each, method), method)
+            return [[depth, right] for depth, right in zip(quiz.depths, answered(quiz, log_probs), strict=True)]
+
+        yield Piece(key, cost, lambda: quiz_sample(self.model, quiz), answer)
+
+    def _key(self, piece: Piece, method: Method) -> str:
+        return f"{method.name}/{piece.key}"
+
+    def _failure(self, method: Method) -> str | None:
+        key = f"{method.name}/failed"
+        return str(self.journal[key]) if key in self.journal else None
+
+    def collected(self) -> tuple[list[dict[str, Any]], bool]:
+        """The methods' results, as in ``results``, and whether something is missing."""
+        keys = [piece.key for piece in self.pieces]
+        whole = True
+        found = []
+        for method in self.methods:
+            one: dict[str, Any] = {"name": method.name, "settings": method.settings()}
+            failure = self._failure(method)
+            if failure is not None:
+                found.append(one | {"failed": failure})
+                continue
+            have = {key: self.journal[f"{method.name}/{key}"] for key in keys if f"{method.name}/{key}" in self.journal}
+            whole = whole and len(have) == len(keys)
+            one["memory"], one["fidelity"] = {}, {}
+            for mode in MODES:
+                if rows := [value for key, value in have.items() if key.startswith(f"{mode}/")]:
+                    one["memory"][mode], one["fidelity"][mode] = self._summary(mode, rows)
+            one |= {name: have[name] for name in ("error", "suffering") if name in have}
+            one["retrieval"] = _cells(have)
+            found.append(one)
+        return found, not whole
+
+    def _summary(self, mode: str, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        memory = sum((Memory(**row["memory"]) for row in rows), Memory())
+        loss, exact = (float(np.mean([row[name] for row in rows])) for name in ("loss", "loss_uncompressed"))
+        plan = self.plan
+        streaming = mode == "streaming"
+        return results.size(memory), {
+            "kl": results.figure([row["kl"] for row in rows]),
+            "top1": results.figure([row["top1"] for row in rows]),
+            "loss_difference": results.figure([row["loss"] - row["loss_uncompressed"] for row in rows]),
+            "perplexity": float(np.exp(loss)),
+            "perplexity_uncompressed": float(np.exp(exact)),
+            "prompt_tokens": plan.streaming_prompt if streaming else plan.prompt,
+            "scored_tokens": plan.streamed if streaming else plan.scored,
+            "samples": len(rows),
+        }
+
+
+def _cells(have: dict[str, Any]) -> list[dict[str, Any]]:
+    """Answers by task, length and depth."""
+    cells: dict[tuple[str, int, int], list[bool]] = {}
+    for key, value in have.items():
+        task, _, rest = key.partition("/")
+        if task in ("key-value", "passkey"):
+            for depth, right in value:
+                cells.setdefault((task, int(rest.split("/")[0]), depth), []).append(right)
+    return [
+        {"task": task, "tokens": tokens, "depth": (depth + 0.5) / DEPTHS, "right": sum(hits), "asked": len(hits)}
+        for (task, tokens, depth), hits in sorted(cells.items())
+    ]
