@@ -1,0 +1,98 @@
+"""A network of a given bandwidth on one machine: sockets over the loopback that a token bucket slows down, and a proxy made of them.
+
+The pace is kept by the sender: bytes leave when the bucket has tokens for them, which fill it at the bandwidth and of which it holds
+``BURST`` seconds' worth. What was reached is measured, never assumed. Latency is the loopback's, so real networks are slower.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+BURST = 0.002
+PIECE = 1 << 17
+BUFFER = 1 << 22
+
+
+class Bucket:
+    """Says when bytes may leave. rate: bytes a second, None for no limit."""
+
+    def __init__(self, rate: float | None) -> None:
+        self.rate, self.free_at, self.lock = rate, 0.0, threading.Lock()
+
+    def wait(self, size: int) -> None:
+        """Sleep until so many bytes may leave."""
+        if self.rate is None:
+            return
+        with self.lock:
+            now = time.perf_counter()
+            self.free_at = max(self.free_at, now - BURST) + size / self.rate
+            delay = self.free_at - now
+        if delay > 0:
+            time.sleep(delay)
+
+
+def send(connection: socket.socket, data: memoryview, bucket: Bucket) -> None:
+    for begin in range(0, len(data), PIECE):
+        piece = data[begin : begin + PIECE]
+        bucket.wait(len(piece))
+        connection.sendall(piece)
+
+
+def receive(connection: socket.socket, into: memoryview) -> None:
+    """Fill a buffer. Raises ConnectionError if the other side ends before."""
+    at = 0
+    while at < len(into):
+        count = connection.recv_into(into[at:])
+        if not count:
+            raise ConnectionError("the sender ended early")
+        at += count
+
+
+def connect(port: int) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), 30)
+    connection.settimeout(300)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+@contextmanager
+def proxy(target: int, rate: float) -> Iterator[int]:
+    """The port of a proxy, in a process of its own, to another port; each direction has ``rate`` bytes a second."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_forward_all, args=(theirs, target, rate), daemon=True)
+    process.start()
+    try:
+        yield ours.recv()
+    finally:
+        process.terminate()
+        process.join(10)
+
+
+def _forward_all(pipe: Any, target: int, rate: float) -> None:
+    buckets = Bucket(rate), Bucket(rate)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        pipe.send(server.getsockname()[1])
+        while True:
+            client, _ = server.accept()
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            far = connect(target)
+            far.settimeout(None)
+            for source, sink, bucket in ((client, far, buckets[0]), (far, client, buckets[1])):
+                threading.Thread(target=_forward, args=(source, sink, bucket), daemon=True).start()
+
+
+def _forward(source: socket.socket, sink: socket.socket, bucket: Bucket) -> None:
+    buffer = bytearray(PIECE)
+    with suppress(OSError):
+        while count := source.recv_into(buffer):
+            bucket.wait(count)
+            sink.sendall(memoryview(buffer)[:count])
+    with suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
