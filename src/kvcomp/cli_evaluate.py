@@ -102,6 +102,7 @@ def _evaluate(
             raise InvalidInput(f"{', '.join(twice)} is named twice: give every method once")
         plan = Plan.for_model(positions(model.config), **chosen)
         ids, source = text_ids(tokenizer, place, text)
+        harness = _harness(tasks) if tasks else None
     about = results.setting(model=place, text=source, **vars(plan))
     identity = {key: about[key] for key in ("model", "text", *vars(plan))}
     identity["methods"] = {one.name: one.settings() for one in methods}
@@ -113,9 +114,11 @@ def _evaluate(
         with bar() as progress:
             task = progress.add_task("", total=evaluation.cost)
             evaluation.run(lambda what, cost: progress.update(task, description=what, advance=cost))
+        if harness is not None:  # it has progress bars of its own
+            evaluation.run_tasks(harness, task_limit)
     except KeyboardInterrupt:
         stopped = True
-    found, missing = evaluation.collected()
+    found, missing = evaluation.collected(harness.names if harness is not None else [])
     results.write(output, "evaluate", about, partial=missing, methods=found)
     show(found, plan.lengths)
     if stopped:
@@ -123,6 +126,15 @@ def _evaluate(
         raise typer.Exit(130)
     journal.close()
     screen.print(f"written to {output}", style="dim")
+
+
+def _harness(names: list[str]) -> Any:
+    """Tasks of lm-evaluation-harness. Raises InvalidInput if it is not installed, or has no such tasks."""
+    try:
+        from kvcomp.evaluate.tasks import Tasks
+    except ImportError as error:
+        raise InvalidInput(f"--tasks needs lm-evaluation-harness: pip install 'kvcomp[eval]' ({error})") from None
+    return Tasks(names)
 
 
 def partial(output: Path) -> Path:
@@ -180,6 +192,16 @@ def show(methods: list[dict[str, Any]], lengths: tuple[int, ...]) -> None:
         for one in asked:
             right.add_row(one["name"], *(_right(one["retrieval"], task, tokens) for task, tokens in kinds))
         screen.print(right)
+    scored = [one for one in methods if one.get("tasks")]
+    for name in scored[0]["tasks"] if scored else ():
+        found = Table(title=name, title_justify="left")
+        found.add_column("method")
+        for metric in scored[0]["tasks"][name]:
+            found.add_column(metric, justify="right")
+        for one in scored:
+            figures = one["tasks"].get(name, {}).values()
+            found.add_row(one["name"], *(_score(figure) for figure in figures))
+        screen.print(found)
     for one in methods:
         if one.get("suffering") and one["name"] != "uncompressed":
             screen.print(_worst(one), highlight=False)
@@ -188,6 +210,11 @@ def show(methods: list[dict[str, Any]], lengths: tuple[int, ...]) -> None:
 def with_error(figure: dict[str, Any]) -> str:
     error = figure["standard_error"]
     return f"{figure['mean']:.1e}" + (f" ± {error:.0e}" if error is not None else "")
+
+
+def _score(figure: dict[str, Any]) -> str:
+    error = figure["standard_error"]
+    return f"{figure['mean']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def _right(cells: list[dict[str, Any]], task: str, tokens: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -70,6 +70,14 @@ class Plan:
         return plan
 
 
+class TaskRunner(Protocol):
+    """Benchmarks by name: ``tasks.Tasks``, which needs a package that this module does not."""
+
+    names: list[str]
+
+    def run(self, name: str, model: Any, tokenizer: Any, method: Method, limit: int | None, seed: int) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Piece:
     """A sample to take, and what to measure on it; cost: in arbitrary units, for the progress."""
@@ -115,6 +123,15 @@ class Evaluation:
                 except KVCompError as error:
                     self.journal.record(f"{method.name}/failed", f"{type(error).__name__}: {error}")
                 advance(f"{method.name}: {piece.key}", piece.cost)
+
+    def run_tasks(self, tasks: TaskRunner, limit: int | None) -> None:
+        """Run the tasks that the journal lacks, method after method."""
+        for method in self.methods:
+            for name in tasks.names:
+                key = f"{method.name}/tasks/{name}"
+                if key not in self.journal and self._failure(method) is None:
+                    scores = tasks.run(name, self.model, self.tokenizer, method, limit, self.plan.seed)
+                    self.journal.record(key, scores)
 
     @property
     def cost(self) -> float:
@@ -195,9 +212,9 @@ class Evaluation:
         key = f"{method.name}/failed"
         return str(self.journal[key]) if key in self.journal else None
 
-    def collected(self) -> tuple[list[dict[str, Any]], bool]:
-        """The methods' results, as in ``results``, and whether something is missing."""
-        keys = [piece.key for piece in self.pieces]
+    def collected(self, tasks: Sequence[str] = ()) -> tuple[list[dict[str, Any]], bool]:
+        """The methods' results, as in ``results``, and whether something is missing. tasks: those that were asked for."""
+        keys = [*(piece.key for piece in self.pieces), *(f"tasks/{name}" for name in tasks)]
         whole = True
         found = []
         for method in self.methods:
@@ -214,6 +231,8 @@ class Evaluation:
                     one["memory"][mode], one["fidelity"][mode] = self._summary(mode, rows)
             one |= {name: have[name] for name in ("error", "suffering") if name in have}
             one["retrieval"] = _cells(have)
+            if tasks:
+                one["tasks"] = {name: have[f"tasks/{name}"] for name in tasks if f"tasks/{name}" in have}
             found.append(one)
         return found, not whole
 

@@ -60,6 +60,6 @@ class Compressed(Method):
 def _until_seal(store: KVStore) -> int:
     """Tokens until a row compresses a page."""
     if not store.batch:
-        return FURTHEST
+        return store.spec.sinks + store.spec.window + PAGE_TOKENS
     begin = store.tail_begin + (store.count == 0) * (store.spec.sinks - store.sink_count)
     return max(1, int(begin.min()) + store.spec.window + PAGE_TOKENS - store.tokens)

@@ -66,7 +66,9 @@ class Quantized(Method):
 
     def room(self, cache: Cache) -> int:
         layers: list[Any] = list(cache.layers)
-        held = [x.shape[2] for layer in layers if (x := layer.keys) is not None and x.ndim == 4]
+        if not all(layer.is_initialized for layer in layers):
+            return 1
+        held = [layer.keys.shape[2] for layer in layers if layer.keys.ndim == 4]
         return max(1, RESIDUAL - max(held, default=0))
 
     def settings(self) -> dict[str, Any]:
