@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import InvalidInput
+from kvcomp.gpu_store import GPUStore
 from kvcomp.spec import PAGE_TOKENS
 from kvcomp.store import KVStore, as_array
 
@@ -21,7 +22,7 @@ TILE_PAGES = 16
 TILE_QUERIES = 128
 
 
-def attend(store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+def attend(store: KVStore | GPUStore, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
     """Fused attention of the last tokens, decoding the sealed pages on the fly.
 
     q: (batch, heads, queries, head_dim); query i is at position ``tokens - queries + i`` and sees what is not after it.
@@ -29,13 +30,20 @@ def attend(store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0) -> T
     Returns (batch, heads, queries, head_dim) in q's type. Raises InvalidInput if q does not fit the store.
     """
     group, queries = _check(store, q)
+    if isinstance(store, GPUStore):
+        _check_softcap(store, softcap)
+        fused = store.can_attend(queries)
+        return store.attend(q, scaling, softcap) if fused else attend_tiled(store, q, scaling, softcap)
     if queries > store.tokens - int(store.tail_begin.max()) + 1:  # a crop left some of the last tokens in pages
         return attend_tiled(store, q, scaling, softcap)
     rows, heads, channels = store.batch, store.heads, store.channels
+    transform = store.transform
+    _check_softcap(store, softcap)
+    inner = q.detach().to(torch.float32) if transform is None else transform.queries(q)
     at = store.tokens - store.tail_base
     tail_end = np.tile(np.arange(at - queries + 1, at + 1), group)
     out, _ = store.kernels.attend(
-        q.detach().to(torch.float32).reshape(rows, heads, group * queries, channels).contiguous().numpy(),
+        inner.reshape(rows, heads, group * queries, channels).contiguous().numpy(),
         store.pages,
         store.valid,
         store.count,
@@ -51,11 +59,15 @@ def attend(store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0) -> T
         scaling,
         softcap,
         torch.get_num_threads(),
+        store.steps,
     )
-    return torch.from_numpy(out).view(q.shape).to(q.dtype)
+    result = torch.from_numpy(out).view(q.shape)
+    return (result if transform is None else transform.outputs(result)).to(q.dtype)
 
 
-def attend_tiled(store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0, mask: Tensor | None = None) -> Tensor:
+def attend_tiled(
+    store: KVStore | GPUStore, q: Tensor, scaling: float, softcap: float = 0.0, mask: Tensor | None = None
+) -> Tensor:
     """The same for many queries or any mask: decompresses one tile of pages at a time.
 
     mask: None for causal, or boolean (True: sees) or additive, broadcastable to (batch, heads, queries, tokens).
@@ -70,19 +82,22 @@ def attend_tiled(store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0
             fits = False
         if not fits:
             raise InvalidInput(f"a mask of {tuple(mask.shape)} does not fit {shape}")
-    out = torch.empty_like(q)
+    transform = store.transform
+    _check_softcap(store, softcap)
+    inner = q.detach().to(torch.float32) if transform is None else transform.queries(q)
+    out = torch.empty_like(inner)
     for row in range(store.batch):
-        out[row] = _attend_row(store, row, q[row], scaling, softcap, None if mask is None else mask[row])
-    return out
+        out[row] = _attend_row(store, row, inner[row], scaling, softcap, None if mask is None else mask[row])
+    return (out if transform is None else transform.outputs(out)).to(q.dtype)
 
 
-def _attend_row(store: KVStore, row: int, q: Tensor, scaling: float, softcap: float, mask: Tensor | None) -> Tensor:
-    """Attention of one row. q: (heads, queries, head_dim), those of the last tokens; mask: (heads, queries, tokens)."""
+def _attend_row(store: KVStore | GPUStore, row: int, q: Tensor, scaling: float, softcap: float, mask: Tensor | None) -> Tensor:
+    """Attention of one row, float32. q: (heads, queries, head_dim), those of the last tokens; mask: (heads, queries, tokens)."""
     _, queries, channels = q.shape
     # (KV heads, group, queries, ...): the heads that share K and V lie together
-    grouped = (q.detach().to(torch.float32) * scaling).view(store.heads, -1, queries, channels)
+    grouped = (q * scaling).view(store.heads, -1, queries, channels)
     mask = None if mask is None else mask.view(*grouped.shape[:3], -1)
-    peak = torch.full((*grouped.shape[:3], 1), -torch.inf)
+    peak = torch.full((*grouped.shape[:3], 1), -torch.inf, device=q.device)
     total, out = torch.zeros_like(peak), torch.zeros_like(grouped)
     for begin, k, v in _tiles(store, row):
         k, v = k.to(torch.float32), v.to(torch.float32)
@@ -98,7 +113,7 @@ def _attend_row(store: KVStore, row: int, q: Tensor, scaling: float, softcap: fl
                 hide = seen_mask.dtype == torch.bool
                 score = score.masked_fill(~seen_mask, -torch.inf) if hide else score + seen_mask
             elif seen.stop > position + 1:
-                ahead = torch.arange(seen.start, seen.stop) > torch.arange(position, position + score.shape[2])[:, None]
+                ahead = _numbers(seen.start, seen.stop, q) > _numbers(position, position + score.shape[2], q)[:, None]
                 score = score.masked_fill(ahead, -torch.inf)
             before = peak[:, :, part]
             higher = torch.maximum(before, score.amax(-1, keepdim=True))
@@ -108,7 +123,11 @@ def _attend_row(store: KVStore, row: int, q: Tensor, scaling: float, softcap: fl
             out[:, :, part] = out[:, :, part] * shrink + _matmul(weight, v)
             peak[:, :, part] = higher
     result: Tensor = out / total.clamp_min(torch.finfo(torch.float32).tiny)
-    return result.to(q.dtype).view(q.shape)
+    return result.view(q.shape)
+
+
+def _numbers(first: int, last: int, like: Tensor) -> Tensor:
+    return torch.arange(first, last, device=like.device)
 
 
 def _matmul(x: Tensor, y: Tensor) -> Tensor:
@@ -117,7 +136,7 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
     return product
 
 
-def _tiles(store: KVStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _tiles(store: KVStore | GPUStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The tokens of a row in order, as (position of the first, K, V), K and V (KV heads, tokens, head_dim)."""
     position, sinks = int(store.starts[row]), int(store.sink_count[row])
     if sinks:
@@ -133,7 +152,15 @@ def _tiles(store: KVStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield store.tail_base + at, store.tail_k[row, :, part], store.tail_v[row, :, part]
 
 
-def _check(store: KVStore, q: Tensor) -> tuple[int, int]:
+def _check_softcap(store: KVStore | GPUStore, softcap: float) -> None:
+    """Raise InvalidInput if a transform leaves out of the scores what a soft cap would notice."""
+    if softcap and store.transform is not None and bool(store.transform.key.mean.any()):
+        raise InvalidInput(
+            "this calibration has means of K, which a soft cap does not allow: calibrate this model itself"
+        )
+
+
+def _check(store: KVStore | GPUStore, q: Tensor) -> tuple[int, int]:
     """Queries for each KV head, and new tokens. Raises InvalidInput if q does not fit the store."""
     fits = q.ndim == 4 and (q.shape[0], q.shape[3]) == (store.batch, store.channels)
     if not store.batch or not fits or not q.shape[1] or q.shape[1] % store.heads or not 0 < q.shape[2] <= store.tokens:
@@ -141,6 +168,7 @@ def _check(store: KVStore, q: Tensor) -> tuple[int, int]:
             f"queries must be (batch, heads, tokens, head_dim) = ({store.batch}, a multiple of {store.heads}, "
             f"1 to {store.tokens}, {store.channels}), not {tuple(q.shape)}"
         )
-    if q.device.type != "cpu":
-        raise InvalidInput(f"the cache is on the CPU, the queries are on {q.device}")
+    device = store.device if isinstance(store, GPUStore) else torch.device("cpu")
+    if q.device != device:
+        raise InvalidInput(f"the cache is on {device}, the queries are on {q.device}")
     return q.shape[1] // store.heads, q.shape[2]

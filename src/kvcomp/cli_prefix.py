@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from kvcomp.calibration import Calibration
 from kvcomp.prefix import PrefixStore
 from kvcomp.spec import CodecSpec
 
@@ -12,13 +13,14 @@ from kvcomp.spec import CodecSpec
 class Prefixes:
     """A prefix store around one generation, and its times. Attributes in seconds; ``without`` is None if nothing was loaded."""
 
-    def __init__(self, url: str, ids: Any, model: Any, spec: CodecSpec) -> None:
+    def __init__(self, url: str, ids: Any, model: Any, spec: CodecSpec, calibration: Calibration | None) -> None:
         self.store, self.ids, self.model, self.spec = PrefixStore(url), ids, model, spec
+        self.calibration = calibration
         self.stored = 0
         self.without: float | None = None
         self._first_token(ids[:, :2])  # the first forward pass of a process takes longer
         begin = time.perf_counter()
-        self.cache = self.store.load(ids, model, spec)
+        self.cache = self.store.load(ids, model, spec, calibration=calibration)
         self.loading = time.perf_counter() - begin
         self.loaded = self.cache.get_seq_length()
 
@@ -34,7 +36,8 @@ class Prefixes:
         from kvcomp.evaluate import generation
         from kvcomp.integrations.transformers import KVCompCache
 
-        return generation.generate(self.model, ids, KVCompCache(self.model.config, self.spec), 1).timing.first
+        cache = KVCompCache(self.model.config, self.spec, calibration=self.calibration)
+        return generation.generate(self.model, ids, cache, 1).timing.first
 
     def rows(self, first: float) -> list[tuple[str, str]]:
         """first: seconds to the first token once the cache was loaded."""

@@ -10,7 +10,6 @@ Checksums are XXH3: zlib's CRC-32 alone takes longer than ``cat`` needs for the 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64
 
+from kvcomp import codebook
 from kvcomp.arena import check_pages
 from kvcomp.codebook import Codebook
 from kvcomp.errors import CorruptData, LimitExceeded
@@ -36,10 +36,9 @@ from kvcomp.header import (
     seal,
 )
 from kvcomp.page import Layout
-from kvcomp.quantise import MAX_LEVELS
+from kvcomp.quantise import MAX_CODES
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 
-BOOK_HEAD = struct.Struct("<4B")  # levels, split, limit, classes
 FREE_PLACES = 1 << 22  # places in a page table that need no pages to fill them
 
 Array = npt.NDArray[Any]
@@ -133,14 +132,7 @@ def pack(
 def _sections(parts: LayerParts) -> dict[str, list[memoryview]]:
     rows = [parts.start, parts.sink_count, parts.page_count, *parts.row_books.T]
     rows += [np.array([0 if pair[i] is None else pair[i].shape[1] for pair in parts.counts]) for i in (0, 1)]  # type: ignore[union-attr]
-    books = [
-        part
-        for book in parts.books
-        for part in (
-            np.array([book.levels, book.split, book.limit, book.classes], np.uint8),
-            book.lengths,
-        )
-    ]
+    books = [np.frombuffer(book.to_bytes(), np.uint8) for book in parts.books]
     pieces: dict[str, Sequence[Array]] = {
         "pages": parts.arena,
         "table": [parts.offsets.astype("<i8"), parts.valid.astype("<i4")],
@@ -195,7 +187,7 @@ class Container:
         begin, which = np.unique(offsets, return_inverse=True)
         own = check_pages(arena, begin, layout)[which]
         missing = own & (row_books < 0)[np.repeat(np.arange(header.rows), page_count)]
-        if missing.any():
+        if missing.any() and spec.calibration is None:  # a calibration has the books of all rows
             raise CorruptData("a block needs the sequence's own codebook, and there is none")
         shape = 2, header.rows, head.heads, -1, head.channels
         return LayerParts(
@@ -266,20 +258,11 @@ def _check_rows(
 
 
 def _read_books(data: bytes, count: int) -> list[Codebook]:
-    """Books one after the other: levels, split, limit and classes in a byte each, then the lengths."""
+    """Books one after the other."""
     books, at = [], 0
     for _ in range(count):
-        if len(data) - at < BOOK_HEAD.size:
-            raise CorruptData("the section of codebooks is too short")
-        levels, split, limit, classes = BOOK_HEAD.unpack_from(data, at)
-        at += BOOK_HEAD.size
-        symbols = -(-levels >> min(split, 8)) if levels else 0
-        size = classes * symbols**2
-        if levels > MAX_LEVELS or not symbols or len(data) - at < size:
-            raise CorruptData("a codebook is longer than its section, or has no symbols")
-        lengths = np.frombuffer(data, np.uint8, size, at).reshape(classes, symbols**2).copy()
-        books.append(Codebook(levels, split, limit, lengths))
-        at += size
+        book, at = codebook.read(data, at)
+        books.append(book)
     if at != len(data):
         raise CorruptData("the section of codebooks is longer than the codebooks")
     return books
@@ -297,7 +280,7 @@ def _read_counts(
     data: Bytes, sides: npt.NDArray[np.int64], classes: tuple[int, int]
 ) -> list[list[npt.NDArray[np.uint32] | None]]:
     """Pair counts (classes, n, n) of the rows and kinds whose n is not 0, one after the other."""
-    if ((sides < 0) | (sides > MAX_LEVELS)).any() or int((sides**2 * np.array(classes)).sum()) * 4 != data.size:
+    if ((sides < 0) | (sides > MAX_CODES)).any() or int((sides**2 * np.array(classes)).sum()) * 4 != data.size:
         raise CorruptData("the section of pair counts has another size than the rows say")
     values, at = data.view("<u4"), 0
     counts: list[list[npt.NDArray[np.uint32] | None]] = []

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvcomp.calibration import Calibration, LayerCalibration, resolve
 from kvcomp.codebook import Codebook
 from kvcomp.container import Container, LayerParts, pack
 from kvcomp.disk import read, write
@@ -86,22 +87,25 @@ def load(
     layers: Sequence[int] | None = None,
     rows: Sequence[int] | None = None,
     tokens: int | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[int, KVStore]:
     """The layers of a file by their index in the model, ready to go on; only those asked for are read and checked.
 
     layers, rows: which ones, all if None. tokens: how many to keep of the first, all if None; they are not compressed anew.
-    Raises CorruptData or LimitExceeded, and InvalidInput if the file does not hold what is asked for.
+    calibration: the one that the file's spec names, if it names one.
+    Raises CorruptData or LimitExceeded, and InvalidInput if the file does not hold what is asked for, or the calibration is missing or another.
     """
     header = container.header
+    _, calibration = resolve(header.spec, calibration)
     places = {layer.layer: place for place, layer in enumerate(header.layers)}
     wanted = list(places) if layers is None else list(layers)
     if not set(wanted) <= set(places):
         raise InvalidInput(f"the file holds the layers {', '.join(map(str, places))}, not all of {wanted}")
     stores = {}
     for layer in wanted:
-        store = store_of(
-            container.layer(places[layer]), header.spec.layer(layer, header.model_layers), header.tokens, backend
-        )
+        calibrated = calibration.layer(layer, header.spec) if calibration else None
+        spec = header.spec.layer(layer, header.model_layers)
+        store = store_of(container.layer(places[layer]), spec, header.tokens, backend, calibrated)
         if rows is not None:
             store.select(torch.tensor(list(rows), dtype=torch.int64))
         if tokens is not None:
@@ -175,7 +179,7 @@ def parts_of(store: KVStore, layer: int) -> LayerParts:
     places: dict[int, int] = {}
     for row, pair in enumerate(store.own_books):
         for kind, book in enumerate(pair):
-            if book is not None:
+            if book is not None and store.given_books is None:
                 books[id(book)] = book
                 row_books[row, kind] = places.setdefault(id(book), len(places))
     recent = store.tokens - _tail_first(store)
@@ -205,12 +209,20 @@ def parts_of(store: KVStore, layer: int) -> LayerParts:
 
 
 @torch.inference_mode(False)
-def store_of(parts: LayerParts, spec: CodecSpec, tokens: int, backend: str = "cpu") -> KVStore:
+def store_of(
+    parts: LayerParts,
+    spec: CodecSpec,
+    tokens: int,
+    backend: str = "cpu",
+    calibrated: LayerCalibration | None = None,
+) -> KVStore:
     """A store of parts that ``Container.layer`` has checked, whose arrays become the store's.
 
-    spec: that of the layer. tokens: positions that the layer holds.
+    spec: that of the layer. tokens: positions that the layer holds. calibrated: what the layer's calibration has, if the spec has one.
+    Raises InvalidInput if the calibration is of layers of another shape.
     """
-    store = KVStore(spec, backend)
+    store = KVStore(spec, backend, *(calibrated or ()))
+    store.check_shape(parts.heads, parts.channels)
     rows = parts.start.size
     store.batch, store.heads, store.channels, store.tokens = rows, parts.heads, parts.channels, tokens
     store.dtype = TYPES[parts.dtype]
@@ -229,7 +241,11 @@ def store_of(parts: LayerParts, spec: CodecSpec, tokens: int, backend: str = "cp
     sinks[:, :, :, : parts.sinks.shape[3]] = parts.sinks
     store.sinks_k, store.sinks_v = (_tensor(x, store.dtype) for x in sinks)
     store.owners = [[arena] * count for count in store.count.tolist()]
-    store.own_books = [[None if index < 0 else parts.books[index] for index in row] for row in parts.row_books.tolist()]
+    given = (None, None) if store.given_books is None else [narrow for _, narrow in store.given_books]
+    store.own_books = [
+        [book if index < 0 else parts.books[index] for index, book in zip(row, given, strict=True)]
+        for row in parts.row_books.tolist()
+    ]
     store.pair_counts = [list(pair) for pair in parts.counts]
     return store
 

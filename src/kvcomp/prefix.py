@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.blobs import TIMEOUT, Buffer, open_blobs
+from kvcomp.calibration import Calibration
 from kvcomp.errors import CorruptData, InvalidInput, KVCompError, UnsupportedModel, UnsupportedVersion
 from kvcomp.files import NAMES
 from kvcomp.header import Header
@@ -56,19 +57,20 @@ class PrefixStore:
         model: Any,
         spec: str | Path | CodecSpec = "kvcomp",
         *,
+        calibration: Calibration | str | Path | None = None,
         model_id: str | None = None,
         backend: str = "cpu",
     ) -> KVCompCache:
         """A cache of the longest stored beginning of a prompt that leaves at least one token to compute; an empty one if there is none.
 
-        ids: (tokens,) or (1, tokens), of one prompt without padding. model: a transformers model. spec: as KVCompCache takes it.
+        ids: (tokens,) or (1, tokens), of one prompt without padding. model: a transformers model. spec, calibration: as KVCompCache takes them.
         model_id: a name for the model's weights instead of their hash.
         Raises StoreUnavailable, and InvalidInput or UnsupportedModel if such a cache cannot be.
         """
         from kvcomp.integrations.transformers import KVCompCache
         from kvcomp.integrations.transformers_files import give
 
-        cache = KVCompCache(model.config, spec, backend=backend)
+        cache = KVCompCache(model.config, spec, calibration=calibration, backend=backend)
         _check_layers(cache)
         origin = _origin(cache, model, model.dtype, model_id)
         tokens = _tokens(ids)
@@ -196,4 +198,4 @@ def _origin(cache: KVCompCache, model: Any, dtype: torch.dtype, model_id: str | 
     if dtype not in NAMES:
         raise InvalidInput(f"the model has {dtype}: float32, float16 or bfloat16 are possible")
     about = {"id": weights_id(model if model_id is None else model_id), "configuration": cache.session.fingerprint}
-    return Origin(about, len(cache.layers), NAMES[dtype], cache.spec)
+    return Origin(about, len(cache.layers), NAMES[dtype], cache.spec, cache.calibration)

@@ -18,6 +18,7 @@ import numpy as np
 
 from kvcomp import files
 from kvcomp.blobs import Buffer
+from kvcomp.calibration import Calibration
 from kvcomp.container import Container
 from kvcomp.errors import CorruptData
 from kvcomp.header import VERSION, Header
@@ -32,13 +33,14 @@ CHUNK_TOKENS = CHUNK_PAGES * PAGE_TOKENS
 class Origin:
     """Whose K and V: of which model under which spec; all of it goes into every key and every value.
 
-    model: its fingerprint, plain JSON. layers: how many it has. dtype: the name of its type.
+    model: its fingerprint, plain JSON. layers: how many it has. dtype: the name of its type. calibration: the one that the spec names.
     """
 
     model: Mapping[str, Any]
     layers: int
     dtype: str
     spec: CodecSpec
+    calibration: Calibration | None = None
 
     def spec_of(self, chunk: int) -> CodecSpec:
         """The spec in the file of a chunk: the first one has the sinks."""
@@ -110,7 +112,7 @@ def unpack(origin: Origin, value: Buffer, chunk: int, key: str, backend: str) ->
         raise CorruptData("the value is another chunk's, or of another model")
     if header.model != _binding(origin, chunk, key):
         raise CorruptData("the value was stored under another key")
-    stores = files.load(container, backend)
+    stores = files.load(container, backend, calibration=origin.calibration)
     for store in stores.values():
         full = store.valid[0, : store.count[0]] == PAGE_TOKENS
         if full.tolist() != [True] * CHUNK_PAGES or files.NAMES[store.dtype] != origin.dtype:

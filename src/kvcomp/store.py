@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from kvcomp import codebook
-from kvcomp.block import STREAMS, check_channels, scales_size
+from kvcomp.block import check_channels, scales_size
 from kvcomp.codebook import TRAINING_TOKENS, Codebook
 from kvcomp.errors import BackendUnavailable, InvalidInput
-from kvcomp.kernels import Books, load_backend
+from kvcomp.kernels import Books, Steps, load_backend
 from kvcomp.page import FIXED, RAW, Layout
+from kvcomp.quantise import HEAD_ZERO
 from kvcomp.spec import PAGE_TOKENS, CodecSpec, Kind, TensorSpec
+from kvcomp.transform import Transform
 
 KINDS: tuple[Kind, Kind] = ("K", "V")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,6 +95,10 @@ class KVStore:
     """The K and V of one layer, compressed as they grow.
 
     spec: a spec of one layer (``CodecSpec.layer``). backend: ``cpu``, or ``reference`` to check against it.
+    books: for K and for V the default book and the one that every row has for its own, as a calibration has them for the unit ``head``; rows then
+        train none. Without, default books follow from relative scales; the unit ``head`` has none, so that its blocks have a fixed
+        width until a row has trained its own book.
+    transform: what K and V pass before they are held, all of them: pages, sinks and tail hold K' and V'.
 
     Attributes: ``tokens``, positions held, left padding included; ``batch``, ``heads``, ``channels``, ``dtype``, known after the first append.
     """
@@ -110,11 +116,24 @@ class KVStore:
     sinks_k: Tensor  # (rows, KV heads, sinks, head_dim), as sinks_v
     sinks_v: Tensor
 
-    def __init__(self, spec: CodecSpec, backend: str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: CodecSpec,
+        backend: str = "cpu",
+        books: tuple[Books, Books] | None = None,
+        transform: Transform | None = None,
+    ) -> None:
         self.spec = spec
+        self.transform = transform
         self.kernels = load_backend(backend)
         self.units = spec.key.unit, spec.value.unit
-        self.default_books = _default_book(spec.key), _default_book(spec.value)
+        self.steps: Steps = spec.key.heads, spec.value.heads
+        self.given_books = books
+        if books is None:
+            self.default_books = _default_book(spec.key), _default_book(spec.value)
+        else:
+            _check_books(spec, books)
+            self.default_books = books[0][0], books[1][0]
         self.tokens = self.batch = self.heads = self.channels = 0
         self.dtype = torch.float32
         # For each row: the buffer behind each page, the codebooks of K and V, and the pair counts until there are such books.
@@ -131,6 +150,8 @@ class KVStore:
         Raises InvalidInput or BackendUnavailable and leaves the store as it was.
         """
         self._check(k, v)
+        if self.transform is not None:
+            k, v = self.transform.key.apply(k), self.transform.value.apply(v)
         if not self.batch:
             self._begin(k)
         new = k.shape[2]
@@ -224,11 +245,11 @@ class KVStore:
         return (key, own_key), (value, own_value)
 
     def tile(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """K and V of the pages ``first`` to ``last`` of a row, (KV heads, tokens, head_dim) in the dtype."""
+        """What the pages ``first`` to ``last`` of a row hold, K' and V' where there is a transform: (KV heads, tokens, head_dim) in the dtype."""
         k = torch.empty((self.heads, (last - first) * PAGE_TOKENS, self.channels), dtype=self.dtype)
         v = torch.empty_like(k)
         self.kernels.decompress(
-            self.pages[row, first:last].copy(), self.units, *self.books(row), as_array(k), as_array(v)
+            self.pages[row, first:last].copy(), self.units, *self.books(row), as_array(k), as_array(v), self.steps
         )
         valid = torch.from_numpy(self.valid[row, first:last])
         if int(valid.sum()) == k.shape[1]:
@@ -238,6 +259,16 @@ class KVStore:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """K and V as attention sees them, (batch, KV heads, tokens, head_dim) in the dtype; padding is 0 once a row is sealed."""
+        k, v = self.held()
+        if self.transform is None:
+            return k, v
+        k, v = self.transform.key.undo(k), self.transform.value.undo(v)
+        for row, start in enumerate(np.where(self.tail_begin > self.starts, self.starts, 0).tolist()):
+            k[row, :, :start] = v[row, :, :start] = 0
+        return k, v
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """The same as it is held: K' and V' where there is a transform."""
         k = torch.zeros((self.batch, self.heads, self.tokens, self.channels), dtype=self.dtype)
         v = torch.zeros_like(k)
         for row in range(self.batch):
@@ -287,6 +318,18 @@ class KVStore:
             dense=held * token_values * self.dtype.itemsize,
         )
 
+    def check_shape(self, heads: int, channels: int) -> None:
+        """Raise InvalidInput unless spec and calibration are for so many KV heads and channels."""
+        check_channels(channels)
+        for of_kind in self.steps:
+            if of_kind is not None and len(of_kind) != heads:
+                raise InvalidInput(f"the spec has steps for {len(of_kind)} KV heads, not {heads}")
+        if self.transform is not None and (self.transform.heads, self.transform.channels) != (heads, channels):
+            raise InvalidInput(
+                f"the calibration is for {self.transform.heads} KV heads of {self.transform.channels} channels, "
+                f"not {heads} of {channels}"
+            )
+
     # Steps
 
     def _check(self, k: Tensor, v: Tensor) -> None:
@@ -300,7 +343,7 @@ class KVStore:
             raise BackendUnavailable(f"the kernels run on the CPU, K and V are on {k.device} and {v.device}")
         if 0 in k.shape:
             raise InvalidInput(f"K and V are empty: {tuple(k.shape)}; give at least one token")
-        check_channels(k.shape[3])
+        self.check_shape(k.shape[1], k.shape[3])
         if self.batch:
             have = self.batch, self.heads, self.channels
             if (k.shape[0], k.shape[1], k.shape[3]) != have or k.dtype != self.dtype:
@@ -323,7 +366,8 @@ class KVStore:
         self.pages = np.zeros((self.batch, 0), np.int64)
         self.valid = np.zeros((self.batch, 0), np.int32)
         self.owners = [[] for _ in range(self.batch)]
-        self.own_books = [[None, None] for _ in range(self.batch)]
+        own = [None, None] if self.given_books is None else [of_kind[1] for of_kind in self.given_books]
+        self.own_books = [list(own) for _ in range(self.batch)]
         self.pair_counts = [[None, None] for _ in range(self.batch)]
 
     def _tail_room(self) -> int:
@@ -372,7 +416,7 @@ class KVStore:
         kq = self.kernels.quantise(k, self.spec.key.unit, self.spec.key.scale)
         vq = self.kernels.quantise(v, self.spec.value.unit, self.spec.value.scale)
         for index, (tensor, q) in enumerate(((self.spec.key, kq), (self.spec.value, vq))):
-            if tensor.coding == "huffman" and self.own_books[row][index] is None:
+            if tensor.coding == "huffman" and self.given_books is None and self.own_books[row][index] is None:
                 self._learn(row, index, self.kernels.count_pairs(q, KINDS[index], tensor.classes), pages)
         k_books, v_books = self.books(row)
         coding = self.spec.key.coding, self.spec.value.coding
@@ -387,16 +431,22 @@ class KVStore:
 
     def _learn(self, row: int, index: int, counts: npt.NDArray[np.uint64], pages: int) -> None:
         """Gather pair counts until the row has sealed enough tokens to train its own book."""
+        tensor = (self.spec.key, self.spec.value)[index]
         earlier = self.pair_counts[row][index]
         if earlier is not None:
-            n = earlier.shape[1]
-            counts[:, :n, :n] += earlier
+            some = _counted(tensor, earlier.shape[1])
+            counts[:, some, some] += earlier
         if (int(self.count[row]) + pages) * PAGE_TOKENS >= TRAINING_TOKENS and counts.any():
-            self.own_books[row][index] = codebook.train(counts, (self.spec.key, self.spec.value)[index].limit)
+            self.own_books[row][index] = codebook.train(counts, tensor.limit)
             self.pair_counts[row][index] = None
         else:
-            n = 1 + int(np.max(np.nonzero(counts)[1:], initial=0))
-            self.pair_counts[row][index] = counts[:, :n, :n].astype(np.uint32)
+            seen = np.array(np.nonzero(counts)[1:])
+            if tensor.unit == "head":
+                n = 2 * int(np.max(np.maximum(seen + HEAD_ZERO + 1, -HEAD_ZERO - seen), initial=1))
+            else:
+                n = 1 + int(np.max(seen, initial=0))
+            some = _counted(tensor, n)
+            self.pair_counts[row][index] = counts[:, some, some].astype(np.uint32)
 
     def _enter(self, row: int, buffer: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> None:
         """Add the pages at these offsets of a buffer to a row's table."""
@@ -420,11 +470,29 @@ class KVStore:
         for index, (mode, size) in enumerate(zip((directory[:-1] & 15).tolist(), sizes.tolist(), strict=True)):
             count = self.layout.block_scales(index // self.heads)
             scales = scales_size(count) if count and mode != RAW else 0
-            lengths = STREAMS if RAW < mode < FIXED else 0
+            lengths = 0
+            if RAW < mode < FIXED:
+                begin = at + int(directory[index] & ~15) + scales
+                lengths = 4 + 8 * int(buffer[begin] & 15)
             parts["scales"] += scales
             parts["lengths"] += lengths
             parts["raw_blocks" if mode == RAW else "codes"] += size - scales - lengths
 
 
-def _default_book(tensor: TensorSpec) -> Codebook:
-    return codebook.default(tensor.scale, tensor.classes, tensor.limit)
+def _counted(tensor: TensorSpec, n: int) -> slice:
+    """The n codes whose pair counts are kept: the lowest, of the unit ``head`` those around 0."""
+    first = -HEAD_ZERO - n // 2 if tensor.unit == "head" else 0
+    return slice(first, first + n)
+
+
+def _default_book(tensor: TensorSpec) -> Codebook | None:
+    return codebook.default(tensor.scales[0], tensor.classes, tensor.limit) if tensor.scales else None
+
+
+def _check_books(spec: CodecSpec, books: tuple[Books, Books]) -> None:
+    for tensor, of_kind in zip((spec.key, spec.value), books, strict=True):
+        for book in of_kind:
+            if book is not None and book.classes != tensor.classes:
+                raise InvalidInput(f"a codebook has {book.classes} classes, the spec {tensor.classes}")
+        if tensor.unit != "head":
+            raise InvalidInput(f"the unit {tensor.unit!r} has a default book by its relative scale: give no books")

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from kvcomp.errors import InvalidInput
+from kvcomp.calibration import PRESET, Calibration, resolve
+from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.evaluate.text import held_out_names, held_out_text, join, manual_text, training_text
 from kvcomp.spec import CodecSpec
 
 TUNED_SPEC = "kvcomp.json"
 FITTING_CHARACTERS = 2_000_000
+CALIBRATION = "model.kvcal"
 
 
 def shipped_model() -> Path:
@@ -43,6 +46,21 @@ def default_spec(model: str | Path) -> CodecSpec:
     """The spec tuned for a model, ``kvcomp.json`` in its directory, or the preset ``kvcomp``."""
     tuned = Path(model) / TUNED_SPEC
     return CodecSpec.resolve(tuned if tuned.is_file() else "kvcomp")
+
+
+def spec_for(
+    model: str | Path, spec: str | None = None, calibration: Path | None = None
+) -> tuple[CodecSpec, Calibration | None]:
+    """A spec by its name, the model's own if None, with the calibration it needs: the one given, or ``model.kvcal`` in the model's directory.
+
+    Raises InvalidInput if there is no such spec or calibration.
+    """
+    if spec is None:
+        return default_spec(model), None
+    beside = Path(model) / CALIBRATION
+    if calibration is None and spec.partition(":")[0] == PRESET and beside.is_file():
+        calibration = beside
+    return resolve(spec, calibration)
 
 
 def held_out_ids(tokenizer: Any, model: Path) -> list[int]:
@@ -84,6 +102,16 @@ def training_ids(
         taken.append(sources[order.pop()])
         size += len(taken[-1][1])
     return join(tokenizer, taken), "sources of the standard library"
+
+
+def check_has_keys(config: Any) -> None:
+    """Raise UnsupportedModel for a model without a layer that keeps the K and V of all its tokens."""
+    layers = DynamicCache(config=config).layers
+    if not any(type(layer) is DynamicLayer for layer in layers):
+        raise UnsupportedModel(
+            f"{config.model_type} keeps no K and V of all its tokens (its layers: {', '.join(sorted({type(x).__name__ for x in layers}))}): "
+            "there is nothing to compress"
+        )
 
 
 def positions(config: Any) -> int:

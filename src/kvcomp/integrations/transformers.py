@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from kvcomp import files
+from kvcomp.calibration import Calibration, resolve
 from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.integrations import transformers_files
 from kvcomp.integrations.transformers_attention import NAME, kvcomp_attention
@@ -46,25 +47,36 @@ class KVCompCache(Cache):
     config: the configuration of the model (``model.config``); of a multi-modal model the text part is taken. Sliding-window,
         chunked and linear-attention layers, which are small, get the cache layers that transformers gives them.
     spec: a CodecSpec, a preset's name or the path of a spec.json.
-    backend: ``cpu``, or ``reference`` to check against it.
+    calibration: of the model, for the preset ``kvcomp-klt`` with its quality level, as in ``kvcomp-klt:balanced``: the path of a .kvcal file, which
+        ``kvcomp calibrate`` makes, or what ``Calibration.read`` read from it.
+    backend: ``cpu``, ``gpu`` for a model on NVIDIA GPUs, each layer's cache where the layer is, or ``reference`` to check against it.
 
     Raises UnsupportedModel if the model's cache cannot be held, and InvalidInput or BackendUnavailable for the other arguments.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, spec: str | Path | CodecSpec = "kvcomp", *, backend: str = "cpu"
+        self,
+        config: PreTrainedConfig,
+        spec: str | Path | CodecSpec = "kvcomp",
+        *,
+        calibration: Calibration | str | Path | None = None,
+        backend: str = "cpu",
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise InvalidInput(f"config must be a model's configuration (model.config), not {type(config).__name__}")
         config = text_config(config)
-        self.spec = CodecSpec.resolve(spec)
-        load_backend(backend)
+        self.spec, self.calibration = resolve(spec, calibration)
+        if backend != "gpu":  # which is found where the first tokens are
+            load_backend(backend)
         self.session = Session(config)
+        if self.calibration is not None:
+            self.calibration.check_model(self.session.fingerprint)
         layers: list[Any] = DynamicCache(config=config).layers
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 check_layer(config, index)
-                layers[index] = CompressedLayer(self.spec.layer(index, len(layers)), backend, self.session)
+                calibrated = self.calibration.layer(index, self.spec) if self.calibration else None
+                layers[index] = CompressedLayer(self.spec.layer(index, len(layers)), backend, self.session, calibrated)
         self.first = next((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)
         super().__init__(layers=layers)
 
@@ -98,20 +110,21 @@ class KVCompCache(Cache):
         tokens: int | None = None,
         rows: Sequence[int] | None = None,
         *,
+        calibration: Calibration | str | Path | None = None,
         backend: str = "cpu",
     ) -> Self:
         """The cache that ``save`` wrote, without decoding anything; nobody may write into the file as long as the cache lives.
 
         path: a file, or several whose rows become one batch, padded on the left. model_id: as it was given to ``save``.
         tokens: how many of the first to keep, all if None; past a sliding window there is no prefix to cut.
-        rows: which of each file, all if None. Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError, and InvalidInput or
+        rows: which of each file, all if None. calibration: the one that the cache was compressed with, if with any. Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError, and InvalidInput or
         UnsupportedModel for a file of another model or without what is asked for.
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
         if not paths:
             raise InvalidInput("there is no file to load: give at least one path")
         containers = [files.open_container(one) for one in paths]
-        cache = cls(config, containers[0].header.spec, backend=backend)
+        cache = cls(config, containers[0].header.spec, calibration=calibration, backend=backend)
         transformers_files.check_layers(cache.layers)
         identity = weights_id(model_id)
         for container in containers:
@@ -122,7 +135,7 @@ class KVCompCache(Cache):
                     f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
                 )
             cache._check_limit(max(1, header.tokens if tokens is None else tokens), 0)
-        read = [files.load(container, backend, None, rows, tokens) for container in containers]
+        read = [files.load(container, backend, None, rows, tokens, cache.calibration) for container in containers]
         for index, layer in enumerate(cache.layers):
             store = files.join([stores[index] for stores in read]) if len(read) > 1 else read[0][index]
             transformers_files.give(layer, store)

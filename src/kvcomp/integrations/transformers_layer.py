@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from kvcomp.calibration import LayerCalibration
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers_models import fingerprint_of, identity_of, position_limit
 from kvcomp.spec import CodecSpec
+from kvcomp.gpu_store import GPUStore
 from kvcomp.store import KVStore
 
 HIDDEN = -3e4  # an additive mask below this hides: softmax gives 0 in float32
@@ -94,12 +96,12 @@ def read_mask(mask: Tensor, batch: int, queries: int, tokens: int) -> MaskPlan:
         plain = bool((seen <= (mask == 0)).all())
     seen = seen.expand(batch, -1, queries, -1)
     anywhere = seen.any(2).any(1)  # (batch, tokens)
-    first = torch.where(anywhere.any(1), anywhere.to(torch.uint8).argmax(1), tokens).numpy()
+    first = torch.where(anywhere.any(1), anywhere.to(torch.uint8).argmax(1), tokens).cpu().numpy()
     causal = plain and seen.shape[1] == 1
     if causal and queries == 1:
-        causal = bool((anywhere.sum(1).numpy() == tokens - first).all())
+        causal = bool((anywhere.sum(1).cpu().numpy() == tokens - first).all())
     elif causal:
-        position = torch.arange(tokens)
+        position = torch.arange(tokens, device=mask.device)
         for row, start in zip(seen[:, 0], first.tolist(), strict=True):
             behind = position[start:] <= position[tokens - queries :, None]
             causal = causal and torch.equal(row[:, start:], behind)
@@ -148,7 +150,7 @@ class Handle(Tensor):
     def __new__(cls, source: Source, part: int) -> Self:
         store = source.layer.store
         shape = (store.batch, store.heads, store.tokens, store.channels)
-        handle: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype)
+        handle: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype, device=store.device)
         handle.source, handle.part = source, part
         return handle
 
@@ -174,15 +176,20 @@ class CompressedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, spec: CodecSpec, backend: str, session: Session) -> None:
+    def __init__(
+        self, spec: CodecSpec, backend: str, session: Session, calibrated: LayerCalibration | None = None
+    ) -> None:
         self.spec = spec
+        self.calibrated = calibrated
         self.backend = backend
         self.session = session
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the next update may have another batch size and dtype."""
-        self.store = KVStore(self.spec, self.backend)
+        given = self.calibrated or ()
+        gpu = self.backend == "gpu"
+        self.store: KVStore | GPUStore = GPUStore(self.spec, *given) if gpu else KVStore(self.spec, self.backend, *given)
         self.unsealed = False
         self.is_initialized = False
 
