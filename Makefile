@@ -5,10 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(VENV)/transformers-5.14
+ATTENTION := --full --part attention --context 8192 --context 32768 --batch 1 --head-dim 128
+DOCS := $(VENV)/.docs
+FUZZ := $(VENV)/.fuzz
 LMCACHE := $(VENV)/lmcache
 LMCACHE_PINS := tests/integrations/lmcache.txt
 
-.PHONY: demo test check test-oldest test-lmcache lint types layers slow bench-quality bench-attention bench-memory bench-latency tables clean
+.PHONY: demo test check test-oldest test-lmcache lint types layers fuzz slow bench-quality bench-attention bench-generate bench-memory bench-latency tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -16,7 +19,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest
 
-check: lint types layers test test-oldest test-lmcache
+check: lint types layers docs test test-oldest test-lmcache fuzz
 
 # The integration under the oldest transformers that is supported; the constraints pin the newest.
 test-oldest: $(OLDEST)/.ready
@@ -25,6 +28,10 @@ test-oldest: $(OLDEST)/.ready
 # The adapter under LMCache, which brings so much that it gets a directory of its own.
 test-lmcache: $(LMCACHE)/.ready
 	KVCOMP_REQUIRE_LMCACHE=1 PYTHONPATH=$(LMCACHE) $(BIN)/pytest tests/integrations/test_lmcache.py
+
+# Every target of fuzz/, two at a time, with checksums put right; fuzz/README.md has the longer run.
+fuzz: $(FUZZ)
+	$(BIN)/python fuzz/run.py
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -39,8 +46,23 @@ layers: $(READY)
 slow: $(READY)
 	$(BIN)/pytest -m slow
 
+bench-lmcache: $(LMCACHE)/.ready
+	PYTHONPATH=$(LMCACHE) $(BIN)/python benchmarks/lmcache_wire.py
+
 bench-%: $(READY)
-	$(BIN)/python benchmarks/$(if $(filter attention,$*),attention_cpu,$*).py
+	$(BIN)/python benchmarks/$*.py
+
+# Decode attention and the codec, once more with OpenMP workers that soon stop spinning (docs/kernels.md); some ten minutes.
+bench-attention: $(READY)
+	$(BIN)/kvcomp bench $(ATTENTION) --part codec -o benchmarks/results/attention_cpu.json
+	GOMP_SPINCOUNT=1000 $(BIN)/kvcomp bench $(ATTENTION) -o benchmarks/results/attention_cpu_short_spin.json
+
+bench-generate: $(READY)
+	$(BIN)/kvcomp bench --full --part generate -o benchmarks/results/generate.json
+
+# The documentation site, in .site.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 tables: $(READY)
 	$(BIN)/python benchmarks/tables.py
@@ -53,8 +75,16 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,plots,serve]' --group dev
 	@touch $@
 
+$(DOCS): $(READY)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --group docs
+	@touch $@
+
 $(OLDEST)/.ready: $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --target $(OLDEST) transformers==5.14.0 'numpy==$(shell sed -n s/^numpy==//p constraints.txt)'
+	@touch $@
+
+$(FUZZ): $(READY)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --group fuzz
 	@touch $@
 
 $(LMCACHE)/.ready: $(READY) $(LMCACHE_PINS)

@@ -245,6 +245,7 @@ def test_damaged_and_swapped_values_are_misses_and_no_buffer_is_touched(server: 
     for buffer in buffers[:5]:
         assert torch.equal(buffer.tensor, torch.full(SHAPE, 7, dtype=torch.bfloat16))
     assert torch.equal(buffers[5].tensor, coded(values(5)))
+    assert tier.find(keys) == [False] * 5 + [True]  # what is damaged is removed, so that it is stored anew
     tier.adapter.close()
 
 

@@ -1,0 +1,36 @@
+"""Bytes as a .kvc file: opened and decoded, or refused with a typed error. Nothing else, and nothing past their end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness import instrumented
+
+with instrumented("kvcomp.arena", "kvcomp.container", "kvcomp.header"):
+    import kvcomp.container
+
+import torch
+from harness import LARGEST, Guarded, fuzz, mend, mutate
+
+from kvcomp import files
+from kvcomp.attention import attend
+from kvcomp.errors import CorruptData, LimitExceeded, UnsupportedVersion
+
+guarded = Guarded()
+torch.set_num_threads(1)
+
+
+def target(data: bytes) -> None:
+    data = mend(data[:LARGEST])
+    try:
+        stores = files.load(kvcomp.container.Container(guarded.place(data)))
+    except (CorruptData, LimitExceeded, UnsupportedVersion):
+        return
+    for store in stores.values():
+        if store.tokens and store.batch * store.heads * store.tokens * store.channels < 1 << 18:
+            store.dense()
+            attend(store, torch.ones(store.batch, store.heads, 1, store.channels), 0.1)
+
+
+if __name__ == "__main__":
+    fuzz(target, mutate, Path(__file__).parent / "seeds" / "container")

@@ -1,0 +1,77 @@
+"""Write the seed corpus: one small valid input, or a few, of each target and of each kind of block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from fuzz_value import KEY, ORIGIN, PREFIX_CHUNK, SHAPE, SPEC
+from layouts import LAYOUTS, filled
+
+from kvcomp import files, prefix_chunks
+from kvcomp.chunks import pack_chunk
+from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.store import KVStore
+
+SEEDS = Path(__file__).parent / "seeds"
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def containers() -> dict[str, bytes]:
+    """Files of one page with sinks and window; of two rows that share pages and have books; of raw and fixed blocks."""
+    small = KVStore(CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=2, sinks=1))
+    small.append(*values((2, 1, 1, 67, 16), torch.bfloat16, 1))
+    rows = KVStore(CodecSpec(TensorSpec("channel", 0.3, classes=4), TensorSpec("vector", 0.3), window=0, sinks=0))
+    rows.append(*values((2, 1, 1, 260, 16), torch.float16, 2))
+    raw = KVStore(CodecSpec(TensorSpec("token", 0.1, "fixed"), TensorSpec("block", 0.1), window=0, sinks=2))
+    x = values((2, 2, 1, 66, 16), torch.float16, 3)
+    x[1, 0, 0, 20] = torch.nan
+    raw.append(*x)
+    raw.set_starts([0, 5])
+    found = {}
+    for name, store in (("small", small), ("rows", rows), ("raw", raw)):
+        store.seal()
+        if name == "rows":
+            store.select(torch.tensor([0, 0]))
+        found[name] = b"".join(files.pack_stores({0: store}, store.spec, 1, {"id": name, "configuration": {}}))
+    return found
+
+
+def remote_values() -> dict[str, bytes]:
+    """A chunk as LMCache's tier stores it, and the first chunk of a prefix."""
+    pairs = values((SHAPE.layers, 2, SHAPE.heads, SHAPE.tokens, SHAPE.channels), SHAPE.dtype, 4)
+    store = KVStore(ORIGIN.spec)
+    store.append(*values((2, 1, 1, ORIGIN.end(PREFIX_CHUNK), 16), torch.bfloat16, 6))
+    store.seal()
+    return {
+        "chunk": b"".join(pack_chunk(KEY, SPEC, [(k, v) for k, v in pairs])),
+        "prefix": b"".join(prefix_chunks.pack(ORIGIN, {0: store}, PREFIX_CHUNK, KEY)),
+    }
+
+
+def pages() -> dict[str, bytes]:
+    """The first page of each layout, with a byte before it that says which and that its size is put right."""
+    found = {}
+    for number, layout in enumerate(LAYOUTS):
+        store = filled(layout)
+        buffer, last = store.owners[0][0], 8 * layout.heads
+        page = buffer[: int(buffer[last : last + 4].view("<u4")[0])].tobytes()
+        found[f"layout{number}"] = bytes([number]) + page
+    return found
+
+
+def main() -> None:
+    for name, inputs in (("container", containers()), ("value", remote_values()), ("block", pages())):
+        folder = SEEDS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            path.unlink()
+        for key, data in inputs.items():
+            (folder / key).write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
