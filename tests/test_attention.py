@@ -24,7 +24,10 @@ pytestmark = pytest.mark.usefixtures("poison")
 def spec_of(
     key: Unit = "block", value: Unit = "token", coding: Coding = "fixed", window: int = 8, sinks: int = 4
 ) -> CodecSpec:
-    return CodecSpec(TensorSpec(key, 0.4, coding), TensorSpec(value, 0.5, coding), window, sinks)
+    def tensor(unit: Unit, r: float) -> TensorSpec:
+        return TensorSpec(unit, None, coding, steps=((r, 2 * r),)) if unit == "head" else TensorSpec(unit, r, coding)
+
+    return CodecSpec(tensor(key, 0.4), tensor(value, 0.5), window, sinks)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomp import codebook
-from kvcomp.codebook import Codebook, code_lengths, default, split_for, train
+from kvcomp.codebook import Codebook, code_lengths, decode_table, default, read, split_for, train
 from kvcomp.errors import CorruptData, InvalidInput
 
 Lengths = npt.NDArray[np.uint8]
@@ -48,7 +48,7 @@ def least_cost(weights: list[int], limit: int) -> int:
             for leaves in range(nodes + 1)
         )
 
-    return len(heavy) and heavy[0] if len(heavy) == 1 else left[0] + int(best(1, 0, 2))
+    return 0 if len(heavy) == 1 else left[0] + int(best(1, 0, 2))
 
 
 def package_merge(weights: list[int], limit: int) -> list[int]:
@@ -71,20 +71,30 @@ def code_strings(lengths: Lengths, words: npt.NDArray[Any]) -> dict[int, str]:
     return {s: f"{int(words[s]):0{int(n)}b}"[::-1] for s, n in enumerate(lengths.tolist()) if n}
 
 
-def random_book(seed: int, levels: int, split: int, limit: int, classes: int) -> Codebook:
+def lengths_of(*classes: list[int]) -> Lengths:
+    return np.array([n for lengths in classes for n in lengths], np.uint8)
+
+
+def random_book(seed: int, shapes: list[tuple[int, int, int]]) -> Codebook:
+    """A book whose classes have the (first code, levels, split) of these shapes."""
     rng = np.random.default_rng(seed)
-    symbols = (-(-levels // 2**split)) ** 2
-    weights = 1 + (rng.pareto(0.5, (classes, symbols)) * 10).clip(0, 2.0**40).astype(np.int64)
-    return Codebook(levels, split, limit, np.stack([code_lengths(w, limit) for w in weights]))
+    symbols = [(-(-levels // 2**split)) ** 2 for _, levels, split in shapes]
+    limit = int(rng.integers(max(1, (max(symbols) - 1).bit_length()), 13))
+    lengths = [code_lengths(1 + (rng.pareto(0.5, n) * 10).clip(0, 2.0**40).astype(np.int64), limit) for n in symbols]
+    first, levels, split = (tuple(column) for column in zip(*shapes, strict=True))
+    return Codebook(first, levels, split, limit, np.concatenate(lengths))
 
 
+shapes = st.sampled_from(
+    [(0, 2), (0, 5), (9, 9), (1, 9), (0, 10), (2, 16), (100, 1), (0, 3), (7, 4), (128, 20), (236, 20)]
+)
 books = st.builds(
-    lambda seed, shape, classes: random_book(seed, *shape, classes),
-    st.integers(0, 2**32),
-    st.sampled_from(
-        [(2, 0, 12), (5, 0, 6), (9, 0, 12), (9, 1, 9), (10, 2, 8), (16, 2, 11), (1, 0, 8), (3, 0, 4), (4, 2, 1)]
+    lambda seed, of_classes, splits: random_book(
+        seed, [(first, levels, split) for (first, levels), split in zip(of_classes, splits, strict=False)]
     ),
-    st.sampled_from([1, 4]),
+    st.integers(0, 2**32),
+    st.lists(shapes, min_size=1, max_size=1) | st.lists(shapes, min_size=4, max_size=4),
+    st.lists(st.integers(0, 2), min_size=4, max_size=4),
 )
 
 
@@ -94,8 +104,8 @@ def test_lengths_are_optimal_under_the_limit(weights: list[int], slack: int) -> 
     limit = max(1, (len(weights) - 1).bit_length()) + slack
     lengths = code_lengths(np.array(weights, np.int64), limit).astype(int).tolist()
     assert max(lengths) <= limit
-    assert min(lengths) >= 1
     if len(weights) > 1:
+        assert min(lengths) >= 1
         assert sum(2.0**-n for n in lengths) == 1
     assert sum(w * n for w, n in zip(weights, lengths, strict=True)) == least_cost(weights, limit)
 
@@ -121,8 +131,8 @@ def test_without_a_biting_limit_the_lengths_are_those_of_huffman() -> None:
     assert code_lengths(np.array([1, 1, 2, 4, 8, 16]), 3).tolist() == [3, 3, 3, 3, 2, 2]
 
 
-def test_one_symbol_has_length_1() -> None:
-    assert code_lengths(np.array([5]), 8).tolist() == [1]
+def test_one_symbol_takes_no_bits() -> None:
+    assert code_lengths(np.array([5]), 8).tolist() == [0]
 
 
 def test_more_symbols_than_the_limit_can_tell_apart_are_refused() -> None:
@@ -133,8 +143,12 @@ def test_more_symbols_than_the_limit_can_tell_apart_are_refused() -> None:
 
 @given(books)
 def test_code_words_are_canonical_and_prefix_free(book: Codebook) -> None:
-    for lengths, words in zip(book.lengths, book.words, strict=True):
-        codes = code_strings(lengths, words)
+    for index in range(book.classes):
+        lengths = book.lengths_of(index)
+        codes = code_strings(lengths, book.words(index))
+        if not codes:
+            assert lengths.tolist() == [0]
+            continue
         ordered = [codes[s] for s in sorted(codes, key=lambda s: (lengths[s], s))]
         assert set(ordered[0]) == {"0"}
         for earlier, later in pairwise(ordered):  # consecutive values, shifted where the length grows
@@ -146,90 +160,144 @@ def test_code_words_are_canonical_and_prefix_free(book: Codebook) -> None:
 
 @given(books, st.integers(0, 2**32))
 def test_the_table_decodes_every_pair_whatever_follows_it(book: Codebook, seed: int) -> None:
-    rng, k, m = np.random.default_rng(seed), book.split, book.symbols
-    table = book.table()
-    width = book.limit + 2 * k
-    assert table.shape == (book.classes, 1 << width)
+    rng = np.random.default_rng(seed)
     for index in range(book.classes):
+        k, m, first = book.split[index], book.symbols(index), book.first[index]
+        lengths, table = book.lengths_of(index), decode_table(book, index)
+        width = int(lengths.max()) + 2 * k
+        assert table.shape == (1 << width,)
         hits = 0
-        for symbol, code in code_strings(book.lengths[index], book.words[index]).items():
+        for symbol, code in (code_strings(lengths, book.words(index)) or {0: ""}).items():
             for low in range(4**k):
                 low_a, low_b = low % 2**k, low >> k
                 bits = code + (f"{low_a:0{k}b}"[::-1] + f"{low_b:0{k}b}"[::-1] if k else "")
                 free = width - len(bits)
-                window = int(bits[::-1], 2) | int(rng.integers(0, 1 << free)) << len(bits)
-                entry = int(table[index, window])
+                window = int(bits[::-1] or "0", 2) | int(rng.integers(0, 1 << free)) << len(bits)
+                entry = int(table[window])
                 assert (entry & 0xFFFF, entry >> 16 & 0xFF, entry >> 24) == (
                     len(bits),
-                    symbol // m << k | low_a,
-                    symbol % m << k | low_b,
+                    (symbol // m << k | low_a) + first,
+                    (symbol % m << k | low_b) + first,
                 )
                 hits += 1 << free
-        single = np.count_nonzero(book.lengths[index]) == 1
-        assert hits * (2 if single else 1) == 1 << width  # every window stands for one pair
+        assert hits == 1 << width  # every window stands for one pair
 
 
-def test_both_bits_decode_to_the_only_symbol_of_a_book() -> None:
-    for lengths, pair in (([1], (0, 0)), ([0, 0, 1, 0], (1, 0))):
-        levels = math.isqrt(len(lengths))
-        table = Codebook(levels, 0, 3, np.array([lengths], np.uint8)).table()
-        assert set(table[0].tolist()) == {1 | pair[0] << 16 | pair[1] << 24}
+@given(books, st.integers(0, 9))
+def test_books_survive_their_bytes(book: Codebook, before: int) -> None:
+    data = bytes(before) + book.to_bytes()
+    assert len(book.to_bytes()) == 2 + 3 * book.classes + book.lengths.size
+    assert read(data + b"more", before) == (book, len(data))
+    for size in range(len(data) - before):
+        with pytest.raises(CorruptData):
+            read(data[: before + size], before)
 
 
-def pair_counts(classes: int, levels: int, seed: int) -> npt.NDArray[np.uint64]:
-    """Pair counts as a block gives them: (classes, 128, 128), few pairs seen, the largest code ``levels - 1``."""
+LENGTHS = lengths_of([1, 2, 3, 3], [0], [10] * 1024, [3] * 7 + [4] * 2)
+
+
+def test_the_bytes_of_a_book_are_those_of_the_format() -> None:
+    book = Codebook((3, 128, 0, 1), (4, 1, 256, 3), (1, 0, 3, 0), 10, LENGTHS)
+    assert book.to_bytes() == bytes([4, 10, 3, 3, 1, 128, 0, 0, 0, 255, 3, 1, 2, 0]) + LENGTHS.tobytes()
+
+
+def test_hostile_bytes_are_a_book_or_corrupt() -> None:
+    rng, good, found = (
+        np.random.default_rng(5),
+        random_book(1, [(3, 5, 0), (0, 9, 1), (128, 1, 0), (40, 3, 0)]).to_bytes(),
+        0,
+    )
+    for number in range(3000):
+        data = bytearray(good) if number % 2 else bytearray(rng.integers(0, 256, int(rng.integers(0, 60)), np.uint8))
+        for _ in range(int(rng.integers(0, 3))):
+            if data:
+                data[int(rng.integers(0, min(len(data), 20)))] = int(rng.integers(0, 256))
+        try:
+            book, end = read(bytes(data))
+        except CorruptData:
+            continue
+        found += 1
+        assert bytes(data[:end]) == book.to_bytes()
+    assert 100 < found < 2900
+
+
+def pair_counts(ranges: list[tuple[int, int]], seed: int) -> npt.NDArray[np.uint64]:
+    """Pair counts as a block gives them, (classes, 256, 256): few pairs seen, of codes from ``first`` to ``last`` of each class."""
     rng = np.random.default_rng(seed)
-    counts = np.zeros((classes, 128, 128), np.uint64)
-    seen = np.clip(rng.normal(levels / 2, levels / 6, (400, 2)), 0, levels - 1).astype(int)
-    for a, b in seen:
-        counts[rng.integers(0, classes), a, b] += np.uint64(rng.integers(1, 1000))
-    counts[0, int(rng.integers(0, levels)), levels - 1] += np.uint64(1)
+    counts = np.zeros((len(ranges), 256, 256), np.uint64)
+    for of_class, (first, last) in zip(counts, ranges, strict=True):
+        seen = np.clip(rng.normal((first + last) / 2, (last - first) / 6, (400, 2)), first, last).astype(int)
+        for a, b in seen:
+            of_class[a, b] += np.uint64(rng.integers(1, 1000))
+        of_class[last, first] += np.uint64(1)
     return counts
 
 
+def fewest_low_bits(levels: int) -> int:
+    return next(k for k in (0, 1, 2, 3) if math.ceil(levels / 2**k) <= 24 or k == 3)
+
+
 @pytest.mark.parametrize("limit", [10, 12])
-@pytest.mark.parametrize("classes", [1, 4])
-@pytest.mark.parametrize("levels", [1, 2, 9, 24, 25, 48, 49, 96, 97, 127, 128])
-def test_a_trained_book_has_a_code_for_every_pair_up_to_the_largest_code(levels: int, classes: int, limit: int) -> None:
-    book = train(pair_counts(classes, levels, levels), limit)
-    k = next(k for k in (0, 1, 2) if math.ceil(levels / 2**k) <= 24 or k == 2)
-    assert (book.levels, book.split, book.classes) == (levels, k, classes)
-    assert book.limit == min(limit, 15 - 2 * k)
-    assert book.symbols == math.ceil(levels / 2**k)
-    assert book.lengths.shape == (classes, book.symbols**2)
-    assert book.lengths.min() >= 1
-    assert book.lengths.max() + 2 * k <= 15
+@pytest.mark.parametrize("first", [0, 1, 100])
+@pytest.mark.parametrize("levels", [1, 2, 9, 24, 25, 48, 49, 96, 97, 127, 128, 152])
+def test_a_trained_class_has_a_code_for_every_pair_from_the_least_to_the_largest_code(
+    levels: int, first: int, limit: int
+) -> None:
+    ranges = [(0, 8), (first, first + levels - 1), (200, 200), (250, 255)]
+    for classes in (ranges, ranges[1:2]):
+        book = train(pair_counts(classes, levels), limit)
+        widths = [last - least + 1 for least, last in classes]
+        splits = [fewest_low_bits(width) for width in widths]
+        assert book.limit == limit
+        assert book.levels == tuple(widths)
+        assert book.first == tuple(least for least, _ in classes)
+        assert book.split == tuple(splits)
+        for index, (width, k) in enumerate(zip(widths, splits, strict=True)):
+            assert book.symbols(index) == math.ceil(width / 2**k)
+            assert book.lengths_of(index).shape == (book.symbols(index) ** 2,)
+            assert book.lengths_of(index).min() >= (width > 1)
 
 
-@pytest.mark.parametrize(("levels", "classes"), [(3, 1), (9, 4), (30, 1), (61, 4)])
-def test_a_trained_book_is_optimal_for_16_times_the_count_plus_1(levels: int, classes: int) -> None:
-    counts = pair_counts(classes, levels, 11)
+@pytest.mark.parametrize(
+    ("least", "most", "first", "split"), [(231, 255, 230, 1), (159, 255, 152, 3), (158, 255, 152, 3), (1, 255, 0, 3)]
+)
+def test_a_class_begins_lower_where_its_last_symbol_would_stand_for_codes_beyond_a_byte(
+    least: int, most: int, first: int, split: int
+) -> None:
+    book = train(pair_counts([(least, most)], 3), 12)
+    assert (book.first, book.levels, book.split) == ((first,), (most - first + 1,), (split,))
+
+
+@pytest.mark.parametrize("ranges", [[(0, 2)], [(0, 8), (3, 40), (120, 180), (7, 7)], [(128, 157)], [(150, 249)]])
+def test_a_trained_book_is_optimal_for_16_times_the_count_plus_1(ranges: list[tuple[int, int]]) -> None:
+    counts = pair_counts(ranges, 11)
     book = train(counts, 12)
-    k, m = book.split, book.symbols
-    for index in range(classes):
+    for index, (first, last) in enumerate(ranges):
+        k, m = book.split[index], book.symbols(index)
         weights = [1] * m**2
-        for a in range(levels):
-            for b in range(levels):
-                weights[(a >> k) * m + (b >> k)] += 16 * int(counts[index, a, b])
-        assert book.lengths[index].tolist() == package_merge(weights, book.limit)
+        for a in range(first, last + 1):
+            for b in range(first, last + 1):
+                weights[(a - first >> k) * m + (b - first >> k)] += 16 * int(counts[index, a, b])
+        expected = package_merge(weights, 12) if m > 1 else [0]
+        assert book.lengths_of(index).tolist() == expected
 
 
 def test_a_pair_never_seen_weighs_a_seventeenth_of_one_seen_once() -> None:
-    counts = np.zeros((1, 128, 128), np.uint64)
-    counts[0, 4, 4] = 1
-    lengths = train(counts, 12).lengths[0].tolist()
-    assert lengths == package_merge([1] * 24 + [17], 12)
-    assert lengths != package_merge([2] * 24 + [18], 12)  # another rule would show
-    assert lengths != package_merge([1] * 24 + [16], 12)
+    counts = np.zeros((1, 256, 256), np.uint64)
+    counts[0, 0, 4] = 1
+    lengths = train(counts, 12).lengths.tolist()
+    assert lengths == package_merge([1] * 4 + [17] + [1] * 20, 12)
+    assert lengths != package_merge([2] * 4 + [18] + [2] * 20, 12)  # another rule would show
+    assert lengths != package_merge([1] * 4 + [16] + [1] * 20, 12)
 
 
 def test_training_on_nothing_gives_the_book_of_one_code() -> None:
-    book = train(np.zeros((4, 128, 128), np.uint64), 12)
-    assert (book.levels, book.lengths.tolist()) == (1, [[1]] * 4)
+    book = train(np.zeros((4, 256, 256), np.uint64), 12)
+    assert (book.first, book.levels, book.split, book.lengths.tolist()) == ((0,) * 4, (1,) * 4, (0,) * 4, [0] * 4)
 
 
 def test_training_does_not_change_the_counts_and_gives_the_same_book_again() -> None:
-    counts = pair_counts(4, 30, 5)
+    counts = pair_counts([(0, 29)] * 4, 5)
     before = counts.copy()
     assert train(counts, 11) == train(counts[:, :30, :30].astype(np.uint32), 11)
     np.testing.assert_array_equal(counts, before)
@@ -256,16 +324,17 @@ JUST_BELOW = (0.6666666666666667, 0.33333333333333337, 0.28571428571428575)  # 2
 def test_the_default_book_is_that_of_the_format(r: float, classes: int) -> None:
     book = default(r, classes, 12)
     levels = min(128, math.floor(min(2 / r, 1e9)) + 3)
-    k = next(k for k in (0, 1, 2) if math.ceil(levels / 2**k) <= 24 or k == 2)
-    assert (book.levels, book.split, book.classes, book.limit) == (levels, k, classes, min(12, 15 - 2 * k))
-    lengths = package_merge(default_weights(r, k, book.symbols), book.limit)
-    assert book.lengths.tolist() == [lengths] * classes
+    k = fewest_low_bits(levels)
+    assert (book.first, book.levels, book.split) == ((0,) * classes, (levels,) * classes, (k,) * classes)
+    assert book.limit == 12
+    lengths = package_merge(default_weights(r, k, book.symbols(0)), 12)
+    assert book.lengths.tolist() == lengths * classes
 
 
 @pytest.mark.parametrize("limit", [10, 11, 12])
 def test_every_limit_that_a_spec_may_have_gives_books_for_every_number_of_levels(limit: int) -> None:
-    for levels in range(1, 129):
-        counts = np.zeros((1, 128, 128), np.uint64)
+    for levels in range(1, 257):
+        counts = np.zeros((1, 256, 256), np.uint64)
         counts[0, 0, levels - 1] = 1
         assert train(counts, limit).lengths.max() <= limit
         assert default(min(0.99, 2 / levels), 1, limit).lengths.max() <= limit
@@ -283,36 +352,34 @@ def test_the_default_book_depends_on_its_arguments_alone() -> None:
 
 
 def test_split_takes_the_fewest_low_bits_that_leave_24_symbols_a_side() -> None:
-    assert [split_for(levels) for levels in (1, 24, 25, 48, 49, 96, 97, 128)] == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert [split_for(levels) for levels in (1, 24, 25, 48, 49, 96, 97, 192, 193, 256)] == [
+        0, 0, 1, 1, 2, 2, 3, 3, 3, 3
+    ]  # fmt: skip
 
 
-GOOD = {"levels": 2, "split": 0, "limit": 3, "lengths": np.array([[1, 2, 3, 3]], np.uint8)}
-
-
-@pytest.mark.parametrize("limit", [13, 15])
-def test_a_limit_beyond_12_bits_is_refused(limit: int) -> None:
-    with pytest.raises(CorruptData):
-        Codebook(**{**GOOD, "limit": limit})
-
-
-def lengths_of(*classes: list[int]) -> Lengths:
-    return np.array(classes, np.uint8)
+GOOD = {"first": (5,), "levels": (2,), "split": (0,), "limit": 3, "lengths": np.array([1, 2, 3, 3], np.uint8)}
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"levels": 0},
-        {"levels": 129},
-        {"levels": -1},
-        {"levels": 3},
-        {"split": -1},
-        {"split": 3},
-        {"split": 1},
+        {"levels": (0,)},
+        {"levels": (257,)},
+        {"levels": (-1,)},
+        {"levels": (3,)},
+        {"first": (-1,)},
+        {"first": (255,)},
+        {"first": (253,), "levels": (3,), "split": (1,)},  # its last symbol stands for the codes 255 and 256
+        {"first": (0, 0)},
+        {"first": ()},
+        {"split": (-1,)},
+        {"split": (4,), "lengths": lengths_of([0])},
+        {"split": (1,)},
+        {"split": (0, 0)},
         {"limit": 0},
         {"limit": 2},
+        {"limit": 13},
         {"limit": 16},
-        {"levels": 4, "split": 2, "limit": 12, "lengths": lengths_of([1])},
         {"lengths": lengths_of([1, 2, 3, 0])},  # incomplete
         {"lengths": lengths_of([2, 2, 2, 0])},
         {"lengths": lengths_of([1, 1, 1, 0])},  # over-full
@@ -320,16 +387,23 @@ def lengths_of(*classes: list[int]) -> Lengths:
         {"lengths": lengths_of([1, 2, 3, 4])},  # longer than the limit
         {"limit": 4, "lengths": lengths_of([1, 2, 3, 3 + 2])},
         {"lengths": lengths_of([0, 0, 0, 0])},  # empty
-        {"lengths": lengths_of([2, 0, 0, 0])},  # a single symbol, not of length 1
+        {"lengths": lengths_of([1, 0, 0, 0])},  # one code word where several are possible
+        {"levels": (1,), "lengths": lengths_of([1])},  # a single symbol that takes bits
         {"lengths": lengths_of([255, 255, 255, 255])},
         {"lengths": lengths_of([1, 2, 3])},
         {"lengths": lengths_of([1, 2, 3, 3, 0])},
-        {"lengths": lengths_of([1, 2, 3, 3])[0]},
+        {"lengths": lengths_of([1, 2, 3, 3])[None]},
         {"lengths": lengths_of([1, 2, 3, 3]).astype(np.int64)},
         {"lengths": lengths_of([1, 2, 3, 3])[:0]},
-        {"lengths": lengths_of(*[[1, 2, 3, 3]] * 2)},
-        {"lengths": lengths_of(*[[1, 2, 3, 3]] * 5)},
-        {"lengths": lengths_of(*[[1, 2, 3, 3]] * 3, [1, 2, 3, 2])},  # one bad class of four
+        {"first": (0,) * 2, "levels": (2,) * 2, "split": (0,) * 2, "lengths": lengths_of(*[[1, 2, 3, 3]] * 2)},
+        {"first": (0,) * 5, "levels": (2,) * 5, "split": (0,) * 5, "lengths": lengths_of(*[[1, 2, 3, 3]] * 5)},
+        {"first": (), "levels": (), "split": (), "lengths": lengths_of()},
+        {
+            "first": (0,) * 4,
+            "levels": (2,) * 4,
+            "split": (0,) * 4,
+            "lengths": lengths_of(*[[1, 2, 3, 3]] * 3, [1, 2, 3, 2]),  # one bad class of four
+        },
     ],
 )
 def test_lengths_that_are_no_complete_prefix_code_are_refused(change: dict[str, Any]) -> None:
@@ -338,20 +412,20 @@ def test_lengths_that_are_no_complete_prefix_code_are_refused(change: dict[str, 
         Codebook(**{**GOOD, **change})
 
 
-@pytest.mark.parametrize(
-    "lengths", [[1, 2, 3, 3], [2, 2, 2, 2], [0, 1, 1, 0], [0, 0, 1, 0], [3, 3, 2, 1], [0, 1, 2, 2]]
-)
-def test_complete_and_single_symbol_lengths_are_accepted(lengths: list[int]) -> None:
+@pytest.mark.parametrize("lengths", [[1, 2, 3, 3], [2, 2, 2, 2], [0, 1, 1, 0], [3, 3, 2, 1], [0, 1, 2, 2]])
+def test_complete_lengths_are_accepted(lengths: list[int]) -> None:
     for classes in (1, 4):
-        book = Codebook(2, 0, 3, lengths_of(*[lengths] * classes))
-        assert (book.classes, book.symbols) == (classes, 2)
+        book = Codebook((254,) * classes, (2,) * classes, (0,) * classes, 3, lengths_of(*[lengths] * classes))
+        assert (book.classes, book.symbols(0)) == (classes, 2)
+    assert Codebook((255,), (1,), (0,), 3, lengths_of([0])).symbols(0) == 1
+    assert Codebook((248,), (8,), (3,), 3, lengths_of([0])).symbols(0) == 1
 
 
 @given(st.lists(st.integers(0, 6), min_size=9, max_size=9))
 def test_lengths_are_accepted_exactly_when_they_decode_without_gaps(lengths: list[int]) -> None:
     used = [n for n in lengths if n]
-    if used == [1] or (used and max(used) <= 5 and sum(2.0**-n for n in used) == 1):
-        assert (Codebook(3, 0, 5, lengths_of(lengths)).table() > 0).all()
+    if used and max(used) <= 5 and sum(2.0**-n for n in used) == 1:
+        assert (decode_table(Codebook((0,), (3,), (0,), 5, lengths_of(lengths)), 0) > 0).all()
     else:
         with pytest.raises(CorruptData):
-            Codebook(3, 0, 5, lengths_of(lengths))
+            Codebook((0,), (3,), (0,), 5, lengths_of(lengths))

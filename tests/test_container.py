@@ -131,7 +131,7 @@ def test_pages_of_several_rows_are_there_once() -> None:
     store.select(torch.zeros(5, dtype=torch.int64))
     _, sections = unseal(packed({0: store}, store.spec, 1))
     assert len(sections[0]["pages"]) == store.memory().pages + 32
-    assert len(sections[0]["books"]) == sum(book.lengths.nbytes + 4 for book in store.own_books[0] if book)
+    assert len(sections[0]["books"]) == sum(len(book.to_bytes()) for book in store.own_books[0] if book)
 
 
 # The golden files, and a reader written from the documentation
@@ -163,14 +163,12 @@ def stranger_reads(data: bytes) -> list[np.ndarray[Any, Any]]:
         layout = Layout(heads, channels, (spec["key"]["unit"], spec["value"]["unit"]), dtype.itemsize)
         books, raw = [], parts["books"]
         while raw:
-            levels, split, limit, classes = raw[:4]
-            m = -(-levels // 2**split)
-            books.append(
-                Codebook(
-                    levels, split, limit, np.frombuffer(raw[4 : 4 + classes * m * m], np.uint8).reshape(classes, -1)
-                )
-            )
-            raw = raw[4 + classes * m * m :]
+            classes, limit = raw[:2]
+            first, levels, split = (list(raw[2 + i : 2 + 3 * classes : 3]) for i in range(3))
+            size = sum((-(-(n + 1) // 2**k)) ** 2 for n, k in zip(levels, split, strict=True))
+            lengths = np.frombuffer(raw[2 + 3 * classes :][:size], np.uint8)
+            books.append(Codebook(tuple(first), tuple(n + 1 for n in levels), tuple(split), limit, lengths))
+            raw = raw[2 + 3 * classes + size :]
         default = []
         for kind in ("key", "value"):
             r = spec[kind]["relative_scale"]

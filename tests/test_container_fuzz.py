@@ -18,7 +18,7 @@ from test_container import BATCH, SMALL, packed
 from kvcomp import files
 from kvcomp.arena import check_pages
 from kvcomp.attention import attend
-from kvcomp.block import STREAMS, length_unit, scales_from, scales_size
+from kvcomp.block import length_unit, lengths_bytes, lengths_from, scales_from, scales_size
 from kvcomp.container import Container
 from kvcomp.errors import CorruptData, LimitExceeded, UnsupportedVersion
 from kvcomp.page import OWN_BOOK, RAW, Layout, blocks_of, token_scales_of
@@ -130,15 +130,17 @@ def test_streams_that_begin_where_the_last_page_ends_are_read_within_the_file(ch
     arena = np.frombuffer(bytearray(sections[0]["pages"]), np.uint8)
     begin, end = (arena[4:12].view("<u4") & ~np.uint32(15)).tolist()
     book = store.books(0)[1][0]
-    symbol = int(book.lengths[0].argmax())
-    bits = int(book.lengths[0, symbol]) + 2 * book.split
-    assert bits == 15
-    room, lengths = 8 * (end - begin - 64) // length_unit(channels), []
+    assert book is not None
+    symbol = int(book.lengths_of(0).argmax())
+    bits = int(book.lengths_of(0)[symbol]) + 2 * book.split[0]
+    assert bits == 18
+    room, lengths = 8 * (end - begin - 4 - 8 * 9) // length_unit(channels), [511]
     while sum(lengths) < room:
-        lengths.append(min(255, room - sum(lengths)))
-    arena[begin : begin + 64] = [*lengths, *[0] * (64 - len(lengths))]
-    codes = sum(int(book.words[0, symbol]) << at for at in range(0, 8 * channels, bits))
-    arena[end:] = np.frombuffer(codes.to_bytes(channels + 2, "little"), np.uint8)[:channels]
+        lengths.append(min(511, room - sum(lengths)))
+    stored = lengths_bytes(np.array([*lengths, *[0] * (64 - len(lengths))]), "V")
+    arena[begin : begin + len(stored)] = np.frombuffer(stored, np.uint8)
+    codes = sum(int(book.words(0)[symbol]) << at for at in range(0, 9 * channels, bits))
+    arena[end:] = np.frombuffer(codes.to_bytes(2 * channels, "little"), np.uint8)[:channels]
     header, _ = unseal(packed({0: store}, store.spec, 1))
     data = seal(header, [sections[0] | {"pages": arena.tobytes()}])
     decode_everything(Container(Guarded(len(data)).place(data)))
@@ -159,7 +161,8 @@ def page_is_valid(page: bytes, layout: Layout) -> tuple[bool, bool]:
             scales_from(data, count)
         if mode in (1, 2):
             body = data[scales_size(count) if count else 0 :]
-            if sum(body[:STREAMS]) * length_unit(layout.channels) > 8 * (len(body) - STREAMS):
+            lengths, size = lengths_from(body, "KV"[kind])
+            if lengths.sum() * length_unit(layout.channels) > 8 * (len(body) - size):
                 raise CorruptData("streams")
     return own[0], own[1]
 

@@ -46,13 +46,14 @@ def read(name: str) -> dict[str, Any]:
 
 
 def stored_books(make: Any, about: dict[str, Any]) -> Any:
-    """The books as the JSON has them; where codes have a fixed width any default book will do."""
-    default = [
-        make.book_from(book)
-        for book in about["default_books"] or [{"levels": 1, "split": 0, "limit": 1, "lengths": ["1"]}] * 2
-    ]
+    """The books as the JSON has them."""
+    default = [make.book_from(book) if book else None for book in about["default_books"] or [None, None]]
     own = [make.book_from(book) if book else None for book in about["own_books"]]
     return tuple(zip(default, own, strict=True))
+
+
+def steps_of(about: dict[str, Any]) -> Any:
+    return tuple(None if of_kind is None else tuple(of_kind) for of_kind in about["steps"])
 
 
 def case_of(make: Any, name: str) -> Any:
@@ -62,7 +63,7 @@ def case_of(make: Any, name: str) -> Any:
 def test_the_files_are_those_of_the_cases_and_small(make: Any) -> None:
     assert sorted(case.name for case in make.CASES) == NAMES
     assert sorted(name for name, *_ in make.invalid_pages()) == BAD_PAGES
-    assert sum(path.stat().st_size for path in (GOLDEN / "v1").rglob("*.*")) < 200_000
+    assert sum(path.stat().st_size for path in (GOLDEN / "v1").rglob("*.*")) < 300_000
 
 
 def test_the_script_writes_the_committed_files_byte_by_byte(make: Any, tmp_path: Path) -> None:
@@ -88,7 +89,8 @@ def test_a_golden_page_decodes_to_its_values_bit_by_bit(make: Any, name: str, ba
         units,
         *stored_books(make, about),
         k,
-        v,  # type: ignore[arg-type]
+        v,
+        steps_of(about),
     )
     assert k.tobytes() + v.tobytes() == (VALID / f"{name}.values.bin").read_bytes()
 
@@ -107,6 +109,10 @@ def test_the_values_of_a_golden_page_are_within_the_bound_of_its_input(make: Any
         with np.errstate(invalid="ignore"):
             bound = error_bound(x, case.units[kind], case.scales[kind])[0]
             error = np.abs(to_float32(decoded).astype(np.float64) - to_float32(x))
+            if case.units[kind] == "head":  # kept before the rounding to the dtype
+                places = {"float32": 23, "float16": 10, "bfloat16": 7}[case.dtype]
+                top = np.log2(np.maximum(np.abs(to_float32(x).astype(np.float64)) + bound, 2.0**-14))
+                bound = bound + np.exp2(np.floor(top) - places - 1)
         for head in range(case.heads):
             if about["modes"][kind * case.heads + head] == 0:
                 assert decoded[head].tobytes() == x[head].tobytes()
@@ -114,23 +120,25 @@ def test_the_values_of_a_golden_page_are_within_the_bound_of_its_input(make: Any
                 assert (error <= np.broadcast_to(bound, error.shape))[head].all()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("fixed")])
+@pytest.mark.parametrize("name", [name for name in NAMES if "fixed" not in name])
 def test_the_default_books_are_those_stored(make: Any, name: str) -> None:
     case = case_of(make, name)
     for (default, own), r in zip(stored_books(make, read(name)), case.scales, strict=True):
-        assert codebook.default(r, case.classes, case.limit) == default
+        if not isinstance(r, tuple):
+            assert codebook.default(r, case.classes, case.limit) == default
         assert (own is not None) == case.own
 
 
 def test_the_golden_pages_have_every_mode_unit_dtype_and_kind_of_book() -> None:
     every = [read(name) for name in NAMES]
-    assert {mode for about in every for mode in about["modes"]} == {0, 1, 2, *range(9, 16)}
-    assert {unit for about in every for unit in about["units"]} == {"block", "channel", "vector", "token"}
+    assert {mode for about in every for mode in about["modes"]} == {0, 1, 2, *range(8, 16)}
+    assert {unit for about in every for unit in about["units"]} == {"block", "channel", "vector", "token", "head"}
     assert {about["dtype"] for about in every} == {"float32", "float16", "bfloat16"}
     books = [book for about in every for key in ("default_books", "own_books") for book in about[key] or [] if book]
-    assert {book["split"] for book in books} == {0, 1, 2}
+    assert {k for book in books for k in book["split"]} == {0, 1, 2, 3}
     assert {len(book["lengths"]) for book in books} == {1, 4}
-    assert 1 in {book["levels"] for book in books}
+    assert 1 in {levels for book in books for levels in book["levels"]}
+    assert max(levels for book in books for levels in book["levels"]) > 192
     assert max(about["channels"] for about in every) > 128
 
 
@@ -144,7 +152,9 @@ def test_an_invalid_page_is_refused(make: Any, name: str) -> None:
     page = (INVALID / f"{name}.bin").read_bytes()
     assert page != (VALID / f"{about['page_of']}.page.bin").read_bytes()
     with pytest.raises(getattr(errors, about["error"])):
-        reference.decode_page(page, layout, stored_books(make, origin), make.NUMPY_TYPES[origin["dtype"]])
+        reference.decode_page(
+            page, layout, stored_books(make, origin), make.NUMPY_TYPES[origin["dtype"]], steps_of(origin)
+        )
 
 
 def test_invalid_books_are_refused(make: Any) -> None:

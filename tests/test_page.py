@@ -9,10 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcomp.codebook import default
+from kvcomp.codebook import default, train
 from kvcomp.errors import CorruptData
-from kvcomp.kernels import Books, reference
-from kvcomp.page import DEFAULT_BOOK, FIXED, OWN_BOOK, RAW, Layout, assemble, blocks_of, ceil16, token_scales_of
+from kvcomp.kernels import Books, Steps, reference
+from kvcomp.page import (
+    DEFAULT_BOOK,
+    FIXED,
+    OWN_BOOK,
+    RAW,
+    Layout,
+    assemble,
+    blocks_of,
+    ceil16,
+    fixed_mode,
+    token_scales_of,
+    width_of,
+)
 from kvcomp.quantise import quantise
 from kvcomp.spec import CODINGS, UNITS, Coding, Unit
 
@@ -22,6 +34,7 @@ FIRST = 288
 RAW_BYTES = 64 * 16 * 2
 BOOK: Books = (default(0.5, 1, 12), None)
 BF16 = np.dtype(np.uint16)
+STEPS = (0.5, 0.75)
 
 
 def words(*values: int) -> bytes:
@@ -71,18 +84,26 @@ def test_token_scales_lie_between_the_directory_and_the_blocks(
     assert layout.first_block == first
 
 
-@pytest.mark.parametrize(("unit", "scales"), [("block", 8), ("channel", 320), ("vector", 256), ("token", 0)])
+@pytest.mark.parametrize(
+    ("unit", "scales"), [("block", 8), ("channel", 320), ("vector", 256), ("token", 0), ("head", 0)]
+)
 @pytest.mark.parametrize("kind", [0, 1])
 def test_every_mode_needs_room_for_its_scales_and_codes(unit: Unit, scales: int, kind: int) -> None:
     other: Unit = "vector" if unit == "token" else "token"
     layout = Layout(2, 80, (unit, other) if kind == 0 else (other, unit), 4)
     assert layout.least_block_bytes(RAW, kind) == 64 * 80 * 4
-    assert layout.least_block_bytes(DEFAULT_BOOK, kind) == layout.least_block_bytes(OWN_BOOK, kind) == scales + 64
+    assert layout.least_block_bytes(DEFAULT_BOOK, kind) == layout.least_block_bytes(OWN_BOOK, kind) == scales + 4
     for width, words_a_stream in zip(range(1, 8), (3, 5, 8, 10, 13, 15, 18), strict=True):
         assert layout.least_block_bytes(FIXED + width, kind) == scales + 256 * words_a_stream
+    assert layout.least_block_bytes(FIXED, kind) == scales + 256 * 20
 
 
-@pytest.mark.parametrize("mode", [*range(3, 9)])
+def test_width_8_has_the_mode_of_width_0() -> None:
+    assert [fixed_mode(width) for width in range(1, 9)] == [9, 10, 11, 12, 13, 14, 15, 8]
+    assert [width_of(fixed_mode(width)) for width in range(1, 9)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("mode", [*range(3, 8)])
 def test_a_mode_that_does_not_exist_is_corrupt(mode: int) -> None:
     with pytest.raises(CorruptData, match=f"unknown mode {mode}"):
         TWO_HEADS.least_block_bytes(mode, 0)
@@ -127,7 +148,7 @@ def test_a_right_directory_gives_its_blocks() -> None:
         (changed(4, RIGHT[3]), "too short"),
         (changed(4, 0), "too short"),
         (changed(0, FIRST | 5), "unknown mode"),
-        (changed(3, RIGHT[3] | 8), "unknown mode"),
+        (changed(3, RIGHT[3] | 7), "unknown mode"),
     ],
 )
 def test_a_directory_that_is_wrong_is_corrupt(page: bytes, message: str) -> None:
@@ -138,9 +159,9 @@ def test_a_directory_that_is_wrong_is_corrupt(page: bytes, message: str) -> None
 
 
 @pytest.mark.parametrize(("index", "kind_scales"), [(0, 8), (1, 8), (2, 0), (3, 0)])
-@pytest.mark.parametrize("mode", [DEFAULT_BOOK, OWN_BOOK, *range(FIXED + 1, FIXED + 8)])
+@pytest.mark.parametrize("mode", [DEFAULT_BOOK, OWN_BOOK, *range(FIXED, FIXED + 8)])
 def test_a_block_without_room_for_its_mode_is_corrupt(index: int, kind_scales: int, mode: int) -> None:
-    need = kind_scales + (64 if mode < FIXED else 256 * (-(-16 * (mode - FIXED) // 32)))
+    need = kind_scales + (4 if mode < FIXED else 256 * (-(-16 * (mode - FIXED or 8) // 32)))
     for size, right in ((ceil16(need), True), (ceil16(need) - 16, False)):
         directory = [FIRST]
         for i in range(4):
@@ -193,20 +214,26 @@ def encoded(layout: Layout, coding: Coding, r: float = 0.4) -> tuple[bytes, Book
     x = np.random.default_rng(2).normal(size=(2, layout.heads, 64, layout.channels)).astype(np.float32)
     if layout.heads > 1:
         x[0, 1, 5, 5] = np.nan
-    q = [quantise(x[i], layout.units[i], r) for i in range(2)]
-    books: Books = (default(r, 1, 12), None)
+    q = [quantise(x[i], unit, STEPS[: layout.heads] if unit == "head" else r) for i, unit in enumerate(layout.units)]
+    books: Books = (train(sum(reference.count_pairs(q[i], kind, 1) for i, kind in enumerate("KV")), 12), None)
     page, _ = reference.encode_pages(x[0], x[1], q[0], q[1], (coding, coding), layout.units, books, books)
     return page.tobytes()[: page.size - layout.channels], books
+
+
+def steps_of(layout: Layout) -> Steps:
+    key, value = (STEPS[: layout.heads] if unit == "head" else None for unit in layout.units)
+    return key, value
 
 
 @pytest.mark.parametrize(("unit", "coding"), list(product(UNITS, CODINGS)))
 def test_a_truncated_page_is_corrupt_at_every_length(unit: Unit, coding: Coding) -> None:
     layout = Layout(1, 16, (unit, unit), 4)
     page, books = encoded(layout, coding)
-    reference.decode_page(page, layout, (books, books), np.dtype(np.float32))
+    steps = steps_of(layout)
+    reference.decode_page(page, layout, (books, books), np.dtype(np.float32), steps)
     for size in range(len(page)):
         with pytest.raises(CorruptData):
-            reference.decode_page(page[:size], layout, (books, books), np.dtype(np.float32))
+            reference.decode_page(page[:size], layout, (books, books), np.dtype(np.float32), steps)
 
 
 @pytest.mark.parametrize(("unit", "coding"), list(product(UNITS, CODINGS)))
@@ -221,7 +248,7 @@ def test_hostile_changes_of_a_page_give_values_or_corrupt_data(unit: Unit, codin
         for _ in range(int(rng.integers(1, 5))):
             bad[int(rng.integers(0, reach))] = int(rng.integers(0, 256))
         try:
-            k, v = reference.decode_page(bytes(bad), layout, (books, books), np.dtype(np.float32))
+            k, v = reference.decode_page(bytes(bad), layout, (books, books), np.dtype(np.float32), steps_of(layout))
         except CorruptData:
             outcomes.add("corrupt")
         else:

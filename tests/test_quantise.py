@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from kvcomp.errors import InvalidInput
 from kvcomp.quantise import Quantised, error_bound, quantise, round_to, to_float32
-from kvcomp.spec import UNITS, Unit
+from kvcomp.spec import UNITS, TensorSpec, Unit
 
 Array = npt.NDArray[Any]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,6 +26,7 @@ LARGEST = {name: torch.finfo(dtype).max for name, dtype in DTYPES.items()}
 # spacing of the dtypes: significand bits and least exponent of a normal number
 FORMATS = {"float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}
 BF16 = np.dtype(np.uint16)
+RANGED = UNITS[:-1]  # the units with a relative scale
 
 
 def cast(x: Array, dtype: str) -> Array:
@@ -179,7 +180,7 @@ scales = st.sampled_from([0.02, 0.05, 0.1, 1 / 14, 0.5, 0.999]) | st.floats(0.00
 
 
 @settings(max_examples=300)
-@given(hostile(), st.sampled_from(UNITS), scales)
+@given(hostile(), st.sampled_from(RANGED), scales)
 def test_every_value_of_a_block_that_is_not_raw_is_within_its_bound(
     data: tuple[Array, str], unit: Unit, r: float
 ) -> None:
@@ -188,7 +189,7 @@ def test_every_value_of_a_block_that_is_not_raw_is_within_its_bound(
 
 
 @settings(max_examples=200)
-@given(hostile(finite=False), st.sampled_from(UNITS), scales)
+@given(hostile(finite=False), st.sampled_from(RANGED), scales)
 def test_scales_zeros_codes_and_raw_blocks_are_those_of_the_format(
     data: tuple[Array, str], unit: Unit, r: float
 ) -> None:
@@ -200,7 +201,7 @@ def test_scales_zeros_codes_and_raw_blocks_are_those_of_the_format(
     np.testing.assert_array_equal(np.broadcast_to(found.zero, expected.zero.shape), expected.zero)
 
 
-@given(hostile(finite=False), st.sampled_from(UNITS), scales)
+@given(hostile(finite=False), st.sampled_from(RANGED), scales)
 def test_what_is_stored_fits_its_type(data: tuple[Array, str], unit: Unit, r: float) -> None:
     x, _ = data
     heads, tokens, channels = x.shape
@@ -218,7 +219,7 @@ def test_what_is_stored_fits_its_type(data: tuple[Array, str], unit: Unit, r: fl
         assert not (q.scale.view(np.uint32) & 0xFFFF).any()
 
 
-@given(hostile(finite=False), st.sampled_from(UNITS), scales)
+@given(hostile(finite=False), st.sampled_from(RANGED), scales)
 def test_a_block_with_a_value_that_is_not_finite_is_raw(data: tuple[Array, str], unit: Unit, r: float) -> None:
     x, _ = data
     broken = ~np.isfinite(in_pages(exact(x))).all(axis=(2, 3))
@@ -229,7 +230,7 @@ def test_a_block_with_a_value_that_is_not_finite_is_raw(data: tuple[Array, str],
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", RANGED)
 def test_a_value_that_is_not_finite_makes_raw_what_shares_its_unit_and_nothing_else(unit: Unit, bad: float) -> None:
     x = np.random.default_rng(1).normal(size=(3, 192, 32)).astype(np.float32)
     x[1, 100, 7] = bad
@@ -266,7 +267,7 @@ def huge_mixture(rng: np.random.Generator, dtype: str, heads: int, pages: int, c
 def test_ten_million_values_are_within_their_bounds(dtype: str) -> None:
     rng = np.random.default_rng(7)
     values = coded = 0
-    for unit in UNITS:
+    for unit in RANGED:
         for r in (0.02, 0.05, 0.1, 0.3):
             x = huge_mixture(rng, dtype, 8, 10, 128)
             q = quantise(x, unit, r)
@@ -278,7 +279,7 @@ def test_ten_million_values_are_within_their_bounds(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("r", [0.02, 0.05, 0.1, 1 / 14, 0.5])
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", RANGED)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ordinary_data_is_never_raw_and_uses_its_levels(dtype: str, unit: Unit, r: float) -> None:
     x = cast(np.random.default_rng(3).normal(size=(4, 256, 64)) * 3, dtype)
@@ -290,7 +291,7 @@ def test_ordinary_data_is_never_raw_and_uses_its_levels(dtype: str, unit: Unit, 
     assert (q.scale > bounds(x, unit, r)).all()  # the step is more than half of the widest possible
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", RANGED)
 def test_the_step_of_float32_data_is_close_to_the_widest_possible(unit: Unit) -> None:
     x = np.random.default_rng(4).normal(size=(2, 64, 64)).astype(np.float32)
     widest = 2 * bounds(x, unit, 0.1)
@@ -308,7 +309,7 @@ def test_a_channel_with_a_large_offset_is_not_raw() -> None:
 
 @given(
     st.sampled_from(list(DTYPES)),
-    st.sampled_from(UNITS),
+    st.sampled_from(RANGED),
     st.floats(0.03, 0.99),
     st.integers(-32767, 32767),
     st.integers(-30, 40),
@@ -340,7 +341,7 @@ def test_a_constant_that_needs_more_than_15_bits_is_raw_and_one_of_zeros_is_not(
     assert (q.raw.any(), q.codes.any(), float(q.scale[0, 0, 0, 0]), int(q.zero[0, 0, 0, 0])) == (False, False, 1.0, 0)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", RANGED)
 @pytest.mark.parametrize("size", [2.0**-103, 2.0**103])
 def test_a_scale_too_small_or_large_to_store_makes_the_block_raw(unit: Unit, size: float) -> None:
     x = np.random.default_rng(6).uniform(-1, 1, (2, 64, 16)).astype(np.float32)
@@ -365,7 +366,7 @@ def test_a_zero_of_more_than_15_bits_makes_the_block_raw(lowest: int, raw: bool)
     assert int(q.zero[0, 0, 0, 0]) == (0 if raw else lowest)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", RANGED)
 def test_the_pages_and_heads_of_a_call_do_not_affect_each_other(unit: Unit) -> None:
     x = huge_mixture(np.random.default_rng(8), "bfloat16", 4, 3, 32)
     whole = quantise(x, unit, 0.05)
@@ -407,7 +408,7 @@ def test_no_pages_give_no_codes() -> None:
     assert (q.codes.shape, q.raw.shape) == ((0, 2, 64, 16), (0, 2))
 
 
-@given(hostile(), st.sampled_from(UNITS), scales)
+@given(hostile(), st.sampled_from(RANGED), scales)
 def test_error_bound_says_r_times_half_the_range(data: tuple[Array, str], unit: Unit, r: float) -> None:
     x, _ = data
     found = error_bound(x, unit, r)
@@ -429,3 +430,112 @@ def test_rounding_is_that_of_torch_ties_to_even_included(values: list[float]) ->
                 found = round_to(y, BF16 if dtype == "bfloat16" else np.dtype(dtype))
                 np.testing.assert_array_equal(exact(found), torch.from_numpy(y).to(torch_dtype).double().numpy())
                 np.testing.assert_array_equal(to_float32(found).astype(np.float64), exact(found))
+
+
+# The unit ``head``
+
+
+def spacing(x: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[np.float64]:
+    """Distance of the values of a dtype around x."""
+    significand, least = FORMATS[dtype]
+    exponent = np.frexp(x)[1] - 1
+    return np.exp2(np.where(x == 0, least, np.maximum(exponent, least)) - significand + 1)
+
+
+def steps_for(x: Array, fractions: list[float]) -> tuple[float, ...]:
+    """A step for each head: a fraction of its largest value."""
+    top = np.nan_to_num(np.abs(exact(x)), nan=1.0, posinf=1.0, neginf=1.0).max(axis=(1, 2))
+    steps = (min(max(float(t) * f, 2.0**-100), 2.0**100) for t, f in zip(top, fractions, strict=False))
+    heads = TensorSpec("head", steps=(tuple(steps),)).heads
+    assert heads is not None
+    return heads
+
+
+fractions = st.lists(
+    st.sampled_from([1 / 127, 1 / 128, 1 / 120, 0.02, 0.3, 1.0, 2.0, 3.0]) | st.floats(1 / 200, 3),
+    min_size=9,
+    max_size=9,
+)
+
+
+@settings(max_examples=300)
+@given(hostile(finite=False), fractions)
+def test_a_step_of_a_head_is_kept_exactly_before_the_rounding_and_to_half_a_spacing_after_it(
+    data: tuple[Array, str], shares: list[float]
+) -> None:
+    x, dtype = data
+    steps = steps_for(x, shares)
+    q = quantise(x, "head", steps)
+    values, coded = in_pages(exact(x)), ~q.raw[:, :, None, None]
+    point = (q.codes.astype(np.float64) - 128) * np.array(steps).reshape(1, -1, 1, 1)  # exact: 8 bits by 16
+    with np.errstate(invalid="ignore", over="ignore"):
+        assert not (coded & ~(np.abs(point - values) <= np.array(steps).reshape(1, -1, 1, 1) / 2)).any()
+        back = exact(q.dequantise(x.dtype))
+        assert not (coded & ~(np.abs(back - point) <= spacing(point, dtype) / 2)).any()
+    assert (q.scale.ravel().tolist(), q.zero.ravel().tolist()) == (list(steps), [-128] * len(steps))
+    assert q.scale.shape == q.zero.shape == (1, x.shape[0], 1, 1)
+
+
+@settings(max_examples=200)
+@given(hostile(finite=False), fractions)
+def test_blocks_are_raw_exactly_where_a_value_has_no_code(data: tuple[Array, str], shares: list[float]) -> None:
+    x, dtype = data
+    steps = steps_for(x, shares)
+    found = quantise(x, "head", steps)
+    values = in_pages(exact(x))
+    with np.errstate(invalid="ignore"):
+        least = np.array(steps).reshape(1, -1, 1, 1) * -128.5
+        fits = (values >= least) & (values <= -least - np.array(steps).reshape(1, -1, 1, 1))  # 127.5 steps
+        if dtype == "float16":
+            fits &= np.abs(values) <= 65504 - np.array(steps).reshape(1, -1, 1, 1) / 2
+    near = np.isclose(values, least) | np.isclose(values, 127.5 * least / -128.5)
+    if dtype == "float16":
+        near |= np.abs(values) > 65504 - np.array(steps).reshape(1, -1, 1, 1)
+    sure = ~near.any(axis=(2, 3))
+    np.testing.assert_array_equal(found.raw[sure], ~fits.all(axis=(2, 3))[sure])
+    assert not found.codes[found.raw].any()
+
+
+@pytest.mark.parametrize("q", [-128, -127, -3, -1, 0, 1, 2, 126, 127])
+@pytest.mark.parametrize("step", [1.0, 0.75, 3 * 2.0**-60, float(0xFFFF), 0x8001 * 2.0**-20])
+def test_around_the_middle_between_two_points_the_nearer_one_is_taken(q: int, step: float) -> None:
+    """Where float32 alone errs: values one unit in the last place beside q + 1/2 steps."""
+    x = np.zeros((1, 64, 16), np.float32)
+    middle = np.float32((q + 0.5) * step)
+    around = [np.nextafter(middle, np.float32(-np.inf)), middle, np.nextafter(middle, np.float32(np.inf))]
+    x[0, 0, : 3 if q < 127 else 1] = around if q < 127 else around[:1]
+    codes = quantise(x, "head", (step,)).codes[0, 0, 0].astype(int) - 128
+    assert codes[0] == q
+    if q < 127:
+        assert codes[1] in (q, q + 1)
+        assert codes[2] == q + 1
+
+
+def test_codes_of_a_head_reach_from_minus_128_to_127() -> None:
+    x = np.zeros((2, 192, 16), np.float32)
+    x[0, 0, :2] = -128, 127
+    x[0, 64, 0], x[0, 128, 0] = -128.5 - 2.0**-10, 127.5 + 2.0**-10
+    q = quantise(x, "head", (1.0, 1.0))
+    np.testing.assert_array_equal(q.raw, [[False, False], [True, False], [True, False]])
+    assert q.codes[0, 0, 0, :3].tolist() == [0, 255, 128]
+
+
+def test_a_point_beyond_the_largest_float16_makes_a_block_raw() -> None:
+    x = np.zeros((2, 64, 16), np.float16)
+    x[:, 0, 0] = 65504
+    q = quantise(x, "head", (1024.0, 818.75))  # 64 steps are 65536, which is infinite; 80 steps are 65500
+    np.testing.assert_array_equal(q.raw, [[True, False]])
+
+
+def test_the_bound_of_a_head_is_half_its_step() -> None:
+    bound = error_bound(np.zeros((2, 64, 16), np.float32), "head", (1.0, 0.5))
+    assert bound.shape == (1, 2, 1, 1)
+    assert bound.ravel().tolist() == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("unit", "scale"), [("head", 0.1), ("head", (1.0,)), ("head", (1.0, 1.0, 1.0)), ("token", (1.0, 1.0))]
+)
+def test_a_scale_must_fit_the_unit_and_the_heads(unit: Unit, scale: Any) -> None:
+    with pytest.raises(InvalidInput, match="2 heads needs"):
+        quantise(np.zeros((2, 64, 16), np.float32), unit, scale)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,17 +18,30 @@ from kvcomp.spec import CODINGS, PAGE_TOKENS, PRESETS, SPEC_VERSION, UNITS, Code
 
 BLOCK = TensorSpec("block", 0.05)
 
+RANGED = UNITS[:-1]  # the units with a relative scale
+
 relative_scales = st.floats(0, 1, exclude_min=True, exclude_max=True, allow_nan=False)
-tensor_specs = st.builds(
+steps = st.floats(2.0**-100, 2.0**100)
+others = {"coding": st.sampled_from(CODINGS), "limit": st.integers(10, 12), "classes": st.sampled_from([1, 4])}
+ranged_specs = st.builds(
     TensorSpec,
-    unit=st.sampled_from(UNITS),
+    unit=st.sampled_from(RANGED),
     relative_scale=relative_scales | st.lists(relative_scales, min_size=1, max_size=5).map(tuple),
-    coding=st.sampled_from(CODINGS),
-    limit=st.integers(10, 12),
-    classes=st.sampled_from([1, 4]),
+    **others,
+)
+head_specs = st.builds(
+    TensorSpec,
+    unit=st.just("head"),
+    steps=st.lists(st.lists(steps, min_size=1, max_size=3).map(tuple), min_size=1, max_size=5).map(tuple),
+    **others,
 )
 codec_specs = st.builds(
-    CodecSpec, key=tensor_specs, value=tensor_specs, window=st.integers(0, 65536), sinks=st.integers(0, 65536)
+    CodecSpec,
+    key=ranged_specs | head_specs,
+    value=ranged_specs | head_specs,
+    window=st.integers(0, 65536),
+    sinks=st.integers(0, 65536),
+    calibration=st.none() | st.text("0123456789abcdef", min_size=16, max_size=64),
 )
 
 
@@ -47,9 +62,74 @@ def test_a_spec_survives_json(spec: CodecSpec) -> None:
 @given(codec_specs)
 def test_json_names_the_version_and_every_field(spec: CodecSpec) -> None:
     content = json.loads(spec.to_json())
-    assert set(content) == {"kvcomp_spec", "key", "value", "window", "sinks"}
+    assert set(content) - {"calibration"} == {"kvcomp_spec", "key", "value", "window", "sinks"}
+    assert ("calibration" in content) == (spec.calibration is not None)
     assert content["kvcomp_spec"] == SPEC_VERSION == 1
-    assert set(content["key"]) == {"unit", "relative_scale", "coding", "limit", "classes"}
+    scale = "steps" if spec.key.unit == "head" else "relative_scale"
+    assert set(content["key"]) == {"unit", scale, "coding", "limit", "classes"}
+
+
+@given(st.lists(steps, min_size=1, max_size=20))
+def test_steps_are_rounded_to_16_significant_bits_so_that_their_multiples_are_exact(given: list[float]) -> None:
+    rounded = TensorSpec("head", steps=(tuple(given),)).heads
+    assert rounded is not None
+    for step, found in zip(given, rounded, strict=True):
+        assert abs(found - step) <= step * 2.0**-16
+        assert int(found / 2.0 ** (math.frexp(found)[1] - 16)) * 2.0 ** (math.frexp(found)[1] - 16) == found
+        for q in (-128, -3, 127):
+            assert float(np.float32(q * found)) == q * found
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None, (), [], ((),), (1.0,), ((1.0,), ()), ((0.0,),), ((-1.0,),), ((True,),), (("1",),), ((math.nan,),),
+        ((math.inf,),), ((2.0**-101,),), ((2.0**101,),), 1.0, "steps", {"a": 1},
+    ],
+)  # fmt: skip
+def test_a_head_spec_refuses_what_are_no_steps(bad: Any) -> None:
+    with pytest.raises(InvalidInput, match="step"):
+        TensorSpec("head", steps=bad)
+
+
+def test_steps_belong_to_the_unit_head_and_a_relative_scale_to_the_others() -> None:
+    with pytest.raises(InvalidInput, match="no relative_scale"):
+        TensorSpec("head", 0.1, steps=((1.0,),))
+    with pytest.raises(InvalidInput, match="no steps"):
+        TensorSpec("block", 0.1, steps=((1.0,),))
+    with pytest.raises(InvalidInput, match="needs a relative_scale"):
+        TensorSpec("block")
+
+
+def test_a_layer_takes_the_steps_of_its_heads() -> None:
+    spec = CodecSpec(TensorSpec("head", steps=((1.0, 2.0), (3.0, 4.0))), TensorSpec("token", 0.1), calibration="ab" * 8)
+    layer = spec.layer(1, 2)
+    assert layer.key.steps == ((3.0, 4.0),)
+    assert layer.key.scale == layer.key.heads == (3.0, 4.0)
+    assert layer.value == spec.value
+    assert layer.value.heads is None
+    assert layer.calibration == spec.calibration
+    assert layer.layer(0, 1) == layer
+    for index, layers in ((0, 1), (0, 3), (2, 3)):
+        with pytest.raises(InvalidInput, match="2 layers"):
+            spec.layer(index, layers)
+
+
+def test_json_lists_are_steps() -> None:
+    text = json.dumps(
+        {
+            "kvcomp_spec": 1,
+            "key": {"unit": "head", "steps": [[0.5], [1]]},
+            "value": {"unit": "head", "steps": [[2], [3]]},
+        }
+    )
+    assert CodecSpec.from_json(text).key == TensorSpec("head", steps=((0.5,), (1.0,)))
+
+
+@pytest.mark.parametrize("bad", ["", "ab", "AB" * 8, "0" * 65, 1234567812345678, "g" * 16, "ab" * 8 + "\n", True])
+def test_a_calibration_is_hexadecimal_digits(bad: Any) -> None:
+    with pytest.raises(InvalidInput, match="calibration"):
+        CodecSpec(BLOCK, BLOCK, calibration=bad)
 
 
 def test_fields_left_out_of_the_json_take_their_defaults() -> None:

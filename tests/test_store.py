@@ -47,9 +47,16 @@ def spec_of(
     window: int = 8,
     sinks: int = 4,
     classes: int = 1,
+    heads: int = 2,
 ) -> CodecSpec:
     """A spec of few levels, so that the reference is fast; K and V have books of their own."""
-    return CodecSpec(TensorSpec(key, r, coding, 12, classes), TensorSpec(value, r, coding, 11, classes), window, sinks)
+
+    def tensor(unit: Unit, limit: int) -> TensorSpec:
+        if unit == "head":
+            return TensorSpec(unit, None, coding, limit, classes, (tuple(2 * r + head / 4 for head in range(heads)),))
+        return TensorSpec(unit, r, coding, limit, classes)
+
+    return CodecSpec(tensor(key, 12), tensor(value, 11), window, sinks)
 
 
 def tokens(
@@ -96,8 +103,12 @@ def snapshot(store: KVStore) -> dict[str, Any]:
     }
 
 
-def bound_of(page: Tensor, unit: Unit, r: float) -> Tensor:
-    """r (max - min) / 2 for the values (heads, 64, channels) of a page."""
+def bound_of(page: Tensor, unit: Unit, r: float | tuple[float, ...]) -> Tensor:
+    """r (max - min) / 2 for the values (heads, 64, channels) of a page; of the unit ``head`` half a step and half a unit in the last place."""
+    if isinstance(r, tuple):
+        step = torch.tensor(r, dtype=torch.float64)[:, None, None]
+        top = (page.double().abs() + step / 2).log2().floor().exp2()
+        return step / 2 + top * torch.finfo(page.dtype).eps / 2
     axes = {"block": (1, 2), "channel": (1,), "vector": (2,), "token": (0, 2)}[unit]
     x = page.double()
     return (r * (x.amax(axes, keepdim=True) - x.amin(axes, keepdim=True)) / 2).expand(x.shape)
@@ -165,7 +176,7 @@ def test_one_token_at_a_time_the_same_tokens_are_sealed_as_all_at_once(backend: 
 def test_every_unit_and_dtype_is_within_its_bound(backend: str, unit: Unit, dtype: torch.dtype) -> None:
     k, v = tokens(150, heads=3, channels=32, dtype=dtype)
     other: Unit = UNITS[UNITS.index(unit) - 1]
-    store = fill(KVStore(spec_of(unit, other, r=0.3, classes=4), backend), k, v, [100])
+    store = fill(KVStore(spec_of(unit, other, r=0.3, classes=4, heads=3), backend), k, v, [100])
     assert store.dtype == dtype
     assert store.count.tolist() == [2]
     assert store.dense()[0].dtype == dtype
@@ -544,7 +555,7 @@ def test_a_block_whose_codes_the_own_book_lacks_takes_the_default_book(backend: 
     store = fill(KVStore(spec_of("block", "token", r=0.5), backend), k, v, [268])
     book = store.own_books[0][0]
     assert book is not None
-    assert book.levels == 1
+    assert book.levels == (1,)
     assert [mode for mode, _ in blocks_of(page_bytes(store)[0][-1], store.layout)] == [DEFAULT_BOOK] * 2 + [
         OWN_BOOK
     ] * 2

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcomp.block import STREAMS, length_unit, scales_size
+from kvcomp.block import LEAST_LENGTHS, MAX_BASE, MAX_DIFFERENCE_BITS, STREAMS, length_unit, scales_size
 from kvcomp.errors import CorruptData
 from kvcomp.page import DEFAULT_BOOK, OWN_BOOK, RAW, Layout
 from kvcomp.quantise import MAX_ZERO, SCALE_RANGE
@@ -77,8 +77,11 @@ def _check_some(arena: Bytes, begin: Places, sizes: Places, layout: Layout) -> n
         if shared is not None:
             _check_scales(_windows(arena, begin + shared, scales_size(PAGE_TOKENS)), PAGE_TOKENS)
         huffman = (mode == DEFAULT_BOOK) | (mode == OWN_BOOK)
-        heads_of_blocks = _windows(arena, at[huffman], scales + STREAMS)  # once: most of the time goes to cache misses
-        _check_streams(heads_of_blocks[:, scales:], left[huffman] - scales, layout.channels)
+        heads_of_blocks = _windows(
+            arena, at[huffman], scales + LEAST_LENGTHS
+        )  # once: most of the time goes to cache misses
+        lengths = heads_of_blocks[:, scales:].copy().view("<u4")[:, 0].astype(np.int64)
+        _check_streams(arena, at[huffman] + scales, lengths, left[huffman] - scales, layout.channels)
         if count:
             _check_scales(heads_of_blocks[:, :scales], count)
             _check_scales(_windows(arena, at[~huffman & (mode != RAW)], scales), count)
@@ -116,14 +119,28 @@ def _check_scales(found: Bytes, count: int) -> None:
         raise CorruptData("a block has a scale or a zero that no encoder writes")
 
 
-def _check_streams(found: Bytes, room: Places, channels: int) -> None:
-    """found: (blocks, 64), the length bytes. room: bytes from there to the end of the block."""
-    lengths = found.view("<u8").T.copy()  # (8, blocks): sums over the first axis are fast
-    even = np.uint64(0x00FF00FF00FF00FF)  # sums of bytes, four at a time in 16 bits each, which hold 64 times 255
-    sums = ((lengths & even) + (lengths >> np.uint64(8) & even)).sum(axis=0)
-    total = (sums * np.uint64(0x0001000100010001) >> np.uint64(48)).astype(np.int64) * length_unit(channels)
-    if (total > 8 * (room - STREAMS)).any():
+def _check_streams(arena: Bytes, at: Places, heads: Places, room: Places, channels: int) -> None:
+    """at: where the lengths of each block begin. heads: their first words. room: bytes from there to the end of the block."""
+    width = heads & 15
+    sizes = LEAST_LENGTHS + 8 * width
+    if (width > MAX_DIFFERENCE_BITS).any() or (sizes > room).any():
+        raise CorruptData("a block is too short for the lengths of its streams")
+    total = STREAMS // 4 * np.sum([heads >> (4 + 7 * group) & MAX_BASE for group in range(4)], axis=0)
+    for bits in np.unique(width[width > 0]).tolist():
+        some = width == bits
+        words = _windows(arena, at[some] + LEAST_LENGTHS, 8 * bits).view("<u8")
+        for bit, masks in enumerate(_bits_of_differences(bits)):
+            total[some] += np.bitwise_count(words & masks).sum(axis=1, dtype=np.int64) << bit
+    if (total * length_unit(channels) > 8 * (room - sizes)).any():
         raise CorruptData("a block's streams are longer than the block")
+
+
+@lru_cache
+def _bits_of_differences(width: int) -> npt.NDArray[np.uint64]:
+    """Masks (bits of a difference, words of 64 bits): where that bit of each of 64 differences of ``width`` bits lies."""
+    place = np.arange(STREAMS * width)
+    masks = [np.packbits(place % width == bit, bitorder="little").view("<u8") for bit in range(width)]
+    return np.stack(masks)
 
 
 def _windows(arena: Bytes, at: Places, size: int) -> Bytes:

@@ -1,10 +1,11 @@
-"""Codebooks: pair counts -> length-limited canonical Huffman lengths -> code words and decode table.
+"""Codebooks: pair counts -> length-limited canonical Huffman lengths -> code words and decode tables.
 
 Only the lengths are a codebook (docs/format.md, section 6); words and tables are derived from them.
 """
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,103 +14,130 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp.errors import CorruptData, InvalidInput
-from kvcomp.quantise import MAX_LEVELS
+from kvcomp.quantise import MAX_CODES, MAX_LEVELS
 
 MAX_SYMBOLS_A_SIDE = 24  # the pair alphabet stays below 576 symbols where the split codes allow
 MAX_LIMIT = 12
-MAX_PAIR_BITS = 15  # L + 2k: so that the length of a stream fits a byte
+MAX_SPLIT = 3
 TRAINING_TOKENS = 256  # sealed tokens from which a sequence trains its own book
+
+HEAD = struct.Struct("<2B")  # classes, limit
+OF_CLASS = struct.Struct("<3B")  # first, levels - 1, split
+
+Lengths = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """Code lengths for pairs of codes.
+    """Code lengths for pairs of codes, for each class of channels.
 
-    levels: number of codes, 1 to 128.
-    split: k, low bits of each code that are stored as they are, 0 to 2.
-    limit: L, longest code length in bits.
-    lengths: uint8 (classes, symbols * symbols), symbols = ceil(levels / 2^k); entry ``hi_a * symbols + hi_b``; 0 means no code.
+    first, levels: class i has the codes ``first[i]`` to ``first[i] + levels[i] - 1``; with levels rounded up to a multiple of 2^k, below 256.
+    split: k, low bits of each ``code - first`` that are stored as they are, 0 to 3.
+    limit: L, longest code length in bits, at most 12.
+    lengths: uint8, class after class ``symbols * symbols`` of them, symbols = ceil(levels / 2^k); entry ``hi_a * symbols + hi_b``; 0
+        means no code, or, where there is a single symbol, that it takes no bits.
 
-    Raises CorruptData if the lengths are no complete prefix code (Kraft sum 1, or a single symbol of length 1).
+    Raises CorruptData if the lengths of a class are no complete prefix code (Kraft sum 1, or a single symbol of length 0).
     """
 
-    levels: int
-    split: int
+    first: tuple[int, ...]
+    levels: tuple[int, ...]
+    split: tuple[int, ...]
     limit: int
-    lengths: npt.NDArray[np.uint8]
+    lengths: Lengths
 
     def __post_init__(self) -> None:
-        longest = min(MAX_LIMIT, MAX_PAIR_BITS - 2 * self.split)
-        if not (1 <= self.levels <= MAX_LEVELS and 0 <= self.split <= 2 and 1 <= self.limit <= longest):
-            raise CorruptData(
-                f"codebook with levels {self.levels}, split {self.split}, limit {self.limit} is out of range"
-            )
-        if self.lengths.dtype != np.uint8 or self.lengths.ndim != 2 or self.lengths.shape[1] != self.symbols**2:
-            raise CorruptData(f"codebook needs uint8 lengths (classes, {self.symbols**2}), not {self.lengths.shape}")
-        if self.lengths.shape[0] not in (1, 4):
-            raise CorruptData(f"codebook with {self.lengths.shape[0]} classes: 1 or 4 are possible")
-        for lengths in self.lengths:
+        if len(self.levels) not in (1, 4) or not len(self.first) == len(self.levels) == len(self.split):
+            raise CorruptData(f"codebook with {len(self.levels)} classes: 1 or 4 are possible")
+        if not 1 <= self.limit <= MAX_LIMIT:
+            raise CorruptData(f"codebook of {self.limit} bits: 1 to {MAX_LIMIT} are possible")
+        for first, levels, split in zip(self.first, self.levels, self.split, strict=True):
+            if not (0 <= split <= MAX_SPLIT and first >= 0 and levels >= 1 and _end(first, levels, split) <= MAX_CODES):
+                raise CorruptData(f"codebook with first code {first}, levels {levels}, split {split} is out of range")
+        size = sum(self.symbols(index) ** 2 for index in range(self.classes))
+        if self.lengths.dtype != np.uint8 or self.lengths.shape != (size,):
+            raise CorruptData(f"codebook needs {size} lengths in uint8, not {self.lengths.shape}")
+        for index in range(self.classes):
+            lengths = self.lengths_of(index)
             used = lengths[lengths > 0].astype(np.int64)
             kraft = int(np.sum(1 << (self.limit - np.minimum(used, self.limit))))
-            single = used.size == 1 and used[0] == 1
+            single = lengths.size == 1 and used.size == 0
             if not single and (used.size == 0 or used.max() > self.limit or kraft != 1 << self.limit):
                 raise CorruptData("codebook lengths are no complete prefix code")
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Codebook)
-            and (self.levels, self.split, self.limit) == (other.levels, other.split, other.limit)
+            and (self.first, self.levels, self.split, self.limit)
+            == (other.first, other.levels, other.split, other.limit)
             and np.array_equal(self.lengths, other.lengths)
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def symbols(self) -> int:
-        """Symbols of one side of a pair, m."""
-        return _symbols(self.levels, self.split)
-
-    @property
     def classes(self) -> int:
-        return int(self.lengths.shape[0])
+        return len(self.levels)
 
-    @property
-    def words(self) -> npt.NDArray[np.uint32]:
-        """Code word of every symbol, (classes, symbols * symbols), bits reversed so that they go LSB first."""
-        return np.stack([_canonical_words(lengths) for lengths in self.lengths])
+    def symbols(self, of_class: int) -> int:
+        """Symbols of one side of a pair in a class, m."""
+        return _symbols(self.levels[of_class], self.split[of_class])
 
-    def table(self) -> npt.NDArray[np.uint32]:
-        """Decode table (classes, 2^(L + 2k)): ``bits | a << 16 | b << 24``, indexed by the next L + 2k bits of a stream."""
-        k, size = self.split, 1 << (self.limit + 2 * self.split)
-        table = np.zeros((self.classes, size), np.uint32)
-        words = self.words
-        for index, lengths in enumerate(self.lengths):
-            single = np.count_nonzero(lengths) == 1
-            for symbol in np.flatnonzero(lengths):
-                hi_a, hi_b = divmod(int(symbol), self.symbols)
-                bits, word = int(lengths[symbol]), int(words[index, symbol])
-                for lo in range(1 << (2 * k)):
-                    a, b = hi_a << k | lo & ((1 << k) - 1), hi_b << k | lo >> k
-                    entry = bits + 2 * k | a << 16 | b << 24
-                    for start in (0, 1) if single else (word,):
-                        table[index, start | lo << bits :: 1 << (bits + 2 * k)] = entry
-        return table
+    def lengths_of(self, of_class: int) -> Lengths:
+        """The lengths of a class, (symbols * symbols,)."""
+        begin = sum(self.symbols(index) ** 2 for index in range(of_class))
+        return self.lengths[begin : begin + self.symbols(of_class) ** 2]
+
+    def words(self, of_class: int) -> npt.NDArray[np.uint32]:
+        """Code word of every symbol of a class, (symbols * symbols,), bits reversed so that they go LSB first."""
+        return _canonical_words(self.lengths_of(of_class))
+
+    def to_bytes(self) -> bytes:
+        """The book as files hold it (docs/format.md, section 6); ``read`` gives it back."""
+        classes = zip(self.first, self.levels, self.split, strict=True)
+        heads = b"".join(OF_CLASS.pack(first, levels - 1, split) for first, levels, split in classes)
+        return HEAD.pack(self.classes, self.limit) + heads + self.lengths.tobytes()
+
+
+def read(data: bytes, at: int = 0) -> tuple[Codebook, int]:
+    """The book that begins at a place, and where it ends. Raises CorruptData."""
+    if len(data) - at < HEAD.size:
+        raise CorruptData("a codebook is cut off")
+    classes, limit = HEAD.unpack_from(data, at)
+    at += HEAD.size
+    if len(data) - at < classes * OF_CLASS.size:
+        raise CorruptData("a codebook is cut off")
+    of_class = [OF_CLASS.unpack_from(data, at + index * OF_CLASS.size) for index in range(classes)]
+    at += classes * OF_CLASS.size
+    size = sum(_symbols(levels + 1, min(split, MAX_SPLIT)) ** 2 for _, levels, split in of_class)
+    if len(data) - at < size:
+        raise CorruptData("a codebook is cut off")
+    first, levels, split = (tuple(column) for column in zip(*of_class, strict=True)) if of_class else ((), (), ())
+    lengths = np.frombuffer(data, np.uint8, size, at).copy()
+    return Codebook(first, tuple(n + 1 for n in levels), split, limit, lengths), at + size
 
 
 def train(counts: npt.NDArray[Any], limit: int) -> Codebook:
-    """The best codebook for pair counts, with a code for every pair up to the largest code seen.
+    """The best codebook for pair counts; each class has a code for every pair of codes from the least to the largest seen in it.
 
-    counts: integers (classes, n, n), ``counts[class, a, b]``. limit: longest code in bits.
+    counts: integers (classes, n, n), ``counts[class, a, b]``, n at most 256. limit: longest code in bits.
     """
-    seen = np.flatnonzero(counts.sum(axis=0).sum(axis=0) + counts.sum(axis=0).sum(axis=1))
-    levels = int(seen[-1]) + 1 if seen.size else 1
-    k = split_for(levels)
-    m = _symbols(levels, k)
-    n = m << k
-    padded = np.zeros((counts.shape[0], n, n), np.int64)
-    padded[:, :levels, :levels] = counts[:, :levels, :levels]
-    pairs = padded.reshape(-1, m, 1 << k, m, 1 << k).sum(axis=(2, 4)).reshape(-1, m * m)
-    return _build(pairs, levels, k, limit)
+    firsts, levels, splits, lengths = zip(*(_train_class(of_class, limit) for of_class in counts), strict=True)
+    return Codebook(firsts, levels, splits, limit, np.concatenate(lengths))
+
+
+def _train_class(counts: npt.NDArray[Any], limit: int) -> tuple[int, int, int, Lengths]:
+    """First code, levels, split and lengths of a class."""
+    seen = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
+    least, most = (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 1)
+    k = split_for(most - least)
+    m = _symbols(most - least, k)
+    first = min(least, MAX_CODES - (m << k))  # so that no symbol stands for a code that is no byte
+    some = counts[first : first + (m << k), first : first + (m << k)]
+    padded = np.zeros((m << k, m << k), np.int64)
+    padded[: some.shape[0], : some.shape[1]] = some
+    pairs = padded.reshape(m, 1 << k, m, 1 << k).sum(axis=(1, 3)).ravel()
+    return first, most - first, k, code_lengths(16 * pairs + 1, limit)
 
 
 @lru_cache(maxsize=256)
@@ -122,30 +150,31 @@ def default(relative_scale: float, classes: int, limit: int) -> Codebook:
     weight = [((h + 1) * (centre - h)) ** 4 if h < centre else 0 for h in range(m)]
     top = max(weight) ** 2
     pairs = np.array([(a * b << 20) // top for a in weight for b in weight], np.int64)
-    return _build(np.broadcast_to(pairs, (classes, m * m)), levels, k, limit)
+    lengths = np.tile(code_lengths(16 * pairs + 1, limit), classes)
+    return Codebook((0,) * classes, (levels,) * classes, (k,) * classes, limit, lengths)
+
+
+def _end(first: int, levels: int, split: int) -> int:
+    """The code after the last one that a symbol can stand for."""
+    return first + (_symbols(levels, split) << split)
 
 
 def split_for(levels: int) -> int:
     """Low bits k to take off each code so that a side has few symbols."""
-    return next((k for k in (0, 1) if _symbols(levels, k) <= MAX_SYMBOLS_A_SIDE), 2)
+    return next((k for k in range(MAX_SPLIT) if _symbols(levels, k) <= MAX_SYMBOLS_A_SIDE), MAX_SPLIT)
 
 
 def _symbols(levels: int, split: int) -> int:
     return -(-levels // (1 << split))
 
 
-def _build(pairs: npt.NDArray[np.int64], levels: int, split: int, limit: int) -> Codebook:
-    limit = min(limit, MAX_PAIR_BITS - 2 * split)
-    return Codebook(levels, split, limit, np.stack([code_lengths(16 * counts + 1, limit) for counts in pairs]))
-
-
-def code_lengths(weights: npt.NDArray[np.int64], limit: int) -> npt.NDArray[np.uint8]:
+def code_lengths(weights: npt.NDArray[np.int64], limit: int) -> Lengths:
     """Optimal code lengths of at most ``limit`` bits for positive integer weights: package-merge (Larmore & Hirschberg, 1990)."""
     n = weights.size
     if n > 1 << limit:
         raise InvalidInput(f"{n} symbols need codes longer than {limit} bits")
     if n == 1:
-        return np.ones(1, np.uint8)
+        return np.zeros(1, np.uint8)
     order = np.argsort(weights, kind="stable")
     leaves = weights[order]
     merged, is_leaf = leaves, [np.ones(n, bool)]
@@ -166,7 +195,21 @@ def code_lengths(weights: npt.NDArray[np.int64], limit: int) -> npt.NDArray[np.u
     return lengths
 
 
-def _canonical_words(lengths: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+def decode_table(book: Codebook, of_class: int) -> npt.NDArray[np.uint32]:
+    """Decode table of a class: ``bits | a << 16 | b << 24``, indexed by the next bits of a stream, as many as the longest pair has."""
+    k, lengths, words = book.split[of_class], book.lengths_of(of_class), book.words(of_class)
+    table = np.zeros(1 << (int(lengths.max()) + 2 * k), np.uint32)
+    first, symbols = book.first[of_class], book.symbols(of_class)
+    for symbol in np.flatnonzero(lengths) if symbols > 1 else (0,):
+        hi_a, hi_b = divmod(int(symbol), symbols)
+        bits, word = int(lengths[symbol]), int(words[symbol])
+        for lo in range(1 << (2 * k)):
+            a, b = (hi_a << k) + (lo & ((1 << k) - 1)) + first, (hi_b << k) + (lo >> k) + first
+            table[word | lo << bits :: 1 << (bits + 2 * k)] = bits + 2 * k | a << 16 | b << 24
+    return table
+
+
+def _canonical_words(lengths: Lengths) -> npt.NDArray[np.uint32]:
     """Canonical code words in the order (length, symbol), reversed."""
     words = np.zeros(lengths.size, np.uint32)
     code = previous = 0

@@ -138,7 +138,10 @@ def read_header(text: bytes, available: int) -> Header:
         found.append(layer)
     try:
         for layer in found:
-            spec.layer(layer.layer, model_layers)
+            of_layer = spec.layer(layer.layer, model_layers)
+            for tensor in (of_layer.key, of_layer.value):
+                if tensor.heads is not None and len(tensor.heads) != layer.heads:
+                    raise CorruptData(f"the spec has steps for {len(tensor.heads)} heads, a layer has {layer.heads}")
     except InvalidInput as error:
         raise CorruptData(f"the spec in the header does not fit its layers: {error}") from None
     objects = sum(rows * ROW_OBJECTS + layer.books * BOOK_OBJECTS for layer in found)

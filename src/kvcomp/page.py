@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvcomp.block import STREAMS, fixed_words, scales_from, scales_size
+from kvcomp.block import LEAST_LENGTHS, STREAMS, fixed_words, scales_from, scales_size
 from kvcomp.errors import CorruptData
 from kvcomp.spec import PAGE_TOKENS, Unit
 
 RAW, DEFAULT_BOOK, OWN_BOOK, FIXED = 0, 1, 2, 8
-MAX_WIDTH = 7
+MAX_WIDTH = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class Layout:
 
     def block_scales(self, kind_index: int) -> int:
         """How many scales stand at the head of a block of K (0) or V (1)."""
-        return {"block": 1, "channel": self.channels, "vector": PAGE_TOKENS, "token": 0}[self.units[kind_index]]
+        return {"block": 1, "channel": self.channels, "vector": PAGE_TOKENS, "token": 0, "head": 0}[
+            self.units[kind_index]
+        ]
 
     def least_block_bytes(self, mode: int, kind_index: int) -> int:
         """Bytes that a block of this mode needs at the least; raises CorruptData for a mode that does not exist."""
@@ -54,10 +56,25 @@ class Layout:
         if mode == RAW:
             return PAGE_TOKENS * self.channels * self.value_bytes
         if mode in (DEFAULT_BOOK, OWN_BOOK):
-            return scales + STREAMS
-        if FIXED < mode <= FIXED + MAX_WIDTH:
-            return scales + 4 * STREAMS * fixed_words(self.channels, mode - FIXED)
+            return scales + LEAST_LENGTHS
+        if FIXED <= mode < FIXED + MAX_WIDTH:
+            return scales + 4 * STREAMS * fixed_words(self.channels, width_of(mode))
         raise CorruptData(f"a page has a block of the unknown mode {mode}")
+
+
+def fixed_mode(width: int) -> int:
+    """The mode of a block of codes of a fixed width, 1 to 8."""
+    return FIXED + width % MAX_WIDTH
+
+
+def width_of(mode: int) -> int:
+    """Inverse of ``fixed_mode``."""
+    return mode - FIXED or MAX_WIDTH
+
+
+def fixed_zero(width: int) -> int:
+    """The zero of a block of this fixed width where the unit is ``head``."""
+    return -(1 << (width - 1))
 
 
 def ceil16(size: int) -> int:

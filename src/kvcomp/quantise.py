@@ -8,6 +8,10 @@ than peak 2^-21); rounding to the output type adds at most u/2. So s = 2 (e - u/
 float32 arithmetic is exact, and so is the output: where 2^i >= u every grid point is representable, where 2^i < u the
 value x is itself a grid point. So s = 2^floor(log2(2e)) suffices too. The encoder still checks every value: what fails, NaN and
 infinity included, is kept raw.
+
+The unit ``head`` has a step s of 16 significant bits that is known beforehand, and codes q + 128 for -128 <= q <= 127. Its bound is
+s/2, before the rounding to the output type (attention takes the values before it): q*s is a float32 and so, by Sterbenz' lemma, is x - q*s;
+so one step up or down where that exceeds s/2 leaves no error of arithmetic. The output type adds half of its spacing at q*s, at most.
 """
 
 from __future__ import annotations
@@ -21,13 +25,25 @@ import numpy.typing as npt
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import PAGE_TOKENS, Unit
 
-MAX_LEVELS = 128
+MAX_CODES = 256  # codes are bytes
+MAX_LEVELS = 128  # of a unit whose range the encoder measures
+HEAD_ZERO = -128  # of the unit ``head``
 MAX_ZERO = 32767
 SCALE_RANGE = (2.0**-100, 2.0**100)
 ARITHMETIC_SLACK = 2.0**-21
 
+LARGEST_FLOAT16 = (
+    65504.0  # what is above may become infinite; the other types reach further than any code of the unit ``head``
+)
+
 # Axes of (pages, heads, tokens, channels) over which a unit extends.
-UNIT_AXES: dict[Unit, tuple[int, ...]] = {"block": (2, 3), "channel": (2,), "vector": (3,), "token": (1, 3)}
+UNIT_AXES: dict[Unit, tuple[int, ...]] = {
+    "block": (2, 3),
+    "channel": (2,),
+    "vector": (3,),
+    "token": (1, 3),
+    "head": (0, 2, 3),
+}
 # Stored significand bits of a scale: float32 for a block, bfloat16 else.
 SCALE_BITS: dict[Unit, int] = {"block": 24, "channel": 8, "vector": 8, "token": 8}
 # Significand bits and smallest normal exponent of the dtypes; bfloat16 travels through numpy as its bits in uint16.
@@ -58,7 +74,8 @@ class Quantised:
     """Integer codes with what it takes to undo them.
 
     codes: uint8 (pages, heads, 64, channels).
-    scale, zero: float32 and int32, (pages, heads, 64, channels) with a 1 for each axis over which the unit extends.
+    scale, zero: float32 and int32, (pages, heads, 64, channels) with a 1 for each axis over which the unit extends; of the unit ``head``
+        the steps and -128.
     raw: bool (pages, heads), blocks that miss the bound and are kept as they came; their codes are 0 and mean nothing.
     """
 
@@ -72,22 +89,62 @@ class Quantised:
         return round_to((self.codes + self.zero).astype(np.float32) * self.scale, dtype)
 
 
-def error_bound(x: Array, unit: Unit, relative_scale: float) -> npt.NDArray[np.float64]:
-    """The bound r (max - min) / 2 of every unit of ``x`` (heads, 64*pages, channels), in the shape of ``Quantised.scale``."""
+def error_bound(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> npt.NDArray[np.float64]:
+    """The bound of every unit of ``x`` (heads, 64*pages, channels), in the shape of ``Quantised.scale``.
+
+    That is r (max - min) / 2 with ``scale`` r, kept by the values in their dtype; of the unit ``head``, with ``scale`` the heads' steps,
+    half a step, kept before the rounding to the dtype.
+    """
+    if isinstance(scale, tuple):
+        return np.array(scale, np.float64).reshape(1, -1, 1, 1) / 2
     values = _pages(x).astype(np.float64)
     axes = UNIT_AXES[unit]
-    bound: npt.NDArray[np.float64] = (
-        relative_scale * (values.max(axes, keepdims=True) - values.min(axes, keepdims=True)) / 2
-    )
+    bound: npt.NDArray[np.float64] = scale * (values.max(axes, keepdims=True) - values.min(axes, keepdims=True)) / 2
     return bound
 
 
-def quantise(x: Array, unit: Unit, relative_scale: float) -> Quantised:
+def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised:
     """Quantise whole pages so that every value of a block that is not raw comes back within ``error_bound``.
 
-    x: (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits.
-    Raises InvalidInput for another shape or type.
+    x: (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits. scale: the relative scale, or, for the unit ``head``,
+        the step of each head (``TensorSpec.scale``).
+    Raises InvalidInput for another shape or type, or if ``scale`` does not fit the unit and the heads.
     """
+    check_scale(x, unit, scale)
+    return _quantise_heads(x, scale) if isinstance(scale, tuple) else _quantise_ranges(x, unit, scale)
+
+
+def check_scale(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> None:
+    """Raise InvalidInput unless this is a relative scale, or, for the unit ``head``, a step for each head of x (heads, ..)."""
+    if isinstance(scale, tuple) != (unit == "head") or (isinstance(scale, tuple) and len(scale) != x.shape[0]):
+        raise InvalidInput(
+            f"the unit {unit!r} of {x.shape[0]} heads needs "
+            + ("a step for each head" if unit == "head" else "a relative scale")
+        )
+
+
+def _quantise_heads(x: Array, steps: tuple[float, ...]) -> Quantised:
+    values = _pages(x)
+    step = np.array(steps, np.float32).reshape(1, -1, 1, 1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        nearest = np.rint(values * (np.float32(1) / step))
+        error = values - nearest * step
+        half = step / 2
+        nearest += (error > half).astype(np.float32) - (error < -half).astype(np.float32)
+        codes = nearest - HEAD_ZERO
+        kept = (codes >= 0) & (codes < MAX_CODES)  # a NaN fails the comparison
+        if x.dtype == np.float16:
+            kept &= np.abs(nearest * step) <= LARGEST_FLOAT16
+    raw: npt.NDArray[np.bool_] = ~np.asarray(kept.all(axis=(2, 3)))
+    return Quantised(
+        codes=np.where(raw[:, :, None, None], 0, codes).astype(np.uint8),
+        scale=step,
+        zero=np.full(step.shape, HEAD_ZERO, np.int32),
+        raw=raw,
+    )
+
+
+def _quantise_ranges(x: Array, unit: Unit, relative_scale: float) -> Quantised:
     values = _pages(x)
     axes = UNIT_AXES[unit]
     with np.errstate(invalid="ignore", over="ignore"):

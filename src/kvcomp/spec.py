@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -10,14 +12,16 @@ from typing import Any, Literal, Self, TypeVar
 
 from kvcomp.errors import InvalidInput, UnsupportedVersion
 
-Unit = Literal["block", "channel", "token", "vector"]
+Unit = Literal["block", "channel", "token", "vector", "head"]
 Coding = Literal["huffman", "fixed"]
 Kind = Literal["K", "V"]
 
-UNITS: tuple[Unit, ...] = ("block", "channel", "token", "vector")
+UNITS: tuple[Unit, ...] = ("block", "channel", "token", "vector", "head")
 CODINGS: tuple[Coding, ...] = ("huffman", "fixed")
 PAGE_TOKENS = 64
 SPEC_VERSION = 1
+STEP_RANGE = (2.0**-100, 2.0**100)
+STEP_BITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +29,45 @@ class TensorSpec:
     """How one of K and V is coded.
 
     unit: the values that share a scale: ``block`` (64 tokens of a head), ``channel``, ``token`` (all heads) or
-        ``vector`` (one head's token); KVComp's BlockQuant, ChannelQuant, TokenQuant (arXiv 2509.00579, section 3).
-    relative_scale: quantisation step over the unit's range (max - min), in (0, 1); one number, or one for each layer.
+        ``vector`` (one head's token); KVComp's BlockQuant, ChannelQuant, TokenQuant (arXiv 2509.00579, section 3). Or ``head``: all
+        values of a head, with a step that is known beforehand.
+    relative_scale: quantisation step over the unit's range (max - min), in (0, 1); one number, or one for each layer. None for
+        the unit ``head``.
     coding: ``huffman`` (pairs of codes, variable length) or ``fixed`` (fixed width, chosen for each block).
     limit: longest Huffman code in bits, 10 to 12.
     classes: codebooks for each quarter of the channels (4) or one for all (1).
+    steps: for the unit ``head`` the step of each KV head, layer after layer, from 2^-100 to 2^100; rounded to 16 significant
+        bits, so that every multiple up to 256 is a float32. None for the others.
     """
 
     unit: Unit
-    relative_scale: float | tuple[float, ...]
+    relative_scale: float | tuple[float, ...] | None = None
     coding: Coding = "huffman"
     limit: int = 12
     classes: int = 1
+    steps: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise InvalidInput(f"unit must be one of {', '.join(UNITS)}, not {self.unit!r}")
         if self.coding not in CODINGS:
             raise InvalidInput(f"coding must be one of {', '.join(CODINGS)}, not {self.coding!r}")
+        if self.unit == "head":
+            if self.relative_scale is not None or self.steps is None:
+                raise InvalidInput(
+                    'the unit "head" needs steps, one for each KV head of each layer, and no relative_scale'
+                )
+            object.__setattr__(self, "steps", _rounded_steps(self.steps))
+        else:
+            if self.steps is not None or self.relative_scale is None:
+                raise InvalidInput(f"the unit {self.unit!r} needs a relative_scale, and no steps")
+            self._check_relative_scale()
+        if isinstance(self.limit, bool) or not isinstance(self.limit, int) or not 10 <= self.limit <= 12:
+            raise InvalidInput(f"limit must be 10 to 12 bits, not {self.limit!r}")
+        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or self.classes not in (1, 4):
+            raise InvalidInput(f"classes must be 1 or 4, not {self.classes!r}")
+
+    def _check_relative_scale(self) -> None:
         if isinstance(self.relative_scale, list):
             object.__setattr__(self, "relative_scale", tuple(self.relative_scale))
         for scale in self.scales:
@@ -50,22 +75,64 @@ class TensorSpec:
                 raise InvalidInput(f"relative_scale must lie strictly between 0 and 1, not {scale!r}")
         if not self.scales:
             raise InvalidInput("relative_scale needs one number, or one for each layer")
-        if isinstance(self.limit, bool) or not isinstance(self.limit, int) or not 10 <= self.limit <= 12:
-            raise InvalidInput(f"limit must be 10 to 12 bits, not {self.limit!r}")
-        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or self.classes not in (1, 4):
-            raise InvalidInput(f"classes must be 1 or 4, not {self.classes!r}")
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """The relative scales, one for each layer, or a single one for all."""
+        """The relative scales, one for each layer, or a single one for all; none for the unit ``head``."""
+        if self.relative_scale is None:
+            return ()
         return self.relative_scale if isinstance(self.relative_scale, tuple) else (self.relative_scale,)
 
     @property
-    def scale(self) -> float:
-        """The relative scale of a spec that has a single one, as every ``CodecSpec.layer()`` does."""
-        if len(self.scales) != 1:
+    def layers(self) -> int | None:
+        """How many layers the spec lists relative scales or steps for; None if one relative scale is for all."""
+        if self.steps is not None:
+            return len(self.steps)
+        return len(self.scales) if len(self.scales) > 1 else None
+
+    @property
+    def scale(self) -> float | tuple[float, ...]:
+        """What ``quantise`` takes: the relative scale, or the heads' steps, of a spec for one layer, as every ``CodecSpec.layer()`` is."""
+        if self.layers not in (None, 1):
             raise InvalidInput("this spec has one relative_scale for each layer: take CodecSpec.layer(i) first")
-        return float(self.scales[0])
+        return float(self.scales[0]) if self.steps is None else self.steps[0]
+
+    @property
+    def heads(self) -> tuple[float, ...] | None:
+        """The heads' steps of a spec for one layer; None unless the unit is ``head``."""
+        return self.scale if isinstance(self.scale, tuple) else None
+
+    def layer(self, index: int, layers: int) -> TensorSpec:
+        """The same for layer ``index`` of ``layers``. Raises InvalidInput if the spec lists another number of layers."""
+        if self.layers not in (None, layers):
+            raise InvalidInput(
+                f"the spec has scales for {self.layers} layers, the model has {layers}: "
+                "use a spec tuned for this model, or one number for all layers"
+            )
+        if self.steps is not None:
+            return replace(self, steps=self.steps[index : index + 1])
+        return replace(self, relative_scale=self.scales[index if self.layers else 0])
+
+
+def _rounded_steps(steps: Any) -> tuple[tuple[float, ...], ...]:
+    """Steps with 16 significant bits. Raises InvalidInput for what are no steps."""
+    if not isinstance(steps, list | tuple) or not steps:
+        raise InvalidInput("steps must be a list of layers, each a list of one step for each KV head")
+    layers = []
+    for layer in steps:
+        if not isinstance(layer, list | tuple) or not layer:
+            raise InvalidInput("steps must be a list of layers, each a list of one step for each KV head")
+        for step in layer:
+            number = isinstance(step, int | float) and not isinstance(step, bool)
+            if not number or not STEP_RANGE[0] <= step <= STEP_RANGE[1]:
+                raise InvalidInput(f"a step must be a number from 2^-100 to 2^100, not {step!r}")
+        layers.append(tuple(_rounded(float(step)) for step in layer))
+    return tuple(layers)
+
+
+def _rounded(step: float) -> float:
+    mantissa, exponent = math.frexp(step)
+    return math.ldexp(round(math.ldexp(mantissa, STEP_BITS)), exponent - STEP_BITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +142,15 @@ class CodecSpec:
     key, value: coding of K and V.
     window: most recent tokens that are never compressed; a page is sealed when 64 more have gathered.
     sinks: first tokens that are never compressed (attention sinks).
+    calibration: fingerprint, in hexadecimal digits, of the calibration that the steps belong to and without which the pages cannot be read; None if
+        there is none.
     """
 
     key: TensorSpec
     value: TensorSpec
     window: int = 64
     sinks: int = 4
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in (("key", self.key), ("value", self.value)):
@@ -89,29 +159,24 @@ class CodecSpec:
         for name, count in (("window", self.window), ("sinks", self.sinks)):
             if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= 65536:
                 raise InvalidInput(f"{name} must be a number of tokens from 0 to 65536, not {count!r}")
+        if self.calibration is not None and not (
+            isinstance(self.calibration, str) and re.fullmatch("[0-9a-f]{16,64}", self.calibration)
+        ):
+            raise InvalidInput(f"calibration must be 16 to 64 hexadecimal digits, not {self.calibration!r}")
 
     def layer(self, index: int, layers: int) -> CodecSpec:
-        """The spec of layer ``index`` of ``layers``: the same, with one relative scale each for K and V.
+        """The spec of layer ``index`` of ``layers``: the same, with one relative scale each for K and V, or the steps of its heads.
 
-        Raises InvalidInput if the spec lists scales for another number of layers, or there is no such layer.
+        Raises InvalidInput if the spec lists another number of layers, or there is no such layer.
         """
-
         if not 0 <= index < layers:
             raise InvalidInput(f"there is no layer {index} among {layers}")
-
-        def of_layer(tensor: TensorSpec) -> TensorSpec:
-            if len(tensor.scales) not in (1, layers):
-                raise InvalidInput(
-                    f"the spec has scales for {len(tensor.scales)} layers, the model has {layers}: "
-                    "use a spec tuned for this model, or one number for all layers"
-                )
-            return replace(tensor, relative_scale=tensor.scales[index if len(tensor.scales) > 1 else 0])
-
-        return replace(self, key=of_layer(self.key), value=of_layer(self.value))
+        return replace(self, key=self.key.layer(index, layers), value=self.value.layer(index, layers))
 
     def to_json(self) -> str:
         """The spec as JSON text; ``CodecSpec.from_json`` gives an equal spec back."""
-        return json.dumps({"kvcomp_spec": SPEC_VERSION, **asdict(self)}, indent=2)
+        content = asdict(self, dict_factory=lambda items: {name: value for name, value in items if value is not None})
+        return json.dumps({"kvcomp_spec": SPEC_VERSION, **content}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Self:

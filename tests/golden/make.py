@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from kvcomp import codebook
 from kvcomp.codebook import Codebook
-from kvcomp.kernels import Books, reference
+from kvcomp.kernels import Books, Steps, reference
 from kvcomp.page import Layout, blocks_of
 from kvcomp.quantise import round_to
 from kvcomp.spec import Coding, Unit
@@ -31,11 +31,13 @@ from kvcomp.spec import Coding, Unit
 FOLDER = Path(__file__).parent / "v1"
 NUMPY_TYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 Array = npt.NDArray[Any]
+Scale = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A page: K has the unit and relative scale at 0, V that at 1. data: how the input is made, see ``source``."""
+    """A page: K has the unit and relative scale (for the unit ``head`` the heads' steps) at 0, V that at 1. data: how the input is made, see
+    ``source``."""
 
     name: str
     why: str
@@ -43,7 +45,7 @@ class Case:
     heads: int
     channels: int
     units: tuple[Unit, Unit]
-    scales: tuple[float, float]
+    scales: tuple[Scale, Scale]
     coding: Coding = "huffman"
     classes: int = 1
     limit: int = 12
@@ -53,6 +55,11 @@ class Case:
     @property
     def layout(self) -> Layout:
         return Layout(self.heads, self.channels, self.units, NUMPY_TYPES[self.dtype].itemsize)
+
+    @property
+    def steps(self) -> Steps:
+        key, value = (scale if isinstance(scale, tuple) else None for scale in self.scales)
+        return key, value
 
 
 CASES = (
@@ -176,6 +183,50 @@ CASES = (
         coding="fixed",
         data="small",
     ),
+    Case(
+        "head-own",
+        "steps of heads; classes with one symbol and with low bits apart",
+        "bfloat16",
+        2,
+        16,
+        ("head", "head"),
+        ((0.25, 1.5), (0.375, 2.0)),
+        classes=4,
+        own=True,
+    ),
+    Case(
+        "head-late",
+        "steps of heads: a head that only the default book covers, and one that no book covers",
+        "bfloat16",
+        3,
+        16,
+        ("head", "head"),
+        ((0.5, 0.5, 0.0625), (1.0, 2.0, 0.125)),
+        own=True,
+        data="late",
+    ),
+    Case(
+        "head-wide",
+        "steps of heads, more than 192 levels, half a step away from 0",
+        "float32",
+        1,
+        16,
+        ("head", "block"),
+        ((0.036,), 0.1),
+        limit=11,
+        data="wide",
+    ),
+    Case(
+        "head-fixed-8",
+        "steps of heads and fixed width: codes on both sides of 0, a width of 8, a value that has no code",
+        "float16",
+        3,
+        16,
+        ("head", "head"),
+        ((0.03125, 0.25, 0.5), (1.25, 8.0, 0.03125)),
+        coding="fixed",
+        data="broken",
+    ),
 )
 
 
@@ -209,6 +260,8 @@ def source(case: Case) -> tuple[Array, Array]:
             x[1, 5, 7] = np.nan if not both else -np.inf
             x[2, 63, 15] = 65504
             x[2, 0, 0] = -65504 if not both else 2.0**-24
+        elif case.data == "wide":
+            x += np.float32(2.0**-6)
         both.append(round_to(x, NUMPY_TYPES[case.dtype]))
     return both[0], both[1]
 
@@ -220,10 +273,21 @@ def books_of(case: Case, kernels: Any = reference) -> tuple[Books, Books]:
         own = None
         if case.own:
             seen = x[:1] if case.data == "late" else x
-            q = kernels.quantise(seen, case.units[index], case.scales[index])
+            scale = case.scales[index]
+            q = kernels.quantise(seen, case.units[index], scale[: seen.shape[0]] if isinstance(scale, tuple) else scale)
             own = codebook.train(kernels.count_pairs(q, "KV"[index], case.classes), case.limit)
-        books.append((codebook.default(case.scales[index], case.classes, case.limit), own))
+        books.append((default_book(case, index, x, kernels), own))
     return books[0], books[1]
+
+
+def default_book(case: Case, index: int, x: Array, kernels: Any) -> Codebook:
+    """That of the relative scale; of the unit ``head``, as a calibration might give it, one trained on two heads at nine tenths of the step."""
+    scale = case.scales[index]
+    if not isinstance(scale, tuple):
+        return codebook.default(scale, case.classes, case.limit)
+    some = slice(None, 2)
+    finer = kernels.quantise(x[some], "head", tuple(step * 0.9 for step in scale[some]))
+    return codebook.train(kernels.count_pairs(finer, "KV"[index], case.classes), case.limit)
 
 
 def encode(case: Case, kernels: Any = reference) -> bytes:
@@ -238,7 +302,7 @@ def decode(case: Case, page: bytes, books: tuple[Books, Books], kernels: Any = r
     """K and V of a page in the dtype, by a backend."""
     memory = np.frombuffer(page + bytes(case.channels), np.uint8).copy()
     k, v = np.zeros((2, case.heads, 64, case.channels), NUMPY_TYPES[case.dtype])
-    kernels.decompress(np.array([memory.ctypes.data], np.int64), case.units, *books, k, v)
+    kernels.decompress(np.array([memory.ctypes.data], np.int64), case.units, *books, k, v, case.steps)
     return k.tobytes() + v.tobytes()
 
 
@@ -252,7 +316,8 @@ def describe(case: Case) -> dict[str, Any]:
         "heads": case.heads,
         "channels": case.channels,
         "units": case.units,
-        "relative_scales": case.scales,
+        "relative_scales": [None if isinstance(scale, tuple) else scale for scale in case.scales],
+        "steps": case.steps,
         "coding": case.coding,
         "modes": [mode for mode, _ in blocks_of(encode(case), case.layout)],
         "default_books": [book_data(default) for default, _ in books] if case.coding == "huffman" else None,
@@ -262,13 +327,15 @@ def describe(case: Case) -> dict[str, Any]:
 
 def book_data(book: Codebook) -> dict[str, Any]:
     """A book as plain data; the lengths of each class as a hexadecimal digit a symbol."""
-    lengths = ["".join(f"{n:x}" for n in lengths) for lengths in book.lengths.tolist()]
-    return {"levels": book.levels, "split": book.split, "limit": book.limit, "lengths": lengths}
+    lengths = ["".join(f"{n:x}" for n in book.lengths_of(index).tolist()) for index in range(book.classes)]
+    parts = {"first": book.first, "levels": book.levels, "split": book.split}
+    return {name: list(part) for name, part in parts.items()} | {"limit": book.limit, "lengths": lengths}
 
 
 def book_from(data: dict[str, Any]) -> Codebook:
-    lengths = np.array([[int(n, 16) for n in lengths] for lengths in data["lengths"]], np.uint8)
-    return Codebook(data["levels"], data["split"], data["limit"], lengths)
+    lengths = np.array([int(n, 16) for lengths in data["lengths"] for n in lengths], np.uint8)
+    first, levels, split = (tuple(data[name]) for name in ("first", "levels", "split"))
+    return Codebook(first, levels, split, data["limit"], lengths)
 
 
 def invalid_pages() -> Iterator[tuple[str, str, Case, bytes]]:
@@ -290,13 +357,15 @@ def invalid_pages() -> Iterator[tuple[str, str, Case, bytes]]:
     yield "gap", "the first block does not follow the directory", huffman, words(k + 16, v, end)
     yield "overlap", "the first block lies in the directory", huffman, words(k - 16, v, end)
     yield "backwards", "the second block begins before the first", huffman, words(k, (k & ~15) - 16 | v & 15, end)
-    yield "no-room", "a block without room for its length bytes", huffman, words(k, (k & ~15) + 64 | v & 15, end)
+    yield "no-room", "a block without room for its lengths", huffman, words(k, (k & ~15) + 16 | v & 15, end)
+    yield "no-room-at-all", "a block without bytes", huffman, words(k, k & ~15 | v & 15, end)
     yield "raw-no-room", "a raw block without room for its values", huffman, words(k & ~15, v, end)
     yield "unknown-mode-3", "a mode that does not exist", huffman, words(k, v & ~15 | 3, end)
-    yield "unknown-mode-8", "a fixed width of 0", huffman, words(k, v & ~15 | 8, end)
+    yield "fixed-8-no-room", "a width of 8, which has the mode of width 0", huffman, words(k, v & ~15 | 8, end)
     yield "no-own-book", "the own book of a sequence that has none", huffman, words(k & ~15 | 2, v, end)
     begin = k & ~15
-    yield "streams-too-long", "the lengths of the streams exceed the block", huffman, put(page, begin + 8, b"\xff" * 64)
+    yield "streams-too-long", "the lengths of the streams exceed the block", huffman, put(page, begin + 9, b"\xff" * 64)
+    yield "lengths-too-wide", "differences of 10 bits", huffman, put(page, begin + 8, b"\x0a")
     for name, value in (("zero", 0.0), ("negative", -1.0), ("nan", np.nan), ("inf", np.inf), ("tiny", 2.0**-101)):
         yield f"scale-{name}", "a scale that no encoder writes", huffman, put(page, begin, struct.pack("<f", value))
     yield "zero-too-large", "a zero that no encoder writes", huffman, put(page, begin + 4, struct.pack("<i", 32768))
@@ -310,18 +379,27 @@ def put(page: bytes, at: int, value: bytes) -> bytes:
     return page[:at] + value + page[at + len(value) :]
 
 
+def invalid_book(why: str, lengths: str | list[str], **change: Any) -> dict[str, Any]:
+    classes = [lengths] if isinstance(lengths, str) else lengths
+    good = {name: [value] * len(classes) for name, value in (("first", 0), ("levels", 2), ("split", 0))}
+    return {"why": why, **good, "limit": 3, "lengths": classes} | change
+
+
 INVALID_BOOKS = [
-    {"why": "incomplete", "levels": 2, "split": 0, "limit": 3, "lengths": ["1230"]},
-    {"why": "over-full", "levels": 2, "split": 0, "limit": 3, "lengths": ["1222"]},
-    {"why": "empty", "levels": 2, "split": 0, "limit": 3, "lengths": ["0000"]},
-    {"why": "a single symbol of length 2", "levels": 2, "split": 0, "limit": 3, "lengths": ["0020"]},
-    {"why": "longer than the limit", "levels": 2, "split": 0, "limit": 3, "lengths": ["1244"]},
-    {"why": "too few symbols", "levels": 2, "split": 0, "limit": 3, "lengths": ["122"]},
-    {"why": "two classes", "levels": 2, "split": 0, "limit": 3, "lengths": ["2222", "2222"]},
-    {"why": "129 levels", "levels": 129, "split": 2, "limit": 11, "lengths": ["0" * 33 * 33]},
-    {"why": "three low bits", "levels": 8, "split": 3, "limit": 3, "lengths": ["1"]},
-    {"why": "13 bits", "levels": 2, "split": 0, "limit": 13, "lengths": ["2222"]},
-    {"why": "12 bits and two low bits: 16 bits a pair", "levels": 8, "split": 2, "limit": 12, "lengths": ["2222"]},
+    invalid_book("incomplete", "1230"),
+    invalid_book("over-full", "1222"),
+    invalid_book("empty", "0000"),
+    invalid_book("one code word where several symbols are possible", "0010"),
+    invalid_book("a single symbol that takes bits", "1", levels=[1]),
+    invalid_book("longer than the limit", "1244"),
+    invalid_book("too few symbols", "122"),
+    invalid_book("two classes", ["2222", "2222"]),
+    invalid_book("257 levels", "0" * 33 * 33, levels=[257], split=[3]),
+    invalid_book("four low bits", "0", levels=[8], split=[4]),
+    invalid_book("13 bits", "2222", limit=13),
+    invalid_book("codes beyond 255", "2222", first=[255]),
+    invalid_book("a symbol of the codes 255 and 256", "2222", first=[253], levels=[3], split=[1]),
+    invalid_book("one class of four incomplete", ["1233", "1233", "1230", "2222"]),
 ]
 INVALID_SPECS = [
     {"why": "a newer version", "error": "UnsupportedVersion", "spec": {"kvcomp_spec": 2}},
@@ -337,6 +415,15 @@ INVALID_SPECS = [
         "spec": {
             "kvcomp_spec": 1,
             "key": {"unit": "block", "relative_scale": 0.1, "transform": "klt"},
+            "value": {"unit": "token", "relative_scale": 0.1},
+        },
+    },
+    {
+        "why": "steps and a relative scale",
+        "error": "InvalidInput",
+        "spec": {
+            "kvcomp_spec": 1,
+            "key": {"unit": "head", "relative_scale": 0.1, "steps": [[1.0]]},
             "value": {"unit": "token", "relative_scale": 0.1},
         },
     },

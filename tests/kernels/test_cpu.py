@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 
 from kvcomp import codebook
 from kvcomp.errors import InvalidInput
-from kvcomp.kernels import Books, reference
+from kvcomp.kernels import NO_STEPS, Books, Steps, reference
 from kvcomp.quantise import Quantised
-from kvcomp.spec import Coding, Unit
+from kvcomp.spec import UNITS, Coding, Unit
 
 cpu = pytest.importorskip("kvcomp.kernels.cpu", exc_type=ImportError)
 
@@ -24,6 +25,9 @@ UNIT_PAIRS: tuple[tuple[Unit, Unit], ...] = (
     ("channel", "vector"),
     ("token", "channel"),
     ("vector", "block"),
+    ("head", "head"),
+    ("head", "token"),
+    ("channel", "head"),
 )
 CODINGS: tuple[tuple[Coding, Coding], ...] = (("huffman", "huffman"), ("fixed", "huffman"), ("huffman", "fixed"))
 # Attention in float32 sums against float64, relative to the largest output; scores of tens magnify their own rounding.
@@ -45,6 +49,16 @@ def keys_like(rng: np.random.Generator, heads: int, tokens: int, channels: int, 
     return as_dtype(rng.laplace(size=(heads, tokens, channels)) * spread + offset, dtype)
 
 
+def scale_of(unit: Unit, r: float, heads: int) -> float | tuple[float, ...]:
+    """A relative scale, or for the unit ``head`` steps that give about as many codes as that."""
+    return tuple(6 * r * (1 + head / 3) for head in range(heads)) if unit == "head" else r
+
+
+def steps_of(scales: Sequence[float | tuple[float, ...]]) -> Steps:
+    key, value = (scale if isinstance(scale, tuple) else None for scale in scales)
+    return key, value
+
+
 def make_raw(q: Quantised, page: int, head: int) -> None:
     """Mark a block as raw, as the quantiser does where a bound fails."""
     q.raw[page, head] = True
@@ -59,9 +73,10 @@ class Cache:
     scaling: float
     softcap: float
     owners: list[Array] = field(default_factory=list)
+    steps: Steps = NO_STEPS
 
     def attend(self, kernels: Any, threads: int = 1) -> tuple[Array, Array]:
-        out: tuple[Array, Array] = kernels.attend(*self.arguments, self.scaling, self.softcap, threads)
+        out: tuple[Array, Array] = kernels.attend(*self.arguments, self.scaling, self.softcap, threads, self.steps)
         return out
 
 
@@ -85,20 +100,22 @@ def build(
     softcap: float = 0.0,
 ) -> Cache:
     rng = np.random.default_rng(seed)
+    scaled = [scale_of(unit, scale, heads) for unit, scale in zip(units, scales, strict=True)]
     rows, capacity = len(pages), max(pages) + 1
     addresses, valid = np.zeros((rows, capacity), np.int64), np.zeros((rows, capacity), np.int32)
     books: list[tuple[Books, Books]] = []
     owners: list[Array] = []
     for row, count in enumerate(pages):
         k, v = (keys_like(rng, heads, 64 * count, channels, dtype) for _ in "KV")
-        kq, vq = (reference.quantise(x, unit, scale) for x, unit, scale in zip((k, v), units, scales, strict=True))
+        kq, vq = (reference.quantise(x, unit, scale) for x, unit, scale in zip((k, v), units, scaled, strict=True))
         if raw and count > 1:
             make_raw(kq, 1, 0)
             make_raw(vq, 1, heads - 1)
         of_row: list[Books] = []
-        for q, kind, scale in ((kq, "K", scales[0]), (vq, "V", scales[1])):
+        for q, kind, scale in ((kq, "K", scaled[0]), (vq, "V", scaled[1])):
             trained = codebook.train(reference.count_pairs(q, kind, classes), 12) if own and count else None
-            of_row.append((codebook.default(scale, classes, 12), trained))
+            default = None if isinstance(scale, tuple) else codebook.default(scale, classes, 12)
+            of_row.append((default, trained))
         books.append((of_row[0], of_row[1]))
         buffer, offsets = reference.encode_pages(k, v, kq, vq, coding, units, *books[-1])
         owners.append(buffer)
@@ -124,7 +141,7 @@ def build(
         np.array([min(3 * row, tail // 2) for row in range(rows)]),
         tail_end,
     )
-    return Cache(arguments, channels**-0.5, softcap, owners)
+    return Cache(arguments, channels**-0.5, softcap, owners, steps_of(scaled))
 
 
 def assert_attends(cache: Cache, threads: int = 1) -> None:
@@ -136,7 +153,7 @@ def assert_attends(cache: Cache, threads: int = 1) -> None:
 
 
 @pytest.mark.parametrize("channels", [16, 64, 80, 96, 112, 128, 192, 256])
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("case", range(len(UNIT_PAIRS)))
 def test_attend_shapes(channels: int, case: int) -> None:
     group = (1, 2, 3, 4, 8, 16)[(case + channels // 16) % 6]
     assert_attends(
@@ -173,7 +190,42 @@ def test_attend_units(units: tuple[Unit, Unit], classes: int, coding: tuple[Codi
 @pytest.mark.parametrize("own", [True, False])
 def test_attend_precision(scales: tuple[float, float], coding: tuple[Coding, Coding], own: bool) -> None:
     """All splits of a code, narrow and wide tables, every fixed width."""
-    assert_attends(build(64, 3, (2,), ("channel", "block"), scales=scales, coding=coding, own=own, dtype="float32"))
+    for units in (("channel", "block"), ("head", "head")):
+        for classes in (1, 4):
+            assert_attends(
+                build(64, 3, (2,), units, scales=scales, coding=coding, own=own, dtype="float32", classes=classes)
+            )
+
+
+@pytest.mark.parametrize("channels", [16, 64, 80, 128, 192])
+@pytest.mark.parametrize("swap", [False, True])
+def test_classes_of_every_form_side_by_side(channels: int, swap: bool) -> None:
+    """One symbol, narrow and wide tables, low bits apart: each class of K and V in another form."""
+    rng = np.random.default_rng(channels)
+    spread = np.repeat([5.0, 0.01, 25.0, 1.0], channels // 4)[:: -1 if swap else 1]
+    k, v = (as_dtype(rng.normal(size=(2, 128, channels)) * spread, "uint16") for _ in "KV")
+    steps: Steps = ((1.0, 0.75), (0.5, 1.25))
+    quantised = [reference.quantise(x, "head", scale) for x, scale in zip((k, v), steps, strict=True) if scale]
+    books: list[Books] = []
+    for q, kind in zip(quantised, "KV", strict=True):
+        counts = reference.count_pairs(q, kind, 4)
+        trained = codebook.train(counts, 12)
+        assert channels in (16, 80) or ({0, 3} <= set(trained.split) and 1 in trained.levels)
+        counts[:, :124] = counts[:, :, :124] = 0
+        books.append((trained, codebook.train(counts, 12)))
+    units: tuple[Unit, Unit] = ("head", "head")
+    pages = [kernels.encode_pages(k, v, *quantised, ("huffman",) * 2, units, *books) for kernels in (reference, cpu)]
+    np.testing.assert_array_equal(pages[0][0], pages[1][0])
+    addresses = pages[0][0].ctypes.data + pages[0][1][:-1]
+    outs = [[np.zeros_like(x) for x in (k, v)] for _ in range(2)]
+    for kernels, (out_k, out_v) in zip((reference, cpu), outs, strict=True):
+        kernels.decompress(addresses, units, *books, out_k, out_v, steps)
+    for one, other in zip(*outs, strict=True):
+        np.testing.assert_array_equal(one, other)
+    cache = build(channels, 3, (2,), units, tail=20)
+    arguments = list(cache.arguments)
+    arguments[1][0, :2], arguments[5] = addresses, [tuple(books)]
+    assert_attends(Cache(tuple(arguments), channels**-0.5 / 16, 0.0, [pages[0][0]], steps))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +296,7 @@ def test_attend_takes_strided_values() -> None:
     np.testing.assert_array_equal(out, expected)
 
 
-@pytest.mark.parametrize("unit", ["block", "channel", "vector", "token"])
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(4))
 def test_quantise_equals_reference(unit: Unit, dtype: str, seed: int) -> None:
@@ -261,6 +313,12 @@ def test_quantise_equals_reference(unit: Unit, dtype: str, seed: int) -> None:
     x = as_dtype(x, dtype)
     if seed == 0 and dtype == "uint16":
         x[1, 200, 3] = 0x7FC1
+    if unit == "head":
+        scale = (
+            tuple(float(np.nanmax(np.abs(x[0]))) / 2 ** (2 * head + 5) for head in range(3))
+            if dtype == "float32"
+            else (0.5, 7.0, 512.0)
+        )
     expected, got = (
         reference.quantise(x, unit, scale),
         cpu.quantise(x.transpose(1, 0, 2).copy().transpose(1, 0, 2), unit, scale),
@@ -277,7 +335,8 @@ def test_bytes_equal_reference(channels: int, units: tuple[Unit, Unit], classes:
     case = channels // 16 + classes + UNIT_PAIRS.index(units)
     rng = np.random.default_rng(case)
     dtype, coding = DTYPES[case % 3], CODINGS[case % 3]
-    scales = ((0.05, 0.1), (0.02, 0.3), (0.013, 0.04))[case % 3]
+    scales: Any = ((0.05, 0.1), (0.02, 0.3), (0.013, 0.04))[case % 3]
+    scales = [scale_of(unit, scale, 3) for unit, scale in zip(units, scales, strict=True)]
     k, v = (keys_like(rng, 3, 192, channels, dtype) for _ in "KV")
     kq, vq = (reference.quantise(x, unit, scale) for x, unit, scale in zip((k, v), units, scales, strict=True))
     make_raw(kq, 1, 0)
@@ -287,8 +346,12 @@ def test_bytes_equal_reference(channels: int, units: tuple[Unit, Unit], classes:
         counts = reference.count_pairs(q, kind, classes)
         np.testing.assert_array_equal(cpu.count_pairs(q, kind, classes), counts, strict=True)
         few = counts.copy()
-        few[:, 10:] = few[:, :, 10:] = 0  # so that some blocks need the default book
-        books.append((codebook.default(scale, classes, 12), codebook.train(few if case % 2 else counts, 10 + case % 3)))
+        middle = 128 if isinstance(scale, tuple) else 0
+        few[:, middle + 10 :] = few[:, :, middle + 10 :] = 0  # so that some blocks need the default book
+        default = codebook.train(counts, 12) if middle else codebook.default(scale, classes, 12)
+        if middle and case % 4 == 0:
+            default = None
+        books.append((default, codebook.train(few if case % 2 else counts, 10 + case % 3)))
     expected, offsets = reference.encode_pages(k, v, kq, vq, coding, units, *books)
     got, got_offsets = cpu.encode_pages(k, v, kq, vq, coding, units, *books)
     np.testing.assert_array_equal(got_offsets, offsets, strict=True)
@@ -298,7 +361,7 @@ def test_bytes_equal_reference(channels: int, units: tuple[Unit, Unit], classes:
     results = []
     for kernels in (reference, cpu):
         outs = [as_dtype(np.full(x.shape, np.nan), dtype) for x in (k, v)]
-        kernels.decompress(addresses, units, *books, *outs)
+        kernels.decompress(addresses, units, *books, *outs, steps_of(scales))
         results.append(outs)
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
@@ -320,6 +383,15 @@ def test_rejects_other_types() -> None:
         cpu.quantise(np.zeros((1, 60, 64), np.float32), "block", 0.1)
     with pytest.raises(InvalidInput, match="float64"):
         cpu.quantise(np.zeros((1, 64, 64)), "block", 0.1)
+
+
+@pytest.mark.parametrize("kernels", [cpu, reference])
+@pytest.mark.parametrize(
+    ("unit", "scale"), [("head", 0.1), ("head", (1.0,)), ("head", (1.0,) * 3), ("block", (1.0, 1.0))]
+)
+def test_a_scale_that_does_not_fit_the_unit_is_refused(kernels: Any, unit: Unit, scale: Any) -> None:
+    with pytest.raises(InvalidInput, match="needs a"):
+        kernels.quantise(np.zeros((2, 64, 64), np.float32), unit, scale)
 
 
 def test_compiles_without_a_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,18 @@ from kvcomp.quantise import Quantised
 from kvcomp.spec import Coding, Kind, Unit
 
 BackendName = Literal["cpu", "reference"]
-Books = tuple[Codebook, Codebook | None]  # the default book and the sequence's own
+Books = tuple[Codebook | None, Codebook | None]  # the default book and the sequence's own
+Steps = tuple[
+    tuple[float, ...] | None, tuple[float, ...] | None
+]  # the heads' steps of K and of V, where the unit is ``head``
+NO_STEPS: Steps = (None, None)
 Array = npt.NDArray[Any]
 
 
 class Backend(Protocol):
     """What a backend can do; ``kvcomp.kernels.reference`` says what each function means."""
 
-    def quantise(self, x: Array, unit: Unit, relative_scale: float) -> Quantised: ...
+    def quantise(self, x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised: ...
 
     def count_pairs(self, q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]: ...
 
@@ -46,6 +50,7 @@ class Backend(Protocol):
         v_books: Books,
         out_k: Array,
         out_v: Array,
+        steps: Steps = NO_STEPS,
     ) -> None: ...
 
     def attend(
@@ -66,6 +71,7 @@ class Backend(Protocol):
         scaling: float,
         softcap: float = 0.0,
         threads: int = 1,
+        steps: Steps = NO_STEPS,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]: ...
 
 

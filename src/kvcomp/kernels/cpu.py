@@ -17,21 +17,21 @@ from numba.core import event
 
 from kvcomp.codebook import Codebook
 from kvcomp.errors import InvalidInput
-from kvcomp.kernels import Array, Books
+from kvcomp.kernels import NO_STEPS, Array, Books, Steps
 from kvcomp.kernels.cpu_attention import PART_PAGES, PART_TAIL, attend_tasks
 from kvcomp.kernels.cpu_bits import BFLOAT16, FLOAT16, FLOAT32
-from kvcomp.kernels.cpu_decode import NARROW_LEVELS
+from kvcomp.kernels.cpu_decode import COLUMNS, MOST_CLASSES, NARROW_LEVELS
 from kvcomp.kernels.cpu_decompress import decompress_pages
 from kvcomp.kernels.cpu_encode import count_blocks, encode_blocks
-from kvcomp.kernels.cpu_quantise import quantise_blocks
+from kvcomp.kernels.cpu_quantise import quantise_blocks, quantise_heads
 from kvcomp.kernels.cpu_softmax import merge
-from kvcomp.quantise import MAX_LEVELS, SCALE_BITS, Quantised
+from kvcomp.quantise import HEAD_ZERO, MAX_CODES, SCALE_BITS, Quantised, check_scale
 from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
 
 __all__ = ["attend", "count_pairs", "decompress", "encode_pages", "quantise"]
 
 DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "uint16": BFLOAT16}
-UNITS: dict[Unit, int] = {"block": 0, "channel": 1, "vector": 2, "token": 3}
+UNITS: dict[Unit, int] = {"block": 0, "channel": 1, "vector": 2, "token": 3, "head": 4}
 THREAD_VALUES = 300_000  # values in pages that make a thread worth waking: about 80 microseconds of work
 
 _pool: ThreadPoolExecutor | None = None
@@ -76,6 +76,7 @@ def attend(
     scaling: float,
     softcap: float = 0.0,
     threads: int = 1,
+    steps: Steps = NO_STEPS,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """softmax(cap(scaling q.K)) V over a cache of sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579).
 
@@ -86,6 +87,7 @@ def attend(
     sinks_k, sinks_v: (rows, heads, sinks, channels), of which sink_count[row] count; tail_k, tail_v: (rows, heads, tokens,
     channels), of which query i sees tail_begin[row] to tail_end[i]; float32, float16 or bfloat16 as uint16 bits, as in the pages.
     softcap: cap(x) = softcap tanh(x / softcap), 0 for none. threads: most threads to use; the result does not depend on it.
+    steps: the heads' steps of K and of V, where the unit is ``head``.
 
     Returns the output (as q) and the natural log of the softmax denominators (rows, heads, queries); a query that sees no
     token gets 0 and -inf. Raises InvalidInput if the dtype is none of the three.
@@ -109,9 +111,8 @@ def attend(
         np.ascontiguousarray(valid, np.int32),
         np.ascontiguousarray(count, np.int64),
         np.array([UNITS[unit] for unit in units]),
-        np.array([_describe(book) for of_row in books for of_kind in of_row for book in of_kind], np.int64).reshape(
-            rows, 4, -1
-        ),
+        _describe_books([of_kind for of_row in books for of_kind in of_row]).reshape(rows, 4, COLUMNS),
+        _steps(steps, heads),
         _dtype(tail_k),
         _addresses(sinks_k, sinks_v),
         np.array([sinks_k.strides, sinks_v.strides]),
@@ -140,15 +141,25 @@ def attend(
 
 
 def decompress(
-    pages: npt.NDArray[np.int64], units: tuple[Unit, Unit], k_books: Books, v_books: Books, out_k: Array, out_v: Array
+    pages: npt.NDArray[np.int64],
+    units: tuple[Unit, Unit],
+    k_books: Books,
+    v_books: Books,
+    out_k: Array,
+    out_v: Array,
+    steps: Steps = NO_STEPS,
 ) -> None:
-    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels) of the dtype, with the pages at these addresses."""
+    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels) of the dtype, with the pages at these addresses.
+
+    steps: the heads' steps of K and of V, where the unit is ``head``.
+    """
     heads, _, channels = out_k.shape
     results = [x if x.strides[-1] == x.itemsize else np.empty(x.shape, x.dtype) for x in (out_k, out_v)]
     decompress_pages(
         np.ascontiguousarray(pages, np.int64),
         np.array([UNITS[unit] for unit in units]),
-        np.array([_describe(book) for book in (*k_books, *v_books)], np.int64),
+        _describe_books([k_books, v_books]),
+        _steps(steps, heads),
         heads,
         channels,
         _dtype(out_k),
@@ -160,46 +171,55 @@ def decompress(
             out[...] = result
 
 
-def quantise(x: Array, unit: Unit, relative_scale: float) -> Quantised:
+def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised:
     """Quantise whole pages so that every value of a block that is not raw comes back within its bound (docs/format.md, section 3).
 
-    x: (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits. Raises InvalidInput for another shape or type.
+    x: (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits. scale: the relative scale, or, for the unit ``head``,
+        the step of each head.
+    Raises InvalidInput for another shape or type, or if ``scale`` does not fit the unit and the heads.
     """
     if x.ndim != 3 or x.shape[1] % PAGE_TOKENS or x.shape[2] % 16 or x.dtype.name not in DTYPES:
         raise InvalidInput(
             "quantise takes (heads, 64*pages, channels) of float32, float16 or bfloat16 bits in uint16, "
             f"not {x.shape} of {x.dtype}"
         )
+    check_scale(x, unit, scale)
     x = _rows_of_values(x)
     heads, tokens, channels = x.shape
     pages = tokens // PAGE_TOKENS
+    codes = np.empty((pages, heads, PAGE_TOKENS, channels), np.uint8)
+    raw = np.empty((pages, heads), np.bool_)
+    address, strides = x.__array_interface__["data"][0], np.array(x.strides)
+    if isinstance(scale, tuple):
+        steps = np.array(scale, np.float32)
+        quantise_heads(address, strides, _dtype(x), steps, codes, raw)
+        shape = 1, heads, 1, 1
+        return Quantised(codes, steps.reshape(shape), np.full(shape, HEAD_ZERO, np.int32), raw)
     shapes = {
         "block": (heads, 1, 1),
         "channel": (heads, 1, channels),
         "vector": (heads, PAGE_TOKENS, 1),
         "token": (1, PAGE_TOKENS, 1),
     }
-    codes = np.empty((pages, heads, PAGE_TOKENS, channels), np.uint8)
-    scale, zero = np.empty((pages, *shapes[unit]), np.float32), np.empty((pages, *shapes[unit]), np.int32)
-    raw = np.empty((pages, heads), np.bool_)
+    scales, zeros = np.empty((pages, *shapes[unit]), np.float32), np.empty((pages, *shapes[unit]), np.int32)
     quantise_blocks(
-        x.__array_interface__["data"][0],
-        np.array(x.strides),
+        address,
+        strides,
         _dtype(x),
         UNITS[unit],
-        float(relative_scale),
+        float(scale),
         SCALE_BITS[unit],
         codes,
-        _by_block(scale),  # the same memory
-        _by_block(zero),
+        _by_block(scales),  # the same memory
+        _by_block(zeros),
         raw,
     )
-    return Quantised(codes, scale, zero, raw)
+    return Quantised(codes, scales, zeros, raw)
 
 
 def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
-    """How often each pair of codes occurs in the blocks that are not raw: uint64 (classes, 128, 128)."""
-    counts = np.zeros((classes, MAX_LEVELS, MAX_LEVELS), np.uint64)
+    """How often each pair of codes occurs in the blocks that are not raw: uint64 (classes, 256, 256)."""
+    counts = np.zeros((classes, MAX_CODES, MAX_CODES), np.uint64)
     count_blocks(np.ascontiguousarray(q.codes), np.ascontiguousarray(q.raw), 0 if kind == "K" else 1, counts)
     return counts
 
@@ -223,8 +243,8 @@ def encode_pages(
     heads, tokens, channels = k.shape
     pages = tokens // PAGE_TOKENS
     offsets = np.zeros(pages + 1, np.int64)
-    # No block is larger than raw float32 values or 7.5 bits a code with scales and lengths.
-    block_bytes = PAGE_TOKENS * channels * max(k.itemsize, 1) + 4 * channels + 6 * PAGE_TOKENS
+    # No block is larger than raw values, or 9 bits a code with scales and lengths.
+    block_bytes = PAGE_TOKENS * channels * max(k.itemsize, 2) + 4 * channels + 6 * PAGE_TOKENS
     buffer = np.empty(pages * heads * 2 * (block_bytes + 8) + pages * 1024 + channels + 64, np.uint8)
     encode_blocks(
         _addresses(k, v),
@@ -236,7 +256,7 @@ def encode_pages(
         (_by_block(kq.zero), _by_block(vq.zero)),
         np.array([UNITS[unit] for unit in units]),
         np.array([code == "fixed" for code in coding]),
-        np.array([_describe(book) for book in (*k_books, *v_books)], np.int64),
+        _describe_books([k_books, v_books]),
         buffer,
         offsets,
     )
@@ -244,22 +264,42 @@ def encode_pages(
     return np.append(buffer[:total], np.zeros(channels, np.uint8)), offsets
 
 
-def _describe(book: Codebook | None) -> tuple[int, ...]:
-    """A codebook as the columns of ``cpu_decode``; the caller keeps the book alive."""
+def _describe_books(books: Sequence[Books]) -> npt.NDArray[np.int64]:
+    """The books of K and of V, in turn, as ``cpu_decode`` wants them, (4 for each two, columns)."""
+    both = [_describe(book, kind % 2 == 0) for kind, of_kind in enumerate(books) for book in of_kind]
+    return np.array(both, np.int64)
+
+
+def _describe(book: Codebook | None, mixed: bool) -> tuple[int, ...]:
+    """A codebook as the columns of ``cpu_decode``; the caller keeps the book alive.
+
+    mixed: whether some classes may have narrow and others wide entries: those of K, whose products run along the channels.
+    """
     if book is None:
-        return 0, 0, 0, 0, 0, 0, 0
-    lengths = book.lengths
-    if not lengths.flags.c_contiguous:
+        return (0,) * COLUMNS
+    if not book.lengths.flags.c_contiguous:
         raise InvalidInput("a codebook's lengths must be contiguous")
-    return (
-        lengths.__array_interface__["data"][0],
-        lengths.shape[0],
-        book.symbols,
-        book.split,
-        book.limit,
-        int(book.levels <= NARROW_LEVELS),
-        book.levels,
-    )
+    narrow = [not split and levels <= NARROW_LEVELS for split, levels in zip(book.split, book.levels, strict=True)]
+    if not mixed and not all(narrow):
+        narrow = [False] * book.classes
+    columns: list[int] = []
+    for index in range(book.classes):
+        lengths = book.lengths_of(index)
+        columns += (
+            lengths.__array_interface__["data"][0],
+            book.first[index],
+            book.levels[index],
+            book.split[index],
+            book.symbols(index),
+            int(lengths.max()),
+            int(narrow[index]),
+        )
+    return book.classes, *columns * (MOST_CLASSES // book.classes)
+
+
+def _steps(steps: Steps, heads: int) -> npt.NDArray[np.float32]:
+    """Steps of K and V, (2, heads); 1 where the unit is not ``head``."""
+    return np.array([(1.0,) * heads if of_kind is None else of_kind for of_kind in steps], np.float32)
 
 
 def _by_block(x: Array) -> Array:

@@ -20,48 +20,70 @@ from kvcomp.kernels.cpu_bits import (
     compiled,
     floats_at,
     integers_at,
+    load_f32,
     prefetch,
     row_address,
     take_next,
 )
-from kvcomp.kernels.cpu_decode import RAW, STREAMS, K, V, pair_offsets
+from kvcomp.kernels.cpu_decode import (
+    CLASSES,
+    FIRST,
+    FIXED,
+    MOST_CLASSES,
+    NARROW,
+    RAW,
+    STREAMS,
+    K,
+    V,
+    class_of,
+    of_class,
+    pair_offsets,
+)
 from kvcomp.kernels.cpu_page import (
     CHANNEL,
+    HEAD,
     MAX_CHANNELS,
+    NO_BOOK,
     TOKEN,
     TOKENS,
     block_at,
+    book_at,
     code_masks,
     decode_block,
+    fixed_width,
     load_scales,
     prefetch_block,
     prefetch_token_scales,
     table_places,
     token_scales_at,
 )
-from kvcomp.kernels.cpu_products import accumulate, add_raw_values, fold, rescale, score_raw_keys
+from kvcomp.kernels.cpu_products import accumulate, add_multiple, add_raw_values, fold, rescale, score_raw_keys
 from kvcomp.kernels.cpu_softmax import LOG2_E, LOWEST, soften, weigh
+from kvcomp.quantise import HEAD_ZERO
 
 PART_PAGES = 16
 PART_TAIL = 512  # tail tokens of a part
 FACTORS = MAX_CHANNELS // 2  # room for the factors of a query's pairs
+SLOTS, KEY_SLOTS = 5, 3
 
 f32, i64 = np.float32, np.int64
 
 
 class Scratch(NamedTuple):
-    """What a task runner works in, by address; float32 where nothing is said. Addresses, as passing arrays on counts references."""
+    """What a task runner works in, by address; float32 where nothing is said. Addresses, as passing arrays on counts references.
+
+    A *slot* is one of a row's four books, or ``NO_BOOK``; for K there are three: 0 the default, 1 the own book, 2 fixed width.
+    """
 
     queries: int
     channels: int
     padded: int  # channels of a row of q, a multiple of 32
     q: int  # [queries, padded], scaled
     q_sum: int  # [queries]
-    key_a: (
-        int  # [wide or narrow, queries, FACTORS]: q for the first code of each pair, where no channel has its own scale
-    )
+    key_a: int  # [slots of K, queries, FACTORS]: q for the first code of each pair, where no channel has its own scale
     key_b: int  # and for the second
-    key_ready: int  # int64 [wide or narrow]
+    key_bias: int  # [slots of K, queries]: what the first codes of the classes add to every score
+    key_ready: int  # int64 [slots of K]
     of_a: int  # [queries, FACTORS]: the factors for a block
     of_b: int
     score: int  # [queries, tokens], then weights
@@ -71,11 +93,14 @@ class Scratch(NamedTuple):
     scale: int  # [units of a block]
     zero: int
     ones: int
+    unit: int  # [slots, channels]: what brings masked codes back, see ``code_masks``; of K for each channel, of V for each token
+    first: int  # [slots, channels]: the first code of the class of each channel, plus a zero that is always the same
+    form: int  # int64 [slots]: whether the two are there, and (2) whether any ``first`` is not 0
     values: int  # [tokens, channels]: raw values
     pairs: int  # uint16 [tokens * channels / 2]: decoded codes
     streams: int  # int64 [streams]
     offsets: int  # int64 [K or V, pairs of a stream]
-    begin: int  # int64 [books]: where the tables begin
+    begin: int  # int64 [books, classes]: where the tables lie
     built: int  # int64 [books]
     tables: int
     end: int
@@ -89,8 +114,9 @@ def lay_out(base, queries, channels, table_bytes):
     q = (base + line - 1) & ~i64(line - 1)
     q_sum = q + 4 * queries * padded
     key_a = q_sum + 4 * ((queries + 15) & ~15)
-    key_b = key_a + 8 * queries * FACTORS
-    key_ready = key_b + 8 * queries * FACTORS
+    key_b = key_a + 4 * KEY_SLOTS * queries * FACTORS
+    key_bias = key_b + 4 * KEY_SLOTS * queries * FACTORS
+    key_ready = key_bias + 4 * KEY_SLOTS * ((queries + 15) & ~15)
     of_a = key_ready + line
     of_b = of_a + 4 * queries * FACTORS
     score = of_b + 4 * queries * FACTORS
@@ -100,17 +126,20 @@ def lay_out(base, queries, channels, table_bytes):
     scale = seen + 8 * ((queries + 7) & ~7)
     zero = scale + 4 * MAX_CHANNELS
     ones = zero + 4 * MAX_CHANNELS
-    values = ones + 4 * MAX_CHANNELS
+    unit = ones + 4 * MAX_CHANNELS
+    first = unit + 4 * SLOTS * MAX_CHANNELS
+    form = first + 4 * SLOTS * MAX_CHANNELS
+    values = form + line
     pairs = values + 4 * TOKENS * channels
     streams = pairs + TOKENS * channels
     offsets = streams + 8 * STREAMS
     begin = offsets + 8 * channels
-    built = begin + line
+    built = begin + 2 * line
     tables = built + line
     end = tables + table_bytes
     return Scratch(
-        queries, channels, padded, q, q_sum, key_a, key_b, key_ready, of_a, of_b, score, part, rest, seen,
-        scale, zero, ones, values, pairs, streams, offsets, begin, built, tables, end,
+        queries, channels, padded, q, q_sum, key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen,
+        scale, zero, ones, unit, first, form, values, pairs, streams, offsets, begin, built, tables, end,
     )  # fmt: skip
 
 
@@ -127,49 +156,128 @@ def prepare(s):
 
 
 @compiled
-def score_coded_keys(unit, narrow, s):
+def take_books(books, s):
+    """Make room for the tables of a row's books, which lie at an address; they are built when first needed."""
+    begin = integers_at(s.begin, (4, MOST_CLASSES))
+    table_places(books, begin)
+    for slot in range(4):
+        for index in range(MOST_CLASSES):
+            begin[slot, index] += s.tables
+    integers_at(s.built, 4)[:] = 0
+    integers_at(s.form, SLOTS)[:] = 0
+
+
+@compiled
+def set_form(kind, value_unit, slot, books, s):
+    """Fill ``unit`` and ``first`` of a slot; of the unit ``head``, whose zero is always the same, ``first`` takes in the zero."""
+    form = integers_at(s.form, SLOTS)
+    if form[slot]:
+        return
+    form[slot] = 1
+    unit, first = floats_at(s.unit, (SLOTS, MAX_CHANNELS))[slot], floats_at(s.first, (SLOTS, MAX_CHANNELS))[slot]
+    for c in range(MAX_CHANNELS):
+        narrow, lowest = i64(0), i64(0)
+        if slot != NO_BOOK:
+            book = book_at(books, slot)
+            index = class_of(kind, s.channels, book[CLASSES], min(c, s.channels - 1))
+            narrow, lowest = of_class(book, index, NARROW), of_class(book, index, FIRST)
+            if value_unit == HEAD:
+                lowest += HEAD_ZERO
+        _, _, unit_a, unit_b = code_masks(narrow)
+        unit[c] = unit_b if c & 1 else unit_a
+        first[c] = f32(lowest)
+        if lowest:
+            form[slot] = 2
+
+
+@compiled
+def add_first(slot, s):
+    """Add the first codes to the zeros of the channels."""
+    if integers_at(s.form, SLOTS)[slot] == 2:
+        add_multiple(s.zero, s.first + 4 * MAX_CHANNELS * slot, f32(1), s.channels)
+
+
+@compiled
+def score_coded_keys(unit, slot, books, s):
     """score[g, t] = sum over channels of q * (code + zero) * scale, from pairs [channel pair][token]."""
-    mask_a, mask_b, unit_a, unit_b = code_masks(narrow)
     score = floats_at(s.score, (s.queries, TOKENS))
     pitch = i64(4 * FACTORS)
+    units = s.unit + 4 * MAX_CHANNELS * slot
     if unit == CHANNEL:
+        add_first(slot, s)
         key_a, key_b = s.of_a, s.of_b
         for g in range(s.queries):
             q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
-            score[g] = fold(q, s.scale, s.zero, s.channels, unit_a, unit_b, of_a, of_b)
+            score[g] = fold(q, s.scale, s.zero, units, s.channels, of_a, of_b)
     else:
-        form = i64(1 if narrow else 0)
-        key_a, key_b = s.key_a + form * s.queries * pitch, s.key_b + form * s.queries * pitch
-        ready, q_sum = integers_at(s.key_ready, 2), floats_at(s.q_sum, s.queries)
-        if not ready[form]:
-            ready[form] = 1
+        place = min(slot, i64(2))
+        key_a, key_b = s.key_a + place * s.queries * pitch, s.key_b + place * s.queries * pitch
+        ready, q_sum = integers_at(s.key_ready, KEY_SLOTS), floats_at(s.q_sum, s.queries)
+        bias = floats_at(s.key_bias, (KEY_SLOTS, s.queries))[place]
+        if not ready[place]:
+            ready[place] = 1
             for g in range(s.queries):
                 q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
-                q_sum[g] = fold(q, s.ones, s.ones, s.channels, unit_a, unit_b, of_a, of_b)
-        score[:] = f32(0)
-    rows, step = s.channels // 2, i64(4 * TOKENS)
-    accumulate(s.pairs, TOKENS, rows, mask_a, mask_b, key_a, key_b, pitch, s.queries, s.score, step)
+                q_sum[g] = fold(q, s.ones, s.ones, units, s.channels, of_a, of_b)
+                bias[g] = fold(q, s.ones, s.first + 4 * MAX_CHANNELS * slot, units, s.channels, of_a, of_b)
+        for g in range(s.queries):
+            score[g] = bias[g]
+    step = i64(4 * TOKENS)
+    for index in range(MOST_CLASSES):
+        begin, end, narrow = rows_of_form(index, slot, books, s.channels)
+        if end > begin:
+            mask_a, mask_b, _, _ = code_masks(narrow)
+            pairs, key = s.pairs + 2 * TOKENS * begin, 4 * begin
+            accumulate(
+                pairs, TOKENS, end - begin, mask_a, mask_b, key_a + key, key_b + key, pitch, s.queries, s.score, step
+            )
     if unit != CHANNEL:
         sums = floats_at(s.q_sum, s.queries)
         for g in range(s.queries):
             rescale(s.score + g * step, s.scale, s.zero, sums[g], TOKENS)
 
 
+@compiled
+def rows_of_form(index, slot, books, channels):
+    """The channel pairs of K from a class on whose classes have codes of the same form, and whether that is the narrow one.
+
+    None for a class that the run from an earlier one takes in.
+    """
+    rows = channels // 2
+    if slot == NO_BOOK:
+        return i64(0), rows if index == 0 else i64(0), i64(0)
+    book = book_at(books, slot)
+    narrow = of_class(book, index, NARROW)
+    if index and of_class(book, index - 1, NARROW) == narrow:
+        return i64(0), i64(0), narrow
+    end = index + 1
+    while end < MOST_CLASSES and of_class(book, end, NARROW) == narrow:
+        end += 1
+    return rows // 4 * index, rows // 4 * end, narrow
+
+
 @compiled(fastmath=FAST)
-def add_coded_values(unit, narrow, s, out):
+def add_coded_values(unit, slot, books, s, out):
     """out[g, c] += sum over tokens of weight * (code + zero) * scale, from pairs [token pair][channel]; in part through ``rest``."""
-    mask_a, mask_b, unit_a, unit_b = code_masks(narrow)
+    mask_a, mask_b, _, _ = code_masks(i64(0) if slot == NO_BOOK else of_class(book_at(books, slot), 0, NARROW))
     pitch, rows, step = i64(4 * FACTORS), TOKENS // 2, 4 * s.channels
     rest, zero, scale = floats_at(s.rest, s.queries), floats_at(s.zero, s.channels), floats_at(s.scale, s.channels)
     part, sums = floats_at(s.part, (s.queries, s.channels)), floats_at(out, (s.queries, s.channels))
+    units, first = s.unit + 4 * MAX_CHANNELS * slot, s.first + 4 * MAX_CHANNELS * slot
+    from_zero = integers_at(s.form, SLOTS)[slot] == 1
+    if unit == CHANNEL:
+        add_first(slot, s)
     for g in range(s.queries):
         weights, of_a, of_b = s.score + 4 * g * TOKENS, s.of_a + g * pitch, s.of_b + g * pitch
         if unit == CHANNEL:
-            total = fold(weights, s.ones, s.ones, TOKENS, unit_a, unit_b, of_a, of_b)
+            total = fold(weights, s.ones, s.ones, units, TOKENS, of_a, of_b)
             for c in range(s.channels):
                 part[g, c] = total * zero[c]
         else:
-            rest[g] += fold(weights, s.scale, s.zero, TOKENS, unit_a, unit_b, of_a, of_b)
+            rest[g] += fold(weights, s.scale, s.zero, units, TOKENS, of_a, of_b)
+            if not from_zero:
+                total = fold(weights, s.scale, s.ones, units, TOKENS, of_a, of_b)
+                add_multiple(out + g * step, first, total, s.channels)
     to = s.part if unit == CHANNEL else out
     accumulate(s.pairs, s.channels, rows, mask_a, mask_b, s.of_a, s.of_b, pitch, s.queries, to, step)
     if unit == CHANNEL:
@@ -179,15 +287,24 @@ def add_coded_values(unit, narrow, s, out):
 
 
 @compiled
-def decode_coded(page, block, mode, kind, heads, k_unit, v_unit, books, s):
-    """Scales, zeros and pairs of a coded block to scratch. Returns whether the pairs are narrow."""
+def decode_coded(page, block, mode, kind, head, heads, k_unit, v_unit, books, steps, s):
+    """Scales, zeros and pairs of a coded block to scratch; zeros that are not in ``first``. Returns the slot of the book.
+
+    steps: address of float32 [K or V, heads].
+    """
     unit = k_unit if kind == K else v_unit
     if unit == TOKEN:
         load_scales(token_scales_at(page, heads, k_unit, kind), TOKEN, s.channels, s.scale, s.zero)
+    elif unit == HEAD:
+        zero = 0 if mode < FIXED else -(1 << (fixed_width(mode) - 1))
+        floats_at(s.scale, TOKENS)[:] = load_f32(steps + 4 * (kind * heads + head))
+        floats_at(s.zero, TOKENS)[:] = f32(zero)
     else:
         block += load_scales(block, unit, s.channels, s.scale, s.zero)
     offsets = s.offsets + kind * 4 * s.channels
-    return decode_block(block, mode, kind, s.channels, books, s.tables, s.begin, s.built, offsets, s.streams, s.pairs)
+    slot = decode_block(block, mode, kind, s.channels, books, s.begin, s.built, offsets, s.streams, s.pairs)
+    set_form(kind, unit, slot, books, s)
+    return slot
 
 
 @compiled
@@ -212,7 +329,9 @@ def add_raw(values, step, tokens, dtype, s, out):
 
 
 @compiled
-def attend_page(page, following, tokens, head, heads, k_unit, v_unit, books, dtype, softcap, s, peak, total, out):
+def attend_page(
+    page, following, tokens, head, heads, k_unit, v_unit, books, steps, dtype, softcap, s, peak, total, out
+):
     """One step of the online softmax over the first tokens of a page; ``following`` is the next page, or 0."""
     row_bytes = s.channels * (4 if dtype == FLOAT32 else 2)
     integers_at(s.seen, s.queries)[:] = tokens
@@ -224,7 +343,8 @@ def attend_page(page, following, tokens, head, heads, k_unit, v_unit, books, dty
     if mode == RAW:
         score_raw(block, row_bytes, tokens, dtype, s)
     else:
-        score_coded_keys(k_unit, decode_coded(page, block, mode, K, heads, k_unit, v_unit, books, s), s)
+        slot = decode_coded(page, block, mode, K, head, heads, k_unit, v_unit, books, steps, s)
+        score_coded_keys(k_unit, slot, books, s)
 
     soften_and_weigh(tokens, softcap, s, peak, total, out)
 
@@ -236,7 +356,8 @@ def attend_page(page, following, tokens, head, heads, k_unit, v_unit, books, dty
     if mode == RAW:
         add_raw(block, row_bytes, tokens, dtype, s, out)
     else:
-        add_coded_values(v_unit, decode_coded(page, block, mode, V, heads, k_unit, v_unit, books, s), s, out)
+        slot = decode_coded(page, block, mode, V, head, heads, k_unit, v_unit, books, steps, s)
+        add_coded_values(v_unit, slot, books, s, out)
 
 
 @compiled
@@ -254,7 +375,7 @@ def attend_raw(keys, key_step, values, value_step, begin, end, ends, dtype, soft
 
 @compiled(entry=True)
 def attend_tasks(
-    counter, first_part, q, pages, valid, count, units, books, dtype,
+    counter, first_part, q, pages, valid, count, units, books, steps, dtype,
     sinks, sink_strides, sink_count, tail, tail_strides, tail_begin, tail_end,
     scaling, softcap, partial_out, partial_peak, partial_total,
 ):  # fmt: skip
@@ -265,7 +386,7 @@ def attend_tasks(
     partial_out (parts, heads, queries, channels), partial_peak, partial_total (parts, heads, queries): unnormalised sums.
     """
     rows, heads, queries, channels = q.shape
-    table_bytes, begin = i64(0), np.empty(4, i64)
+    table_bytes, begin = i64(0), np.empty((4, MOST_CLASSES), i64)
     for row in range(rows):
         table_bytes = max(table_bytes, table_places(row_address(books, row), begin))
     memory = np.empty(lay_out(i64(0), queries, channels, table_bytes).end + 64, np.uint8)
@@ -273,7 +394,7 @@ def attend_tasks(
     prepare(s)
     scaled, rest = floats_at(s.q, (queries, s.padded)), floats_at(s.rest, queries)
     factor = f32(scaling) if softcap else f32(scaling) * LOG2_E
-    k_unit, v_unit = units[0], units[1]
+    k_unit, v_unit, steps_at = units[0], units[1], row_address(steps, 0)
     row, tables_of = 0, -1
     while True:
         task = take_next(address_of(counter))
@@ -285,12 +406,11 @@ def attend_tasks(
         books_of_row = row_address(books, row)
         if tables_of != row:
             tables_of = row
-            table_places(books_of_row, integers_at(s.begin, 4))
-            integers_at(s.built, 4)[:] = 0
+            take_books(books_of_row, s)
         for g in range(queries):
             for c in range(channels):
                 scaled[g, c] = q[row, head, g, c] * factor
-        integers_at(s.key_ready, 2)[:] = 0
+        integers_at(s.key_ready, KEY_SLOTS)[:] = 0
         sums = partial_out[number, head]
         sums[:], rest[:] = f32(0), f32(0)
         partial_peak[number, head], partial_total[number, head] = LOWEST, f32(0)
@@ -315,6 +435,7 @@ def attend_tasks(
                         k_unit,
                         v_unit,
                         books_of_row,
+                        steps_at,
                         dtype,
                         softcap,
                         s,
@@ -338,4 +459,4 @@ def attend_tasks(
         for g in range(queries):
             for c in range(channels):
                 sums[g, c] += rest[g]
-    return memory.size  # mentioned here, so that Numba keeps it until here
+    return memory.size + steps.size  # mentioned here, so that Numba keeps it until here

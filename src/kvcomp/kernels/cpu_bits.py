@@ -128,11 +128,17 @@ def _copy_bytes(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -
     cgutils.raw_memcpy(builder, at(builder, target), at(builder, source), count, 1)
 
 
+def _move_bytes(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    source, target, count = args
+    cgutils.raw_memmove(builder, at(builder, target), at(builder, source), count, 1)
+
+
 def _clear_bytes(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
     cgutils.memset(builder, at(builder, args[0]), args[1], 0)
 
 
 copy_bytes = emitted(types.void, [types.int64] * 3, _copy_bytes)  # (source, target, count)
+move_bytes = emitted(types.void, [types.int64] * 3, _move_bytes)  # the same, where both may overlap
 clear_bytes = emitted(types.void, [types.int64] * 2, _clear_bytes)  # (target, count)
 
 # Reinterpretation of a float64 as its bits, and back.

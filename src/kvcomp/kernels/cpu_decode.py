@@ -26,19 +26,28 @@ from kvcomp.kernels.cpu_bits import (
     integers,
     integers_at,
     load_u8,
+    load_u32,
     splat,
     vector,
 )
 
 K, V = np.int64(0), np.int64(1)  # not int: Numba would compile for each of the two numbers
 RAW, DEFAULT_BOOK, OWN_BOOK, FIXED = 0, 1, 2, 8
-NARROW_LEVELS = 32  # books of at most so many levels have entries of 16 bits: half the cache
+NARROW_LEVELS = 32  # classes of at most so many levels and without split codes have entries of 16 bits: half the cache
 NARROW_A, NARROW_B = 6, 11  # first bits of a and b
 
-# Columns of a book's description (see describe_book in cpu.py).
-LENGTHS, CLASSES, SYMBOLS, SPLIT, LIMIT, NARROW, LEVELS, COLUMNS = 0, 1, 2, 3, 4, 5, 6, 7
+# A book's description (see ``_describe`` in cpu.py): how many classes it has, 0 for no book, and for each of four classes these columns.
+CLASSES, MOST_CLASSES = 0, 4
+LENGTHS, FIRST, LEVELS, SPLIT, SYMBOLS, BITS, NARROW, OF_CLASS = 0, 1, 2, 3, 4, 5, 6, 7
+COLUMNS = 1 + MOST_CLASSES * OF_CLASS
 
 STREAMS, TOGETHER = 64, 8  # TOGETHER streams are decoded at the same time: lanes j, j + 4, .. j + 28 of one s
+
+
+@compiled
+def of_class(book, index, column):
+    """A column of one of a book's classes."""
+    return book[1 + index * OF_CLASS + column]
 
 
 @compiled
@@ -51,11 +60,10 @@ def entry_of(bits, a, b, narrow):
 
 @compiled
 def canonical_words(lengths, count, limit, words):
-    """Reversed canonical code words of ``count`` symbols (section 4); ``lengths`` is an address. Returns how many have a code."""
+    """Reversed canonical code words of ``count`` symbols (section 4); ``lengths`` is an address."""
     first = np.zeros(17, np.int64)
     for symbol in range(count):
         first[load_u8(lengths + symbol) + 1] += 1
-    used = count - first[1]
     first[1] = 0
     code = 0
     for length in range(
@@ -66,6 +74,7 @@ def canonical_words(lengths, count, limit, words):
         code = (code + number) << 1
     for symbol in range(count):
         length = np.int64(load_u8(lengths + symbol))
+        words[symbol] = 0
         if length:
             code = first[length]
             first[length] += 1
@@ -74,18 +83,17 @@ def canonical_words(lengths, count, limit, words):
                 word = word << 1 | code & 1
                 code >>= 1
             words[symbol] = word
-    return used
 
 
 @compiled
-def build_table(lengths, symbols, split, limit, narrow, table):
-    """Decode table of 2^(limit + 2 split) entries for one class, the split bits folded in.
+def build_table(lengths, symbols, split, bits, narrow, table):
+    """Decode table of 2^bits entries for one class, whose longest code has that many bits; codes with their low bits zero.
 
     The codes of a length are entered when the table has just one place for each, then the table is doubled.
     """
     count = symbols * symbols
     words = np.empty(count, np.uint16)
-    used = canonical_words(lengths, count, limit, words)
+    canonical_words(lengths, count, bits, words)
     # symbols by length
     begin = np.zeros(18, np.int64)
     for symbol in range(count):
@@ -98,36 +106,38 @@ def build_table(lengths, symbols, split, limit, narrow, table):
         length = load_u8(lengths + symbol)
         ordered[fill[length]] = symbol
         fill[length] += 1
-    low = (1 << split) - 1
-    size = 1 << (2 * split)
-    for length in range(1, limit + 1):
+    table[0] = entry_of(0, 0, 0, narrow)  # a single symbol takes no bits
+    size = 1
+    for length in range(1, bits + 1):
         for i in range(size):
             table[size + i] = table[i]
         size *= 2
         for index in range(begin[length], begin[length + 1]):
             symbol = np.int64(ordered[index])
-            a, b = symbol // symbols << split, symbol % symbols << split
-            for tail in range(1 << (2 * split)):
-                entry = entry_of(length + 2 * split, a | tail & low, b | tail >> split, narrow)
-                table[np.int64(words[symbol]) | tail << length] = entry
-                if used == 1:  # a single symbol has a code of one bit, and both bits mean it
-                    table[1 | tail << length] = entry
+            entry = entry_of(length, symbol // symbols << split, symbol % symbols << split, narrow)
+            table[np.int64(words[symbol])] = entry
 
 
-def _pair_decoder(entry: ir.IntType, pairs_a_window: int) -> Any:
-    """``decode(positions, table, table_bits, offsets, out, pairs)``: the next pairs of eight streams, interleaved.
+def _pair_decoder(entry: ir.IntType, split: bool, pairs_a_window: int) -> Any:
+    """``decode(positions, table, table_bits, k, offsets, out, pairs)``: the next pairs of eight streams, interleaved.
 
-    positions: address of eight int64, the absolute bit positions of the streams, which move on. table: address. offsets: address
-    of int64, where each pair lies in the output, in bytes; the eight streams lie side by side. pairs: a multiple of pairs_a_window.
+    positions: address of eight int64, the absolute bit positions of the streams, which move on. table: address. k: low bits that follow
+    each code word, first those of a; looked at only if ``split``. offsets: address of int64, where each pair lies in the output, in
+    bytes; the eight streams lie side by side. pairs: a multiple of pairs_a_window.
 
     A stream's window is 64 bits from its position, ended by a sentinel 1, so that the leading zeros count what was taken. Positions
     stay in memory: registers are for the windows.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-        positions, table, table_bits, offsets, out, pairs = args
+        positions, table, table_bits, k, offsets, out, pairs = args
         mask = builder.not_(builder.shl(I64(-1), table_bits))
         scale = I64(1 if entry == I16 else 2)
+        twice = builder.shl(k, I64(1))
+        both = builder.not_(builder.shl(I64(-1), twice))  # the low bits of a and b
+        apart = builder.sub(I64(8), k)  # what takes those of b to the second byte
+        of_one = builder.not_(builder.shl(I64(-1), k))
+        of_each = builder.or_(of_one, builder.shl(of_one, I64(8)))
         with cgutils.for_range_slice(builder, I64(0), pairs, I64(pairs_a_window), I64) as (pair, _):
             windows = []
             for stream in range(TOGETHER):
@@ -143,29 +153,39 @@ def _pair_decoder(entry: ir.IntType, pairs_a_window: int) -> Any:
                     bits = head = builder.load(found, typ=I16)
                     if entry == I32:  # a second load is cheaper than a shift
                         head = builder.load(at(builder, builder.add(table, index), 2), typ=I16)
-                    builder.store(head, at(builder, target, 2 * stream), align=2)
                     taken = builder.and_(builder.zext(bits, I64), I64(63))
-                    windows[stream] = builder.lshr(windows[stream], taken)
+                    rest = builder.lshr(windows[stream], taken)
+                    if split:
+                        low = builder.and_(rest, both)
+                        low = builder.and_(builder.or_(low, builder.shl(low, apart)), of_each)
+                        head = builder.or_(head, builder.trunc(low, I16))
+                        rest = builder.lshr(rest, twice)
+                    builder.store(head, at(builder, target, 2 * stream), align=2)
+                    windows[stream] = rest
             for stream in range(TOGETHER):
                 slot = at(builder, positions, 8 * stream)
                 taken = builder.ctlz(windows[stream], I1(1))
                 builder.store(builder.add(builder.load(slot, typ=I64), taken), slot)
 
-    return emitted(types.void, [types.int64] * 6, emit)
+    return emitted(types.void, [types.int64] * 7, emit)
 
 
-_narrow_4, _wide_4, _wide_2 = _pair_decoder(I16, 4), _pair_decoder(I32, 4), _pair_decoder(I32, 2)
+_narrow_4, _wide_4 = _pair_decoder(I16, False, 4), _pair_decoder(I32, False, 4)
+_split_4, _split_2 = _pair_decoder(I32, True, 4), _pair_decoder(I32, True, 2)
 
 
 @compiled
-def decode_pairs(positions, table, table_bits, narrow, offsets, out, pairs):
-    """The right decoder for a table: 57 bits of a window are sure, so four pairs of 14 bits or two of 15."""
-    if narrow:
-        _narrow_4(positions, table, table_bits, offsets, out, pairs)
-    elif table_bits <= 14:
-        _wide_4(positions, table, table_bits, offsets, out, pairs)
+def decode_pairs(book, index, positions, table, offsets, out, pairs):
+    """The right decoder for a class: 57 bits of a window are sure, so four pairs of 14 bits or two of 18."""
+    bits, split = of_class(book, index, BITS), of_class(book, index, SPLIT)
+    if of_class(book, index, NARROW):
+        _narrow_4(positions, table, bits, split, offsets, out, pairs)
+    elif not split:
+        _wide_4(positions, table, bits, split, offsets, out, pairs)
+    elif bits + 2 * split <= 14:
+        _split_4(positions, table, bits, split, offsets, out, pairs)
     else:
-        _wide_2(positions, table, table_bits, offsets, out, pairs)
+        _split_2(positions, table, bits, split, offsets, out, pairs)
 
 
 @compiled
@@ -180,6 +200,14 @@ def pair_offsets(kind, channels, offsets):
 
 
 @compiled
+def class_of(kind, channels, classes, channel):
+    """Codebook class of a channel."""
+    if classes == 1:
+        return 0
+    return channel // (channels // 4) if kind == K else 4 * (channel // 8) // (channels // 8)
+
+
+@compiled
 def stream_offset(kind, channels, s, j):
     """Byte offset of the streams (s, j, g = 0 .. 7), which lie side by side."""
     if kind == K:
@@ -189,33 +217,39 @@ def stream_offset(kind, channels, s, j):
 
 @compiled
 def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out):
-    """64 length bytes and the streams behind them to pairs; all by address but ``book``. ``positions``: scratch, int64 [64]."""
-    begin = integers_at(positions, STREAMS)
+    """The lengths of 64 streams and the streams behind them to pairs; all by address but ``book``.
+
+    tables: int64 [classes], addresses. positions: scratch, int64 [64].
+    """
+    begin, table_of = integers_at(positions, STREAMS), integers_at(tables, MOST_CLASSES)
     unit = 4 if channels <= 128 else 8
-    position = (codes + STREAMS) * 8
+    head = np.int64(load_u32(codes))
+    width = head & 15
+    differences, mask = 8 * (codes + 4), (1 << width) - 1
+    position = differences + 64 * width
     for stream in range(STREAMS):
-        lane = stream & 31
+        lane, group = stream & 31, stream & 3 if kind == K else stream >> 4
         begin[(stream & 32) + (lane & 3) * TOGETHER + (lane >> 2)] = position
-        position += np.int64(load_u8(codes + stream)) * unit
-    narrow, bits = book[NARROW], book[LIMIT] + 2 * book[SPLIT]
-    table_bytes = np.int64(2 if narrow else 4) << bits
+        difference = np.int64(load_u32(differences >> 3)) >> (differences & 7) & mask
+        position += ((head >> (4 + 7 * group) & 127) + difference) * unit
+        differences += width
     for s in range(2):
         for j in range(4):
             of_streams = positions + (s * 4 + j) * TOGETHER * 8
             target = out + stream_offset(kind, channels, s, j)
             if book[CLASSES] == 1 or kind == K:
-                table = tables + (table_bytes * j if book[CLASSES] > 1 else 0)
-                decode_pairs(of_streams, table, bits, narrow, offsets, target, channels // 2)
+                index = j if book[CLASSES] > 1 else 0
+                decode_pairs(book, index, of_streams, table_of[index], offsets, target, channels // 2)
             else:  # a class of V is a run of tiles of eight channels, eight pairs each
                 first, tiles = s * (channels // 16), channels // 16
                 tile = 0
                 while tile < tiles:
-                    of_class = 4 * (first + tile) // (channels // 8)
+                    index = 4 * (first + tile) // (channels // 8)
                     end = tile + 1
-                    while end < tiles and 4 * (first + end) // (channels // 8) == of_class:
+                    while end < tiles and 4 * (first + end) // (channels // 8) == index:
                         end += 1
-                    table = tables + table_bytes * of_class
-                    decode_pairs(of_streams, table, bits, narrow, offsets + tile * 64, target, (end - tile) * 8)
+                    pairs = (end - tile) * 8
+                    decode_pairs(book, index, of_streams, table_of[index], offsets + tile * 64, target, pairs)
                     tile = end
 
 

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from kvcomp.kernels.cpu_attention import decode_coded, lay_out, prepare
+from kvcomp.kernels.cpu_attention import decode_coded, lay_out, prepare, take_books
 from kvcomp.kernels.cpu_bits import (
     F32,
     FLOAT32,
@@ -24,16 +24,40 @@ from kvcomp.kernels.cpu_bits import (
     compiled,
     copy_bytes,
     emitted,
+    floats_at,
+    halves_at,
     integers,
-    integers_at,
     narrow,
     splat,
     vector,
 )
-from kvcomp.kernels.cpu_decode import NARROW_A, NARROW_B, RAW, K
-from kvcomp.kernels.cpu_page import CHANNEL, TOKENS, block_at, prefetch_block, table_places
+from kvcomp.kernels.cpu_decode import (
+    CLASSES,
+    FIRST,
+    MOST_CLASSES,
+    NARROW,
+    NARROW_A,
+    NARROW_B,
+    RAW,
+    K,
+    V,
+    class_of,
+    of_class,
+)
+from kvcomp.kernels.cpu_page import (
+    CHANNEL,
+    HEAD,
+    MAX_CHANNELS,
+    NO_BOOK,
+    TOKENS,
+    block_at,
+    book_at,
+    prefetch_block,
+    table_places,
+)
+from kvcomp.quantise import HEAD_ZERO
 
-i64 = np.int64
+f32, i64 = np.float32, np.int64
 FLOATS = vector(F32)
 TILE = 8
 
@@ -61,16 +85,14 @@ transpose_tile = emitted(types.void, [types.int64] * 4, _transpose_tile)
 
 
 def _restorer(interleaved: bool, by_channel: bool) -> Any:
-    """``restore(pairs, count, shift_a, shift_b, mask, scale, zero, out_a, out_b)``: ``count`` pairs to (code + zero) * scale.
+    """``restore(pairs, count, scale, zero, out_a, out_b)``: ``count`` pairs to (code + zero) * scale.
 
     Interleaved: the codes are neighbours, out_a gets both, a before b. Else they go to two rows. By channel: scale and zero are
     arrays along the output; else the first is for out_a, the second for out_b, or the first for both if interleaved.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-        pairs, count, shift_a, shift_b, mask, scale, zero, out_a, out_b = args
-        masks = splat(builder, builder.trunc(mask, I32))
-        shifts = [splat(builder, builder.trunc(shift, I32)) for shift in (shift_a, shift_b)]
+        pairs, count, scale, zero, out_a, out_b = args
         shared = {
             (address, second): splat(builder, builder.load(at(builder, address, 4 * second), align=4, typ=F32))
             for address in (scale, zero)
@@ -83,9 +105,8 @@ def _restorer(interleaved: bool, by_channel: bool) -> Any:
             words = builder.load(at(builder, builder.add(pairs, builder.shl(i, I64(1)))), align=2, typ=half)
             words = builder.shuffle_vector(words, words, integers(I32, [lane // 2 for lane in range(LANES)]))
             words = builder.zext(words, vector(I32))  # each pair twice
-            first_second = integers(I32, [lane % 2 * LANES + lane for lane in range(LANES)])
-            amounts = builder.shuffle_vector(*shifts, first_second)
-            codes = builder.sitofp(builder.and_(builder.lshr(words, amounts), masks), FLOATS)
+            amounts = integers(I32, [lane % 2 * 8 for lane in range(LANES)])
+            codes = builder.sitofp(builder.and_(builder.lshr(words, amounts), integers(I32, [255] * LANES)), FLOATS)
             if interleaved:
                 place = builder.shl(i, I64(3))
                 z, s = (
@@ -112,17 +133,67 @@ def _restorer(interleaved: bool, by_channel: bool) -> Any:
                     x = builder.fmul(builder.fadd(row, z), s)
                     builder.store(x, at(builder, builder.add(out, place)), align=4)
 
-    return emitted(types.void, [types.int64] * 9, emit)
+    return emitted(types.void, [types.int64] * 6, emit)
 
 
 _keys_by_channel, _keys_by_token = _restorer(True, True), _restorer(True, False)
 _values_by_channel, _values_by_token = _restorer(False, True), _restorer(False, False)
 
 
+def _widener(narrow: bool) -> Any:
+    """``widen_pairs(pairs, count, first)``: pairs ``a : 8 | b : 8`` from their table form, in place; first: uint16 at an address, added to each."""
+
+    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+        pairs, count, first = args
+        half = vector(I16, TILE)
+
+        def constant(x: int) -> ir.Constant:
+            return integers(I16, [x] * TILE)
+
+        with cgutils.for_range_slice(builder, I64(0), count, I64(TILE), I64) as (i, _):
+            place = builder.shl(i, I64(1))
+            words = builder.load(at(builder, builder.add(pairs, place)), align=2, typ=half)
+            if narrow:
+                a = builder.and_(builder.lshr(words, constant(NARROW_A)), constant(31))
+                words = builder.or_(a, builder.shl(builder.lshr(words, constant(NARROW_B)), constant(8)))
+            words = builder.add(words, builder.load(at(builder, builder.add(first, place)), align=2, typ=half))
+            builder.store(words, at(builder, builder.add(pairs, place)), align=2)
+
+    return emitted(types.void, [types.int64] * 3, emit)
+
+
+_widen_narrow, _widen_wide = _widener(True), _widener(False)
+
+
 @compiled
-def restore(kind, pairs, small, by_channel, scale, zero, turned, channels, values):
-    """Decoded pairs -> float32 values [token, channel]; all addresses. ``turned``: scratch for the pairs of K, token by token."""
-    shift_a, shift_b, mask = (NARROW_A, NARROW_B, 31) if small else (0, 8, 255)
+def widen_pairs(kind, slot, books, channels, pairs, first):
+    """Pairs of a block as codes of eight bits each, in place; all addresses. first: scratch, uint16 [channels or tokens]."""
+    if slot == NO_BOOK:
+        return
+    book = book_at(books, slot)
+    if kind == K:
+        twice = halves_at(first, TOKENS)
+        for index in range(MOST_CLASSES):
+            twice[:] = of_class(book, index, FIRST) * 0x0101
+            for row in range(channels // 8 * index, channels // 8 * (index + 1)):
+                if of_class(book, index, NARROW):
+                    _widen_narrow(pairs + 2 * TOKENS * row, TOKENS, first)
+                else:
+                    _widen_wide(pairs + 2 * TOKENS * row, TOKENS, first)
+        return
+    twice = halves_at(first, channels)
+    for c in range(channels):
+        twice[c] = of_class(book, class_of(V, channels, book[CLASSES], c), FIRST) * 0x0101
+    for i in range(TOKENS // 2):
+        if of_class(book, 0, NARROW):
+            _widen_narrow(pairs + 2 * channels * i, channels, first)
+        else:
+            _widen_wide(pairs + 2 * channels * i, channels, first)
+
+
+@compiled
+def restore(kind, pairs, by_channel, scale, zero, turned, channels, values):
+    """Pairs of codes of eight bits -> float32 values [token, channel]; all addresses. turned: scratch for the pairs of K, token by token."""
     half, row_bytes = channels // 2, 4 * channels
     if kind == K:
         for i in range(0, half, TILE):
@@ -131,28 +202,28 @@ def restore(kind, pairs, small, by_channel, scale, zero, turned, channels, value
         for t in range(TOKENS):
             words, out = turned + 2 * half * t, values + row_bytes * t
             if by_channel:
-                _keys_by_channel(words, half, shift_a, shift_b, mask, scale, zero, out, out)
+                _keys_by_channel(words, half, scale, zero, out, out)
             else:
-                _keys_by_token(words, half, shift_a, shift_b, mask, scale + 4 * t, zero + 4 * t, out, out)
+                _keys_by_token(words, half, scale + 4 * t, zero + 4 * t, out, out)
         return
     for i in range(TOKENS // 2):
         words, out = pairs + 2 * channels * i, values + 2 * row_bytes * i
         if by_channel:
-            _values_by_channel(words, channels, shift_a, shift_b, mask, scale, zero, out, out + row_bytes)
+            _values_by_channel(words, channels, scale, zero, out, out + row_bytes)
         else:
-            _values_by_token(words, channels, shift_a, shift_b, mask, scale + 8 * i, zero + 8 * i, out, out + row_bytes)
+            _values_by_token(words, channels, scale + 8 * i, zero + 8 * i, out, out + row_bytes)
 
 
 @compiled(entry=True)
-def decompress_pages(pages, units, books, heads, channels, dtype, out, strides):
+def decompress_pages(pages, units, books, steps, heads, channels, dtype, out, strides):
     """Fill the values at two addresses, K's and V's, (heads, 64*pages, channels), with the pages at these addresses."""
     size = 4 if dtype == FLOAT32 else 2
-    table_bytes = table_places(address_of(books), np.empty(4, i64))
+    table_bytes = table_places(address_of(books), np.empty((4, MOST_CLASSES), i64))
     memory = np.empty(lay_out(i64(0), 1, channels, table_bytes).end + 64, np.uint8)
     s = lay_out(address_of(memory), 1, channels, table_bytes)
     prepare(s)
-    table_places(address_of(books), integers_at(s.begin, 4))
-    integers_at(s.built, 4)[:] = 0
+    take_books(address_of(books), s)
+    first = np.empty(MAX_CHANNELS, np.uint16)
     turned = np.empty(TOKENS * channels // 2, np.uint16)
     for index in range(pages.size):
         page = pages[index]
@@ -166,9 +237,14 @@ def decompress_pages(pages, units, books, heads, channels, dtype, out, strides):
                 for t in range(TOKENS):
                     copy_bytes(block + t * channels * size, rows + t * strides[kind, 1], channels * size)
                 continue
-            small = decode_coded(page, block, mode, kind, heads, units[0], units[1], address_of(books), s)
+            slot = decode_coded(
+                page, block, mode, kind, head, heads, units[0], units[1], address_of(books), address_of(steps), s
+            )
+            widen_pairs(kind, slot, address_of(books), channels, s.pairs, address_of(first))
+            if units[kind] == HEAD and slot != NO_BOOK:
+                floats_at(s.zero, TOKENS)[:] = f32(HEAD_ZERO)
             by_channel = units[kind] == CHANNEL
-            restore(kind, s.pairs, small, by_channel, s.scale, s.zero, address_of(turned), channels, s.values)
+            restore(kind, s.pairs, by_channel, s.scale, s.zero, address_of(turned), channels, s.values)
             for t in range(TOKENS):
                 narrow(dtype, s.values + 4 * t * channels, rows + t * strides[kind, 1], channels)
     return memory.size  # mentioned here, so that Numba keeps it until here

@@ -12,18 +12,21 @@ from kvcomp.kernels.cpu_bits import (
     clear_bytes,
     compiled,
     copy_bytes,
-    store_u8,
+    load_u32,
+    move_bytes,
     store_u16,
     store_u32,
     store_u64,
 )
 from kvcomp.kernels.cpu_decode import (
+    BITS,
     CLASSES,
     DEFAULT_BOOK,
+    FIRST,
     FIXED,
     LENGTHS,
     LEVELS,
-    LIMIT,
+    MOST_CLASSES,
     OWN_BOOK,
     RAW,
     SPLIT,
@@ -31,19 +34,16 @@ from kvcomp.kernels.cpu_decode import (
     SYMBOLS,
     K,
     canonical_words,
+    class_of,
+    of_class,
 )
-from kvcomp.kernels.cpu_page import BLOCK, TOKEN, TOKENS
-from kvcomp.quantise import MAX_LEVELS
+from kvcomp.kernels.cpu_page import BLOCK, HEAD, TOKEN, TOKENS
+from kvcomp.quantise import MAX_CODES
 
 i64, u64 = np.int64, np.uint64
-
-
-@compiled
-def class_of(kind, channels, classes, channel):
-    """Codebook class of a pair that begins in this channel."""
-    if classes == 1:
-        return 0
-    return channel // (channels // 4) if kind == K else 4 * (channel // 8) // (channels // 8)
+PAIR_BITS = 18  # most bits of a pair: 12 of its code word and 3 low bits of each code
+PAIR_MASK = (1 << PAIR_BITS) - 1
+MOST_LENGTHS = 4 + 8 * 9  # bytes that the lengths of a block's streams can take
 
 
 @compiled
@@ -67,25 +67,41 @@ def count_blocks(codes, raw, kind, counts):
     shape = (TOKENS, channels // 2) if kind == K else (TOKENS // 2, channels)
     words = np.empty(shape, np.uint16)
     # Two tables in turn: equal pairs often follow each other, and adding to the same place twice waits for memory.
-    partial = np.zeros((classes, 2, MAX_LEVELS * MAX_LEVELS), np.uint32)
+    partial = np.zeros((classes, 2, MAX_CODES * MAX_CODES), np.uint32)  # [.., b << 8 | a]
     of_column = np.empty(shape[1], i64)
     for column in range(shape[1]):
         of_column[column] = class_of(kind, channels, classes, 2 * column if kind == K else column)
+    low, high = np.empty(channels, np.uint8), np.empty(channels, np.uint8)
+    least, most = MAX_CODES, -1  # of all codes: memory outside their range is never touched
     for page in range(pages):
         for head in range(heads):
             if raw[page, head]:
                 continue
             pair_words(kind, codes[page, head], words)
+            code_range(codes[page, head], low, high)
+            for c in range(channels):
+                least, most = min(least, i64(low[c])), max(most, i64(high[c]))
             for row in range(shape[0]):
                 for column in range(0, shape[1], 2):  # a class begins at an even column
                     table = partial[of_column[column]]
-                    first, second = i64(words[row, column]), i64(words[row, column + 1])
-                    table[0, (first & 127) << 7 | first >> 8] += np.uint32(1)
-                    table[1, (second & 127) << 7 | second >> 8] += np.uint32(1)
-    flat = counts.reshape(classes, MAX_LEVELS * MAX_LEVELS)
-    for of_class in range(classes):
-        for pair in range(MAX_LEVELS * MAX_LEVELS):
-            flat[of_class, pair] += u64(partial[of_class, 0, pair]) + u64(partial[of_class, 1, pair])
+                    table[0, words[row, column]] += np.uint32(1)
+                    table[1, words[row, column + 1]] += np.uint32(1)
+    for index in range(classes):
+        for b in range(least, most + 1):
+            for a in range(least, most + 1):
+                pair = b << 8 | a
+                counts[index, a, b] += u64(partial[index, 0, pair]) + u64(partial[index, 1, pair])
+
+
+@compiled
+def code_range(codes, low, high):
+    """Least and greatest code of each channel of [64, D]."""
+    low[:], high[:] = codes[0], codes[0]
+    for t in range(1, TOKENS):
+        row = codes[t]
+        for c in range(row.size):
+            low[c] = min(low[c], row[c])
+            high[c] = max(high[c], row[c])
 
 
 @compiled
@@ -109,21 +125,39 @@ def order_streams(kind, words, streams):
 
 @compiled
 def build_words(book, words):
-    """words[class, b << 7 | a] = code word with the split bits, and its length << 16."""
-    symbols, split, limit, levels = book[SYMBOLS], book[SPLIT], book[LIMIT], book[LEVELS]
-    count = symbols * symbols
-    canonical = np.empty(count, np.uint16)
-    low = (1 << split) - 1
-    for of_class in range(book[CLASSES]):
-        lengths = book[LENGTHS] + of_class * count
-        lengths_of = code_lengths(lengths, count)
-        canonical_words(lengths, count, limit, canonical)
+    """word[b << 8 | a] = code word with the split bits, and its length << 18; words: for each class the address of the word of (0, 0)."""
+    canonical = np.empty(MAX_CODES * MAX_CODES, np.uint16)
+    for index in range(book[CLASSES]):
+        split, levels, symbols = (
+            of_class(book, index, SPLIT),
+            of_class(book, index, LEVELS),
+            of_class(book, index, SYMBOLS),
+        )
+        lengths, first = of_class(book, index, LENGTHS), of_class(book, index, FIRST)
+        lengths_of = code_lengths(lengths, symbols * symbols)
+        canonical_words(lengths, symbols * symbols, of_class(book, index, BITS), canonical)
+        low = (1 << split) - 1
         for a in range(levels):
             for b in range(levels):
                 symbol = (a >> split) * symbols + (b >> split)
                 length = i64(lengths_of[symbol])
-                word = i64(canonical[symbol]) | (a & low | (b & low) << split) << length
-                words[of_class, b << 7 | a] = word | (length + 2 * split) << 16
+                word = (i64(canonical[symbol]) if length else i64(0)) | (a & low | (b & low) << split) << length
+                at = words[index] + 4 * ((b + first) << 8 | a + first)
+                store_u32(at, np.uint32(word | (length + 2 * split) << PAIR_BITS))
+
+
+@compiled
+def covers(book, kind, low, high):
+    """Whether a book has the codes of a block, whose channels reach from ``low`` to ``high``, each in its class."""
+    channels = low.size
+    if book[CLASSES] == 0:
+        return False
+    for c in range(channels):
+        index = class_of(kind, channels, book[CLASSES], c)
+        first = of_class(book, index, FIRST)
+        if low[c] < first or high[c] >= first + of_class(book, index, LEVELS):
+            return False
+    return True
 
 
 @compiled
@@ -140,31 +174,30 @@ def fill_bytes(source, array):
 
 
 def _packer(pairs_a_flush: int) -> Any:
-    """``pack(streams, of_pair, words, lengths, unit)``: Huffman streams behind 64 length bytes at an address. Returns their end.
+    """``pack(streams, of_pair, tables, to, unit, lengths)``: Huffman streams at an address, and their lengths in units. Returns their end.
 
-    A flush leaves at most 7 bits, so ``pairs_a_flush`` pairs may have 57 bits.
+    tables: int64, for each class the address where the words of ``build_words`` would begin if ``first`` were 0. A flush leaves at most 7
+    bits, so ``pairs_a_flush`` pairs may have 57 bits.
     """
 
     @compiled
-    def pack(streams, of_pair, words, lengths, unit):
-        to = lengths + STREAMS
+    def pack(streams, of_pair, tables, to, unit, lengths):
         waiting, held = u64(0), u64(0)  # bits, and how many
         for stream in range(STREAMS):
             begin = to * 8 + i64(held)
             for pair in range(0, streams.shape[1], pairs_a_flush):
-                table = words[of_pair[stream, pair]]
+                table = tables[of_pair[stream, pair]]
                 for i in range(pairs_a_flush):
-                    word = i64(streams[stream, pair + i])
-                    entry = u64(table[(word >> 8) << 7 | word & 127])
-                    waiting |= (entry & u64(0xFFFF)) << held
-                    held += entry >> u64(16)
+                    entry = u64(load_u32(table + 4 * i64(streams[stream, pair + i])))
+                    waiting |= (entry & u64(PAIR_MASK)) << held
+                    held += entry >> u64(PAIR_BITS)
                 store_u64(to, waiting)
                 to += i64(held >> u64(3))
                 waiting >>= held & u64(0x38)
                 held &= u64(7)
             bits = to * 8 + i64(held) - begin
             units = (bits + unit - 1) // unit
-            store_u8(lengths + stream, np.uint8(units))
+            lengths[stream] = units
             held += u64(units * unit - bits)
             store_u64(to, waiting)
             to += i64(held >> u64(3))
@@ -180,15 +213,45 @@ _pack_4, _pack_2 = _packer(4), _packer(2)
 
 
 @compiled
-def pack_fixed(streams, width, to):
-    """Codes of a fixed width: word i of stream x to 4 (64 i + x) bytes behind an address. Returns the end."""
+def store_lengths(kind, lengths, to):
+    """The lengths of 64 streams in units to an address (section 5). Returns the end."""
+    head, differences = i64(0), i64(0)
+    for group in range(4):
+        base = i64(127)
+        most = i64(0)
+        for i in range(STREAMS // 4):
+            length = lengths[4 * i + group if kind == K else 16 * group + i]
+            base, most = min(base, length), max(most, length)
+        head |= base << (4 + 7 * group)
+        differences |= most - base
+    width = i64(0)
+    while differences >> width:
+        width += 1
+    store_u32(to, np.uint32(head | width))
+    to += 4
+    waiting, held = u64(0), u64(0)
+    for stream in range(STREAMS):
+        group = stream & 3 if kind == K else stream >> 4
+        waiting |= u64(lengths[stream] - (head >> (4 + 7 * group) & 127)) << held
+        held += u64(width)
+        if held >= u64(32):
+            store_u32(to, np.uint32(waiting & u64(0xFFFFFFFF)))
+            to += 4
+            waiting >>= u64(32)
+            held -= u64(32)
+    return to
+
+
+@compiled
+def pack_fixed(streams, width, least, to):
+    """Codes of a fixed width, from ``least`` on: word i of stream x to 4 (64 i + x) bytes behind an address. Returns the end."""
     size = u64(width)
     rows = (2 * streams.shape[1] * width + 31) // 32
     for stream in range(STREAMS):
         waiting, held, place = u64(0), u64(0), to + 4 * stream
         for pair in range(streams.shape[1]):
             word = u64(streams[stream, pair])
-            waiting |= (word & u64(127) | word >> u64(8) << size) << held
+            waiting |= ((word & u64(255)) - u64(least) | (word >> u64(8)) - u64(least) << size) << held
             held += u64(2) * size
             if held >= u64(32):
                 store_u32(place, np.uint32(waiting & u64(0xFFFFFFFF)))
@@ -222,6 +285,40 @@ def pad(to, begin):
     return end
 
 
+@compiled
+def place_words(books, tables):
+    """Byte offsets of the words of each book's classes, rows of 256 words, as if ``first`` were 0. Returns the words of all."""
+    total = 0
+    for slot in range(4):
+        for index in range(books[slot, CLASSES]):
+            first = of_class(books[slot], index, FIRST)
+            tables[slot, index] = 4 * (total - (first << 8 | first))
+            total += of_class(books[slot], index, LEVELS) << 8
+    return total
+
+
+@compiled
+def longest_pair(book):
+    """Bits that a pair of codes takes at most."""
+    longest = 0
+    for index in range(book[CLASSES]):
+        longest = max(longest, of_class(book, index, BITS) + 2 * of_class(book, index, SPLIT))
+    return longest
+
+
+@compiled
+def fixed_codes(unit, low, high):
+    """Width of a block whose codes have a fixed width, and the code that is stored as 0."""
+    width = 1
+    if unit == HEAD:
+        while low.min() < 128 - (1 << (width - 1)) or high.max() >= 128 + (1 << (width - 1)):
+            width += 1
+        return width, 128 - (1 << (width - 1))
+    while high.max() >> width:
+        width += 1
+    return width, 0
+
+
 @compiled(entry=True)
 def encode_blocks(
     values, value_strides, value_bytes, codes, raws, scale_bits, zeros, units, fixed, books, buffer, offsets
@@ -229,15 +326,18 @@ def encode_blocks(
     """Pages to ``buffer``, large enough; offsets[i] is where page i begins.
 
     values: addresses of K and V (heads, 64*pages, channels), value_strides: their bytes between heads and tokens. codes, raws,
-    scale_bits, zeros: pairs of arrays, of K and of V. fixed: whether their codes have a fixed width. books: K default, K own, V default, V own.
+    scale_bits, zeros: pairs of arrays, of K and of V. fixed: whether their codes have a fixed width. books: K default, K own, V default, V own, as ``cpu_decode`` describes them.
     """
     pages, heads, _, channels = codes[0].shape
     pairs = channels // 2
     streams = np.empty((STREAMS, pairs), np.uint16)
     columns = np.empty(TOKENS * pairs, np.uint16)
-    most = max(1, max(books[0, CLASSES], books[2, CLASSES]))
-    words = np.empty((4, most, MAX_LEVELS * MAX_LEVELS), np.uint32)
+    low, high = np.empty(channels, np.uint8), np.empty(channels, np.uint8)
+    tables = np.empty((4, MOST_CLASSES), i64)  # where the words of each book's classes would begin if ``first`` were 0
+    memory = np.empty(place_words(books, tables), np.uint32)
+    tables += address_of(memory)
     built = np.zeros(4, np.bool_)
+    lengths = np.empty(STREAMS, i64)
     of_pair = np.empty((4, STREAMS, pairs), np.uint8)
     unit = 4 if channels <= 128 else 8
     to = address_of(buffer)
@@ -261,38 +361,39 @@ def encode_blocks(
                     to += channels * value_bytes
             else:
                 block = codes[kind][page, head]
-                if units[kind] != TOKEN:
+                if units[kind] != TOKEN and units[kind] != HEAD:
                     to = store_scales(units[kind], scale_bits[kind][page, head], zeros[kind][page, head], to)
-                top = 0
-                for t in range(TOKENS):
-                    for c in range(channels):
-                        top = max(top, block[t, c])
+                code_range(block, low, high)
                 shaped = columns.reshape(TOKENS, pairs) if kind == K else columns.reshape(TOKENS // 2, channels)
                 pair_words(kind, block, shaped)
                 order_streams(kind, shaped, streams)
-                if fixed[kind]:
-                    width = 1
-                    while top >> width:
-                        width += 1
-                    mode = FIXED + width
-                    to = pack_fixed(streams, width, to)
+                slot = 2 * kind + 1
+                while slot >= 2 * kind and (fixed[kind] or not covers(books[slot], kind, low, high)):
+                    slot -= 1
+                if slot < 2 * kind:
+                    width, least = fixed_codes(units[kind], low, high)
+                    mode = FIXED + (width & 7)
+                    to = pack_fixed(streams, width, least, to)
                 else:
-                    own = 2 * kind + 1
-                    slot = own if books[own, LENGTHS] and top < books[own, LEVELS] else own - 1
-                    mode = OWN_BOOK if slot == own else DEFAULT_BOOK
+                    mode = OWN_BOOK if slot == 2 * kind + 1 else DEFAULT_BOOK
                     book = books[slot]
                     if not built[slot]:
                         built[slot] = True
-                        build_words(book, words[slot])
+                        build_words(book, tables[slot])
                         pair_classes(kind, channels, book[CLASSES], of_pair[slot])
-                    if book[LIMIT] + 2 * book[SPLIT] <= 14:
-                        to = _pack_4(streams, of_pair[slot], words[slot], to, unit)
+                    begin_streams = to + MOST_LENGTHS
+                    if longest_pair(book) <= 14:
+                        end = _pack_4(streams, of_pair[slot], tables[slot], begin_streams, unit, lengths)
                     else:
-                        to = _pack_2(streams, of_pair[slot], words[slot], to, unit)
+                        end = _pack_2(streams, of_pair[slot], tables[slot], begin_streams, unit, lengths)
+                    to = store_lengths(kind, lengths, to)
+                    move_bytes(begin_streams, to, end - begin_streams)
+                    to += end - begin_streams
                 to = pad(to, begin)
             store_u32(begin + 4 * number, np.uint32((at - begin) | mode))
         store_u32(begin + 8 * heads, np.uint32(to - begin))
     offsets[pages] = to - address_of(buffer)
+    return memory.size  # mentioned here, so that Numba keeps it until here
 
 
 @compiled

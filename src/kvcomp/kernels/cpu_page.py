@@ -19,11 +19,12 @@ from kvcomp.kernels.cpu_bits import (
     words_at,
 )
 from kvcomp.kernels.cpu_decode import (
+    BITS,
     CLASSES,
     COLUMNS,
     FIXED,
     LENGTHS,
-    LIMIT,
+    MOST_CLASSES,
     NARROW,
     NARROW_A,
     NARROW_B,
@@ -35,13 +36,15 @@ from kvcomp.kernels.cpu_decode import (
     build_table,
     decode_fixed,
     decode_huffman,
+    of_class,
 )
 from kvcomp.spec import PAGE_TOKENS as TOKENS
 
-BLOCK, CHANNEL, VECTOR, TOKEN = 0, 1, 2, 3  # units
+BLOCK, CHANNEL, VECTOR, TOKEN, HEAD = 0, 1, 2, 3, 4  # units
 MAX_CHANNELS = 256
 
 f32, i64 = np.float32, np.int64
+NO_BOOK = i64(4)  # slot of codes of fixed width, behind the four books
 
 
 @compiled
@@ -98,48 +101,54 @@ def book_at(books, slot):
 
 @compiled
 def table_places(books, begin):
-    """Where the tables of four books begin in scratch. Returns the bytes of all."""
+    """Where the tables of four books begin in scratch, [4 books, 4 classes]. Returns the bytes of all."""
     total = i64(0)
     for slot in range(4):
         book = book_at(books, slot)
-        begin[slot] = total
-        if book[LENGTHS]:
-            total += (i64(2 if book[NARROW] else 4) << (book[LIMIT] + 2 * book[SPLIT])) * book[CLASSES]
+        for index in range(book[CLASSES]):
+            begin[slot, index] = total
+            total += i64(2 if of_class(book, index, NARROW) else 4) << of_class(book, index, BITS)
     return total
 
 
 @compiled
-def build_tables(book, table):
-    """The decode tables of a book's classes, to an address."""
-    count, size = book[SYMBOLS] * book[SYMBOLS], i64(1) << (book[LIMIT] + 2 * book[SPLIT])
-    for of_class in range(book[CLASSES]):
-        lengths = book[LENGTHS] + of_class * count
-        if book[NARROW]:
-            narrow = halves_at(table + 2 * of_class * size, size)
-            build_table(lengths, book[SYMBOLS], book[SPLIT], book[LIMIT], True, narrow)
+def build_tables(book, places):
+    """The decode tables of a book's classes, to addresses."""
+    for index in range(book[CLASSES]):
+        bits, place = of_class(book, index, BITS), places[index]
+        lengths, symbols = of_class(book, index, LENGTHS), of_class(book, index, SYMBOLS)
+        if of_class(book, index, NARROW):
+            narrow = halves_at(place, i64(1) << bits)
+            build_table(lengths, symbols, of_class(book, index, SPLIT), bits, True, narrow)
         else:
-            wide = words_at(table + 4 * of_class * size, size)
-            build_table(lengths, book[SYMBOLS], book[SPLIT], book[LIMIT], False, wide)
+            wide = words_at(place, i64(1) << bits)
+            build_table(lengths, symbols, of_class(book, index, SPLIT), bits, False, wide)
 
 
 @compiled
-def decode_block(codes, mode, kind, channels, books, tables, begin, built, offsets, streams, pairs):
-    """Codes of a coded block to pairs. Returns whether they are narrow.
+def decode_block(codes, mode, kind, channels, books, begin, built, offsets, streams, pairs):
+    """Codes of a coded block to pairs. Returns the slot of its book, ``NO_BOOK`` where codes have a fixed width.
 
-    All but mode, kind and channels are addresses; begin, built: int64 [4], where the tables of the books lie in ``tables`` and whether they
-    are there: they are built when first needed.
+    All but mode, kind and channels are addresses; begin: int64 [4, 4], where the tables of each book's classes lie; built: int64 [4], whether
+    they are there: they are built when first needed.
     """
-    if mode > FIXED:
-        decode_fixed(codes, kind, channels, mode - FIXED, offsets, pairs)
-        return False
+    if mode >= FIXED:
+        decode_fixed(codes, kind, channels, fixed_width(mode), offsets, pairs)
+        return NO_BOOK
     slot = 2 * kind + (1 if mode == OWN_BOOK else 0)
     book, is_built = book_at(books, slot), integers_at(built, 4)
-    table = tables + integers_at(begin, 4)[slot]
+    tables = begin + 8 * MOST_CLASSES * slot
     if not is_built[slot]:
         is_built[slot] = 1
-        build_tables(book, table)
-    decode_huffman(codes, kind, channels, book, table, offsets, streams, pairs)
-    return book[NARROW] != 0
+        build_tables(book, integers_at(tables, MOST_CLASSES))
+    decode_huffman(codes, kind, channels, book, tables, offsets, streams, pairs)
+    return slot
+
+
+@compiled
+def fixed_width(mode):
+    """Bits of a code in a block of fixed width."""
+    return mode - FIXED if mode > FIXED else 8
 
 
 @compiled

@@ -112,31 +112,45 @@ def accumulate(pairs, columns, rows, mask_a, mask_b, of_a, of_b, factor_bytes, q
 
 
 def _fold(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-    source, scale, zero, count, unit_a, unit_b, of_a, of_b = args
-    units = splat(builder, unit_a), splat(builder, unit_b)
+    source, scale, zero, unit, count, of_a, of_b = args
     total = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * LANES))
     with cgutils.for_range_slice(builder, I64(0), count, I64(2 * LANES), I64) as (i, _):
         place = builder.shl(i, I64(2))
-        scaled = []
+        folded = []
         for half in range(2):
-            x, s, z = (
+            x, s, z, u = (
                 builder.load(at(builder, builder.add(address, place), 4 * LANES * half), align=4, typ=FLOATS)
-                for address in (source, scale, zero)
+                for address in (source, scale, zero, unit)
             )
-            scaled.append(builder.fmul(x, s))
-            part = builder.fmul(scaled[-1], z, flags=("contract",))
+            x = builder.fmul(x, s)
+            part = builder.fmul(x, z, flags=("contract",))
             builder.store(builder.fadd(builder.load(total, typ=FLOATS), part, flags=("contract",)), total)
-        for parity, (unit, target) in enumerate(zip(units, (of_a, of_b), strict=True)):
-            of_pairs = builder.shuffle_vector(scaled[0], scaled[1], integers(I32, range(parity, 2 * LANES, 2)))
-            builder.store(
-                builder.fmul(of_pairs, unit), at(builder, builder.add(target, builder.shl(i, I64(1)))), align=4
-            )
+            folded.append(builder.fmul(x, u))
+        for parity, target in enumerate((of_a, of_b)):
+            of_pairs = builder.shuffle_vector(folded[0], folded[1], integers(I32, range(parity, 2 * LANES, 2)))
+            builder.store(of_pairs, at(builder, builder.add(target, builder.shl(i, I64(1)))), align=4)
     return sum_of_lanes(builder, builder.load(total, typ=FLOATS))
 
 
-# fold(source, scale, zero, count, unit_a, unit_b, of_a, of_b): x = source * scale; its even and odd elements times a unit to of_a and of_b;
-# the sum of x * zero as the result. ``count`` floats are read up to the next multiple of 32.
-fold = emitted(types.float32, [types.int64] * 4 + [types.float32] * 2 + [types.int64] * 2, _fold)
+# fold(source, scale, zero, unit, count, of_a, of_b): x = source * scale; the even and odd elements of x * unit to of_a and of_b; the sum of
+# x * zero as the result. ``count`` floats are read up to the next multiple of 32.
+fold = emitted(types.float32, [types.int64] * 7, _fold)
+
+
+def _add_multiple(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    row, source, factor, count = args
+    factors = splat(builder, factor)
+    with cgutils.for_range_slice(builder, I64(0), count, I64(LANES), I64) as (i, _):
+        place = builder.shl(i, I64(2))
+        x, y = (
+            builder.load(at(builder, builder.add(address, place)), align=4, typ=FLOATS) for address in (row, source)
+        )
+        product = builder.fmul(factors, y, flags=("contract",))
+        builder.store(builder.fadd(x, product, flags=("contract",)), at(builder, builder.add(row, place)), align=4)
+
+
+# add_multiple(row, source, factor, count): row <- row + factor * source
+add_multiple = emitted(types.void, [types.int64] * 2 + [types.float32, types.int64], _add_multiple)
 
 
 def _rescale(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:

@@ -37,7 +37,7 @@ from kvcomp.kernels.cpu_bits import (
     widen,
 )
 from kvcomp.kernels.cpu_page import BLOCK, CHANNEL, TOKEN, TOKENS, VECTOR
-from kvcomp.quantise import MAX_LEVELS, MAX_ZERO
+from kvcomp.quantise import HEAD_ZERO, LARGEST_FLOAT16, MAX_CODES, MAX_LEVELS, MAX_ZERO
 
 F64 = ir.DoubleType()
 f32, f64, i64 = np.float32, np.float64, np.int64
@@ -125,6 +125,50 @@ def _row_quantiser(dtype: int, by_channel: bool) -> Any:
 
     return emitted(types.boolean, [types.int64] * 6, emit)
 
+
+def _head_quantiser(dtype: int) -> Any:
+    """``quantise_row(values, count, step, codes)``: the unit ``head``, True if all values have a code. All but step are addresses or counts."""
+
+    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
+        values, count, step, codes = args
+        floats, flags = vector(F32), vector(I1)
+
+        def constant(x: float) -> ir.Constant:
+            return ir.Constant(floats, [x] * LANES)
+
+        rint, fabs = (
+            cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(floats, [floats]), f"llvm.{name}.v{LANES}f32"
+            )
+            for name in ("rint", "fabs")
+        )
+        steps = splat(builder, step)
+        inverse, half = builder.fdiv(constant(1.0), steps), builder.fmul(steps, constant(0.5))
+        kept = cgutils.alloca_once_value(builder, ir.Constant(flags, [1] * LANES))
+        with cgutils.for_range_slice(builder, I64(0), count, I64(LANES), I64) as (i, _):
+            x = builder.load(at(builder, builder.add(values, builder.shl(i, I64(2)))), align=4, typ=floats)
+            nearest = builder.call(rint, [builder.fmul(x, inverse)])
+            error = builder.fsub(x, builder.fmul(nearest, steps))
+            above = builder.fcmp_ordered(">", error, half)
+            below = builder.fcmp_ordered("<", error, builder.fneg(half))
+            nearest = builder.fadd(nearest, builder.select(above, constant(1.0), constant(0.0)))
+            nearest = builder.fsub(nearest, builder.select(below, constant(1.0), constant(0.0)))
+            code = builder.fsub(nearest, constant(HEAD_ZERO))
+            keep = builder.and_(
+                builder.fcmp_ordered(">=", code, constant(0.0)), builder.fcmp_ordered("<", code, constant(MAX_CODES))
+            )
+            if dtype == FLOAT16:
+                size = builder.call(fabs, [builder.fmul(nearest, steps)])
+                keep = builder.and_(keep, builder.fcmp_ordered("<=", size, constant(LARGEST_FLOAT16)))
+            whole = builder.fptosi(builder.select(keep, code, constant(0.0)), vector(I32))
+            builder.store(builder.trunc(whole, vector(I8)), at(builder, builder.add(codes, i)), align=1)
+            builder.store(builder.and_(builder.load(kept, typ=flags), keep), kept)
+        return builder.icmp_signed("==", builder.bitcast(builder.load(kept, typ=flags), I16), I16(-1))
+
+    return emitted(types.boolean, [types.int64, types.int64, types.float32, types.int64], emit)
+
+
+_of_head, _of_head_float16 = _head_quantiser(FLOAT32), _head_quantiser(FLOAT16)
 
 _by_channel_float32, _by_channel_float16, _by_channel_bfloat16 = (_row_quantiser(dtype, True) for dtype in range(3))
 _by_row_float32, _by_row_float16, _by_row_bfloat16 = (_row_quantiser(dtype, False) for dtype in range(3))
@@ -272,6 +316,27 @@ def quantise_blocks(source, strides, dtype, unit, relative_scale, scale_bits, co
                 keep_parameters(parameters, scale.shape[2], kept, scale[page, head], zero[page, head])
         if unit == TOKEN:
             keep_parameters(parameters, TOKENS, not raw[page].all(), scale[page, 0], zero[page, 0])
+
+
+@compiled(entry=True)
+def quantise_heads(source, strides, dtype, steps, codes, raw):
+    """The same for the unit ``head``, with the float32 steps of the heads."""
+    pages, heads, _, channels = codes.shape
+    values = np.empty((TOKENS, channels), f32)
+    for page in range(pages):
+        for head in range(heads):
+            load_block(source + head * strides[0] + page * TOKENS * strides[1], strides[1], dtype, values)
+            block = codes[page, head]
+            kept = True
+            for t in range(TOKENS):
+                row, to = address_of(values[t]), address_of(block[t])
+                if dtype == FLOAT16:
+                    kept &= _of_head_float16(row, i64(channels), steps[head], to)
+                else:
+                    kept &= _of_head(row, i64(channels), steps[head], to)
+            if not kept:
+                block[:] = 0
+            raw[page, head] = not kept
 
 
 @compiled

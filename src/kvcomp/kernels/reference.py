@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvcomp import block
 from kvcomp.errors import CorruptData
-from kvcomp.kernels import Books
+from kvcomp.kernels import NO_STEPS, Books, Steps
 from kvcomp.page import (
     DEFAULT_BOOK,
     FIXED,
@@ -23,9 +23,12 @@ from kvcomp.page import (
     Layout,
     assemble,
     blocks_of,
+    fixed_mode,
+    fixed_zero,
     token_scales_of,
+    width_of,
 )
-from kvcomp.quantise import Array, Quantised, quantise, round_to, to_float32
+from kvcomp.quantise import HEAD_ZERO, MAX_CODES, Array, Quantised, quantise, round_to, to_float32
 from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
 
 __all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quantise"]
@@ -34,8 +37,8 @@ KINDS: tuple[Kind, Kind] = ("K", "V")
 
 
 def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
-    """How often each pair of codes occurs in the blocks that are not raw: (classes, 128, 128)."""
-    counts = np.zeros((classes, 128, 128), np.uint64)
+    """How often each pair of codes occurs in the blocks that are not raw: (classes, 256, 256)."""
+    counts = np.zeros((classes, MAX_CODES, MAX_CODES), np.uint64)
     for page, head in np.argwhere(~q.raw):
         counts += block.count_pairs(q.codes[page, head], kind, classes)
     return counts
@@ -71,22 +74,28 @@ def encode_pages(
                 if q.raw[page, head]:
                     blocks.append((RAW, np.ascontiguousarray(x[head, rows]).tobytes()))
                 else:
-                    mode, body = _encode_codes(q.codes[page, head], kind, code, books)
-                    scales = b"" if unit == "token" else block.scale_bytes(q.scale[page, head], q.zero[page, head])
+                    mode, body = _encode_codes(q.codes[page, head], kind, unit, code, books)
+                    here = layout.block_scales(KINDS.index(kind))
+                    scales = block.scale_bytes(q.scale[page, head], q.zero[page, head]) if here else b""
                     blocks.append((mode, scales + body))
         pages.append(assemble(layout, token_scales, blocks))
     offsets = np.cumsum([0, *map(len, pages)], dtype=np.int64)
     return np.frombuffer(b"".join(pages) + bytes(channels), np.uint8).copy(), offsets
 
 
-def _encode_codes(codes: npt.NDArray[np.uint8], kind: Kind, coding: Coding, books: Books) -> tuple[int, bytes]:
-    if coding == "fixed":
+def _encode_codes(
+    codes: npt.NDArray[np.uint8], kind: Kind, unit: Unit, coding: Coding, books: Books
+) -> tuple[int, bytes]:
+    if coding == "huffman":
+        for mode, book in ((OWN_BOOK, books[1]), (DEFAULT_BOOK, books[0])):
+            if book is not None and block.covers(book, codes, kind):
+                return mode, block.encode_huffman(codes, kind, book)
+    if unit == "head":
+        width = block.signed_width(codes)
+        codes = codes + np.uint8(fixed_zero(width) - HEAD_ZERO & 255)
+    else:
         width = block.fixed_width(codes)
-        return FIXED + width, block.encode_fixed(codes, kind, width)
-    default, own = books
-    if own is not None and codes.max() < own.levels:
-        return OWN_BOOK, block.encode_huffman(codes, kind, own)
-    return DEFAULT_BOOK, block.encode_huffman(codes, kind, default)
+    return fixed_mode(width), block.encode_fixed(codes, kind, width)
 
 
 def page_bytes(address: int, heads: int) -> bytes:
@@ -96,44 +105,68 @@ def page_bytes(address: int, heads: int) -> bytes:
 
 
 def decode_page(
-    page: bytes, layout: Layout, books: tuple[Books, Books], dtype: np.dtype[Any]
+    page: bytes, layout: Layout, books: tuple[Books, Books], dtype: np.dtype[Any], steps: Steps = NO_STEPS
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """K and V of a page, (heads, 64, channels) each, as attention sees them: raw values, or (code + zero) * scale in float32."""
     values = np.empty((2, layout.heads, PAGE_TOKENS, layout.channels), np.float32)
     for index, (mode, data) in enumerate(blocks_of(page, layout)):
         kind, head = divmod(index, layout.heads)
-        values[kind, head] = _decode_block(page, mode, data, layout, kind, books[kind], dtype)
+        of_kind = steps[kind]
+        step = None if of_kind is None else of_kind[head]
+        values[kind, head] = _decode_block(page, mode, data, layout, kind, books[kind], dtype, step)
     return values[0], values[1]
 
 
 def _decode_block(
-    page: bytes, mode: int, data: bytes, layout: Layout, kind: int, books: Books, dtype: np.dtype[Any]
+    page: bytes,
+    mode: int,
+    data: bytes,
+    layout: Layout,
+    kind: int,
+    books: Books,
+    dtype: np.dtype[Any],
+    step: float | None,
 ) -> npt.NDArray[np.float32]:
     shape = PAGE_TOKENS, layout.channels
     if mode == RAW:
         return to_float32(np.frombuffer(data, dtype, shape[0] * shape[1]).reshape(shape))
     count = layout.block_scales(kind)
     shared = token_scales_of(page, layout, kind)
-    scale, zero = shared if shared is not None else block.scales_from(data, count)
+    if step is not None:
+        zeros = HEAD_ZERO if mode < FIXED else fixed_zero(width_of(mode))
+        scale, zero = np.full(1, step, np.float32), np.full(1, zeros, np.int32)
+    else:
+        scale, zero = shared if shared is not None else block.scales_from(data, count)
     body = data[block.scales_size(count) if count else 0 :]
-    if mode > FIXED:
-        codes = block.decode_fixed(body, layout.channels, KINDS[kind], mode - FIXED)
+    if mode >= FIXED:
+        codes = block.decode_fixed(body, layout.channels, KINDS[kind], width_of(mode))
     else:
         book = books[0] if mode == DEFAULT_BOOK else books[1]
         if book is None:
-            raise CorruptData("a block needs the sequence's own codebook, and there is none")
+            raise CorruptData(
+                f"a block needs the {'default' if mode == DEFAULT_BOOK else 'own'} codebook, and there is none"
+            )
         codes = block.decode_huffman(body, layout.channels, KINDS[kind], book)
     across = (1, -1) if layout.units[kind] == "channel" else (-1, 1)
     return (codes + zero.reshape(across)).astype(np.float32) * scale.reshape(across)
 
 
 def decompress(
-    pages: npt.NDArray[np.int64], units: tuple[Unit, Unit], k_books: Books, v_books: Books, out_k: Array, out_v: Array
+    pages: npt.NDArray[np.int64],
+    units: tuple[Unit, Unit],
+    k_books: Books,
+    v_books: Books,
+    out_k: Array,
+    out_v: Array,
+    steps: Steps = NO_STEPS,
 ) -> None:
-    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels), with the pages at these addresses, rounded to their dtype."""
+    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels), with the pages at these addresses, rounded to their dtype.
+
+    steps: the heads' steps of K and of V, where the unit is ``head``.
+    """
     layout = Layout(out_k.shape[0], out_k.shape[2], units, out_k.dtype.itemsize)
     for index, address in enumerate(pages.tolist()):
-        k, v = decode_page(page_bytes(address, layout.heads), layout, (k_books, v_books), out_k.dtype)
+        k, v = decode_page(page_bytes(address, layout.heads), layout, (k_books, v_books), out_k.dtype, steps)
         rows = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
         out_k[:, rows], out_v[:, rows] = round_to(k, out_k.dtype), round_to(v, out_v.dtype)
 
@@ -155,6 +188,7 @@ def attend(
     scaling: float,
     softcap: float = 0.0,
     threads: int = 1,
+    steps: Steps = NO_STEPS,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """softmax(cap(scaling q.K)) V over a cache of sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579), in float64.
 
@@ -163,7 +197,7 @@ def attend(
     books: for every row the codebooks of K and of V.
     sinks_k, sinks_v: (rows, heads, sinks, channels), of which sink_count[row] count; tail_k, tail_v: (rows, heads, tokens,
     channels), of which query i sees tail_begin[row] to tail_end[i].
-    softcap: cap(x) = softcap tanh(x / softcap), 0 for none.
+    softcap: cap(x) = softcap tanh(x / softcap), 0 for none. steps: the heads' steps of K and of V, where the unit is ``head``.
 
     Returns the output (as q) and the natural log of the softmax denominators (rows, heads, queries); a query that sees no
     token gets 0 and -inf.
@@ -174,7 +208,7 @@ def attend(
     for row in range(rows):
         k, v = [to_float32(sinks_k[row, :, : sink_count[row]])], [to_float32(sinks_v[row, :, : sink_count[row]])]
         for address, tokens in zip(pages[row, : count[row]].tolist(), valid[row].tolist(), strict=False):
-            page_k, page_v = decode_page(page_bytes(address, heads), layout, books[row], tail_k.dtype)
+            page_k, page_v = decode_page(page_bytes(address, heads), layout, books[row], tail_k.dtype, steps)
             k.append(page_k[:, :tokens])
             v.append(page_v[:, :tokens])
         for i in range(queries):
