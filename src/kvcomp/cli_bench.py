@@ -10,10 +10,12 @@ from rich import box
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kvcomp.cli_evaluate import partial, quiet_loading
 from kvcomp.cli_files import errors, named_spec, plain_errors, screen
+from kvcomp.errors import InvalidInput
 from kvcomp.spec import PRESETS
 
-PARTS = "attention", "codec", "generate"
+PARTS = "attention", "codec", "generate", "growth"
 
 app = typer.Typer()
 
@@ -72,18 +74,15 @@ def bench(
 def _bench(
     name: str | None, spec: Any, parts: list[str], full: bool, given: dict[str, Any], output: Path, resume: bool
 ) -> None:
-    with screen.status("loading"):  # torch and transformers take seconds to import
+    with quiet_loading():
         from dataclasses import asdict, replace
-
-        from transformers.utils import logging as transformers_logging
 
         from kvcomp.evaluate import bench, results
         from kvcomp.evaluate.journal import Journal
         from kvcomp.evaluate.models import load_model, shipped_model
 
-        transformers_logging.disable_progress_bar()
         place = name if name is not None else shipped_model()
-        model = load_model(place)[0] if "generate" in parts else None
+        model = load_model(place)[0] if {"generate", "growth"} & set(parts) else None
     grid = replace(bench.FULL if full else bench.QUICK, **given)
     todo = bench.cases(grid, spec, parts, model, full)
     setting = bench.setting(grid, spec, model=Path(place).name, parts=parts)
@@ -91,7 +90,7 @@ def _bench(
         name: setting[name]
         for name in ("device", "kvcomp", "torch", "commit", "backend", "spec", "model", "parts", "threads")
     }
-    journal = Journal(output.with_suffix(".partial"), {**fixed, **asdict(grid), "full": full}, resume)
+    journal = Journal(partial(output), {**fixed, **asdict(grid), "full": full}, resume)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
 
     def content() -> dict[str, Any]:
@@ -115,7 +114,7 @@ def _bench(
     results.write(output, "bench", setting, partial=False, **content())
     journal.close()
     show(content())
-    if setting["load_average"] > 0.5:
+    if setting["load_average"] > 1:
         screen.print(
             f"[yellow]the load average was {setting['load_average']:.1f}: on a machine at rest the times are other ones[/yellow]"
         )
@@ -134,6 +133,9 @@ def show(found: dict[str, Any]) -> None:
         screen.print(_codec(rows))
     if rows := found.get("generate"):
         screen.print(_generate(rows))
+    for row in found.get("growth", []):
+        ours, dense = (row["memory"][name][-1] for name in ("kvcomp", "uncompressed"))
+        screen.print(f"memory after {row['tokens']:,} tokens: {ours:,} bytes, uncompressed {dense:,}", highlight=False)
 
 
 def _spread(spread: dict[str, float], digits: int = 2) -> str:
@@ -149,7 +151,7 @@ def _table(title: str, *headers: str) -> Table:
 
 
 def _attention(rows: list[dict[str, Any]]) -> Table:
-    headers = "context", "batch", "G", "D", "threads", "ns/value", "ms", "fastest dense", "time over it"
+    headers = "context", "batch", "G", "D", "threads", "ms", "fastest dense", "time over it"
     table = _table("decode attention beside dense bfloat16 (below 1: kvcomp is faster)", *headers)
     for row in rows:
         rested = "*" if row["from_rest"] and row["threads"] > 1 else ""
@@ -157,7 +159,6 @@ def _attention(rows: list[dict[str, Any]]) -> Table:
             f"{row['context']:,}",
             *(str(row[name]) for name in ("batch", "group", "head_dim")),
             f"{row['threads']}{rested}",
-            f"{row['ns_per_value']['median']:.3f}",
             f"{row['milliseconds']['kvcomp']['median']:.2f}",
             row["fastest_dense"].replace("_", " "),
             _spread(row["time_over"][row["fastest_dense"]]),
@@ -169,7 +170,7 @@ def _attention(rows: list[dict[str, Any]]) -> Table:
 
 def _codec(rows: list[dict[str, Any]]) -> Table:
     headers = "tokens", "D", "bits", "encode, ns/value", "page, us", "decompress", "over a copy"
-    table = _table("the codec on one thread; a copy is torch's, of the same values in bfloat16", *headers)
+    table = _table("the codec on one thread; a copy is torch's, of the same bfloat16", *headers)
     for row in rows:
         table.add_row(
             f"{row['tokens']:,}",
@@ -201,12 +202,42 @@ def _generate(rows: list[dict[str, Any]]) -> Table:
 
 def _draw(output: Path, found: dict[str, Any]) -> None:
     """The picture beside the results, where matplotlib is there to draw it."""
-    if not found.get("attention"):
+    if not (found.get("attention") or found.get("growth")):
         return
     try:
         from kvcomp.evaluate import plots
     except ImportError:
         screen.print(f"the results are in {output}; for pictures: pip install 'kvcomp[plots]'", markup=False)
         return
-    pictures = plots.save(plots.speed_up(found["attention"]), output.with_suffix(""))
+    pictures = []
+    if found.get("attention"):
+        pictures += plots.save(plots.speed_up(found["attention"]), output.with_suffix(""))
+    for row in found.get("growth", []):
+        stem = output.with_name(f"{output.stem}-memory")
+        pictures += plots.save(plots.memory_growth(plots.growth_series(row["memory"])), stem)
     screen.print(f"results: {output}; {', '.join(map(str, pictures))}", markup=False, highlight=False)
+
+
+DEFAULT_RESULTS = "kvcomp-evaluate.json", "kvcomp-tune.json", "kvcomp-bench.json"
+
+
+@app.command()
+def report(
+    found: Annotated[
+        list[Path] | None,
+        typer.Argument(help=f"Results files [default: {', '.join(DEFAULT_RESULTS)}, as far as they are here]"),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write")] = Path("report.html"),
+) -> None:
+    """Write one HTML page with all numbers, pictures and settings, that needs no network and no other file."""
+    with plain_errors():
+        try:
+            from kvcomp.evaluate.report import render
+        except ImportError:
+            raise InvalidInput("a report needs matplotlib and jinja2: pip install 'kvcomp[plots]'") from None
+        from kvcomp import disk
+
+        paths = found if found is not None else [path for name in DEFAULT_RESULTS if (path := Path(name)).is_file()]
+        page = render(paths).encode()
+        disk.write(output, [page])
+        screen.print(f"{output}: {len(page):,} bytes, from {', '.join(map(str, paths))}", markup=False, highlight=False)

@@ -7,7 +7,8 @@ A results file of the kind "bench" (see ``results``) has a list for each part::
     codec:     [{tokens, head_dim, rounds, encode_ns_per_value, encode_over_copy, seal_page_microseconds,
                  decompress_ns_per_value, decompress_over_copy: Spread, bits_per_value, load_average}]
     generate:  [{prompt_tokens, new_tokens, batch, rounds, threads, error, total_bits, first_token_seconds: {cache: Spread},
-                 milliseconds_per_token: {cache: Spread}, time_over: Spread of the whole call, ...}]
+                 milliseconds_per_token: {cache: Spread}, time_over: Spread of the whole call, load_average}]
+    growth:    [{tokens, memory: {tokens: [..], kvcomp: [bytes], uncompressed: [bytes]}}]      while a model generates
 
     Spread: {median, quartile_1, quartile_3} over the rounds. time_over: kvcomp's time over the other's, within a round; below 1 kvcomp is faster.
 """
@@ -38,6 +39,7 @@ from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore
 
 CODEC_TOKENS = 4096
+GROWTH_PROMPT, GROWTH_STEP = 64, 32
 SEED = 20261121
 
 
@@ -53,6 +55,7 @@ class Grid:
     kv_heads: int = 8
     prompts: tuple[int, ...] = (2048,)
     new_tokens: int = 32
+    growth: int = 1024
     rounds: int = 21
     budget: float = 1.0
 
@@ -73,6 +76,7 @@ FULL = Grid(
     head_dims=(64, 128),
     prompts=(1024, 2048, 3840),
     new_tokens=128,
+    growth=4096,
     rounds=41,
     budget=6.0,
 )
@@ -222,6 +226,36 @@ class GenerateCase:
         }
 
 
+@dataclass(frozen=True)
+class GrowthCase:
+    """The memory of the cache while tokens are generated, from a short prompt on."""
+
+    spec: CodecSpec
+    model: Any
+    tokens: int
+    part = "growth"
+
+    @property
+    def cost(self) -> float:
+        return self.tokens / 150
+
+    def measure(self, grid: Grid) -> dict[str, Any]:
+        torch.set_num_threads(max(grid.threads))
+        generator = torch.Generator().manual_seed(SEED)
+        ids = torch.randint(5, self.model.config.vocab_size, (1, GROWTH_PROMPT), generator=generator)
+        cache = KVCompCache(self.model.config, self.spec)
+        sizes: list[tuple[int, int, int]] = []
+
+        def note(tokens: int) -> None:
+            if tokens % GROWTH_STEP == 0 or tokens == self.tokens:
+                memory = cache.memory()
+                sizes.append((cache.get_seq_length(), memory.total, memory.dense))
+
+        _generate(self.model, ids, cache, self.tokens - GROWTH_PROMPT, note)
+        tokens, ours, dense = (list(of) for of in zip(*sizes, strict=True))
+        return {**about(self), "memory": {"tokens": tokens, "kvcomp": ours, "uncompressed": dense}}
+
+
 def cases(grid: Grid, spec: CodecSpec, parts: Sequence[str], model: Any, thorough: bool) -> list[Case]:
     """What the grid asks for. thorough: with more than one thread also calls from rest, not only back to back with torch's."""
     modes = [
@@ -247,6 +281,8 @@ def cases(grid: Grid, spec: CodecSpec, parts: Sequence[str], model: Any, thoroug
             GenerateCase(spec, model, tokens, batch, max(grid.threads))
             for tokens, batch in product(prompts, grid.batches)
         ]
+    if "growth" in parts:
+        found.append(GrowthCase(spec, model, min(grid.growth, model.config.max_position_embeddings)))
     return found
 
 
@@ -312,18 +348,21 @@ def _page_seals(store: KVStore, k: Tensor, v: Tensor, count: int) -> Iterator[fl
 class _Clock(LogitsProcessor):
     """The time of every token, as ``generate`` asks for it."""
 
-    def __init__(self) -> None:
-        self.ticks = [time.perf_counter()]
+    def __init__(self, note: Callable[[int], None]) -> None:
+        self.ticks, self.note = [time.perf_counter()], note
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.ticks.append(time.perf_counter())
+        self.note(input_ids.shape[1])
         return scores
 
 
-def _generate(model: Any, ids: Tensor, cache: Cache, new_tokens: int) -> list[float]:
-    """The times of the beginning and of each token."""
+def _generate(
+    model: Any, ids: Tensor, cache: Cache, new_tokens: int, note: Callable[[int], None] = lambda tokens: None
+) -> list[float]:
+    """The times of the beginning and of each token. note: called with the tokens there are, before each is chosen."""
     model.set_attn_implementation("kvcomp" if isinstance(cache, KVCompCache) else "sdpa")
-    clock = _Clock()
+    clock = _Clock(note)
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -339,7 +378,8 @@ def _generate(model: Any, ids: Tensor, cache: Cache, new_tokens: int) -> list[fl
 
 def _model_error(cache: Cache) -> float:
     """Attention on the model's own K and V against the reference backend, the worst of all layers. Raises CheckFailed."""
-    stores = [layer.store for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    stores = [layer.store for layer in layers if isinstance(layer.store, KVStore)]
     errors = []
     for store in stores:
         q = torch.randn(store.batch, store.heads, 1, store.channels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,12 @@ def memory_growth(series: Series) -> Figure:
     axes.set(xlabel="tokens in the cache", ylabel="memory of the cache, MiB", ylim=(0, None), xlim=(0, None))
     _legend(axes)
     return figure
+
+
+def growth_series(memory: Mapping[str, Sequence[int]]) -> Series:
+    """What ``memory_growth`` draws, of the "memory" of a bench's growth."""
+    tokens = [float(token) for token in memory["tokens"]]
+    return {name: (tokens, [size / 2**20 for size in memory[name]]) for name in ("kvcomp", "uncompressed")}
 
 
 def speed_up(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -301,11 +307,3 @@ def _numbers(axes: Any, values: Any, top: float, form: str) -> None:
         if not np.isnan(value):
             colour = "#000001" if value > 0.55 * top else "#fffffe"
             axes.text(x, y, form.format(value), ha="center", va="center", fontsize=8, color=colour)
-
-
-def families(names: Iterable[str]) -> dict[str, list[str]]:
-    """Methods that differ in a number at the end of their name, together: kivi-2, kivi-3 and kivi-4 are kivi."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(re.sub(r"[-:@ ][\d.x]+$", "", name), []).append(name)
-    return found
