@@ -2,13 +2,8 @@
 
 #include "emulator.h"
 
-extern "C" int run_attend(const Arguments* a, int splits, int ascending) {
-    int passes = (a->queries + QUERIES - 1) / QUERIES;
-    Dim3 grid = {(u32)splits, (u32)(a->heads * passes), (u32)a->rows};
-    int result = launch(grid, WARPS * LANES, SHARED_BYTES, ascending, [=] { attend(*a); });
-    if (result || splits == 1) return result;
-    Dim3 queries = {(u32)(a->rows * a->heads * a->queries), 1, 1};
-    return launch(queries, (CHANNELS + 31) / 32 * 32, 0, ascending, [=] {
-        if (threadIdx.x < CHANNELS) merge(*a, splits);
-    });
+extern "C" int run(const char* kernel, const Arguments* a, int extra, Dim3 grid, int threads, size_t shared, int ascending) {
+    bool attends = !strcmp(kernel, "attend");
+    if (threads != (attends ? WARPS * LANES : CHANNELS) || shared != (attends ? SHARED_BYTES : 0)) return WRONG_LAUNCH;
+    return launch(grid, threads, shared, ascending, [=] { attends ? attend(*a) : merge(*a, extra); });
 }

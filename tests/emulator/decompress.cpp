@@ -2,6 +2,6 @@
 
 #include "emulator.h"
 
-extern "C" int run_decompress(const Arguments* a, int blocks, int ascending) {
-    return launch({(u32)blocks, 1, 1}, WARPS * LANES, WARPS * TOKENS * CHANNELS, ascending, [=] { decompress(*a); });
+extern "C" int run(const char*, const Arguments* a, int, Dim3 grid, int threads, size_t shared, int ascending) {
+    return launch(grid, threads, shared, ascending, [=] { decompress(*a); });
 }

@@ -8,9 +8,10 @@ from typing import Any
 
 import emulator
 import numpy as np
-from emulator import Arena, Array, address
+from emulator import Arena, Array, Emulator, address
 from gpu_cases import NUMPY, Cache
 
+from kvcomp.kernels import gpu_launch
 from kvcomp.kernels.gpu_layout import (
     BFLOAT16_128,
     BOOKS,
@@ -25,9 +26,8 @@ from kvcomp.quantise import round_to, to_float32
 
 @dataclass
 class Result:
-    """status: of the emulator. out: float32, whatever the queries are."""
+    """out: float32, whatever the queries are."""
 
-    status: int
     out: Array
     lse: Array
 
@@ -79,5 +79,5 @@ def attend(
         tensor.row, tensor.head, tensor.token = (stride // x.itemsize for stride in x.strides[:3])
     a.sink_count, a.tail_begin = place(cache.sink_count.astype(np.int32)), place(cache.tail_begin.astype(np.int32))
     a.tail_tokens = place(np.array([cache.case.tail], np.int32))
-    status = library.run_attend(ctypes.byref(a), splits, int(ascending))
-    return Result(status, to_float32(out), lse)
+    gpu_launch.attend(Emulator(ascending=ascending), build, a, splits)
+    return Result(to_float32(out), lse)

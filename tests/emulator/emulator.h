@@ -4,7 +4,7 @@
 
 #include <machine.cuh>
 
-enum { FINE = 0, OUT_OF_RANGE = 1, OUT_OF_SHARED = 2 };
+enum { FINE = 0, OUT_OF_RANGE = 1, OUT_OF_SHARED = 2, WRONG_LAUNCH = 3 };
 
 // Run a kernel's threads. ascending: the order in which the fibers of a CTA get their turns.
 // Returns FINE, OUT_OF_RANGE if a thread read or wrote where nothing is, OUT_OF_SHARED if it wrote beyond ``shared`` bytes or did not end.

@@ -8,18 +8,25 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from kvcomp.kernels.gpu_layout import SOURCES
+from kvcomp.kernels.gpu_launch import Grid
+from kvcomp.kernels.gpu_layout import SOURCES, machine
 
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir()) / "kvcomp-emulator"
 COMPILER = shutil.which("g++")
 OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-U_FORTIFY_SOURCE", "-w")
-FINE, OUT_OF_RANGE, OUT_OF_SHARED = 0, 1, 2
+STATUS = (
+    "fine",
+    "read or wrote where nothing is",
+    "wrote beyond its shared memory or did not end",
+    "is not launched so",
+)
 
 Array = npt.NDArray[Any]
 
@@ -45,12 +52,21 @@ def _object(source: Path, options: tuple[str, ...], key: str) -> Path:
     return path
 
 
+@lru_cache(maxsize=1)
 def _key() -> str:
     """Hash of all sources."""
     digest = hashlib.sha256()
     for path in sorted([*SOURCES.glob("*.cu*"), *HERE.glob("*.cpp"), *HERE.glob("*.h"), *HERE.glob("*.cuh")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    loaded.guarded.restype = ctypes.c_void_p
+    loaded.guarded.argtypes = (ctypes.c_size_t,)
+    return loaded
 
 
 def build(kernel: str, defines: Mapping[str, int]) -> ctypes.CDLL:
@@ -65,10 +81,49 @@ def build(kernel: str, defines: Mapping[str, int]) -> ctypes.CDLL:
         subprocess.run([COMPILER or "g++", "-shared", str(unit), str(machine), "-o", str(fresh)], check=True)
         fresh.replace(library)
         unit.unlink(missing_ok=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.guarded.restype = ctypes.c_void_p
-    loaded.guarded.argtypes = (ctypes.c_size_t,)
-    return loaded
+    return _load(library)
+
+
+class Failed(AssertionError):
+    """A kernel did what a GPU would not forgive."""
+
+
+class Dim3(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_uint32), ("y", ctypes.c_uint32), ("z", ctypes.c_uint32))
+
+
+class Emulator:
+    """Stands in for a GPU (``kvcomp.kernels.gpu_launch.Launcher``). ascending: order in which the threads of a CTA get their turns."""
+
+    def __init__(self, architecture: int = 90, processors: int = 2, ascending: bool = True) -> None:
+        self.machine = machine(architecture, processors)
+        self.ascending = ascending
+        self.launches: list[str] = []
+
+    def launch(
+        self,
+        source: str,
+        kernel: str,
+        defines: Mapping[str, int],
+        grid: Grid,
+        threads: int,
+        shared: int,
+        arguments: ctypes.Structure,
+        extra: int | None = None,
+    ) -> None:
+        assert shared <= self.machine.shared
+        self.launches.append(kernel)
+        status = build(source, defines).run(
+            kernel.encode(),
+            ctypes.byref(arguments),
+            extra or 0,
+            Dim3(*grid),
+            threads,
+            ctypes.c_size_t(shared),
+            int(self.ascending),
+        )
+        if status:
+            raise Failed(f"{kernel} {STATUS[status]}")
 
 
 class Arena:

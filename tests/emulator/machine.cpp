@@ -90,7 +90,7 @@ void on_crash(int) { siglongjmp(crash, 1); }
 bool run_block(int threads) {
     memset(shared_memory, 0xff, sizeof shared_memory);  // NaN
     fibers.assign(threads, Fiber());
-    warps.assign(threads / WARP, Meeting());
+    warps.assign((threads + WARP - 1) / WARP, Meeting());
     block = Meeting();
     stacks.resize(threads * STACK);
     for (int i = 0; i < threads; i++) {

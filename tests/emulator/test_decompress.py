@@ -8,10 +8,10 @@ from typing import Any
 import emulator
 import numpy as np
 import pytest
-from emulator import COMPILER, FINE, Arena, address
+from emulator import COMPILER, Arena, Emulator, address
 from gpu_cases import NUMPY, Case, build
 
-from kvcomp.kernels import reference
+from kvcomp.kernels import gpu_launch, reference
 from kvcomp.kernels.gpu_layout import (
     BFLOAT16_128,
     BOOKS,
@@ -59,7 +59,7 @@ def test_equals_the_reference(case: Case) -> None:
     a.out_k, a.out_v = address(out_k), address(out_v)
     a.k_head = a.v_head = 64 * count * case.channels
     a.k_token = a.v_token = case.channels
-    assert library.run_decompress(ctypes.byref(a), 2, 1) == FINE
+    gpu_launch.decompress(Emulator(), chosen, a)
     expected_k, expected_v = np.empty_like(out_k), np.empty_like(out_v)
     reference.decompress(cache.pages[0, :count], case.units, *cache.books[0], expected_k, expected_v, cache.steps)
     np.testing.assert_array_equal(out_k, expected_k)

@@ -8,12 +8,12 @@ from typing import Any
 import emulator
 import numpy as np
 import pytest
-from emulator import COMPILER, FINE, Arena, Array, address
+from emulator import COMPILER, Arena, Array, Emulator, address
 from gpu_cases import KINDS, Case, values_like
 
 from kvcomp import codebook
 from kvcomp.codebook import Codebook
-from kvcomp.kernels import reference
+from kvcomp.kernels import gpu_launch, reference
 from kvcomp.kernels.gpu_layout import (
     EncodeArguments,
     Encoder,
@@ -69,7 +69,9 @@ def test_the_same_bytes(case: Case) -> None:
     counts = [np.zeros((t.classes, MAX_CODES, MAX_CODES), np.uint32) for t in tensors]
     sizes = np.full((pages, 2, heads), 0xFFFFFFFF, np.uint32)
     offsets = np.full(pages + 1, -1, np.int64)
-    a = EncodeArguments(pages=pages, heads=heads, sizes=place(sizes), offsets=place(offsets))
+    a = EncodeArguments(
+        pages=pages, heads=heads, sizes=place(sizes), offsets=place(offsets), cursor=place(np.zeros(1, np.int64))
+    )
     a.modes = place(np.full((pages, 2, heads), 255, np.uint8))
     a.lengths = place(np.full((pages, 2, heads, 64), 0xFFFF, np.uint16))
     for i, (x, tensor) in enumerate(zip(values, tensors, strict=True)):
@@ -87,7 +89,9 @@ def test_the_same_bytes(case: Case) -> None:
         t.raw = place(np.full((pages, heads), 255, np.uint8))
         t.token_range = place(np.full((pages, 64, 2), np.nan, np.float32))
         t.counts = place(counts[i])
-    assert library.run_quantise(ctypes.byref(a), 1) == FINE
+    on = Emulator()
+    gpu_launch.quantise(on, chosen, a)
+    gpu_launch.count_pairs(on, chosen, a)
     books: list[tuple[Codebook | None, Codebook | None]] = []
     for i, (kind, tensor, q) in enumerate(zip(KINDS, tensors, quantised, strict=True)):
         expected = reference.count_pairs(q, kind, tensor.classes)
@@ -102,7 +106,7 @@ def test_the_same_bytes(case: Case) -> None:
             encoders[which] = describe_encoder(book, place(encoder_words(book)) if book else 0)
         kept.append(encoders)
         a.tensors[i].books = ctypes.addressof(encoders)
-    assert library.run_measure(ctypes.byref(a), 1) == FINE
+    gpu_launch.measure(on, chosen, a)
     expected_bytes, expected_offsets = reference.encode_pages(
         *values, *quantised, case.coding, case.units, books[0], books[1]
     )
@@ -110,6 +114,6 @@ def test_the_same_bytes(case: Case) -> None:
     out = np.full(offsets[-1], 255, np.uint8)
     arena = Arena(library, out)
     a.out = arena.address
-    assert library.run_pack(ctypes.byref(a), 1) == FINE
+    gpu_launch.pack(on, chosen, a)
     ctypes.memmove(address(out), arena.address, out.nbytes)
     np.testing.assert_array_equal(out, expected_bytes[: out.size])

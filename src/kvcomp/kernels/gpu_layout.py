@@ -91,7 +91,7 @@ class EncodeArguments(ctypes.Structure):
 
     _fields_ = (
         ("tensors", EncodeTensor * 2),
-        *((name, pointer) for name in ("modes", "sizes", "lengths", "offsets", "out")),
+        *((name, pointer) for name in ("modes", "sizes", "lengths", "offsets", "cursor", "out")),
         ("pages", i32),
         ("heads", i32),
     )

@@ -17,6 +17,7 @@ constexpr int STAGE = KVC_STAGE;                                 // bytes of a b
 constexpr bool SOFTCAP = KVC_SOFTCAP;
 
 constexpr int STEPS = CHANNELS / 16, KEY_PAIRS = CHANNELS / 8, VALUE_TILES = CHANNELS / 16, VALUE_PAIRS = TOKENS / 8;
+constexpr int KEY_PARTS = KEY_PAIRS > 16 ? 2 : 1, TAKEN_PAIRS = KEY_PAIRS / KEY_PARTS;  // a tile of many channels is taken in halves
 constexpr float LOWEST = -1e30f;  // what no score reaches; finite, so that differences are numbers
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 constexpr int MOST_PAIR_BITS = 18, SHARED_PAIR_BITS = 15;
@@ -192,20 +193,24 @@ struct Queries {
 // score[e][0], [1]: row g at tokens 8 e + 2 j and the next; [2], [3]: 32 tokens later.
 typedef float Scores[4][4];
 
-// q.K of a block, tile by tile: tile(t, low, high) gives its pairs.
+// q.K of a block, tile by tile: tile(t, half, low, high) gives its pairs.
 template <class Pairs, class Tile>
 INLINE void multiply_keys(Tile tile, const Queries& queries, Scores& score) {
 #pragma unroll 1
     for (int t = 0; t < 4; t++) {
-        typename Pairs::Pair low[KEY_PAIRS], high[KEY_PAIRS];
-        tile(t, low, high);
         float c[2][4] = {};
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) {
+        for (int half = 0; half < KEY_PARTS; half++) {
+            typename Pairs::Pair low[TAKEN_PAIRS], high[TAKEN_PAIRS];
+            tile(t, half, low, high);
 #pragma unroll
-            for (int part = 0; part < Pairs::PARTS; part++) {
-                multiply_add(c[0], queries.a[step], Pairs::operand(low[2 * step], part), Pairs::operand(low[2 * step + 1], part));
-                multiply_add(c[1], queries.a[step], Pairs::operand(high[2 * step], part), Pairs::operand(high[2 * step + 1], part));
+            for (int i = 0; i < TAKEN_PAIRS; i += 2) {
+#pragma unroll
+                for (int part = 0; part < Pairs::PARTS; part++) {
+                    const u32(&q)[4] = queries.a[(half * TAKEN_PAIRS + i) / 2];
+                    multiply_add(c[0], q, Pairs::operand(low[i], part), Pairs::operand(low[i + 1], part));
+                    multiply_add(c[1], q, Pairs::operand(high[i], part), Pairs::operand(high[i + 1], part));
+                }
             }
         }
         // A queue, as registers cannot be numbered by t.
@@ -246,7 +251,7 @@ INLINE void read_codes(u32 mode, const u8* block, bool is_staged, u32 staged, co
     constexpr int bits = KIND == K ? K_BITS : V_BITS, copies = KIND == K ? K_COPIES : V_COPIES;
     constexpr int classes = KIND == K ? K_CLASSES : V_CLASSES;
     constexpr int head = scale_bytes(KIND == K ? K_UNIT : V_UNIT, CHANNELS);
-    constexpr int pairs = KIND == K ? KEY_PAIRS : VALUE_PAIRS;
+    constexpr int pairs = KIND == K ? TAKEN_PAIRS : VALUE_PAIRS;
     constexpr u32 table_at = KIND == K ? K_TABLE_AT : V_TABLE_AT;
     if (mode >= FIXED) {
         u32 width = mode - FIXED ? mode - FIXED : 8, words = (CHANNELS * width + 31) / 32;
@@ -301,7 +306,7 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
         const void* first = item.page ? block_of(item, K) : item.raw_k;
         Raw raw = {(Values)first, item.page ? CHANNELS : item.begin == SEEN_BY_ALL ? a.sinks_k.token : a.tail_k.token, item.tokens, lane};
         if (K_UNIT == CHANNEL) queries.begin(nullptr, lane);
-        multiply_keys<Raw>([&](int t, auto& low, auto& high) { raw.keys(t, low, high); }, queries, score);
+        multiply_keys<Raw>([&](int t, int half, auto& low, auto& high) { raw.keys(t, half * 2 * TAKEN_PAIRS, CHANNELS / 4, low, high); }, queries, score);
         return;
     }
     bool in_shared = is_staged(item, K);
@@ -310,7 +315,7 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
     if (K_UNIT == CHANNEL) queries.begin(block, lane);
     read_codes<K>(mode, block, in_shared, staged + scale_stage(K_UNIT), book, a.ones, lane, [&](auto& reader) {
         typedef Bare<decltype(reader)> Pairs;
-        multiply_keys<Pairs>([&](int, auto& low, auto& high) { reader.take(low, high); }, queries, score);
+        multiply_keys<Pairs>([&](int, int, auto& low, auto& high) { reader.take(low, high); }, queries, score);
     });
     // The operands were 128 + code - first.
     float first = (float)(mode < FIXED ? book.first[K_CLASSES == 1 ? 0 : lane & 3] - 128 : -128);

@@ -40,7 +40,8 @@ struct Arguments {
     u8* modes;          // (pages, 2, heads)
     u32* sizes;         // (pages, 2, heads): bytes of the blocks, multiples of 16
     u16* lengths;       // (pages, 2, heads, 64): of the streams in units
-    u64* offsets;       // (pages + 1): of the pages from ``out``
+    u64* offsets;       // (pages + 1): of the pages and of the end, from ``out``
+    u64* cursor;        // where the first page goes, and afterwards where the next may: one number, so that the host need not know
     u8* out;
     i32 pages, heads;
 };
@@ -389,13 +390,14 @@ KERNEL void __launch_bounds__(THREADS) place_pages(const __grid_constant__ Argum
     for (int page = begin; page < end; page++) mine += page_bytes(page);
     sums[threadIdx.x] = mine;
     __syncthreads();
-    u64 offset = 0;
+    u64 offset = *a.cursor;
     for (int i = 0; i < (int)threadIdx.x; i++) offset += sums[i];
     for (int page = begin; page < end; page++) {
         a.offsets[page] = offset;
         offset += page_bytes(page);
     }
-    if (end == a.pages && begin < end) a.offsets[a.pages] = offset;
+    __syncthreads();  // all have read the cursor
+    if (end == a.pages && begin < end) a.offsets[a.pages] = *a.cursor = offset;
 }
 
 // --- pack ---

@@ -55,13 +55,13 @@ struct RawPairs {
 
     INLINE Bits at(int token, int channel) const { return token < tokens ? values[token * step + channel] : 0; }
 
-    // Keys of tokens 8 t + g and 8 (t + 4) + g, the channels of quarter j.
+    // Keys of tokens 8 t + g and 8 (t + 4) + g: 2 N channels, ``from`` on, of quarter j.
     template <int N>
-    INLINE void keys(int t, Pair (&low)[N], Pair (&high)[N]) const {
-        int token = 8 * t + (lane >> 2), quarter = (lane & 3) * 2 * N;
+    INLINE void keys(int t, int from, int quarter, Pair (&low)[N], Pair (&high)[N]) const {
+        int token = 8 * t + (lane >> 2);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            int channel = quarter + 2 * i, later = token + TOKENS / 2;
+            int channel = (lane & 3) * quarter + from + 2 * i, later = token + TOKENS / 2;
             low[i] = {at(token, channel), at(token, channel + 1)};
             high[i] = {at(later, channel), at(later, channel + 1)};
         }

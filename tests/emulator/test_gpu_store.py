@@ -1,0 +1,112 @@
+"""The GPU's store, its kernels on the emulator, against the CPU's: the same pages, the same attention, through a sequence's life."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from emulator import COMPILER, Emulator
+
+from kvcomp.attention import attend
+from kvcomp.gpu_store import GPUStore
+from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.store import KVStore
+
+pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
+
+HEADS, CHANNELS, GROUP = 2, 64, 2
+SPEC = CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=16, sinks=4)
+TOLERANCE = 1e-4
+
+
+class Pair:
+    """Both stores, given the same tokens."""
+
+    def __init__(self, spec: CodecSpec, batch: int, seed: int = 0) -> None:
+        self.on = Emulator()
+        self.gpu, self.cpu = GPUStore(spec, launcher=lambda device: self.on), KVStore(spec, "reference")
+        self.batch = batch
+        self.random = torch.Generator().manual_seed(seed)
+
+    def values(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.random).to(torch.bfloat16)
+
+    def append(self, tokens: int, seal: bool = True) -> None:
+        k, v = (self.values(self.batch, HEADS, tokens, CHANNELS) for _ in "KV")
+        for store in (self.gpu, self.cpu):
+            store.append(k, v)
+            if seal:
+                store.seal()
+
+    def check(self, queries: int = 1) -> None:
+        for mine, theirs in zip(self.gpu.dense(), self.cpu.dense(), strict=True):
+            assert torch.equal(mine, theirs)
+        q = torch.randn((self.batch, HEADS * GROUP, queries, CHANNELS), generator=self.random)
+        out, expected = self.gpu.attend(q, 0.125), attend(self.cpu, q, 0.125)
+        assert (out - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+    def check_pages(self) -> None:
+        for row in range(self.batch):
+            for mine, theirs in zip(
+                self.gpu._pages[row].tolist(), self.cpu.pages[row, : self.cpu.count[row]].tolist(), strict=False
+            ):
+                size = np.frombuffer(ctypes.string_at(theirs + 8 * HEADS, 4), "<u4")[0]
+                assert ctypes.string_at(mine, int(size)) == ctypes.string_at(theirs, int(size))
+
+
+def test_a_prompt_and_what_follows() -> None:
+    pair = Pair(SPEC, 2)
+    pair.append(150)
+    pair.check_pages()
+    for _ in range(3):
+        pair.append(40)
+    pair.append(2, seal=False)
+    pair.check(2)
+    pair.check_pages()
+    assert pair.gpu.memory().codes > 0
+    assert pair.gpu.memory().sealed_values == pair.cpu.memory().sealed_values
+
+
+def test_decoding_launches_two_kernels_a_layer() -> None:
+    pair = Pair(SPEC, 1)
+    pair.append(340)
+    pair.on.machine = type(pair.on.machine)(90, pair.on.machine.shared, 8)
+    pair.on.launches.clear()
+    pair.gpu.attend(pair.values(1, HEADS * GROUP, 1, CHANNELS).float(), 0.125)
+    assert pair.on.launches == ["attend"] or pair.on.launches == ["attend", "merge"]
+
+
+def test_rows_with_padding_leave_repeat_and_are_cropped() -> None:
+    pair = Pair(SPEC, 3, seed=1)
+    pair.append(30, seal=False)
+    for store in (pair.gpu, pair.cpu):
+        store.set_starts([0, 7, 20])
+    pair.append(200)
+    pair.check()
+    for store in (pair.gpu, pair.cpu):
+        store.select(torch.tensor([2, 0, 0]))
+    pair.append(70)
+    pair.check()
+    for store in (pair.gpu, pair.cpu):
+        store.crop(120)
+    pair.append(1)
+    pair.check()
+    pair.append(90)
+    pair.check()
+    pair.check_pages()
+
+
+@pytest.mark.parametrize("units", [("head", "head"), ("channel", "vector")])
+def test_other_units(units: tuple[str, str]) -> None:
+    def tensor(unit: str) -> TensorSpec:
+        if unit == "head":
+            return TensorSpec("head", None, classes=4, steps=((0.1, 0.15),))
+        return TensorSpec(unit, 0.1)  # type: ignore[arg-type]
+
+    pair = Pair(CodecSpec(tensor(units[0]), tensor(units[1]), window=0, sinks=0).layer(0, 1), 1)
+    pair.append(64 * 5)
+    pair.append(1, seal=False)
+    pair.check()
+    pair.check_pages()
