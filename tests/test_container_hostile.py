@@ -353,3 +353,26 @@ def test_what_could_not_be_read_is_not_written(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(LIMITS, "rows", 4999)
     with pytest.raises(LimitExceeded, match="claims rows"):
         packed({0: many}, store.spec, 1)
+
+
+def test_steps_for_another_number_of_heads_are_refused() -> None:
+    header, sections = unseal(SMALL)
+    for steps in ([[1.0, 1.0]], [[1.0], [1.0]]):
+        header["spec"]["key"] = {"unit": "head", "steps": steps}
+        with pytest.raises(CorruptData, match="steps for 2 heads|2 layers"):
+            open_bytes(seal(header, sections))
+
+
+def test_the_unit_head_has_no_default_book_without_a_calibration() -> None:
+    tensor = TensorSpec("head", steps=((0.5,),))
+    store = KVStore(CodecSpec(tensor, tensor, window=0, sinks=0))
+    store.append(*torch.randn(2, 1, 1, 320, 16))
+    store.seal()
+    data = packed({0: store}, store.spec, 1)
+    assert not refused(data)
+    header, sections = unseal(data)
+    first = int.from_bytes(sections[0]["pages"][:4], "little")
+    assert first & 15 == 2
+    put("pages", 0, (first - 1).to_bytes(4, "little"))(header, sections)
+    with pytest.raises(CorruptData, match="unknown mode 1"):
+        open_bytes(seal(header, sections)).layer(0)

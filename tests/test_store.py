@@ -29,7 +29,7 @@ from torch import Tensor
 from kvcomp.codebook import Codebook, default, train
 from kvcomp.errors import BackendUnavailable, InvalidInput, KVCompError
 from kvcomp.kernels import reference
-from kvcomp.page import DEFAULT_BOOK, OWN_BOOK, RAW, blocks_of
+from kvcomp.page import DEFAULT_BOOK, FIXED, OWN_BOOK, RAW, blocks_of
 from kvcomp.spec import UNITS, CodecSpec, Coding, TensorSpec, Unit
 from kvcomp.store import KVStore, Memory, as_array
 
@@ -560,6 +560,65 @@ def test_a_block_whose_codes_the_own_book_lacks_takes_the_default_book(backend: 
         OWN_BOOK
     ] * 2
     check_row(store, 0, k[0], v[0])
+
+
+@pytest.mark.parametrize("steps", [(0.5, 0.25), (0.1, 0.002)])
+def test_the_unit_head_learns_its_book_over_several_seals_as_at_once(backend: str, steps: tuple[float, ...]) -> None:
+    tensor = TensorSpec("head", classes=4, steps=(steps,))
+    spec = CodecSpec(tensor, tensor, window=0, sinks=0)
+    k, v = tokens(384)
+    slow = fill(KVStore(spec, backend), k, v, [100])
+    at_once = fill(KVStore(spec, backend), k[:, :, :256], v[:, :, :256], [256])
+    assert slow.own_books == at_once.own_books
+    assert [{mode >= FIXED or mode == RAW for mode in of_page} for of_page in modes(slow)[:3]] == [{True}] * 3
+    assert OWN_BOOK in modes(slow)[-1]
+    check_row(slow, 0, k[0], v[0])
+
+
+def test_counts_of_the_unit_head_are_kept_around_0(backend: str) -> None:
+    tensor = TensorSpec("head", steps=((1.0, 1.0),))
+    k, v = torch.zeros(1, 2, 64, 16), torch.zeros(1, 2, 64, 16)
+    k[0, 0, 3, 4], v[0, 1, 5, 5] = -7, 9
+    store = fill(KVStore(CodecSpec(tensor, tensor, window=0, sinks=0), backend), k, v, [64])
+    for counts, (n, code) in zip(store.pair_counts[0], ((14, -7), (20, 9)), strict=True):
+        assert counts is not None
+        assert counts.shape == (1, n, n)
+        assert counts.sum() == 2 * 64 * 8
+        assert counts[0].sum(axis=1)[n // 2 + code] + counts[0].sum(axis=0)[n // 2 + code] == 1
+
+
+def test_books_that_are_given_serve_from_the_first_page_and_none_is_trained(backend: str) -> None:
+    tensor = TensorSpec("head", classes=4, steps=((0.5, 0.5),))
+    spec = CodecSpec(tensor, tensor, window=0, sinks=0)
+    k, v = tokens(640)
+    wide = fill(KVStore(spec, backend), 4 * k, 4 * v, [640]).own_books[0]
+    narrow = fill(KVStore(spec, backend), k, v, [640]).own_books[0]
+    books = (wide[0], narrow[0]), (wide[1], narrow[1])
+    k[:, 0, 64:] *= 3  # what the narrow book lacks
+    store = fill(KVStore(spec, backend, books), k[:, :, :384], v[:, :, :384], [64])
+    assert store.own_books == [narrow]
+    assert store.books(0) == books
+    assert store.pair_counts == [[None, None]]
+    assert modes(store)[0] == {OWN_BOOK}
+    assert {DEFAULT_BOOK, OWN_BOOK} <= set().union(*modes(store)[1:])
+    check_row(store, 0, k[0, :, :384], v[0, :, :384])
+    store.select(torch.tensor([0, 0]))
+    assert store.own_books == [narrow] * 2
+
+
+def test_books_that_do_not_fit_the_spec_are_refused(backend: str) -> None:
+    tensor = TensorSpec("head", classes=4, steps=((0.5, 0.5),))
+    book = default(0.5, 1, 12)
+    with pytest.raises(InvalidInput, match="1 classes"):
+        KVStore(CodecSpec(tensor, tensor), backend, ((None, None), (None, book)))
+    with pytest.raises(InvalidInput, match="by its relative scale"):
+        KVStore(CodecSpec(TensorSpec("block", 0.1), tensor), backend, ((None, None), (None, None)))
+
+
+def test_steps_must_be_for_the_heads_of_the_tensors(backend: str) -> None:
+    tensor = TensorSpec("head", steps=((0.5, 0.5, 1.0),))
+    with pytest.raises(InvalidInput, match="3 KV heads"):
+        KVStore(CodecSpec(tensor, TensorSpec("block", 0.1)), backend).append(*tokens(10))
 
 
 def test_each_row_learns_its_own_books(backend: str) -> None:

@@ -34,8 +34,8 @@ class Codebook:
     first, levels: class i has the codes ``first[i]`` to ``first[i] + levels[i] - 1``; with levels rounded up to a multiple of 2^k, below 256.
     split: k, low bits of each ``code - first`` that are stored as they are, 0 to 3.
     limit: L, longest code length in bits, at most 12.
-    lengths: uint8, class after class ``symbols * symbols`` of them, symbols = ceil(levels / 2^k); entry ``hi_a * symbols + hi_b``; 0
-        means no code, or, where there is a single symbol, that it takes no bits.
+    lengths: uint8, class after class ``symbols * symbols`` of them, symbols = ceil(levels / 2^k); entry ``hi_a * symbols + hi_b``. A
+        single symbol has length 0 and takes no bits, all others have a length from 1 on.
 
     Raises CorruptData if the lengths of a class are no complete prefix code (Kraft sum 1, or a single symbol of length 0).
     """
@@ -58,11 +58,11 @@ class Codebook:
         if self.lengths.dtype != np.uint8 or self.lengths.shape != (size,):
             raise CorruptData(f"codebook needs {size} lengths in uint8, not {self.lengths.shape}")
         for index in range(self.classes):
-            lengths = self.lengths_of(index)
-            used = lengths[lengths > 0].astype(np.int64)
-            kraft = int(np.sum(1 << (self.limit - np.minimum(used, self.limit))))
-            single = lengths.size == 1 and used.size == 0
-            if not single and (used.size == 0 or used.max() > self.limit or kraft != 1 << self.limit):
+            lengths = self.lengths_of(index).astype(np.int64)
+            if lengths.tolist() == [0]:
+                continue
+            kraft = int(np.sum(1 << (self.limit - np.minimum(lengths, self.limit))))
+            if lengths.min() < 1 or lengths.max() > self.limit or kraft != 1 << self.limit:
                 raise CorruptData("codebook lengths are no complete prefix code")
 
     def __eq__(self, other: object) -> bool:
@@ -200,8 +200,8 @@ def decode_table(book: Codebook, of_class: int) -> npt.NDArray[np.uint32]:
     k, lengths, words = book.split[of_class], book.lengths_of(of_class), book.words(of_class)
     table = np.zeros(1 << (int(lengths.max()) + 2 * k), np.uint32)
     first, symbols = book.first[of_class], book.symbols(of_class)
-    for symbol in np.flatnonzero(lengths) if symbols > 1 else (0,):
-        hi_a, hi_b = divmod(int(symbol), symbols)
+    for symbol in range(lengths.size):
+        hi_a, hi_b = divmod(symbol, symbols)
         bits, word = int(lengths[symbol]), int(words[symbol])
         for lo in range(1 << (2 * k)):
             a, b = (hi_a << k) + (lo & ((1 << k) - 1)) + first, (hi_b << k) + (lo >> k) + first

@@ -182,10 +182,16 @@ class Container:
         _check_books(books, row_books, classes)
         counts = _read_counts(self._section(index, "counts"), sides, classes)
         dtype = DTYPES[head.dtype]
-        layout = Layout(head.heads, head.channels, (spec.key.unit, spec.value.unit), dtype.itemsize)
-        arena = self._section(index, "pages")
+        units = spec.key.unit, spec.value.unit
+        calibrated = spec.calibration is not None
+        defaults = units[0] != "head" or calibrated, units[1] != "head" or calibrated
+        layout = Layout(head.heads, head.channels, units, dtype.itemsize, defaults)
+        arena, digest = self._bytes(index, "pages"), xxh3_64()
         begin, which = np.unique(offsets, return_inverse=True)
-        own = check_pages(arena, begin, layout)[which]
+        try:
+            own = check_pages(arena, begin, layout, digest.update)[which]
+        finally:  # if the checksum is wrong, that is what there is to say
+            self._verify(index, "pages", digest.hexdigest())
         missing = own & (row_books < 0)[np.repeat(np.arange(header.rows), page_count)]
         if missing.any() and spec.calibration is None:  # a calibration has the books of all rows
             raise CorruptData("a block needs the sequence's own codebook, and there is none")
@@ -211,20 +217,26 @@ class Container:
         )
 
     def _section(self, index: int, name: str) -> Bytes:
-        """The checked bytes of a section, a copy but for the pages: nobody can change a copy after it was checked."""
+        """A copy of the checked bytes of a section: nobody can change it after it was checked."""
+        data = self._bytes(index, name).copy()
+        self._verify(index, name, xxh3_64(data.data).hexdigest())
+        return data
+
+    def _bytes(self, index: int, name: str) -> Bytes:
+        section = self.header.layers[index].sections[name]
+        begin = self.begin + section.offset
+        return self.data[begin : begin + section.size]
+
+    def _verify(self, index: int, name: str, digest: str) -> None:
+        """Raise CorruptData if this is not the checksum of a section, or what follows it is not zero."""
         layer = self.header.layers[index]
         section = layer.sections[name]
-        begin = self.begin + section.offset
-        data = self.data[begin : begin + section.size]
-        if name != "pages":
-            data = data.copy()
-        if xxh3_64(data.data).hexdigest() != section.digest:
+        if digest != section.digest:
             raise CorruptData(
                 f"the checksum of the section {name!r} of layer {layer.layer} is wrong: the file is damaged"
             )
-        end = begin + section.size
+        end = self.begin + section.offset + section.size
         _check_padding(self.data, end, min(padded(end), self.data.size))
-        return data
 
 
 def _check_padding(data: Bytes, begin: int, end: int) -> None:

@@ -20,13 +20,15 @@ MAX_WIDTH = 8
 class Layout:
     """What the sizes in a page depend on.
 
-    heads: KV heads. channels: of a head. units: of K and of V. value_bytes: of one value of the dtype.
+    heads: KV heads. channels: of a head. units: of K and of V. value_bytes: of one value of the dtype. default_books: whether K
+    and V have default codebooks: without a calibration the unit ``head`` has none.
     """
 
     heads: int
     channels: int
     units: tuple[Unit, Unit]
     value_bytes: int
+    default_books: tuple[bool, bool] = (True, True)
 
     @property
     def directory_bytes(self) -> int:
@@ -55,10 +57,12 @@ class Layout:
         scales = scales_size(count) if count else 0
         if mode == RAW:
             return PAGE_TOKENS * self.channels * self.value_bytes
-        if mode in (DEFAULT_BOOK, OWN_BOOK):
+        if mode == OWN_BOOK or (mode == DEFAULT_BOOK and self.default_books[kind_index]):
             return scales + LEAST_LENGTHS
         if FIXED <= mode < FIXED + MAX_WIDTH:
             return scales + 4 * STREAMS * fixed_words(self.channels, width_of(mode))
+        if mode == DEFAULT_BOOK:
+            raise CorruptData("a block needs the default codebook, and there is none")
         raise CorruptData(f"a page has a block of the unknown mode {mode}")
 
 

@@ -141,7 +141,7 @@ def build_words(book, words):
             for b in range(levels):
                 symbol = (a >> split) * symbols + (b >> split)
                 length = i64(lengths_of[symbol])
-                word = (i64(canonical[symbol]) if length else i64(0)) | (a & low | (b & low) << split) << length
+                word = i64(canonical[symbol]) | (a & low | (b & low) << split) << length
                 at = words[index] + 4 * ((b + first) << 8 | a + first)
                 store_u32(at, np.uint32(word | (length + 2 * split) << PAIR_BITS))
 
