@@ -15,6 +15,7 @@ from kvcomp.cli_files import errors, named_spec, plain_errors, screen
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import PRESETS
 
+CALIBRATED = "kvcomp-klt"
 PARTS = "attention", "codec", "generate", "growth"
 
 app = typer.Typer()
@@ -25,7 +26,12 @@ Numbers = list[int] | None
 @app.command()
 def bench(
     model: Annotated[str | None, typer.Argument(help="Model to generate with [default: the shipped one]")] = None,
-    spec: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)} or a spec.json")] = "kvcomp",
+    spec: Annotated[
+        str, typer.Option(help=f"{', '.join(PRESETS)}, a spec.json, or kvcomp-klt:LEVEL for generate and growth")
+    ] = "kvcomp",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Of the model, for kvcomp-klt [default: model.kvcal beside it]", exists=True)
+    ] = None,
     part: Annotated[list[str] | None, typer.Option(help=f"{', '.join(PARTS)} [default: all]; may be repeated")] = None,
     full: Annotated[
         bool, typer.Option("--full", help="The full grid: longer contexts, more rounds, calls from rest")
@@ -54,7 +60,8 @@ def bench(
     parts = [name for name in PARTS if part is None or name in part]
     if part and set(part) - set(PARTS):
         raise typer.BadParameter(f"the parts are {', '.join(PARTS)}", param_hint="--part")
-    chosen = named_spec(spec)
+    if spec.partition(":")[0] != CALIBRATED:
+        named_spec(spec)
     given: dict[str, Any] = {
         "contexts": context,
         "batches": batch,
@@ -68,24 +75,31 @@ def bench(
         name: n for name, n in (("kv_heads", kv_heads), ("new_tokens", new_tokens), ("rounds", rounds)) if n is not None
     }
     with plain_errors():
-        _bench(model, chosen, parts, full, given, output, resume)
+        _bench(model, (spec, calibration), parts, full, given, output, resume)
 
 
 def _bench(
-    name: str | None, spec: Any, parts: list[str], full: bool, given: dict[str, Any], output: Path, resume: bool
+    name: str | None,
+    named: tuple[str, Path | None],
+    parts: list[str],
+    full: bool,
+    given: dict[str, Any],
+    output: Path,
+    resume: bool,
 ) -> None:
     with quiet_loading():
         from dataclasses import asdict, replace
 
         from kvcomp.evaluate import bench, results
         from kvcomp.evaluate.journal import Journal
-        from kvcomp.evaluate.models import load_model, shipped_model
+        from kvcomp.evaluate.models import load_model, shipped_model, spec_for
 
         place = name if name is not None else shipped_model()
         model = load_model(place)[0] if {"generate", "growth"} & set(parts) else None
+        coding = spec_for(place, *named)
     grid = replace(bench.FULL if full else bench.QUICK, **given)
-    todo = bench.cases(grid, spec, parts, model, full)
-    setting = bench.setting(grid, spec, model=Path(place).name, parts=parts)
+    todo = bench.cases(grid, coding, parts, model, full)
+    setting = bench.setting(grid, coding[0], named_spec=named[0], model=Path(place).name, parts=parts)
     fixed = {
         name: setting[name]
         for name in ("device", "kvcomp", "torch", "commit", "backend", "spec", "model", "parts", "threads")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_times_come_with_their_setting_their_spread_and_the_error(tmp_path: Path
     assert codec["encode_ns_per_value"]["median"] > codec["decompress_ns_per_value"]["median"] > 0
     assert "backend: cpu" in result.output
     assert "FlashAttention" in result.output
-    assert not output.with_suffix(".partial").exists()
+    assert not output.with_name("bench.json.partial").exists()
 
 
 def test_pictures_lie_beside_the_results(tmp_path: Path) -> None:
@@ -70,9 +71,10 @@ def test_pictures_lie_beside_the_results(tmp_path: Path) -> None:
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_generation_is_timed_whole_with_both_caches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", ["kvcomp", "kvcomp-klt:balanced"])
+def test_generation_is_timed_whole_with_both_caches(tmp_path: Path, spec: str) -> None:
     output = tmp_path / "bench.json"
-    options = ("--part", "generate", "--prompt-tokens", "448", "--new-tokens", "4", "--threads", "1")
+    options = ("--part", "generate", "--prompt-tokens", "448", "--new-tokens", "4", "--threads", "1", "--spec", spec)
     result = CliRunner().invoke(app, ["bench", "--batch", "2", "--rounds", "5", "-o", str(output), *options])
     assert result.exit_code == 0, result.output
     (row,) = written(output)["generate"]
@@ -82,6 +84,20 @@ def test_generation_is_timed_whole_with_both_caches(tmp_path: Path) -> None:
     for times in (row["first_token_seconds"], row["milliseconds_per_token"]):
         assert set(times) == {"kvcomp", "uncompressed"}
         assert all(spread["median"] > 0 for spread in times.values())
+
+
+def test_the_memory_is_noted_as_tokens_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "QUICK", replace(bench.QUICK, growth=224))
+    output = tmp_path / "bench.json"
+    result = CliRunner().invoke(app, ["bench", "--part", "growth", "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    (row,) = written(output)["growth"]
+    memory = row["memory"]
+    assert memory["tokens"] == sorted(memory["tokens"])
+    assert len(memory["tokens"]) == len(memory["kvcomp"]) == len(memory["uncompressed"]) >= 5
+    per_token = {dense / tokens for tokens, dense in zip(memory["tokens"], memory["uncompressed"], strict=True)}
+    assert per_token == {4 * 2 * 2 * 64 * 2.0}  # layers, K and V, KV heads, channels, bytes
+    assert memory["kvcomp"][-1] < memory["uncompressed"][-1]
 
 
 def times_in(text: str) -> bool:
@@ -177,6 +193,7 @@ def test_a_run_that_was_stopped_leaves_its_results_and_goes_on(tmp_path: Path, m
     [
         (("--part", "nothing"), 2, "the parts are"),
         (("--spec", "nothing"), 2, "no preset"),
+        (("--part", "attention", "--spec", "kvcomp-klt"), 1, "--part generate"),
         (("--context", "64"), 1, "at least 256 tokens"),
         (("--threads", "0"), 1, "must be 1 or more"),
         (("--part", "generate", "--prompt-tokens", "100000"), 1, "--prompt-tokens"),

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from kvcomp.attention import attend
+from kvcomp.calibration import Calibration
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate import contenders, oracle, results
 from kvcomp.evaluate.timing import REST, fastest, in_rounds, quartiles, ratio, scaled
@@ -41,6 +42,8 @@ from kvcomp.store import KVStore
 CODEC_TOKENS = 4096
 GROWTH_PROMPT, GROWTH_STEP = 64, 32
 SEED = 20261121
+
+Coding = tuple[CodecSpec, Calibration | None]
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class CodecCase:
 class GenerateCase:
     """The whole of ``generate``, prompt and new tokens, with this cache and with transformers' own."""
 
-    spec: CodecSpec
+    coding: Coding
     model: Any
     prompt_tokens: int
     batch: int
@@ -193,7 +196,7 @@ class GenerateCase:
         generator = torch.Generator().manual_seed(SEED)
         ids = torch.randint(5, self.model.config.vocab_size, (self.batch, self.prompt_tokens), generator=generator)
         caches: dict[str, Callable[[], Cache]] = {
-            "kvcomp": lambda: KVCompCache(self.model.config, self.spec),
+            "kvcomp": lambda: KVCompCache(self.model.config, self.coding[0], calibration=self.coding[1]),
             "uncompressed": lambda: DynamicCache(config=self.model.config),
         }
         ticks: dict[str, list[list[float]]] = {name: [] for name in caches}
@@ -230,7 +233,7 @@ class GenerateCase:
 class GrowthCase:
     """The memory of the cache while tokens are generated, from a short prompt on."""
 
-    spec: CodecSpec
+    coding: Coding
     model: Any
     tokens: int
     part = "growth"
@@ -243,7 +246,7 @@ class GrowthCase:
         torch.set_num_threads(max(grid.threads))
         generator = torch.Generator().manual_seed(SEED)
         ids = torch.randint(5, self.model.config.vocab_size, (1, GROWTH_PROMPT), generator=generator)
-        cache = KVCompCache(self.model.config, self.spec)
+        cache = KVCompCache(self.model.config, self.coding[0], calibration=self.coding[1])
         sizes: list[tuple[int, int, int]] = []
 
         def note(tokens: int) -> None:
@@ -256,8 +259,16 @@ class GrowthCase:
         return {**about(self), "memory": {"tokens": tokens, "kvcomp": ours, "uncompressed": dense}}
 
 
-def cases(grid: Grid, spec: CodecSpec, parts: Sequence[str], model: Any, thorough: bool) -> list[Case]:
-    """What the grid asks for. thorough: with more than one thread also calls from rest, not only back to back with torch's."""
+def cases(grid: Grid, coding: Coding, parts: Sequence[str], model: Any, thorough: bool) -> list[Case]:
+    """What the grid asks for. thorough: with more than one thread also calls from rest, not only back to back with torch's.
+
+    Raises InvalidInput if the spec, or the model, does not go with it.
+    """
+    spec = coding[0]
+    if (spec.key.layers, spec.value.layers) != (None, None) and {"attention", "codec"} & set(parts):
+        raise InvalidInput(
+            "this spec is of one model's layers, and attention and codec are timed on drawn values: take --part generate --part growth"
+        )
     modes = [
         (n, rest)
         for n in dict.fromkeys(grid.threads)
@@ -278,17 +289,17 @@ def cases(grid: Grid, spec: CodecSpec, parts: Sequence[str], model: Any, thoroug
                 f"this model has {room} positions for a prompt, fewer than {min(grid.prompts)}: give --prompt-tokens"
             )
         found += [
-            GenerateCase(spec, model, tokens, batch, max(grid.threads))
+            GenerateCase(coding, model, tokens, batch, max(grid.threads))
             for tokens, batch in product(prompts, grid.batches)
         ]
     if "growth" in parts:
-        found.append(GrowthCase(spec, model, min(grid.growth, model.config.max_position_embeddings)))
+        found.append(GrowthCase(coding, model, min(grid.growth, model.config.max_position_embeddings)))
     return found
 
 
 def about(case: Any) -> dict[str, Any]:
     """What a case is, without its spec and model, which all share."""
-    return {name: value for name, value in vars(case).items() if name not in ("spec", "model")}
+    return {name: value for name, value in vars(case).items() if name not in ("spec", "coding", "model")}
 
 
 def key(case: Any) -> str:
