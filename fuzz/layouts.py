@@ -35,11 +35,13 @@ def case(key: TensorSpec, value: TensorSpec, heads: int, channels: int, dtype: t
     return Case(CodecSpec(key, value, window=0, sinks=0), heads, channels, dtype, own_books)
 
 
+HEAD = TensorSpec("head", steps=((0.05, 0.4),), classes=4)
 LAYOUTS = (
     case(TensorSpec("block", 0.05), TensorSpec("token", 0.1), 1, 16, torch.bfloat16, False),
     case(TensorSpec("channel", 0.02, classes=4), TensorSpec("vector", 0.3, classes=4), 1, 32, torch.float16, True),
     case(TensorSpec("token", 0.016), TensorSpec("block", 0.9), 2, 16, torch.float32, True),
     case(TensorSpec("vector", 0.1, "fixed"), TensorSpec("channel", 0.2, limit=10), 1, 80, torch.bfloat16, False),
+    case(HEAD, TensorSpec("head", steps=((0.3, 0.02),), classes=4), 2, 16, torch.float16, True),
     case(TensorSpec("block", 0.03), TensorSpec("token", 0.03, "fixed"), 1, 128, torch.float16, True),
 )
 

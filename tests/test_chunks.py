@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from sealing import seal, unseal
 
 from kvcomp import PRESETS, compress
+from kvcomp.calibration import Calibration
 from kvcomp.chunks import ChunkShape, chunk_key, open_chunk, pack_chunk, unpack
 from kvcomp.errors import CorruptData, InvalidInput, KVCompError, UnsupportedVersion
 from kvcomp.spec import CodecSpec, TensorSpec
 
+CALIBRATION = Path(__file__).parents[1] / "examples" / "tiny-lm" / "model.kvcal"
 SPEC = PRESETS["kvcomp"]
 SHAPE = ChunkShape(3, 2, 256, 32, torch.bfloat16)
 
@@ -107,3 +110,18 @@ def test_layers_of_different_tokens_are_refused() -> None:
     long, short = values(SHAPE)[0], values(replace(SHAPE, tokens=64))[1]
     with pytest.raises(InvalidInput):
         pack_chunk("a", SPEC, [long, short])
+
+
+def test_a_calibrated_chunk_comes_back_as_compress_has_it_and_needs_its_calibration() -> None:
+    calibration = Calibration.read(CALIBRATION)
+    spec, shape = calibration.spec("balanced"), ChunkShape(4, 2, 128, 64, torch.bfloat16)
+    data = b"".join(pack_chunk("a", spec, values(shape), calibration))
+    stores = open_chunk(data, "a", spec, shape, calibration)
+    for layer, (store, (k, v)) in enumerate(zip(stores, values(shape), strict=True)):
+        expected = compress(k[None], v[None], spec, calibration=calibration, layer=layer).decompress()
+        for found, same in zip(unpack(store), expected, strict=True):
+            assert torch.equal(found, same[0])
+    with pytest.raises(InvalidInput, match="calibration"):
+        open_chunk(data, "a", spec, shape)
+    with pytest.raises(InvalidInput, match="4 layers"):
+        pack_chunk("a", spec, values(replace(shape, layers=5)), calibration)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from kvcomp.blobs import Buffer
+from kvcomp.calibration import Calibration
 from kvcomp.container import Container
-from kvcomp.errors import CorruptData
+from kvcomp.errors import CorruptData, InvalidInput
 from kvcomp.files import TYPES, load, pack_stores
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
@@ -49,21 +50,29 @@ def chunk_key(spec: CodecSpec, about: Mapping[str, Any]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def pack_chunk(key: str, spec: CodecSpec, kv: Sequence[tuple[Tensor, Tensor]]) -> list[memoryview]:
+def pack_chunk(
+    key: str, spec: CodecSpec, kv: Sequence[tuple[Tensor, Tensor]], calibration: Calibration | None = None
+) -> list[memoryview]:
     """The value of a chunk, in pieces that follow each other.
 
-    kv: for each layer K and V, (KV heads, tokens, head_dim), float32, float16 or bfloat16. Raises InvalidInput or LimitExceeded.
+    kv: for each layer K and V, (KV heads, tokens, head_dim), float32, float16 or bfloat16. calibration: the one that the spec names, if it
+    names one. Raises InvalidInput or LimitExceeded.
     """
     spec, stores = chunk_spec(spec), {}
     for layer, (k, v) in enumerate(kv):
-        store = KVStore(spec.layer(layer, len(kv)))
+        calibrated = calibration.layer(layer, spec) if calibration else None
+        if calibration and calibrated is None:
+            raise InvalidInput(f"the calibration has no layer {layer}: use a spec that needs none for this model")
+        store = KVStore(spec.layer(layer, len(kv)), "cpu", *(calibrated or ()))
         store.append(k[None], v[None])
         store.seal()
         stores[layer] = store
     return pack_stores(stores, spec, len(kv), _origin(key))
 
 
-def open_chunk(data: Buffer, key: str, spec: CodecSpec, shape: ChunkShape) -> list[KVStore]:
+def open_chunk(
+    data: Buffer, key: str, spec: CodecSpec, shape: ChunkShape, calibration: Calibration | None = None
+) -> list[KVStore]:
     """The layers of a chunk, every check done: what ``unpack`` gives cannot fail any more.
 
     data must not change as long as the stores are in use. Raises CorruptData, UnsupportedVersion or LimitExceeded; also if this is
@@ -80,7 +89,7 @@ def open_chunk(data: Buffer, key: str, spec: CodecSpec, shape: ChunkShape) -> li
     whole = header.rows == 1 and len(header.layers) == shape.layers and header.spec == chunk_spec(spec)
     if not whole or found != {shape}:
         raise CorruptData(f"this value is not the chunk that was asked for: it has {found}, not {shape}")
-    return list(load(container).values())
+    return list(load(container, calibration=calibration).values())
 
 
 def unpack(store: KVStore) -> tuple[Tensor, Tensor]:

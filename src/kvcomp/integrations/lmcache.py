@@ -27,13 +27,25 @@ from lmcache.v1.memory_management import MemoryObj
 from lmcache.v1.platform import create_event_notifier
 
 from kvcomp.blobs import TIMEOUT, open_blobs
+from kvcomp.calibration import resolve
 from kvcomp.chunks import chunk_key, open_chunk, pack_chunk, unpack
 from kvcomp.errors import InvalidInput, KVCompError, StoreUnavailable, UnsupportedModel
 from kvcomp.integrations.asking import Patience
 from kvcomp.integrations.lmcache_layout import heads_of, kv_views
-from kvcomp.spec import CodecSpec
 
-PARAMETERS = "url", "heads", "head_dim", "layers", "dtype", "spec", "limit", "timeout", "workers", "capacity"
+PARAMETERS = (
+    "url",
+    "heads",
+    "head_dim",
+    "layers",
+    "dtype",
+    "spec",
+    "calibration",
+    "limit",
+    "timeout",
+    "workers",
+    "capacity",
+)
 
 logger = init_logger(__name__)
 
@@ -44,7 +56,7 @@ class KVCompL2Adapter(L2AdapterInterface):
     """LMCache's interface to a second tier, over ``kvcomp.blobs``.
 
     params: ``url`` of the store; ``heads`` and ``head_dim``, the KV heads of one rank and their channels. And if not the default:
-    ``spec``, a preset's name or a JSON file (kvcomp); ``timeout``, seconds that one call to the store may take; ``workers``, threads that
+    ``spec``, a preset's name or a JSON file (kvcomp); ``calibration``, a .kvcal file, for the preset ``kvcomp-klt``; ``timeout``, seconds that one call to the store may take; ``workers``, threads that
     compress (2); ``limit``, bytes a folder may hold; ``capacity``, bytes at which LMCache's own eviction begins; ``layers`` and ``dtype``
     of chunks that LMCache gives as plain bytes. Raises InvalidInput.
     """
@@ -56,7 +68,7 @@ class KVCompL2Adapter(L2AdapterInterface):
                 f"adapter_params needs url, and knows {', '.join(PARAMETERS)}, not {', '.join(unknown) or 'no url'}"
             )
         self._heads = heads_of(params)
-        self._spec = CodecSpec.resolve(params.get("spec", "kvcomp"))
+        self._spec, self._calibration = resolve(params.get("spec", "kvcomp"), params.get("calibration"))
         workers, capacity = params.get("workers", 2), params.get("capacity", 0)
         if type(workers) is not int or not 1 <= workers <= 64 or type(capacity) is not int or capacity < 0:
             raise InvalidInput(f"workers must be 1 to 64 and capacity bytes from 0, not {workers!r} and {capacity!r}")
@@ -105,7 +117,7 @@ class KVCompL2Adapter(L2AdapterInterface):
     def _store_one(self, key: ObjectKey, memory: MemoryObj) -> int:
         name = self._name(key)
         _, kv = kv_views(memory, self._heads)
-        pieces = pack_chunk(name, self._spec, kv)
+        pieces = pack_chunk(name, self._spec, kv, self._calibration)
         self._patience.ask(lambda: self._blobs.put([(name, pieces)]))
         return sum(piece.nbytes for piece in pieces)
 
@@ -146,7 +158,7 @@ class KVCompL2Adapter(L2AdapterInterface):
             (data,) = self._patience.ask(lambda: self._blobs.get([name]))
             if data is None:
                 return False
-            for store, (k, v) in zip(open_chunk(data, name, self._spec, shape), kv, strict=True):
+            for store, (k, v) in zip(open_chunk(data, name, self._spec, shape, self._calibration), kv, strict=True):
                 found_k, found_v = unpack(store)
                 k.copy_(found_k)
                 v.copy_(found_v)

@@ -28,13 +28,13 @@ from vllm.logger import init_logger
 
 from kvcomp.blobs import TIMEOUT, Buffer, open_blobs
 from kvcomp.block import check_channels
+from kvcomp.calibration import resolve
 from kvcomp.chunks import ChunkShape, chunk_key, open_chunk, pack_chunk, unpack
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.files import TYPES
 from kvcomp.integrations.asking import Patience
-from kvcomp.spec import CodecSpec
 
-PARAMETERS = "url", "spec", "chunk_tokens", "timeout", "limit", "model_id"
+PARAMETERS = "url", "spec", "calibration", "chunk_tokens", "timeout", "limit", "model_id"
 CHUNK_TOKENS = 256
 MOST_WAITING = 64  # chunks on their way to the store; when it is slower than the model, later ones are not stored
 
@@ -75,7 +75,7 @@ class _Prompt:
 class KVCompConnector(KVConnectorBase_V1):
     """vLLM's interface to other places of K and V, over ``kvcomp.blobs``.
 
-    ``kv_connector_extra_config``: ``url`` of the store, and if not the default ``spec``, a preset's name or a JSON file (kvcomp);
+    ``kv_connector_extra_config``: ``url`` of the store, and if not the default ``spec``, a preset's name or a JSON file (kvcomp); ``calibration``, a .kvcal file, for the preset ``kvcomp-klt``;
     ``chunk_tokens`` (256); ``timeout``, seconds that one call to the store may take; ``limit``, bytes a folder may hold; ``model_id``,
     which tells weights apart whose name and configuration are the same.
     Raises InvalidInput, and UnsupportedModel for caches that are not plain K and V in float32, float16 or bfloat16.
@@ -89,7 +89,7 @@ class KVCompConnector(KVConnectorBase_V1):
             raise InvalidInput(
                 f"kv_connector_extra_config needs url, and knows {', '.join(PARAMETERS)}, not {sorted(extra)}"
             )
-        self._spec = CodecSpec.resolve(extra.get("spec", "kvcomp"))
+        self._spec, self._calibration = resolve(extra.get("spec", "kvcomp"), extra.get("calibration"))
         self._block = vllm_config.cache_config.block_size
         self._chunk = extra.get("chunk_tokens", CHUNK_TOKENS)
         if type(self._chunk) is not int or self._chunk < 1 or self._chunk % self._block:
@@ -222,7 +222,7 @@ class KVCompConnector(KVConnectorBase_V1):
 
     def _fill(self, load: Transfer, name: str, value: Buffer) -> bool:
         try:
-            stores = open_chunk(value, name, self._spec, self._shape)
+            stores = open_chunk(value, name, self._spec, self._shape, self._calibration)
         except KVCompError as error:
             logger.error("kvcomp: %s", error)
             self._patience.drop(self._blobs, name, error)
@@ -255,7 +255,7 @@ class KVCompConnector(KVConnectorBase_V1):
             for pages in taken:
                 both = pages.transpose(0, 1).reshape(self._shape.heads, self._shape.tokens, -1)
                 kv.append((both[..., : self._shape.channels], both[..., self._shape.channels :]))
-            pieces = pack_chunk(name, self._spec, kv)
+            pieces = pack_chunk(name, self._spec, kv, self._calibration)
             self._patience.ask(lambda: self._blobs.put([(name, pieces)]))
         except KVCompError as error:
             logger.error("kvcomp: %s", error)
