@@ -16,14 +16,15 @@ import typer
 from rich.console import Console
 from setting import RESULTS
 
+from kvcomp.calibration import PRESET, Calibration
 from kvcomp.cli_evaluate import bar, partial, show
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate import plots, results
 from kvcomp.evaluate.evaluation import Evaluation, Plan
 from kvcomp.evaluate.fidelity import bits_at
 from kvcomp.evaluate.journal import Journal
-from kvcomp.evaluate.methods import BASELINES, Compressed, Method, baseline, default_specs
-from kvcomp.evaluate.models import load_model, shipped_model, text_ids
+from kvcomp.evaluate.methods import BASELINES, Compressed, Method, baseline, default_specs, named_spec
+from kvcomp.evaluate.models import CALIBRATION, load_model, shipped_model, text_ids
 from kvcomp.spec import CodecSpec, TensorSpec
 
 KEY_SCALES = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2)
@@ -36,7 +37,8 @@ screen = Console()
 
 def methods(place: Path) -> list[Method]:
     """Everything that can be measured here; what lacks a package is named and left out."""
-    found: list[Method] = [baseline("uncompressed"), *default_specs(place), Compressed("packed")]
+    found = [baseline("uncompressed"), *klt(place), *(one for one in default_specs(place) if one.name != PRESET)]
+    found.append(Compressed("packed"))
     for name in BASELINES:
         if name == found[0].name:
             continue
@@ -45,6 +47,12 @@ def methods(place: Path) -> list[Method]:
         except InvalidInput as error:
             screen.print(f"left out: {error}")
     return found
+
+
+def klt(place: Path) -> list[Method]:
+    """The calibrated preset at each of its levels, from fine to coarse."""
+    levels = Calibration.read(place / CALIBRATION).levels
+    return [named_spec(place, f"{PRESET}:{level}") for level in levels]
 
 
 def paper(ratio: int) -> list[Method]:
@@ -85,7 +93,7 @@ def plot(found: list[dict[str, Any]], curves: dict[str, list[dict[str, Any]]], s
     series = {name: ([p["coded_bits"] for p in points], [p["kl"] for p in points]) for name, points in curves.items()}
     families: dict[str, list[dict[str, Any]]] = {}
     for one in found:
-        if "failed" not in one and one["name"] not in ("uncompressed", "kvcomp"):
+        if "failed" not in one and one["name"] not in ("uncompressed", "kvcomp") and not one["name"].startswith(PRESET):
             families.setdefault(one["name"].split("-")[0], []).append(point(one))
     for family, points in families.items():
         series[family] = ([p["coded_bits"] for p in points], [p["kl"] for p in points])
@@ -93,16 +101,17 @@ def plot(found: list[dict[str, Any]], curves: dict[str, list[dict[str, Any]]], s
 
 
 def main(
-    prompts: Annotated[int, typer.Option(help="Prompts of held-out text")] = 24,
-    streams: Annotated[int, typer.Option(help="Texts to stream")] = 4,
-    lists: Annotated[int, typer.Option(help="Look-up lists of each length")] = 8,
+    prompts: Annotated[int, typer.Option(help="Prompts of held-out text")] = 16,
+    streams: Annotated[int, typer.Option(help="Texts to stream")] = 3,
+    lists: Annotated[int, typer.Option(help="Look-up lists of each length")] = 4,
+    passkeys: Annotated[int, typer.Option(help="Passkeys of each length and depth")] = 2,
     output: Annotated[Path, typer.Option(help="Where the results go")] = RESULTS / "quality.json",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped")] = False,
 ) -> None:
     place = shipped_model()
     model, tokenizer = load_model(place)
     ids, source = text_ids(tokenizer, place, None)
-    plan = Plan(prompts=prompts, streams=streams, lengths=(1024, 2048, 4096), lists=lists, passkeys=4, seed=SEED)
+    plan = Plan(prompts=prompts, streams=streams, lengths=(1024, 2048, 4096), lists=lists, passkeys=passkeys, seed=SEED)
     brief = Plan(prompts=prompts, streams=0, lists=0, passkeys=0, details=False, seed=SEED)
     families = {f"paper, V scale {ratio} x K's": paper(ratio) for ratio in VALUE_OVER_KEY}
     about = results.setting(model="tiny-lm", text=source, **vars(plan))
@@ -120,6 +129,7 @@ def main(
     measured = {one["name"]: one for one in curve.collected()[0]}
     curves = {name: [point(measured[one.name]) for one in family] for name, family in families.items()}
     by_name = {one["name"]: one for one in found}
+    curves[PRESET] = [point(by_name[one.name]) for one in klt(place)]
     equal = equal_quality(by_name, curves)
     results.write(output, "evaluate", about, partial=False, methods=found, curves=curves, equal_quality=equal)
     journal.close()

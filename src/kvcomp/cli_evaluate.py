@@ -18,6 +18,7 @@ from kvcomp.spec import PRESETS
 
 app = typer.Typer()
 DEFAULT_BASELINES = ["kivi-4", "kivi-2"]
+SHIPPED = "tiny-lm"
 
 Model = Annotated[str | None, typer.Argument(help="Model directory or hub name [default: the shipped one]")]
 TextFile = Annotated[
@@ -32,7 +33,11 @@ Seed = Annotated[int, typer.Option(help="Seed of the look-ups")]
 def evaluate(
     model: Model = None,
     spec: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(PRESETS)} or a spec.json; may be given again")
+        list[str] | None,
+        typer.Option(help=f"{', '.join(PRESETS)}, kvcomp-klt:LEVEL or a spec.json; may be given again"),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="The .kvcal of the spec kvcomp-klt [default: model.kvcal beside the model]")
     ] = None,
     baseline: Annotated[
         list[str] | None,
@@ -57,7 +62,7 @@ def evaluate(
 ) -> None:
     """Measure what compression costs a model: fidelity, look-ups, tasks, bits and errors, against other methods.
 
-    Without --spec: the tuned spec beside the model, if there is one, and the preset kvcomp; without --baseline: kivi-4 and kivi-2.
+    Without --spec: what was calibrated and tuned for the model, if it was, and the preset kvcomp; without --baseline: kivi-4 and kivi-2.
     """
     plan = {
         "prompts": prompts,
@@ -71,12 +76,13 @@ def evaluate(
         "seed": seed,
     }
     with plain_errors():
-        _evaluate(model, spec, baseline, text, plan, _names(tasks), task_limit, output, resume)
+        _evaluate(model, spec, calibration, baseline, text, plan, _names(tasks), task_limit, output, resume)
 
 
 def _evaluate(
     name: str | None,
     specs: list[str] | None,
+    calibration: Path | None,
     baselines: list[str] | None,
     text: Path | None,
     chosen: dict[str, Any],
@@ -89,13 +95,14 @@ def _evaluate(
         from kvcomp.evaluate import results
         from kvcomp.evaluate.evaluation import Evaluation, Plan
         from kvcomp.evaluate.journal import Journal
-        from kvcomp.evaluate.methods import Compressed, baseline, default_specs
-        from kvcomp.evaluate.models import load_model, positions, shipped_model, text_ids
+        from kvcomp.evaluate.methods import baseline, default_specs, named_spec
+        from kvcomp.evaluate.models import check_has_keys, load_model, positions, shipped_model, text_ids
 
         place = name if name is not None else str(shipped_model())
         model, tokenizer = load_model(place)
+        check_has_keys(model.config)
         methods = [baseline("uncompressed")]
-        methods += default_specs(place) if specs is None else [Compressed(one) for one in specs]
+        methods += default_specs(place) if specs is None else [named_spec(place, one, calibration) for one in specs]
         methods += [baseline(one) for one in (DEFAULT_BASELINES if baselines is None else baselines)]
         twice = sorted({one.name for one in methods if [other.name for other in methods].count(one.name) > 1})
         if twice:
@@ -103,7 +110,7 @@ def _evaluate(
         plan = Plan.for_model(positions(model.config), **chosen)
         ids, source = text_ids(tokenizer, place, text)
         harness = _harness(tasks) if tasks else None
-    about = results.setting(model=place, text=source, **vars(plan))
+    about = results.setting(model=SHIPPED if name is None else name, text=source, **vars(plan))
     identity = {key: about[key] for key in ("model", "text", *vars(plan))}
     identity["methods"] = {one.name: one.settings() for one in methods}
     identity["tasks"] = [tasks, task_limit]
@@ -162,11 +169,11 @@ def bar() -> Progress:
 def show(methods: list[dict[str, Any]], lengths: tuple[int, ...]) -> None:
     """The results as tables."""
     table = Table(title="bits per value, and the distance from the uncompressed cache", title_justify="left")
-    for header in ("method", "coded bits", "total bits", "KL, nats", "top-1", "perplexity", "KL streaming"):
-        table.add_column(header, justify="left" if header == "method" else "right")
+    table.add_column("method", no_wrap=True)
+    for header in ("coded\nbits", "total\nbits", "KL, nats", "top-1", "perplexity\nchange", "KL\nstreaming"):
+        table.add_column(header, justify="right")
     for one in methods:
         if "failed" in one:
-            table.add_row(one["name"], one["failed"])
             continue
         forced, moving = one["fidelity"].get("teacher_forced"), one["fidelity"].get("streaming")
         if forced is None:
@@ -179,13 +186,16 @@ def show(methods: list[dict[str, Any]], lengths: tuple[int, ...]) -> None:
             with_error(forced["kl"]),
             f"{100 * forced['top1']['mean']:.1f} %",
             f"{forced['perplexity'] - forced['perplexity_uncompressed']:+.3f}",
-            with_error(moving["kl"]) if moving else "",
+            f"{moving['kl']['mean']:.1e}" if moving else "",
         )
     screen.print(table)
+    for one in methods:
+        if "failed" in one:
+            screen.print(f"{one['name']} failed: {one['failed']}", highlight=False, markup=False)
     asked = [one for one in methods if one.get("retrieval")]
     if asked:
         right = Table(title="look-ups right", title_justify="left")
-        right.add_column("method")
+        right.add_column("method", no_wrap=True)
         kinds = sorted({(cell["task"], cell["tokens"]) for cell in asked[0]["retrieval"]})
         for task, tokens in kinds:
             right.add_column(f"{task}\n{tokens:,}", justify="right")
@@ -195,7 +205,7 @@ def show(methods: list[dict[str, Any]], lengths: tuple[int, ...]) -> None:
     scored = [one for one in methods if one.get("tasks")]
     for name in scored[0]["tasks"] if scored else ():
         found = Table(title=name, title_justify="left")
-        found.add_column("method")
+        found.add_column("method", no_wrap=True)
         for metric in scored[0]["tasks"][name]:
             found.add_column(metric, justify="right")
         for one in scored:
@@ -209,7 +219,7 @@ def show(methods: list[dict[str, Any]], lengths: tuple[int, ...]) -> None:
 
 def with_error(figure: dict[str, Any]) -> str:
     error = figure["standard_error"]
-    return f"{figure['mean']:.1e}" + (f" ± {error:.0e}" if error is not None else "")
+    return f"{figure['mean']:.1e}" + (f" ± {error:.0e}" if error else "")
 
 
 def _score(figure: dict[str, Any]) -> str:
@@ -230,7 +240,7 @@ def _worst(one: dict[str, Any]) -> str:
     for row in one["suffering"][:2]:
         heads = row.get("heads")
         head = f", most by head {max(range(len(heads)), key=heads.__getitem__)}" if heads and len(heads) > 1 else ""
-        share = f"{100 * row['kl'] / total:.0f} %" if total > 0 else "none"
+        share = f"{100 * max(0.0, row['kl']) / total:.0f} %" if total > 0 else "none"
         parts.append(f"{row['kind']} of layer {row['layer']} ({share} of the KL{head})")
     return f"{one['name']} suffers most in {' and '.join(parts)}"
 
@@ -262,7 +272,7 @@ def tune(
     ] = None,
     spec: Annotated[str, typer.Option(help=f"What to start from: {', '.join(PRESETS)} or a spec.json")] = "kvcomp",
     text: TextFile = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of text")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of text")] = 4,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each")] = None,
     scored_tokens: Annotated[int, typer.Option(min=2, help="Tokens scored after each")] = 256,
     lists: Annotated[int, typer.Option(min=0, help="Look-up lists that --keep looks at too")] = 4,
@@ -306,12 +316,13 @@ def _tune(
         from kvcomp.evaluate.evaluation import Plan
         from kvcomp.evaluate.journal import Journal
         from kvcomp.evaluate.methods import Compressed, baseline
-        from kvcomp.evaluate.models import load_model, positions, shipped_model, training_ids
+        from kvcomp.evaluate.models import check_has_keys, load_model, positions, shipped_model, training_ids
         from kvcomp.evaluate.retrieval import quizzes
         from kvcomp.evaluate.tune import Tuner
 
         place = name if name is not None else str(shipped_model())
         model, tokenizer = load_model(place)
+        check_has_keys(model.config)
         base = Compressed(start)
         reference = None if goal["like"] is None else baseline(goal["like"])
         plan = Plan.for_model(positions(model.config), lengths=(), **size)
@@ -323,7 +334,11 @@ def _tune(
     begins = rng.integers(0, ids.size - need + 1, plan.prompts).tolist()
     asked = quizzes(tokenizer, rng, plan.lists, plan.prompt) if goal["keep"] is not None else []
     about = results.setting(
-        model=place, text=source, goal=goal, start=base.settings(), **{key: vars(plan)[key] for key in size}
+        model=SHIPPED if name is None else name,
+        text=source,
+        goal=goal,
+        start=base.settings(),
+        **{key: vars(plan)[key] for key in size},
     )
     identity = {key: about[key] for key in ("model", "text", "goal", "start", *size)}
     journal = Journal(partial(output), identity, resume)

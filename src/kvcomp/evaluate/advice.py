@@ -108,7 +108,7 @@ def _time(model: Any, each: Sample, method: Compressed, heads: int, context: int
     cache = method.cache(model.config)
     cache.update(k, v, 0)
     store = method.stores(cache)[0]
-    q = torch.randn(1, heads, 1, k.shape[3], generator=torch.Generator().manual_seed(context))
+    q = torch.randn(1, heads, 1, k.shape[3], generator=torch.Generator().manual_seed(context)).to(k.device)
     scaling = k.shape[3] ** -0.5
     dense = dense_methods(k, v, q.view(1, k.shape[1], -1, k.shape[3]).to(k.dtype))
     methods = {"kvcomp": lambda: attend(store, q, scaling), **dense}

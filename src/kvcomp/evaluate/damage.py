@@ -14,6 +14,7 @@ from kvcomp.evaluate.methods import Compressed, Method, Pair
 from kvcomp.evaluate.pages import bits_by_head, error_shares
 from kvcomp.evaluate.pages import compare as compare_with_bound
 from kvcomp.spec import Kind
+from kvcomp.store import KVStore
 
 KINDS: tuple[Kind, Kind] = ("K", "V")
 EDGES = np.linspace(-1, 1, 41)
@@ -25,7 +26,8 @@ def errors(model: Any, each: Sample, method: Method) -> dict[str, Any]:
     """Error statistics of the prompt's K and V, as ``Error`` in ``results``."""
     cache = fill(model, each, method)
     values = method.values(cache)
-    stores = method.stores(cache) if isinstance(method, Compressed) else {}
+    held = method.stores(cache) if isinstance(method, Compressed) else {}
+    stores = {layer: store for layer, store in held.items() if isinstance(store, KVStore)}
     bits = {layer: bits_by_head(store).tolist() for layer, store in stores.items()}
     heads, shares = [], {kind: np.zeros(EDGES.size - 1, np.int64) for kind in KINDS}
     for layer, kind, head, before, after in _by_head(each.cache, values):

@@ -14,6 +14,7 @@ from kvcomp.evaluate import damage, results
 from kvcomp.evaluate.fidelity import Sample, fill, measure, predict, sample
 from kvcomp.evaluate.journal import Journal
 from kvcomp.evaluate.methods import Method
+from kvcomp.evaluate.models import attends_to_all
 from kvcomp.evaluate.retrieval import (
     DEPTHS,
     LEAST_KEYS,
@@ -143,7 +144,7 @@ class Evaluation:
         for index, at in enumerate(self._begins(plan.prompts, plan.prompt + plan.scored)):
             make = self._sampler(at, plan.prompt, plan.scored)
             yield Piece(f"teacher_forced/{index}", 1.0, make, self._fidelity(streaming=False))
-            if index == 0 and plan.details:
+            if index == 0 and plan.details and attends_to_all(self.model.config):
                 yield Piece("error", 0.5, make, lambda each, method: damage.errors(self.model, each, method))
                 yield Piece("suffering", 4.0, make, lambda each, method: damage.suffering(self.model, each, method))
         for index, at in enumerate(self._begins(plan.streams, plan.streaming_prompt + plan.streamed)):

@@ -2,7 +2,7 @@
 
 A prompt is read once and its K and V are kept. Teacher-forced, each method codes the prompt, and the text that follows is scored in one
 pass from what came back: K and V of the scored text itself are exact. Streaming, that text comes in as if it were generated, so that the
-method's window moves over it and later tokens see earlier ones coded. All attend with sdpa, so that a lossless method has a KL of 0.
+method's window moves over it and later tokens see earlier ones coded. All attend in the same way, with sdpa, so that a lossless method has a KL of 0.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from kvcomp.evaluate.methods import Method, Pair
+from kvcomp.evaluate.models import attends_to_all
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, Memory
 
@@ -48,15 +49,22 @@ class Comparison:
     loss_uncompressed: float
 
 
+def attend_plainly(model: Any) -> None:
+    """Give the model transformers' own attention: sdpa, or eager where a model has no other."""
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        model.set_attn_implementation("eager")
+
+
 @torch.inference_mode()
 def sample(model: Any, ids: Tensor, prompt: int) -> Sample:
     """Read ``ids[:, :prompt]`` into a cache and score the rest of ``ids`` (int64, (1, tokens)) from it."""
-    model.set_attn_implementation("sdpa")
+    attend_plainly(model)
     cache = DynamicCache(config=model.config)
     model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
     layers: list[Any] = list(cache.layers)
-    whole = all(type(layer) is DynamicLayer for layer in layers)
-    kept = [(layer.keys.clone(), layer.values.clone()) for layer in layers] if whole else []
+    kept = [(layer.keys.clone(), layer.values.clone()) for layer in layers] if attends_to_all(model.config) else []
     log_probs = model(ids[:, prompt:], past_key_values=cache).logits[0].float().log_softmax(-1)
     return Sample(ids[:, :prompt], kept, ids[:, prompt:], log_probs)
 
@@ -69,7 +77,7 @@ def fill(model: Any, each: Sample, method: Method) -> Cache:
         for layer, (k, v) in enumerate(each.cache):
             cache.update(k, v, layer)
     else:
-        model.set_attn_implementation("sdpa")
+        attend_plainly(model)
         model(each.prompt, past_key_values=cache, logits_to_keep=1)
     return cache
 
@@ -80,7 +88,7 @@ def predict(model: Any, ids: Tensor, cache: Cache, method: Method, streaming: bo
 
     streaming: as if the tokens came one by one.
     """
-    model.set_attn_implementation("sdpa")
+    attend_plainly(model)
     parts, at = [], 0
     while at < ids.shape[1]:
         new = method.room(cache) if streaming else ids.shape[1]
@@ -154,7 +162,7 @@ def kvcomp_codec(spec: CodecSpec, layers: int) -> Codec:
 @torch.inference_mode()
 def predict_from(model: Any, each: Sample, values: Sequence[Pair]) -> Tensor:
     """Log probabilities of a sample's text from these K and V of the prompt in place of its own."""
-    model.set_attn_implementation("sdpa")
+    attend_plainly(model)
     cache = DynamicCache(config=model.config)
     for layer, (k, v) in enumerate(values):
         cache.update(k, v, layer)

@@ -108,10 +108,15 @@ def check_has_keys(config: Any) -> None:
     """Raise UnsupportedModel for a model without a layer that keeps the K and V of all its tokens."""
     layers = DynamicCache(config=config).layers
     if not any(type(layer) is DynamicLayer for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         raise UnsupportedModel(
-            f"{config.model_type} keeps no K and V of all its tokens (its layers: {', '.join(sorted({type(x).__name__ for x in layers}))}): "
-            "there is nothing to compress"
+            f"{config.model_type} keeps no K and V of all its tokens ({kinds}): there is nothing to compress"
         )
+
+
+def attends_to_all(config: Any) -> bool:
+    """Whether every layer of a model attends to all tokens: no sliding windows and the like."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 def positions(config: Any) -> int:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from kvcomp.errors import InvalidInput
 from kvcomp.quantise import error_bound, to_float32
-from kvcomp.spec import PAGE_TOKENS, Kind
+from kvcomp.spec import PAGE_TOKENS, Kind, TensorSpec
 from kvcomp.store import KVStore, as_array
+
+SIGNIFICAND_BITS = {"float32": 24, "float16": 11, "uint16": 8}  # uint16 holds bfloat16
 
 
 def bits_by_head(store: KVStore) -> npt.NDArray[np.float64]:
@@ -58,7 +60,7 @@ def compare(store: KVStore, k: Tensor, v: Tensor) -> Comparison:
                 f"the cache holds {shape} of {store.dtype}, the tensors to compare are {tuple(x.shape)} of {x.dtype}"
             )
     total = Comparison(0, 0, 0.0)
-    for given, back, tensor in zip((k, v), store.dense(), (store.spec.key, store.spec.value), strict=True):
+    for given, back, tensor in zip(_held(store, k, v), store.held(), (store.spec.key, store.spec.value), strict=True):
         for row in range(store.batch):
             start, begin = int(store.starts[row]), int(store.tail_begin[row])
             if (store.valid[row, : store.count[row]] < PAGE_TOKENS).any():
@@ -68,7 +70,7 @@ def compare(store: KVStore, k: Tensor, v: Tensor) -> Comparison:
             for exact in (slice(start, first), slice(begin, None)):
                 total += _compare(x[:, exact], y[:, exact], np.zeros(1))
             if first < begin:
-                bound = error_bound(x[:, first:begin], tensor.unit, tensor.scale)
+                bound = _bound(x[:, first:begin], y[:, first:begin], tensor)
                 total += _compare(_pages(x[:, first:begin]), _pages(y[:, first:begin]), bound)
     return total
 
@@ -76,14 +78,31 @@ def compare(store: KVStore, k: Tensor, v: Tensor) -> Comparison:
 def error_shares(store: KVStore, k: Tensor, v: Tensor) -> Iterator[tuple[Kind, npt.NDArray[np.float64]]]:
     """Errors of what is sealed over their bounds, signed, of K and of V; without those of exact values. Arguments as in ``compare``."""
     kinds: tuple[Kind, Kind] = ("K", "V")
-    for kind, given, back, tensor in zip(kinds, (k, v), store.dense(), (store.spec.key, store.spec.value), strict=True):
+    tensors = store.spec.key, store.spec.value
+    for kind, given, back, tensor in zip(kinds, _held(store, k, v), store.held(), tensors, strict=True):
         for row in range(store.batch):
             first, begin = int(store.starts[row] + store.sink_count[row]), int(store.tail_begin[row])
             if first < begin:
                 x, y = (as_array(values)[row, :, first:begin] for values in (given, back))
                 error = to_float32(_pages(y)).astype(np.float64) - to_float32(_pages(x))
-                share = error / np.maximum(error_bound(x, tensor.unit, tensor.scale), np.finfo(np.float64).tiny)
+                share = error / np.maximum(_bound(x, y, tensor), np.finfo(np.float64).tiny)
                 yield kind, share[error != 0]
+
+
+def _held(store: KVStore, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V in the coordinates that the store holds and bounds them in."""
+    return (k, v) if store.transform is None else (store.transform.key.apply(k), store.transform.value.apply(v))
+
+
+def _bound(x: npt.NDArray[Any], y: npt.NDArray[Any], tensor: TensorSpec) -> npt.NDArray[np.float64]:
+    """The bound of each value, (pages, heads, 64 or 1, D or 1); the unit ``head`` keeps its own before the rounding to the type, so that half of the
+    type's spacing comes on top."""
+    bound = error_bound(x, tensor.unit, tensor.scale)
+    if tensor.unit != "head":
+        return bound
+    exponent = np.frexp(to_float32(_pages(y)).astype(np.float64))[1]
+    half_spacing: npt.NDArray[np.float64] = np.ldexp(0.5, exponent - SIGNIFICAND_BITS[y.dtype.name])
+    return bound + half_spacing
 
 
 def _pages(x: npt.NDArray[Any]) -> npt.NDArray[Any]:

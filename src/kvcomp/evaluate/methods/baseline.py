@@ -76,8 +76,9 @@ class Baseline(Method):
 
 
 def stock_memory(layer: Any) -> Memory:
-    """The memory of a layer that transformers holds uncompressed."""
-    held = [x for x in (layer.keys, layer.values) if x is not None]
+    """The memory of a layer that transformers holds uncompressed: its tensors of values, plain or by name."""
+    parts = [part for x in vars(layer).values() for part in (x.values() if isinstance(x, dict) else [x])]
+    held = [x for x in parts if isinstance(x, Tensor) and x.is_floating_point()]
     size = sum(x.numel() * x.itemsize for x in held)
     return Memory(other=size, values=sum(x.numel() for x in held), dense=size)
 

@@ -9,8 +9,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from kvcomp.calibration import Calibration, resolve
 from kvcomp.evaluate.methods.baseline import FURTHEST, stock_memory
 from kvcomp.evaluate.methods.method import Method, Pair
+from kvcomp.gpu_store import GPUStore
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers_layer import CompressedLayer
 from kvcomp.spec import PAGE_TOKENS, PRESETS, CodecSpec
@@ -20,14 +22,22 @@ from kvcomp.store import KVStore, Memory
 class Compressed(Method):
     attention = "kvcomp"
 
-    def __init__(self, spec: str | Path | CodecSpec, name: str | None = None) -> None:
-        """spec: a preset's name, a spec.json or a spec. name: if None, the preset's or the file's. Raises InvalidInput."""
-        self.spec = CodecSpec.resolve(spec)
+    def __init__(
+        self,
+        spec: str | Path | CodecSpec,
+        name: str | None = None,
+        calibration: Calibration | str | Path | None = None,
+    ) -> None:
+        """spec: a preset's name, a spec.json or a spec. name: if None, the preset's or the file's. calibration: for the preset kvcomp-klt.
+
+        Raises InvalidInput.
+        """
+        self.spec, self.calibration = resolve(spec, calibration)
         stem = "spec" if isinstance(spec, CodecSpec) else Path(spec).stem
         self.name = name or (str(spec) if stem in PRESETS else stem)
 
     def cache(self, config: PreTrainedConfig) -> Cache:
-        return KVCompCache(config, self.spec)
+        return KVCompCache(config, self.spec, calibration=self.calibration)
 
     def memory(self, cache: Cache) -> Memory:
         memory = Memory()
@@ -41,7 +51,7 @@ class Compressed(Method):
         layers: list[Any] = list(cache.layers)
         return [stores[i].dense() if i in stores else (layer.keys, layer.values) for i, layer in enumerate(layers)]
 
-    def stores(self, cache: Cache) -> dict[int, KVStore]:
+    def stores(self, cache: Cache) -> dict[int, KVStore | GPUStore]:
         """The store of each compressed layer, with all that is due compressed."""
         layers = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CompressedLayer)}
         for layer in layers.values():
@@ -53,12 +63,17 @@ class Compressed(Method):
         return min((_until_seal(store) for store in stores), default=FURTHEST)
 
     def settings(self) -> dict[str, Any]:
-        spec: dict[str, Any] = json.loads(self.spec.to_json())
-        return {"spec": spec}
+        settings: dict[str, Any] = {"spec": json.loads(self.spec.to_json())}
+        if self.calibration is not None:
+            level = self.calibration.level_of(self.spec)
+            settings |= {"level": level, "calibration_bytes": self.calibration.nbytes(level)}
+        return settings
 
 
-def _until_seal(store: KVStore) -> int:
-    """Tokens until a row compresses a page."""
+def _until_seal(store: KVStore | GPUStore) -> int:
+    """Tokens until a row compresses a page; one by one where the store does not say."""
+    if isinstance(store, GPUStore):
+        return 1
     if not store.batch:
         return store.spec.sinks + store.spec.window + PAGE_TOKENS
     begin = store.tail_begin + (store.count == 0) * (store.spec.sinks - store.sink_count)
