@@ -11,7 +11,7 @@ FUZZ := $(VENV)/.fuzz
 LMCACHE := $(VENV)/lmcache
 LMCACHE_PINS := tests/integrations/lmcache.txt
 
-.PHONY: demo test check test-oldest test-lmcache lint types layers fuzz slow bench-quality bench-attention bench-generate bench-memory bench-latency tables docs clean
+.PHONY: emulate gpu-compile gpu-check demo test check test-oldest test-lmcache lint types layers fuzz slow bench-quality bench-attention bench-codec bench-generate bench-memory bench-latency tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -43,6 +43,18 @@ types: $(READY)
 layers: $(READY)
 	$(BIN)/lint-imports
 
+# The CUDA sources, run on the CPU by an emulator (needs g++).
+emulate: $(READY)
+	$(BIN)/pytest -m emulated tests/emulator
+
+# The CUDA sources, compiled for every architecture without a GPU: registers, spills, instructions.
+gpu-compile: $(READY)
+	$(BIN)/python benchmarks/gpu_instructions.py
+
+# On a machine with an NVIDIA GPU, with that machine's own Python and torch: make gpu-check PYTHON=python3
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
 slow: $(READY)
 	$(BIN)/pytest -m slow
 
@@ -52,13 +64,16 @@ bench-lmcache: $(LMCACHE)/.ready
 bench-%: $(READY)
 	$(BIN)/python benchmarks/$*.py
 
-# Decode attention and the codec, once more with OpenMP workers that soon stop spinning (docs/kernels.md); some ten minutes.
+# Decode attention, and once more with OpenMP workers that soon stop spinning (docs/kernels.md); some ten minutes.
 bench-attention: $(READY)
-	$(BIN)/kvcomp bench $(ATTENTION) --part codec -o benchmarks/results/attention_cpu.json
+	$(BIN)/kvcomp bench $(ATTENTION) -o benchmarks/results/attention_cpu.json
 	GOMP_SPINCOUNT=1000 $(BIN)/kvcomp bench $(ATTENTION) -o benchmarks/results/attention_cpu_short_spin.json
 
+bench-codec: $(READY)
+	$(BIN)/kvcomp bench --full --part codec -o benchmarks/results/codec.json
+
 bench-generate: $(READY)
-	$(BIN)/kvcomp bench --full --part generate -o benchmarks/results/generate.json
+	$(BIN)/kvcomp bench --full --part generate --part growth -o benchmarks/results/generate.json
 
 # The documentation site, in .site.
 docs: $(DOCS)
@@ -72,7 +87,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || (echo "making $(VENV) failed; on Debian and Ubuntu: apt-get install python3-venv" && false)
 	@echo "setting up $(VENV), once"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,plots,serve]' --group dev
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,cuda,plots,serve]' --group dev
 	@touch $@
 
 $(DOCS): $(READY)

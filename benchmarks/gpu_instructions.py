@@ -90,15 +90,15 @@ def innermost(lines: list[tuple[str, str, str]]) -> list[Loop]:
     return [x for x in every if not any(x.begin <= y.begin and y.end <= x.end and y != x for y in every)]
 
 
-def fastest(found: list[Loop], pairs: int, huffman: bool) -> int:
+def fastest(found: list[Loop], pairs: int, huffman: bool) -> int | None:
     """Instructions of the cheapest inner loop that decodes so many pairs: with a look-up in shared memory for each, or, at a fixed width,
-    with fewer loads than pairs; raw values need more."""
+    with fewer loads than pairs; raw values need more. None where the tables do not fit the shared memory."""
 
     def decodes(loop: Loop) -> bool:
         looked_up, loaded = loop.counts.get("LDS", 0), loop.counts.get("LD", 0) + loop.counts.get("LDG", 0)
         return looked_up >= pairs if huffman else looked_up < pairs and loaded <= pairs
 
-    return min(loop.instructions for loop in found if decodes(loop))
+    return min((loop.instructions for loop in found if decodes(loop)), default=None)
 
 
 def measure(build: AttendBuild, architecture: int) -> dict[str, Any]:
@@ -122,8 +122,8 @@ def measure(build: AttendBuild, architecture: int) -> dict[str, Any]:
         "shared": build.shared,
         "registers": registers,
         "spill_bytes": spills,
-        "key_instructions_a_code": round(keys / (build.channels / 2), 3),
-        "value_instructions_a_code": round(values / 32, 3),
+        "key_instructions_a_code": None if keys is None else round(keys / (build.channels / 2), 3),
+        "value_instructions_a_code": None if values is None else round(values / 32, 3),
     }
 
 

@@ -42,7 +42,8 @@ class Gpu:
         )
         known = machine(10 * major + minor, processors)
         self.machine = Machine(known.architecture, min(known.shared, shared), processors)
-        self._functions: dict[tuple[Any, ...], Any] = {}
+        self._modules: dict[tuple[Any, ...], Any] = {}
+        self._functions: dict[tuple[str, str, int], tuple[Mapping[str, int], Any]] = {}
 
     def launch(
         self,
@@ -66,19 +67,18 @@ class Gpu:
         )
 
     def _function(self, source: str, kernel: str, defines: Mapping[str, int], shared: int) -> Any:
-        key = source, kernel, tuple(defines.items())
-        function = self._functions.get(key)
-        if function is None:
-            module_key = source, tuple(defines.items())
-            module = self._functions.get(module_key)
-            if module is None:
-                cubin = compile_kernel(f"{source}.cu", defines, self.machine.architecture)
-                module = self._functions[module_key] = self._check(self._driver.cuModuleLoadData(cubin))
-            function = self._check(self._driver.cuModuleGetFunction(module, kernel.encode()))
-            if shared > DEFAULT_SHARED:
-                most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._check(self._driver.cuFuncSetAttribute(function, most, shared))
-            self._functions[key] = function
+        found = self._functions.get((source, kernel, id(defines)))
+        if found is not None:
+            return found[1]
+        key = source, *sorted(defines.items())
+        if key not in self._modules:
+            cubin = compile_kernel(f"{source}.cu", defines, self.machine.architecture)
+            self._modules[key] = self._check(self._driver.cuModuleLoadData(cubin))
+        function = self._check(self._driver.cuModuleGetFunction(self._modules[key], kernel.encode()))
+        if shared > DEFAULT_SHARED:
+            most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(self._driver.cuFuncSetAttribute(function, most, shared))
+        self._functions[source, kernel, id(defines)] = defines, function  # which keeps the id from being another's
         return function
 
     def _check(self, result: tuple[Any, ...]) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -214,12 +215,12 @@ class AttendBuild:
         scales = sum(4 * PAGE_TOKENS for unit in (self.k_unit, self.v_unit) if unit == UNITS["token"])
         return scales + 2 * self.stage + self.channels // 8 * LANES * 8
 
-    @property
+    @cached_property
     def shared(self) -> int:
         """Shared memory of a CTA in bytes."""
         return self.fixed_bytes + self.warps * self.warp_bytes
 
-    @property
+    @cached_property
     def defines(self) -> dict[str, int]:
         names = (*self.__dataclass_fields__, "shared")
         return {f"KVC_{name.upper()}": int(getattr(self, name)) for name in names}
@@ -267,7 +268,7 @@ class PageBuild:
         scratch = 4 * self.most_units + 4 + 72 + PAGE_TOKENS * self.channels * 9 // 8 + 64 + 32
         return self.warps * (scratch & ~15)
 
-    @property
+    @cached_property
     def defines(self) -> dict[str, int]:
         names = (*self.__dataclass_fields__, "quantise_shared", "count_shared", "pack_shared")
         return {f"KVC_{name.upper()}": int(getattr(self, name)) for name in names}
