@@ -10,8 +10,8 @@ Pages go into chunks of memory that are never moved (gpu_arena.py).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kvcomp import codebook
 from kvcomp.codebook import TRAINING_TOKENS, Codebook
-from kvcomp.errors import BackendUnavailable, InvalidInput
+from kvcomp.errors import BackendUnavailable, InvalidInput, LimitExceeded
 from kvcomp.gpu_arena import Arena, Chunk
 from kvcomp.kernels import Books, gpu_launch
 from kvcomp.kernels.gpu import Gpu
@@ -147,12 +147,17 @@ class GPUStore:
         if not self.batch:
             return
         self._join()
-        sealed = [self._seal_row(index) for index in range(self.batch)]
-        if any(sealed):
-            self._publish()
-            if self._side is not None:
-                self._sealing = torch.cuda.Event()
-                self._sealing.record(self._side)
+        before = self.count.sum()
+        try:
+            with enough_memory():
+                for index in range(self.batch):
+                    self._seal_row(index)
+        finally:  # what was sealed is sealed, if memory ends in the middle
+            if self.count.sum() > before:
+                self._publish()
+                if self._side is not None:
+                    self._sealing = torch.cuda.Event()
+                    self._sealing.record(self._side)
 
     def crop(self, tokens: int) -> None:
         """Keep the first ``tokens`` positions. Raises InvalidInput if there are fewer."""
@@ -441,11 +446,12 @@ class GPUStore:
         kept = self.tokens - base
         need, steady = kept + new, self._tail_room()
         room = min(2 * need, steady) if need <= steady else need * 5 // 4 if kept else need
-        for name in ("tail_k", "tail_v"):
-            old = getattr(self, name)
-            buffer = old.new_empty((self.batch, self.heads, room, self.channels))
+        shape = self.batch, self.heads, room, self.channels
+        with enough_memory():
+            buffers = self.tail_k.new_empty(shape), self.tail_v.new_empty(shape)
+        for buffer, old in zip(buffers, (self.tail_k, self.tail_v), strict=True):
             buffer[:, :, :kept] = old[:, :, base - self.tail_base : self.tokens - self.tail_base]
-            setattr(self, name, buffer)
+        self.tail_k, self.tail_v = buffers
         self.tail_base = base
         self._publish()
 
@@ -570,6 +576,17 @@ class GPUStore:
                 self.spec, self.channels, VALUES[self.dtype], query, softcap, self._on.machine
             )
         return self._builds[key]
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Raise LimitExceeded where the device has no memory left; the cache then holds what it held."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LimitExceeded(
+            f"the device has no memory left for the cache: use a smaller batch, a shorter context or a coarser spec ({error})"
+        ) from None
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ import torch
 from emulator import COMPILER, Emulator
 
 from kvcomp.attention import attend
+from kvcomp.errors import LimitExceeded
 from kvcomp.gpu_store import GPUStore
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
@@ -96,6 +97,31 @@ def test_rows_with_padding_leave_repeat_and_are_cropped() -> None:
     pair.append(90)
     pair.check()
     pair.check_pages()
+
+
+def test_when_memory_ends_the_cache_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(SPEC, 2)
+    pair.append(150)
+    k, v = (pair.values(2, HEADS, 200, CHANNELS) for _ in "KV")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", _no_memory)
+        with pytest.raises(LimitExceeded, match="no memory left"):
+            pair.gpu.append(k, v)
+    pair.check()
+    for store in (pair.gpu, pair.cpu):
+        store.append(k, v)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", _no_memory)
+        with pytest.raises(LimitExceeded, match="no memory left"):
+            pair.gpu.seal()
+    for store in (pair.gpu, pair.cpu):
+        store.seal()
+    pair.check()
+    pair.check_pages()
+
+
+def _no_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("units", [("head", "head"), ("channel", "vector")])

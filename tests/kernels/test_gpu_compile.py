@@ -58,7 +58,7 @@ def test_compiled_kernels_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_does_not_compile_says_so() -> None:
-    with pytest.raises(BackendUnavailable, match="NVRTC does not compile decompress.cu"):
+    with pytest.raises(BackendUnavailable, match=r"NVRTC does not compile decompress\.cu"):
         compile_now("decompress.cu", options_for("decompress.cu", {}, 90))
 
 
@@ -69,8 +69,7 @@ def test_what_no_kernel_is_built_for_is_refused() -> None:
         page_build(SPECS["kvcomp"], 32, "bfloat16")
 
 
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
 def test_without_a_driver_the_backend_is_unavailable() -> None:
-    try:
+    with pytest.raises(BackendUnavailable, match="driver"):
         gpu.Gpu(0, lambda: 0)
-    except BackendUnavailable as error:
-        assert "backend='cpu'" in str(error) or "driver" in str(error)

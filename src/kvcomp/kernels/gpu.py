@@ -42,6 +42,7 @@ class Gpu:
         )
         known = machine(10 * major + minor, processors)
         self.machine = Machine(known.architecture, min(known.shared, shared), processors)
+        self._context = self._check(self._driver.cuDevicePrimaryCtxRetain(device))  # that of torch
         self._modules: dict[tuple[Any, ...], Any] = {}
         self._functions: dict[tuple[str, str, int], tuple[Mapping[str, int], Any]] = {}
 
@@ -57,14 +58,15 @@ class Gpu:
         extra: int | None = None,
     ) -> None:
         """See ``gpu_launch.Launcher``."""
-        function = self._function(source, kernel, defines, shared)
         second = ctypes.c_int32(extra or 0)
         parameters = (ctypes.c_void_p * 2)(ctypes.addressof(arguments), ctypes.addressof(second))
-        self._check(
-            self._driver.cuLaunchKernel(
-                function, *grid, threads, 1, 1, shared, self._stream(), ctypes.addressof(parameters), 0
-            )
-        )
+        self._check(self._driver.cuCtxPushCurrent(self._context))  # a model's layers may lie on several GPUs
+        try:
+            function = self._function(source, kernel, defines, shared)
+            where = ctypes.addressof(parameters)
+            self._check(self._driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, self._stream(), where, 0))
+        finally:
+            self._driver.cuCtxPopCurrent()
 
     def _function(self, source: str, kernel: str, defines: Mapping[str, int], shared: int) -> Any:
         found = self._functions.get((source, kernel, id(defines)))
