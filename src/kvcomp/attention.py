@@ -91,7 +91,9 @@ def attend_tiled(
     return (out if transform is None else transform.outputs(out)).to(q.dtype)
 
 
-def _attend_row(store: KVStore | GPUStore, row: int, q: Tensor, scaling: float, softcap: float, mask: Tensor | None) -> Tensor:
+def _attend_row(
+    store: KVStore | GPUStore, row: int, q: Tensor, scaling: float, softcap: float, mask: Tensor | None
+) -> Tensor:
     """Attention of one row, float32. q: (heads, queries, head_dim), those of the last tokens; mask: (heads, queries, tokens)."""
     _, queries, channels = q.shape
     # (KV heads, group, queries, ...): the heads that share K and V lie together

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcomp.attention import FUSED_QUERIES, attend, attend_tiled
 from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.gpu_store import GPUStore
 from kvcomp.integrations.transformers_layer import Handle, MaskPlan, Source, uncompiled
 from kvcomp.store import KVStore
 
@@ -84,14 +85,16 @@ def _over_store(
     batch, heads, queries, _ = query.shape
     tokens = store.tokens
     if mask is None and queries > 1 and not causal:
-        mask = torch.ones((1, 1, queries, tokens), dtype=torch.bool)
+        mask = torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=query.device)
     plain = mask is None or _is_plain(store, layer.session.plan_for(mask, batch, queries, tokens), queries)
     fresh, source.fresh = source.fresh, None
     if fresh is None and plain and queries * heads // store.heads <= FUSED_QUERIES:
         out = attend(store, query, scaling, softcap or 0.0).transpose(1, 2).contiguous()
     elif fresh is not None or not store.compressed:
         if mask is None and 1 < queries < tokens:
-            mask = torch.ones((queries, tokens), dtype=torch.bool).tril(tokens - queries)[None, None]
+            mask = torch.ones((queries, tokens), dtype=torch.bool, device=query.device).tril(tokens - queries)[
+                None, None
+            ]
         out = _dense(module, query, *(fresh or store.dense()), mask, scaling, softcap, causal)
     else:
         out = attend_tiled(store, query, scaling, softcap or 0.0, None if plain else mask).transpose(1, 2).contiguous()
@@ -100,7 +103,7 @@ def _over_store(
     return out
 
 
-def _is_plain(store: KVStore, plan: MaskPlan, queries: int) -> bool:
+def _is_plain(store: KVStore | GPUStore, plan: MaskPlan, queries: int) -> bool:
     """Whether causal attention over the store is what the mask asks for. Tells the store where its rows begin.
 
     A row can only begin later as long as it holds nothing but padding. What came in as padding stays invisible.

@@ -17,9 +17,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvcomp.calibration import LayerCalibration
 from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.gpu_store import GPUStore
 from kvcomp.integrations.transformers_models import fingerprint_of, identity_of, position_limit
 from kvcomp.spec import CodecSpec
-from kvcomp.gpu_store import GPUStore
 from kvcomp.store import KVStore
 
 HIDDEN = -3e4  # an additive mask below this hides: softmax gives 0 in float32
@@ -189,7 +189,9 @@ class CompressedLayer(CacheLayerMixin):
         """Forget everything; the next update may have another batch size and dtype."""
         given = self.calibrated or ()
         gpu = self.backend == "gpu"
-        self.store: KVStore | GPUStore = GPUStore(self.spec, *given) if gpu else KVStore(self.spec, self.backend, *given)
+        self.store: KVStore | GPUStore = (
+            GPUStore(self.spec, *given) if gpu else KVStore(self.spec, self.backend, *given)
+        )
         self.unsealed = False
         self.is_initialized = False
 
