@@ -212,17 +212,11 @@ def error_histogram(histogram: Mapping[str, Mapping[str, Any]]) -> Figure:
             linestyle="-" if index == 0 else "--",
         )
     if set(over.values()) == {"bound"}:
-        axes.axvline(1, color=INK, linewidth=1, linestyle=":")
-        axes.annotate(
-            "the bound",
-            (1, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, -4),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=INK,
-        )
+        lowest = min(min(found["edges"]) for found in histogram.values())
+        for bound in (-1, 1) if lowest < 0 else (1,):
+            axes.axvline(bound, color=INK, linewidth=1, linestyle=":")
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate("the bound", (1, 1), xytext=(-4, -4), ha="right", va="top", color=INK, **place)
     named = {"bound": "error over its bound", "rms": "error over the rms of its head"}
     axes.set(
         xlabel=" / ".join(named[name] for name in dict.fromkeys(over.values())),

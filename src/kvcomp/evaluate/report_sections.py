@@ -297,6 +297,8 @@ def _family(name: str) -> str:
 
 def _figure(figure: dict[str, Any]) -> str:
     error = figure["standard_error"]
+    if not figure["mean"] and not error:
+        return "0"
     return f"{figure['mean']:.2e}" + ("" if error is None else f" ± {error:.0e}")
 
 
