@@ -101,10 +101,10 @@ def plot(found: list[dict[str, Any]], curves: dict[str, list[dict[str, Any]]], s
 
 
 def main(
-    prompts: Annotated[int, typer.Option(help="Prompts of held-out text")] = 16,
-    streams: Annotated[int, typer.Option(help="Texts to stream")] = 3,
-    lists: Annotated[int, typer.Option(help="Look-up lists of each length")] = 4,
-    passkeys: Annotated[int, typer.Option(help="Passkeys of each length and depth")] = 2,
+    prompts: Annotated[int, typer.Option(help="Prompts of held-out text")] = 24,
+    streams: Annotated[int, typer.Option(help="Texts to stream")] = 4,
+    lists: Annotated[int, typer.Option(help="Look-up lists of each length")] = 8,
+    passkeys: Annotated[int, typer.Option(help="Passkeys of each length and depth")] = 4,
     output: Annotated[Path, typer.Option(help="Where the results go")] = RESULTS / "quality.json",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped")] = False,
 ) -> None:

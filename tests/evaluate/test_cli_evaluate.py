@@ -4,11 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    LlamaConfig,
+    MambaConfig,
+    PreTrainedConfig,
+)
 from typer.testing import CliRunner, Result
 
 from kvcomp.cli import app
 from kvcomp.evaluate import advice, results
+from kvcomp.evaluate.models import shipped_model
 from kvcomp.spec import CodecSpec
 
 SMALL = (
@@ -155,17 +163,52 @@ def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
         assert "longer --text" in " ".join(result.output.split())
 
 
+def test_a_model_with_sliding_windows_is_measured_without_what_needs_all_tokens(tmp_path: Path) -> None:
+    """Gemma 2 also has no sdpa in transformers, and a soft cap."""
+    save(
+        Gemma2Config(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+            intermediate_size=32, sliding_window=64, vocab_size=4096, max_position_embeddings=1024,
+        ),
+        tmp_path,
+    )  # fmt: skip
+    output = tmp_path / "found.json"
+    few = ("--prompts", "1", "--prompt-tokens", "300", "--scored-tokens", "8", "--lists", "0", "--passkeys", "0")
+    options = ("--streamed-tokens", "16", "--spec", "kvcomp", "--baseline", "fp8", "--json", str(output))
+    result = run("evaluate", str(tmp_path), *few, *options)
+    assert result.exit_code == 0, result.output
+    exact, ours, theirs = results.read(output)["methods"]
+    assert exact["fidelity"]["teacher_forced"]["kl"]["mean"] == 0
+    for one in (ours, theirs):
+        assert "error" not in one
+        assert one["memory"]["teacher_forced"]["parts"]["other"] > 0
+        assert one["memory"]["teacher_forced"]["sealed_values"] > 0
+    refused = run("tune", str(tmp_path), "--prompts", "1", "--prompt-tokens", "300", "--scored-tokens", "8")
+    assert refused.exit_code == 1
+    assert "attend to all tokens" in " ".join(refused.output.split())
+
+
+def test_a_model_without_keys_is_refused(tmp_path: Path) -> None:
+    save(MambaConfig(vocab_size=4096, hidden_size=32, num_hidden_layers=2, state_size=8), tmp_path)
+    for command in ("evaluate", "tune"):
+        result = run(command, str(tmp_path))
+        assert result.exit_code == 1
+        assert "nothing to compress" in " ".join(result.output.split())
+
+
+def save(config: PreTrainedConfig, folder: Path) -> None:
+    """A model of random weights with the shipped tokenizer."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(shipped_model()).save_pretrained(folder)
+
+
 def test_a_method_that_cannot_hold_a_model_is_said_to_have_failed(tmp_path: Path) -> None:
     """Heads of 24 channels: no groups of 32, and no multiple of 16."""
-    from kvcomp.evaluate.models import load_model, shipped_model
-
-    _, tokenizer = load_model(shipped_model())
     config = LlamaConfig(
         num_hidden_layers=1, hidden_size=48, num_attention_heads=2, num_key_value_heads=2, head_dim=24,
-        intermediate_size=32, vocab_size=len(tokenizer), max_position_embeddings=1024,
+        intermediate_size=32, vocab_size=4096, max_position_embeddings=1024,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save(config, tmp_path)
     output = tmp_path / "found.json"
     few = ("--prompts", "1", "--prompt-tokens", "300", "--scored-tokens", "8", "--lists", "0", "--passkeys", "0")
     options = ("--spec", "kvcomp", "--baseline", "kivi-4", "--baseline", "fp8", "--json", str(output))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvcomp.evaluate import damage
 from kvcomp.evaluate.fidelity import (
     Coded,
     Sample,
@@ -19,7 +20,7 @@ from kvcomp.evaluate.fidelity import (
     sample,
     score,
 )
-from kvcomp.evaluate.methods import Compressed, baseline
+from kvcomp.evaluate.methods import Compressed, baseline, named_spec
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
 from kvcomp.evaluate.retrieval import answered, lookup_quiz, passkey_quiz, quiz_sample
 from kvcomp.evaluate.text import LookupLists
@@ -75,6 +76,22 @@ def test_a_method_and_its_codec_are_the_same(model_and_tokenizer: tuple[Any, Any
     method = Compressed("kvcomp")
     values = method.values(fill(model, text, method))
     assert compare(text, predict_from(model, text, values)) == compared
+
+
+def test_the_calibrated_preset_keeps_more_in_fewer_bits_and_its_bound(
+    model_and_tokenizer: tuple[Any, Any], text: Sample
+) -> None:
+    model = model_and_tokenizer[0]
+    method = named_spec(shipped_model(), "kvcomp-klt:near-lossless")
+    ours, of_ours = measure(model, text, method)
+    four, of_four = measure(model, text, baseline("kivi-4"))
+    assert 0 < ours.kl < 2 * four.kl
+    assert of_ours.coded_bits < of_four.coded_bits / 2
+    found = damage.errors(model, text, method)
+    assert found["missed"] == 0
+    assert 0.9 < found["largest_over_bound"] <= 1
+    assert found["values"] == of_ours.values
+    assert method.settings()["calibration_bytes"] > 0
 
 
 @pytest.mark.parametrize("name", ["kvcomp", "kivi-4"])
