@@ -19,7 +19,7 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="Model directory or hub name")],
     text: Annotated[Path, typer.Option(help="UTF-8 text like what the model will read", exists=True, dir_okay=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .kvcal file to write")],
-    windows: Annotated[int, typer.Option(min=2, help="Windows of text to measure on")] = 24,
+    windows: Annotated[int, typer.Option(min=4, help="Windows of text to measure on")] = 24,
     prompt_tokens: Annotated[int, typer.Option(min=256, help="Tokens of each that are compressed")] = 2048,
     scored_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each that are predicted from them")] = 256,
     resume: Resume = False,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,19 @@ from kvcomp import codebook
 from kvcomp.calibration import CLASSES, LEVELS, About, Calibration, LevelOfLayer, quantise_matrix
 from kvcomp.codebook import Codebook
 from kvcomp.errors import InvalidInput
+from kvcomp.evaluate.fidelity import attend_plainly
 from kvcomp.evaluate.journal import Journal
-from kvcomp.evaluate.methods.kivi import Kivi
 from kvcomp.evaluate.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
 from kvcomp.integrations.transformers_models import check_layer, fingerprint_of, position_limit, setting, text_config
 from kvcomp.kernels import Books, load_backend
-from kvcomp.spec import PAGE_TOKENS, Kind
+from kvcomp.spec import PAGE_TOKENS
 from kvcomp.transform import Affine, metric_klt
 
 # Steps tried, over the root mean square of a tensor in its coordinates.
 FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
 EVERY = 2  # windows of which one is used for a tensor alone
 FINER = 8  # steps tried between two measured ones
+GROUP = 32
 KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))
 PRICES = 0.1, 1e6  # bits a value for a nat
 HALVINGS = 9
@@ -96,9 +98,11 @@ class Curve:
 def draw_windows(ids: npt.NDArray[np.int64], settings: Settings) -> list[Tensor]:
     """Windows spread over a text, int64 (1, prompt + scored); in the second half of them the prompt is followed by a part of itself.
 
-    Raises InvalidInput if the text is too short for two.
+    Raises InvalidInput if the text is too short for two windows, or fewer than four are asked for.
     """
     length = settings.prompt + settings.scored
+    if settings.windows < 2 * EVERY:
+        raise InvalidInput(f"{settings.windows} windows are too few: give at least {2 * EVERY}")
     if ids.size < 2 * length:
         raise InvalidInput(f"the text has {ids.size} tokens, and {2 * length} is the least: give a longer --text")
     windows = []
@@ -163,7 +167,7 @@ class Calibrator:
     @torch.inference_mode()
     def read(self) -> None:
         """Read the windows into caches."""
-        self.model.set_attn_implementation("sdpa")
+        attend_plainly(self.model)
         prompt = self.settings.prompt
         for done, ids in enumerate(self.ids):
             self.tell("reading", done, len(self.ids))
@@ -243,12 +247,10 @@ class Calibrator:
         """Quality of KIVI-style quantisation of the same tokens."""
         key = f"kivi.{bits}"
         if key not in self.journal:
-            method = Kivi(bits)
             coded = {}
             for index, kind in self.coordinates:
-                name: Kind = "V" if kind else "K"
                 x = torch.cat([_values(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
-                coded[index, kind] = method.decode(method.encode(x, name), name)
+                coded[index, kind] = rounded_in_groups(x, bits, kind)
             self.journal.record(key, asdict(self.quality(coded)))
         return Quality(**self.journal[key])
 
@@ -330,6 +332,18 @@ def allocate(curves: Mapping[Tensors, Curve], price: float) -> dict[Tensors, flo
         best = np.argmin(np.interp(place, at, curve.bits) / len(curves) + price * kl)
         steps[tensor] = float(np.exp(np.interp(place[best], at, np.log(curve.steps))))
     return steps
+
+
+def rounded_in_groups(x: Tensor, bits: int, kind: int) -> Tensor:
+    """x (windows, KV heads, tokens, D) as KIVI-style quantisation gives it back (arXiv 2402.02750): K in groups of 32 tokens, V of 32 channels, or
+    of as many as divide D, with a float16 scale and zero for each."""
+    axis, size = (3, gcd(GROUP, x.shape[3])) if kind else (2, GROUP)
+    groups = x.float().unflatten(axis, (-1, size))
+    zero = groups.amin(axis + 1, keepdim=True).half().float()
+    step = ((groups.amax(axis + 1, keepdim=True) - zero) / (2**bits - 1)).half().float()
+    codes = ((groups - zero) / torch.where(step == 0, 1.0, step)).round().clamp(0, 2**bits - 1)
+    back: Tensor = (codes * step + zero).flatten(axis, axis + 1)
+    return back
 
 
 def fit_books(counts: npt.NDArray[np.int64], codes: npt.NDArray[np.uint8]) -> tuple[Codebook, Codebook]:

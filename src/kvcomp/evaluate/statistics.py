@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.evaluate.fidelity import attend_plainly
 from kvcomp.integrations.transformers_attention import kvcomp_attention
 from kvcomp.integrations.transformers_models import setting
 
@@ -114,7 +115,7 @@ def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics) -> None:
     try:
         model(ids, use_cache=False, logits_to_keep=1)
     finally:
-        model.set_attn_implementation("sdpa")
+        attend_plainly(model)
     if seen != wanted:
         raise UnsupportedModel(
             f"{model.config.model_type} cannot be calibrated: its attention does not go through transformers' AttentionInterface"

@@ -1,0 +1,484 @@
+"""Bits at equal quality: kvcomp-klt against KIVI-style quantisation and the paper's scheme, on text it was not calibrated on.
+
+Prompts of 2,048 tokens, each followed by 256 scored ones: `prefix` codes the prompt and scores the text exactly; `streaming` lets the window
+move over the text too. Rates between the named levels take steps between theirs. The calibration that comes with the shipped model was made on tests of
+the standard library; scored are held-out sources (code) and the second half of Python's manual (prose).
+
+    make bench-klt                          # python benchmarks/klt.py --resume goes on after an interruption
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from kvcomp.attention import attend
+from kvcomp.calibration import LEVELS, Calibration
+from kvcomp.evaluate import fidelity, plots, results
+from kvcomp.evaluate.calibrate import KIVI_BITS, Calibrator, Settings
+from kvcomp.evaluate.calibrate import Curve as AllocationCurve
+from kvcomp.evaluate.fidelity import Sample, bits_at
+from kvcomp.evaluate.journal import Journal
+from kvcomp.evaluate.methods import Compressed, Method
+from kvcomp.evaluate.methods.baseline import BaselineLayer
+from kvcomp.evaluate.methods.kivi import Kivi
+from kvcomp.evaluate.models import CALIBRATION, held_out_ids, load_model, shipped_model
+from kvcomp.evaluate.pages import bits_by_head
+from kvcomp.evaluate.retrieval import answered, quiz_sample, quizzes
+from kvcomp.evaluate.text import held_out_names, join, manual_text, training_text
+from kvcomp.evaluate.timing import in_rounds, quartiles
+from kvcomp.spec import CodecSpec, Kind, TensorSpec
+from kvcomp.store import KVStore, Memory
+
+OUTPUT = Path(__file__).parent / "results" / "klt.json"
+PROMPT, SCORED, LONG = 2048, 256, 4032
+RATES = (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5)  # 0, 1, 2: near-lossless, balanced, aggressive; steps between and beyond
+SPLITS = ((4, 4), (3, 3), (2, 2), (4, 3), (4, 2), (3, 2))  # bits of K and V
+PAPER = ((0.02, 0.04), (0.04, 0.08), (0.05, 0.1), (0.07, 0.2), (0.1, 0.3), (0.2, 0.6), (0.3, 0.9))
+LOOKUP_LISTS, SEED = 24, 20261121
+DRAWS = 1000
+
+Scores = dict[str, Any]  # {"kl": [...], "top1": [...], "coded_bits", "total_bits"}
+screen = Console()
+
+
+def klt(calibration: Calibration, level: str) -> Compressed:
+    return Compressed(calibration.spec(level), f"klt {level}", calibration)
+
+
+class KiviSplit(Kivi):
+    """KIVI-style with bits of their own for K and V, of each layer if ``layers`` says so."""
+
+    def __init__(self, key: int, value: int, layers: Sequence[tuple[int, int]] = ()) -> None:
+        super().__init__(key)
+        self.of = {"K": key, "V": value}
+        self.layers = [KiviSplit(*bits) for bits in layers]
+        self.name = f"kivi {key}/{value}" + (" by layer" if layers else "")
+
+    def cache(self, config: PreTrainedConfig) -> Cache:
+        if not self.layers:
+            return super().cache(config)
+        return Cache(layers=[BaselineLayer(of_layer) for of_layer in self.layers])
+
+    def encode(self, x: torch.Tensor, kind: Kind) -> Any:
+        self.bits = self.of[kind]
+        return super().encode(x, kind)
+
+    def decode(self, parts: Any, kind: Kind) -> torch.Tensor:
+        self.bits = self.of[kind]
+        return super().decode(parts, kind)
+
+
+def paper(key: float, value: float) -> Compressed:
+    return Compressed(CodecSpec(TensorSpec("block", key), TensorSpec("token", value)), f"paper {key}/{value}")
+
+
+# Calibrations
+
+
+def with_rates(calibrator: Calibrator, calibration: Calibration) -> Calibration:
+    """The same transforms with a level for each of RATES, codebooks fitted on the calibrator's windows."""
+    named = [
+        {
+            (index, kind, head): step
+            for index, (_, levels) in calibration.layers.items()
+            for kind in (0, 1)
+            for head, step in enumerate(levels[level].steps[kind])
+        }
+        for level in LEVELS
+    ]
+    levels: dict[str, tuple[dict[tuple[int, int, int], float], dict[str, Any]]] = {}
+    for rate in RATES:
+        low = min(max(int(np.floor(rate)), 0), 1)
+        part = rate - low
+        steps = {key: float(named[low][key] ** (1 - part) * named[low + 1][key] ** part) for key in named[0]}
+        levels[f"rate{rate + 1:.1f}"] = (steps, {})
+    return calibrator.build(levels, "rates between the levels")
+
+
+def reader(
+    model: Any, ids: np.ndarray[Any, Any], calibration: Calibration, journal: Journal, windows: int
+) -> Calibrator:
+    """A calibrator that has read windows of a text under the transforms of a calibration."""
+    made = Calibrator(model, ids, Settings(windows, PROMPT, SCORED), journal)
+    for index, (transform, _) in calibration.layers.items():
+        made.affines[index, 0], made.affines[index, 1] = transform.key, transform.value
+    made.read()
+    return made
+
+
+def kivi_by_layer(calibrator: Calibrator, journal: Journal) -> list[KiviSplit]:
+    """KIVI-style with bits for each layer's K and V: measured and allocated as our steps are, at three prices."""
+    curves = {}
+    for (index, kind), x in calibrator.coordinates.items():
+        key = f"kivi.layer.{index}.{kind}"
+        if key not in journal:
+            name: Kind = "V" if kind else "K"
+            raw = torch.cat(
+                [
+                    (window.layers[index].values if kind else window.layers[index].keys)[:, :, calibrator.coded]
+                    for window in calibrator.windows
+                ]
+            )
+            points = []
+            for bits in (8, 6, 4, 3, 2, 1):
+                method = Kivi(bits)
+                quality = calibrator.quality({(index, kind): method.decode(method.encode(raw, name), name)})
+                points.append((bits, (quality.text + quality.repeated) / 2))
+            journal.record(key, points)
+        bits, kl = np.array(journal[key]).T
+        # the "step" of a curve is what is chosen: here 1/bits, and no bits between those that exist
+        curves[index, kind] = AllocationCurve(1 / bits, bits + 1, np.maximum.accumulate(np.maximum(kl, 1e-9)))
+        del x
+    found = []
+    for price in (1000.0, 150.0, 20.0):
+        chosen = {}
+        for tensor, curve in curves.items():
+            best = int(np.argmin(curve.bits / len(curves) + price * curve.kl))
+            chosen[tensor] = round(1 / curve.steps[best])
+        layers = sorted({index for index, _ in chosen})
+        method = KiviSplit(4, 4, [(chosen[i, 0], chosen[i, 1]) for i in layers])
+        method.name = f"kivi by layer, price {price:.0f}"
+        found.append(method)
+    return found
+
+
+# Measuring
+
+
+def scored(model: Any, samples: Sequence[Sample], method: Method, streaming: bool) -> Scores:
+    found = [fidelity.measure(model, each, method, streaming) for each in samples]
+    memory = sum((one for _, one in found), Memory())
+    return {
+        "kl": [one.kl for one, _ in found],
+        "top1": [one.top1 for one, _ in found],
+        "coded_bits": memory.coded_bits,
+        "total_bits": memory.total_bits,
+        "parts": {
+            part: 8 * getattr(memory, part) / max(1, memory.sealed_values)
+            for part in ("codes", "lengths", "scales", "directories", "raw_blocks", "table_entries")
+        },
+    }
+
+
+def envelope(kl: float, points: Mapping[str, Scores], kls: Mapping[str, float]) -> float:
+    """Bits at a KL on the lower hull of a method's points: those that another has fewer bits and less KL than are left out."""
+    best = [
+        name
+        for name in points
+        if not any(
+            points[other]["coded_bits"] <= points[name]["coded_bits"] and kls[other] < kls[name] for other in points
+        )
+    ]
+    return bits_at(kl, [points[name]["coded_bits"] for name in best], [kls[name] for name in best])
+
+
+def at_equal_kl(mode: Mapping[str, Scores]) -> dict[str, Any]:
+    """Our bits over the others' at the KL of KIVI-style 4, 3 and 2 bits, with 95 % intervals from drawing sequences anew."""
+    families = {
+        "klt": {n: s for n, s in mode.items() if n.startswith("klt rate")},
+        "kivi": {n: s for n, s in mode.items() if n.startswith("kivi ") and "layer" not in n},
+        "paper": {n: s for n, s in mode.items() if n.startswith("paper")},
+        "kivi by layer": {n: s for n, s in mode.items() if n.startswith("kivi by layer")},
+    }
+    count = len(next(iter(mode.values()))["kl"])
+    rng = np.random.default_rng(SEED)
+    found: dict[str, Any] = {}
+
+    def ratios(rows: Any) -> dict[str, float]:
+        kls = {name: float(np.mean(np.asarray(s["kl"])[rows])) for name, s in mode.items()}
+        out: dict[str, float] = {}
+        for bits in (4, 3, 2):
+            target = kls[f"kivi {bits}/{bits}"]
+            ours = envelope(target, families["klt"], kls)
+            out[f"{bits}.bits"] = ours
+            out[f"{bits}.over_kivi"] = ours / mode[f"kivi {bits}/{bits}"]["coded_bits"]
+            out[f"{bits}.over_kivi_best_split"] = ours / envelope(target, families["kivi"], kls)
+            out[f"{bits}.over_paper"] = ours / envelope(target, families["paper"], kls)
+        for name in families["kivi by layer"]:
+            out[f"{name}.over"] = envelope(kls[name], families["klt"], kls) / mode[name]["coded_bits"]
+        return out
+
+    middle = ratios(slice(None))
+    drawn = [ratios(rng.integers(0, count, count)) for _ in range(DRAWS)]
+    for name, value in middle.items():
+        values = [one[name] for one in drawn if np.isfinite(one[name])]
+        low, high = np.percentile(values, [2.5, 97.5]) if len(values) > DRAWS // 2 else (np.nan, np.nan)
+        found[name] = {"value": value, "interval": [float(low), float(high)]}
+    return found
+
+
+def sizes(model: Any, ids: np.ndarray[Any, Any], calibration: Calibration) -> dict[str, Any]:
+    """Bits of a value of one sequence of LONG tokens, everything counted: that of the cache, and with what decoding takes from the calibration; and at 32K
+    tokens, where cache and calibration are what they are at LONG and the sealed part is longer."""
+    each = fidelity.sample(model, torch.from_numpy(ids[: LONG + 2])[None], LONG)
+    found = {}
+    for level in LEVELS:
+        method = klt(calibration, level)
+        memory = method.memory(fidelity.fill(model, each, method))
+        side, raw = calibration.nbytes(level), memory.window + memory.sinks
+        values = 32768 * memory.values // LONG
+        sealed = values - (memory.values - memory.sealed_values)
+        found[level] = {
+            "tokens": LONG,
+            "coded_bits": memory.coded_bits,
+            "total_bits": memory.total_bits,
+            "calibration_bits": 8 * side / memory.values,
+            "raw_window_and_sinks_bits": 8 * raw / memory.values,
+            "at_32k": {
+                "calculated": True,
+                "total_bits": (memory.coded_bits * sealed + 8 * raw) / values,
+                "calibration_bits": 8 * side / values,
+            },
+            "calibration_bytes": side,
+        }
+    return found
+
+
+def lookups(model: Any, tokenizer: Any, methods: Mapping[str, Method], journal: Journal) -> dict[str, Any]:
+    """Look-ups answered, each by every method: shares, and the difference to uncompressed with its 95 % interval over the lists."""
+    drawn = quizzes(tokenizer, np.random.default_rng(SEED), LOOKUP_LISTS, PROMPT)
+    for number, quiz in enumerate(track(drawn, "look-ups", console=screen)):
+        if f"lookups.{number}" in journal:
+            continue
+        each = quiz_sample(model, quiz)
+        right = {"uncompressed": answered(quiz, each.log_probs)}
+        for name, method in methods.items():
+            cache = fidelity.fill(model, each, method)
+            right[name] = answered(quiz, fidelity.predict(model, each.text, cache, method))
+        journal.record(f"lookups.{number}", right)
+    lists = [journal[f"lookups.{number}"] for number in range(len(drawn))]
+    exact = [np.mean(one["uncompressed"]) for one in lists]
+    found: dict[str, Any] = {"asked": sum(len(one["uncompressed"]) for one in lists)}
+    for name in lists[0]:
+        share = np.array([np.mean(one[name]) for one in lists])
+        lost = 100 * (np.array(exact) - share)
+        error = 1.96 * lost.std(ddof=1) / np.sqrt(len(lost))
+        found[name] = {
+            "right": float(np.mean([x for one in lists for x in one[name]])),
+            "points_lost": float(lost.mean()),
+            "interval": [float(lost.mean() - error), float(lost.mean() + error)],
+        }
+    return found
+
+
+def timings(samples: Sequence[Sample], calibration: Calibration) -> dict[str, Any]:
+    """Processor time on one thread of compressing a prompt and of attending over four of them, over the paper preset's, in turn."""
+    torch.set_num_threads(1)
+    prompts = [sample.cache[1] for sample in samples[:4]]
+    k, v = (torch.cat(x, 2) for x in zip(*prompts, strict=True))
+    q = torch.randn(1, 4, 1, k.shape[3], dtype=k.dtype)
+    specs: dict[str, tuple[CodecSpec, Any]] = {"paper": (CodecSpec.resolve("kvcomp"), ())}
+    for level in LEVELS:
+        spec = calibration.spec(level)
+        specs[level] = spec, calibration.layer(1, spec) or ()
+
+    def filled(name: str) -> KVStore:
+        spec, calibrated = specs[name]
+        store = KVStore(spec.layer(1, 4), "cpu", *calibrated)
+        store.append(k, v)
+        store.seal()
+        return store
+
+    stores = {name: filled(name) for name in specs}
+    encode: dict[str, Callable[[], Any]] = {name: partial(filled, name) for name in specs}
+    read: dict[str, Callable[[], Any]] = {name: partial(attend, store, q, 0.125) for name, store in stores.items()}
+    found: dict[str, Any] = {"tokens": k.shape[2]}
+    for what, actions in (("encode", encode), ("attend", read)):
+        taken = in_rounds(actions, 41, 60.0)
+        found[what] = {
+            name: {
+                "seconds": quartiles([x[name] for x in taken]),
+                "over_paper": quartiles([x[name] / x["paper"] for x in taken]),
+            }
+            for name in specs
+        }
+    return found
+
+
+def shift(modes: Mapping[str, Mapping[str, Scores]]) -> dict[str, Any]:
+    """Bits at equal KL under a calibration on other text over those under one on such text, at the KL of KIVI-style 4, 3 and 2 bits."""
+    found: dict[str, Any] = {}
+    for text, mode in modes.items():
+        own, other = ("code", "prose") if text == "code" else ("prose", "code")
+        kls = {name: float(np.mean(s["kl"])) for name, s in mode.items()}
+        families = {made: {n: s for n, s in mode.items() if n.startswith(f"{made} ")} for made in ("code", "prose")}
+        for bits in (4, 3, 2):
+            target = kls[f"kivi {bits}/{bits}"]
+            both = [envelope(target, families[made], kls) for made in (own, other)]
+            found[f"{other} calibration on {text}, KL of KIVI-{bits}"] = {
+                "bits_own": both[0], "bits_other": both[1], "over": both[1] / both[0]
+            }  # fmt: skip
+    return found
+
+
+def main(
+    prompts: Annotated[int, typer.Option(help="Sequences of each mode, at least 50 for the intervals")] = 50,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption")] = False,
+    output: Annotated[Path, typer.Option(help="Where the results go")] = OUTPUT,
+) -> None:
+    place = shipped_model()
+    model, tokenizer = load_model(place)
+    calibration = Calibration.read(place / CALIBRATION)
+    journal = Journal(
+        output.with_name(output.name + ".partial"),
+        {"prompts": prompts, "calibration": calibration.fingerprint, "rates": RATES, "splits": SPLITS, "paper": PAPER},
+        resume,
+    )
+    about = results.setting(prompts=prompts, prompt_tokens=PROMPT, scored_tokens=SCORED, seed=SEED)
+    content: dict[str, Any] = {"calibration": {"fingerprint": calibration.fingerprint, **vars(calibration.about)}}
+
+    def keep(**parts: Any) -> None:
+        content.update(parts)
+        results.write(output, "klt", about, partial="text_shift" not in content, **content)
+
+    wide = load_model(place)[0].float()
+    train = np.asarray(join(tokenizer, training_text(held_out_names(place / "held_out.txt"))[::7]))
+    code = reader(wide, train, calibration, journal, 12)
+    rated = with_rates(code, calibration)
+    held = np.asarray(held_out_ids(tokenizer, place))
+    samples = read(model, held, prompts)
+    named: list[Method] = [klt(calibration, level) for level in LEVELS]
+    rates: list[Method] = [klt(rated, level) for level in rated.levels]
+    plain: list[Method] = [KiviSplit(*split) for split in SPLITS]
+    papers: list[Method] = [paper(*scales) for scales in PAPER]
+    run = Runner(model, journal)
+
+    prefix = run("prefix", samples, [*rates, *named, *plain, *papers])
+    keep(prefix=summary(prefix), prefix_at_equal_kl=at_equal_kl(prefix))
+    streaming = run("streaming", samples, [*rates, *named, *plain[:3], *papers], streaming=True)
+    keep(streaming=summary(streaming), streaming_at_equal_kl=at_equal_kl(streaming))
+    methods = {method.name: method for method in [*named, *plain[:3], paper(0.05, 0.1)]}
+    keep(lookups=lookups(model, tokenizer, methods, journal))
+    keep(sizes=sizes(model, held, calibration), heads=heads(model, samples[0], calibration))
+    keep(timings=timings(samples, calibration))
+    prefix |= run("prefix", samples, kivi_by_layer(code, journal))
+    keep(prefix=summary(prefix), prefix_at_equal_kl=at_equal_kl(prefix))
+    del code
+    draw(content, output)
+
+    manual = np.asarray(join(tokenizer, manual_text()))
+    half = manual.size // 2
+    on_prose = calibrated_on(wide, manual[:half], journal, output.with_name("klt-prose.statistics"))
+    prose = with_rates(reader(wide, manual[:half], on_prose, journal, 12), on_prose)
+    on_code = [renamed(klt(rated, level), f"code {level}") for level in rated.levels]
+    both = [*on_code, *(renamed(klt(prose, level), f"prose {level}") for level in prose.levels), *plain[:3]]
+    few = {"code": samples[:: max(1, prompts // 16)], "prose": read(model, manual[half:], 16)}
+    keep(text_shift=shift({text: run(f"shift on {text}", of, both) for text, of in few.items()}))
+    show(content)
+    journal.close()
+
+
+def read(model: Any, ids: np.ndarray[Any, Any], count: int) -> list[Sample]:
+    begins = np.linspace(0, ids.size - PROMPT - SCORED, count).astype(int)
+    return [fidelity.sample(model, torch.from_numpy(ids[at : at + PROMPT + SCORED])[None], PROMPT) for at in begins]
+
+
+def renamed(method: Compressed, name: str) -> Compressed:
+    method.name = name
+    return method
+
+
+def calibrated_on(model: Any, ids: np.ndarray[Any, Any], journal: Journal, statistics: Path) -> Calibration:
+    """A calibration made as ``kvcomp calibrate`` makes one."""
+    maker = Calibrator(model, ids, Settings(16, PROMPT, SCORED), journal)
+    maker.observe(statistics)
+    maker.read()
+    with screen.status("a calibration on prose"):
+        curves = maker.curves()
+        made = maker.build({name: maker.level(curves, bits) for name, bits in KIVI_BITS.items()}, "manual")
+    statistics.unlink()
+    return made
+
+
+class Runner:
+    """Measures methods on samples; what the journal has is not measured again."""
+
+    def __init__(self, model: Any, journal: Journal) -> None:
+        self.model, self.journal = model, journal
+
+    def __call__(
+        self, mode: str, samples: Sequence[Sample], methods: Sequence[Method], streaming: bool = False
+    ) -> dict[str, Scores]:
+        found = {}
+        for method in track(methods, mode, console=screen):
+            key = f"{mode}.{method.name}"
+            if key not in self.journal:
+                self.journal.record(key, scored(self.model, samples, method, streaming))
+            found[method.name] = self.journal[key]
+        return found
+
+
+def summary(mode: Mapping[str, Scores]) -> dict[str, Any]:
+    return {
+        name: {
+            **{k: v for k, v in one.items() if k not in ("kl", "top1")},
+            "kl": results.figure(one["kl"]),
+            "top1": results.figure(one["top1"]),
+        }
+        for name, one in mode.items()
+    }
+
+
+def heads(model: Any, each: Sample, calibration: Calibration) -> dict[str, list[dict[str, Any]]]:
+    """Coded bits of each layer and head at each level."""
+    found = {}
+    for level in LEVELS:
+        method = klt(calibration, level)
+        stores = method.stores(fidelity.fill(model, each, method))
+        found[level] = [
+            {"layer": layer, "kind": kind, "head": head, "bits": float(bits)}
+            for layer, store in stores.items()
+            if isinstance(store, KVStore)
+            for kind, row in zip("KV", bits_by_head(store), strict=True)
+            for head, bits in enumerate(row)
+        ]
+    return found
+
+
+def draw(content: Mapping[str, Any], output: Path) -> None:
+    for mode in ("prefix", "streaming"):
+        series: dict[str, tuple[list[float], list[float]]] = {}
+        for name, one in content[mode].items():
+            family = {"klt r": "kvcomp-klt", "paper": "paper", "kivi ": "KIVI-style, any split"}.get(name[:5])
+            family = "KIVI-style, bits by layer" if "by layer" in name else family
+            if family:
+                x, y = series.setdefault(family, ([], []))
+                x.append(one["coded_bits"])
+                y.append(one["kl"]["mean"])
+        figure = plots.rate_distortion(series)
+        plots.write(figure, output.with_name(f"klt_{mode}.svg"))
+    plots.write(plots.bits_by_head(content["heads"]["balanced"]), output.with_name("klt_heads.svg"))
+
+
+def show(content: Mapping[str, Any]) -> None:
+    for mode in ("prefix", "streaming"):
+        table = Table("method", "coded bits", "total bits", "KL", "top-1", title=mode)
+        for name, one in content[mode].items():
+            table.add_row(
+                name,
+                f"{one['coded_bits']:.2f}",
+                f"{one['total_bits']:.2f}",
+                f"{one['kl']['mean']:.2e} ± {one['kl']['standard_error']:.0e}",
+                f"{one['top1']['mean']:.4f}",
+            )
+        screen.print(table)
+        for name, one in content[f"{mode}_at_equal_kl"].items():
+            screen.print(f"{mode} {name}: {one['value']:.3f} [{one['interval'][0]:.3f}, {one['interval'][1]:.3f}]")
+    for part in ("text_shift", "sizes", "lookups", "timings"):
+        screen.print(part, content[part])
+
+
+if __name__ == "__main__":
+    typer.run(main)

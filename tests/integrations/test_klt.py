@@ -1,0 +1,221 @@
+"""Calibrating models of many kinds, and generating from caches that use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from kvcomp.calibration import LEVELS, Calibration
+from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.evaluate.calibrate import KIVI_BITS, Calibrator, Settings
+from kvcomp.evaluate.journal import Journal
+from kvcomp.evaluate.statistics import Statistics, observe
+from kvcomp.integrations.transformers import KVCompCache
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+ROPE = {"rope_theta": 10000.0}
+SETTINGS = Settings(windows=4, prompt=256, scored=32)
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SMALL),
+    "llama3 rope": LlamaConfig(
+        **SMALL,
+        rope_parameters={
+            **ROPE, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
+    ),
+    "yarn rope": Qwen3Config(
+        **SMALL,
+        head_dim=16,
+        rope_parameters={**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+    ),
+    "partial rope": GPTNeoXConfig(
+        **{k: v for k, v in SMALL.items() if k != "num_key_value_heads"},
+        rope_parameters={**ROPE, "rope_type": "default", "partial_rotary_factor": 0.25},
+    ),
+    "no rope": GPT2Config(vocab_size=64, n_positions=2048, n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None),
+    "soft cap, sliding window": Gemma2Config(**{**SMALL, "pad_token_id": 0}, head_dim=16, query_pre_attn_scalar=16, sliding_window=128),
+}  # fmt: skip
+
+
+def model_of(config: PreTrainedConfig) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def text(tokens: int = 700) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.default_rng(0).integers(0, 64, tokens)
+
+
+def calibrator(model: Any, path: Path, resume: bool = False) -> Calibrator:
+    return Calibrator(model, text(), SETTINGS, Journal(path / "made.partial", {}, resume))
+
+
+def calibrate(model: Any, path: Path) -> Calibration:
+    made = calibrator(model, path)
+    made.observe(path / "made.statistics")
+    made.read()
+    curves = made.curves()
+    return made.build({level: made.level(curves, bits) for level, bits in KIVI_BITS.items()}, "random")
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_models_of_many_kinds_are_calibrated_and_generate(kind: str, tmp_path: Path) -> None:
+    model = model_of(CONFIGS[kind])
+    calibration = calibrate(model, tmp_path)
+    assert calibration.levels == LEVELS
+    ids = torch.from_numpy(text(400))[None]
+    logits = {}
+    for name in ("exact", "near-lossless", "aggressive"):
+        exact = name == "exact"
+        model.set_attn_implementation("sdpa" if exact and "cap" not in kind else "eager" if exact else "kvcomp")
+        cache = (
+            DynamicCache(config=model.config)
+            if exact
+            else KVCompCache(model.config, f"kvcomp-klt:{name}", calibration=calibration)
+        )
+        with torch.inference_mode():
+            model(ids[:, :-8], past_key_values=cache)
+            logits[name] = model(ids[:, -8:], past_key_values=cache).logits
+        if not exact:
+            assert any(layer.store.compressed for layer in cache.compressed_layers)
+            k = cache.compressed_layers[0].store.held()[0]
+            assert (
+                k.std((0, 1, 2)).argmax() < k.shape[3] // 4
+            )  # the channels are in order: the transform is that of these keys
+    change = {name: float((x - logits["exact"]).abs().max()) for name, x in logits.items()}
+    spread = float(logits["exact"].std())
+    assert change["near-lossless"] < 0.3 * spread
+    assert change["near-lossless"] <= change["aggressive"]
+
+
+def test_sums_are_those_of_the_tokens_whatever_the_order(tmp_path: Path) -> None:
+    model = model_of(CONFIGS["llama"])
+    ids = torch.from_numpy(text(300))[None]
+    statistics = Statistics()
+    observe(model, ids[:, :150], 4, statistics)
+    statistics.save(tmp_path / "sums")
+    statistics = Statistics.load(tmp_path / "sums")
+    observe(model, ids[:, 150:], 4, statistics)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    with torch.inference_mode():
+        for part, cache in zip((ids[:, :150], ids[:, 150:]), caches, strict=True):
+            model(part, past_key_values=cache)
+    for index in range(2):
+        k = torch.cat([cache.layers[index].keys[0, :, 4:] for cache in caches], 1).double()
+        mean, covariance = statistics.layers[index].moments(True)
+        assert statistics.layers[index].tokens == k.shape[1] == 292
+        assert torch.allclose(mean, k.mean(1), atol=1e-9)
+        assert torch.allclose(covariance[1], torch.cov(k[1].T, correction=0), atol=1e-9)
+        weight = model.model.layers[index].self_attn.o_proj.weight.double()
+        expected = weight[:, :32].T @ weight[:, :32]  # the first KV head's group of two heads
+        assert torch.allclose(statistics.layers[index].output[0], expected[:16, :16] + expected[16:, 16:], atol=1e-5)
+
+
+def test_an_interrupted_calibration_goes_on_and_gives_the_same(tmp_path: Path) -> None:
+    model = model_of(CONFIGS["llama"])
+    whole = calibrate(model, tmp_path)
+    (tmp_path / "made.statistics").unlink()
+    interrupted = calibrator(model, tmp_path)
+    stops = iter(range(100))
+
+    def stop(what: str, done: int, total: int) -> None:
+        if next(stops) == 10:
+            raise KeyboardInterrupt
+
+    interrupted.tell = stop
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.observe(tmp_path / "made.statistics")
+        interrupted.read()
+        interrupted.curves()
+    assert (tmp_path / "made.statistics").exists()
+    again = calibrator(model, tmp_path, resume=True)
+    done = len(again.journal.pieces)
+    assert 0 < done < len(again.layers) * 4
+    again.observe(tmp_path / "made.statistics")
+    again.read()
+    curves = again.curves()
+    levels = {level: again.level(curves, bits) for level, bits in KIVI_BITS.items()}
+    assert again.build(levels, "random").content == whole.content
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL, rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 2.0}),
+        Phi3Config(
+            **{**SMALL, "pad_token_id": 0},
+            original_max_position_embeddings=512,
+            rope_parameters={
+                **ROPE, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 512,
+            },
+        ),
+    ],
+    ids=["dynamic", "longrope"],
+)  # fmt: skip
+def test_frequencies_that_change_with_length_are_refused_by_name(config: PreTrainedConfig, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="dynamic|longrope"):
+        calibrator(model_of(config), tmp_path)
+
+
+def test_what_cannot_be_calibrated_says_why(tmp_path: Path) -> None:
+    model = model_of(CONFIGS["llama"])
+    journal = Journal(tmp_path / "made.partial", {}, False)
+    with pytest.raises(InvalidInput, match="longer --text"):
+        Calibrator(model, text(300), SETTINGS, journal)
+    with pytest.raises(InvalidInput, match="positions end at"):
+        Calibrator(model, text(), Settings(4, 4096, 32), journal)
+    with pytest.raises(InvalidInput, match="too short"):
+        Calibrator(model, text(), Settings(4, 128, 64), journal)
+    with pytest.raises(InvalidInput, match="too few"):
+        Calibrator(model, text(), Settings(2, 256, 32), journal)
+
+
+def test_a_cache_is_refused_for_another_model_or_without_its_calibration(tmp_path: Path) -> None:
+    model = model_of(CONFIGS["llama"])
+    calibration = calibrate(model, tmp_path)
+    with pytest.raises(InvalidInput, match="kvcomp calibrate MODEL"):
+        KVCompCache(model.config, "kvcomp-klt")
+    with pytest.raises(InvalidInput, match="run kvcomp calibrate"):
+        KVCompCache(LlamaConfig(**{**SMALL, "vocab_size": 65}), "kvcomp-klt", calibration=calibration)
+    model.set_attn_implementation("kvcomp")
+    cache = KVCompCache(model.config, "kvcomp-klt", calibration=calibration)
+    ids = torch.from_numpy(text(400))[None]
+    model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    cache.save(tmp_path / "one.kvc")
+    with pytest.raises(InvalidInput, match=calibration.fingerprint):
+        KVCompCache.load(tmp_path / "one.kvc", model.config)
+    calibration.write(tmp_path / "model.kvcal")
+    back = KVCompCache.load(tmp_path / "one.kvc", model.config, calibration=tmp_path / "model.kvcal")
+    for mine, theirs in zip(back.compressed_layers, cache.compressed_layers, strict=True):
+        assert torch.equal(mine.store.dense()[0], theirs.store.dense()[0])
+    more = torch.from_numpy(text(404))[None, -1:]
+    with torch.inference_mode():
+        assert torch.equal(model(more, past_key_values=back).logits, model(more, past_key_values=cache).logits)
