@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvcomp.block import LEAST_LENGTHS, MAX_BASE, MAX_DIFFERENCE_BITS, STREAMS
-from kvcomp.kernels.cpu_bits import compiled
+from kvcomp.kernels.cpu_bits import address_of, compiled, load_u32, load_u64
 from kvcomp.page import DEFAULT_BOOK, OWN_BOOK, RAW
 from kvcomp.quantise import MAX_ZERO, SCALE_RANGE
 from kvcomp.spec import PAGE_TOKENS
@@ -50,16 +50,22 @@ def _scales_are_fine(data: Any, at: int, count: int) -> Any:
 
 
 @compiled
-def _stream_units(data: Any, at: int, width: int) -> Any:
-    """The lengths of all 64 streams together, from the word with the bases at ``at`` and the differences behind it."""
-    bases = _word(data, at) >> 4
-    total = 0
-    for group in range(4):
-        total += STREAMS // 4 * (bases >> 7 * group & MAX_BASE)
-    mask = (1 << width) - 1
-    for stream in range(STREAMS):
-        bit = stream * width
-        total += _half(data, at + LEAST_LENGTHS + (bit >> 3)) >> (bit & 7) & mask
+def _stream_units(address: int, width: int) -> Any:
+    """The lengths of all 64 streams together, from the word with the bases and the differences behind it; reads up to 8 bytes more."""
+    bases = np.int64(load_u32(address)) >> 4
+    total = (
+        STREAMS
+        // 4
+        * ((bases & MAX_BASE) + (bases >> 7 & MAX_BASE) + (bases >> 14 & MAX_BASE) + (bases >> 21 & MAX_BASE))
+    )
+    mask, half = np.uint64((1 << width) - 1), 4 * width
+    for eight in range(STREAMS // 8):  # eight differences fill ``width`` bytes
+        at = address + LEAST_LENGTHS + eight * width
+        first = load_u64(at)
+        second = load_u64(at + (half >> 3)) >> np.uint64(half & 7)
+        for index in range(4):
+            by = np.uint64(index * width)
+            total += np.int64((first >> by & mask) + (second >> by & mask))
     return total
 
 
@@ -83,6 +89,7 @@ def check_pages(
     int64 (2,), scales at the head of a block. shared: int64 (2,), where the token scales of K and V are, -1 for none.
     unit: bits of a unit of length. own: bool (pages, 2), set where a block needs the sequence's own codebook.
     """
+    base = address_of(data)
     for page in range(begin.size):
         start, size = begin[page], sizes[page]
         if _word(data, start + 8 * heads) != size or _word(data, start) & ~15 != first_block:
@@ -112,7 +119,7 @@ def check_pages(
                 room -= LEAST_LENGTHS + 8 * width
                 if width > MAX_DIFFERENCE_BITS or room < 0:
                     return LENGTHS
-                if _stream_units(data, at, width) * unit > 8 * room:
+                if _stream_units(base + at, width) * unit > 8 * room:
                     return STREAM
         for kind in range(2):
             if shared[kind] >= 0 and not _scales_are_fine(data, start + shared[kind], PAGE_TOKENS):
