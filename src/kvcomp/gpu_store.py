@@ -47,7 +47,7 @@ from kvcomp.kernels.gpu_layout import (
 from kvcomp.page import Layout, ceil16
 from kvcomp.quantise import MAX_CODES
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
-from kvcomp.store import Memory, default_book
+from kvcomp.store import KVStore, Memory, default_book, kept_counts
 from kvcomp.transform import Affine, Transform
 
 VALUES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -89,7 +89,7 @@ class GPUStore:
         launcher: Callable[[torch.device], gpu_launch.Launcher] | None = None,
     ) -> None:
         self.spec = spec
-        self.transform = transform
+        self.transform = self._given_transform = transform
         self._launcher = launcher or gpu_of
         self._given = books
         self.units = spec.key.unit, spec.value.unit
@@ -310,6 +310,37 @@ class GPUStore:
             if row.tail_begin > row.start:
                 k[index, :, : row.start] = v[index, :, : row.start] = 0
         return k, v
+
+    def on_cpu(self) -> KVStore:
+        """The same cache in main memory, for files; waits for the device. The pages are copied as they are."""
+        store = KVStore(self.spec, "reference", self._given, self._given_transform)
+        if not self.batch:
+            return store
+        self._join()
+        store.begin(self.tail_k.cpu()[:, :, :0])
+        store.tokens, store.tail_base = self.tokens, self.tail_base
+        held = self.tokens - self.tail_base
+        store.tail_k, store.tail_v = (x[:, :, :held].cpu() for x in (self.tail_k, self.tail_v))
+        store.sinks_k, store.sinks_v = self.sinks_k.cpu(), self.sinks_v.cpu()
+        copies: dict[int, tuple[int, npt.NDArray[np.uint8]]] = {}
+        for row in self.rows:
+            for chunk in row.chunks:
+                if id(chunk) not in copies:
+                    content = chunk.memory[: int(chunk.cursor) + self.channels].cpu().numpy()
+                    content[-self.channels :] = 0
+                    copies[id(chunk)] = chunk.memory.data_ptr(), content
+        for index, (row, addresses) in enumerate(zip(self.rows, self._pages.tolist(), strict=True)):
+            store.starts[index], store.tail_begin[index], store.sink_count[index] = row.start, row.tail_begin, row.sinks
+            for address, valid in zip(addresses, row.valid, strict=False):
+                begin, content = next(x for x in copies.values() if x[0] <= address < x[0] + x[1].size)
+                store.enter(index, content, np.array([address - begin]))
+                store.valid[index, store.count[index] - 1] = valid
+            store.own_books[index] = list(row.books)
+            store.pair_counts[index] = [
+                None if counts is None else kept_counts(tensor, counts)
+                for tensor, counts in zip((self.spec.key, self.spec.value), row.counts, strict=True)
+            ]
+        return store
 
     def memory(self) -> Memory:
         """Bytes by part, pages as one (``codes``); waits for the device."""

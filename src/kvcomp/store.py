@@ -130,12 +130,12 @@ class KVStore:
         self.steps: Steps = spec.key.heads, spec.value.heads
         self.given_books = books
         if books is None:
-            self.default_books = _default_book(spec.key), _default_book(spec.value)
+            self.default_books = default_book(spec.key), default_book(spec.value)
         else:
             _check_books(spec, books)
             self.default_books = books[0][0], books[1][0]
         self.tokens = self.batch = self.heads = self.channels = 0
-        self.dtype = torch.float32
+        self.dtype, self.device = torch.float32, torch.device("cpu")
         # For each row: the buffer behind each page, the codebooks of K and V, and the pair counts until there are such books.
         self.owners: list[list[npt.NDArray[np.uint8]]] = []
         self.own_books: list[list[Codebook | None]] = []
@@ -153,7 +153,7 @@ class KVStore:
         if self.transform is not None:
             k, v = self.transform.key.apply(k), self.transform.value.apply(v)
         if not self.batch:
-            self._begin(k)
+            self.begin(k)
         new = k.shape[2]
         if self.tokens - self.tail_base + new > self.tail_k.shape[2]:
             self._make_room(k, v)
@@ -353,7 +353,8 @@ class KVStore:
                 )
 
     @torch.inference_mode(False)  # the buffers outlive the mode they were filled in
-    def _begin(self, k: Tensor) -> None:
+    def begin(self, k: Tensor) -> None:
+        """Take batch, heads, channels and dtype from the first K, (batch, KV heads, tokens, head_dim)."""
         self.batch, self.heads, _, self.channels = k.shape
         self.dtype = k.dtype
         self.layout = Layout(self.heads, self.channels, self.units, k.dtype.itemsize)
@@ -425,7 +426,7 @@ class KVStore:
             for sinks, tail in ((self.sinks_k, self.tail_k), (self.sinks_v, self.tail_v)):
                 sinks[row, :, self.sink_count[row] :] = tail[row, :, at - missing_sinks : at]
             self.sink_count[row] = self.spec.sinks
-        self._enter(row, buffer, offsets[:-1])
+        self.enter(row, buffer, offsets[:-1])
         self.tail_begin[row] = begin + pages * PAGE_TOKENS
         return True
 
@@ -440,15 +441,9 @@ class KVStore:
             self.own_books[row][index] = codebook.train(counts, tensor.limit)
             self.pair_counts[row][index] = None
         else:
-            seen = np.array(np.nonzero(counts)[1:])
-            if tensor.unit == "head":
-                n = 2 * int(np.max(np.maximum(seen + HEAD_ZERO + 1, -HEAD_ZERO - seen), initial=1))
-            else:
-                n = 1 + int(np.max(seen, initial=0))
-            some = _counted(tensor, n)
-            self.pair_counts[row][index] = counts[:, some, some].astype(np.uint32)
+            self.pair_counts[row][index] = kept_counts(tensor, counts)
 
-    def _enter(self, row: int, buffer: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> None:
+    def enter(self, row: int, buffer: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> None:
         """Add the pages at these offsets of a buffer to a row's table."""
         first, last = int(self.count[row]), int(self.count[row]) + offsets.size
         if last > self.pages.shape[1]:
@@ -485,7 +480,19 @@ def _counted(tensor: TensorSpec, n: int) -> slice:
     return slice(first, first + n)
 
 
-def _default_book(tensor: TensorSpec) -> Codebook | None:
+def kept_counts(tensor: TensorSpec, counts: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+    """Pair counts (classes, 256, 256) cut down to (classes, n, n), the codes seen."""
+    seen = np.array(np.nonzero(counts)[1:])
+    if tensor.unit == "head":
+        n = 2 * int(np.max(np.maximum(seen + HEAD_ZERO + 1, -HEAD_ZERO - seen), initial=1))
+    else:
+        n = 1 + int(np.max(seen, initial=0))
+    some = _counted(tensor, n)
+    return counts[:, some, some].astype(np.uint32)
+
+
+def default_book(tensor: TensorSpec) -> Codebook | None:
+    """The default book of a tensor with a relative scale."""
     return codebook.default(tensor.scales[0], tensor.classes, tensor.limit) if tensor.scales else None
 
 

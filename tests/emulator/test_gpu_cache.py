@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from emulator import COMPILER, Emulator
@@ -49,4 +51,16 @@ def test_generates_what_the_cpu_backend_does(model: transformers.PreTrainedModel
                 prompt, attention_mask=mask, past_key_values=cache, max_new_tokens=12, do_sample=False, pad_token_id=0
             )
         )
+    assert torch.equal(*tokens)
+
+
+def test_a_file_goes_on_where_the_cache_was(model: transformers.PreTrainedModel, tmp_path: Path) -> None:
+    prompt = torch.randint(1, 96, (2, 330), generator=torch.Generator().manual_seed(2))
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    cache = KVCompCache(model.config, backend="gpu")
+    with torch.no_grad():
+        model(prompt[:, :-1], past_key_values=cache)
+    cache.save(tmp_path / "cache.kvc")
+    loaded = KVCompCache.load(tmp_path / "cache.kvc", model.config)
+    tokens = [model.generate(prompt, past_key_values=one, **options) for one in (cache, loaded)]
     assert torch.equal(*tokens)

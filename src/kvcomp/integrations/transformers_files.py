@@ -67,7 +67,7 @@ def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
         if isinstance(layer, CompressedLayer):
             if layer.unsealed:
                 layer.seal()
-            stores[index] = layer.store
+            stores[index] = layer.store if isinstance(layer.store, KVStore) else layer.store.on_cpu()
         elif layer.is_initialized:
             held = _held(layer, layer.get_seq_length())
             k, v = (x[:, :, x.shape[2] - held :] for x in (layer.keys, layer.values))
