@@ -17,141 +17,46 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from klt_methods import (
+    PROMPT,
+    RATES,
+    SCORED,
+    KiviSplit,
+    calibrated_on,
+    kivi_by_layer,
+    klt,
+    paper,
+    reader,
+    renamed,
+    with_rates,
+)
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
 
 from kvcomp.attention import attend
 from kvcomp.calibration import LEVELS, Calibration
 from kvcomp.evaluate import fidelity, plots, results
-from kvcomp.evaluate.calibrate import KIVI_BITS, Calibrator, Settings
-from kvcomp.evaluate.calibrate import Curve as AllocationCurve
 from kvcomp.evaluate.fidelity import Sample, bits_at
 from kvcomp.evaluate.journal import Journal
-from kvcomp.evaluate.methods import Compressed, Method
-from kvcomp.evaluate.methods.baseline import BaselineLayer
-from kvcomp.evaluate.methods.kivi import Kivi
+from kvcomp.evaluate.methods import Method
 from kvcomp.evaluate.models import CALIBRATION, held_out_ids, load_model, shipped_model
 from kvcomp.evaluate.pages import bits_by_head
 from kvcomp.evaluate.retrieval import answered, quiz_sample, quizzes
 from kvcomp.evaluate.text import held_out_names, join, manual_text, training_text
 from kvcomp.evaluate.timing import in_rounds, quartiles
-from kvcomp.spec import CodecSpec, Kind, TensorSpec
+from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, Memory
 
 OUTPUT = Path(__file__).parent / "results" / "klt.json"
-PROMPT, SCORED, LONG = 2048, 256, 4032
-RATES = (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5)  # 0, 1, 2: near-lossless, balanced, aggressive; steps between and beyond
+LONG = 4032
 SPLITS = ((4, 4), (3, 3), (2, 2), (4, 3), (4, 2), (3, 2))  # bits of K and V
-PAPER = ((0.02, 0.04), (0.04, 0.08), (0.05, 0.1), (0.07, 0.2), (0.1, 0.3), (0.2, 0.6), (0.3, 0.9))
+PAPER = ((0.03, 0.06), (0.05, 0.1), (0.07, 0.2), (0.1, 0.3), (0.2, 0.6))
 LOOKUP_LISTS, SEED = 24, 20261121
 DRAWS = 1000
 
 Scores = dict[str, Any]  # {"kl": [...], "top1": [...], "coded_bits", "total_bits"}
 screen = Console()
-
-
-def klt(calibration: Calibration, level: str) -> Compressed:
-    return Compressed(calibration.spec(level), f"klt {level}", calibration)
-
-
-class KiviSplit(Kivi):
-    """KIVI-style with bits of their own for K and V, of each layer if ``layers`` says so."""
-
-    def __init__(self, key: int, value: int, layers: Sequence[tuple[int, int]] = ()) -> None:
-        super().__init__(key)
-        self.of = {"K": key, "V": value}
-        self.layers = [KiviSplit(*bits) for bits in layers]
-        self.name = f"kivi {key}/{value}" + (" by layer" if layers else "")
-
-    def cache(self, config: PreTrainedConfig) -> Cache:
-        if not self.layers:
-            return super().cache(config)
-        return Cache(layers=[BaselineLayer(of_layer) for of_layer in self.layers])
-
-    def encode(self, x: torch.Tensor, kind: Kind) -> Any:
-        self.bits = self.of[kind]
-        return super().encode(x, kind)
-
-    def decode(self, parts: Any, kind: Kind) -> torch.Tensor:
-        self.bits = self.of[kind]
-        return super().decode(parts, kind)
-
-
-def paper(key: float, value: float) -> Compressed:
-    return Compressed(CodecSpec(TensorSpec("block", key), TensorSpec("token", value)), f"paper {key}/{value}")
-
-
-# Calibrations
-
-
-def with_rates(calibrator: Calibrator, calibration: Calibration) -> Calibration:
-    """The same transforms with a level for each of RATES, codebooks fitted on the calibrator's windows."""
-    named = [
-        {
-            (index, kind, head): step
-            for index, (_, levels) in calibration.layers.items()
-            for kind in (0, 1)
-            for head, step in enumerate(levels[level].steps[kind])
-        }
-        for level in LEVELS
-    ]
-    levels: dict[str, tuple[dict[tuple[int, int, int], float], dict[str, Any]]] = {}
-    for rate in RATES:
-        low = min(max(int(np.floor(rate)), 0), 1)
-        part = rate - low
-        steps = {key: float(named[low][key] ** (1 - part) * named[low + 1][key] ** part) for key in named[0]}
-        levels[f"rate{rate + 1:.1f}"] = (steps, {})
-    return calibrator.build(levels, "rates between the levels")
-
-
-def reader(
-    model: Any, ids: np.ndarray[Any, Any], calibration: Calibration, journal: Journal, windows: int
-) -> Calibrator:
-    """A calibrator that has read windows of a text under the transforms of a calibration."""
-    made = Calibrator(model, ids, Settings(windows, PROMPT, SCORED), journal)
-    for index, (transform, _) in calibration.layers.items():
-        made.affines[index, 0], made.affines[index, 1] = transform.key, transform.value
-    made.read()
-    return made
-
-
-def kivi_by_layer(calibrator: Calibrator, journal: Journal) -> list[KiviSplit]:
-    """KIVI-style with bits for each layer's K and V: measured and allocated as our steps are, at three prices."""
-    curves = {}
-    for (index, kind), x in calibrator.coordinates.items():
-        key = f"kivi.layer.{index}.{kind}"
-        if key not in journal:
-            name: Kind = "V" if kind else "K"
-            raw = torch.cat(
-                [
-                    (window.layers[index].values if kind else window.layers[index].keys)[:, :, calibrator.coded]
-                    for window in calibrator.windows
-                ]
-            )
-            points = []
-            for bits in (8, 6, 4, 3, 2, 1):
-                method = Kivi(bits)
-                quality = calibrator.quality({(index, kind): method.decode(method.encode(raw, name), name)})
-                points.append((bits, (quality.text + quality.repeated) / 2))
-            journal.record(key, points)
-        bits, kl = np.array(journal[key]).T
-        # the "step" of a curve is what is chosen: here 1/bits, and no bits between those that exist
-        curves[index, kind] = AllocationCurve(1 / bits, bits + 1, np.maximum.accumulate(np.maximum(kl, 1e-9)))
-        del x
-    found = []
-    for price in (1000.0, 150.0, 20.0):
-        chosen = {}
-        for tensor, curve in curves.items():
-            best = int(np.argmin(curve.bits / len(curves) + price * curve.kl))
-            chosen[tensor] = round(1 / curve.steps[best])
-        layers = sorted({index for index, _ in chosen})
-        method = KiviSplit(4, 4, [(chosen[i, 0], chosen[i, 1]) for i in layers])
-        method.name = f"kivi by layer, price {price:.0f}"
-        found.append(method)
-    return found
 
 
 # Measuring
@@ -187,7 +92,7 @@ def envelope(kl: float, points: Mapping[str, Scores], kls: Mapping[str, float]) 
 def at_equal_kl(mode: Mapping[str, Scores]) -> dict[str, Any]:
     """Our bits over the others' at the KL of KIVI-style 4, 3 and 2 bits, with 95 % intervals from drawing sequences anew."""
     families = {
-        "klt": {n: s for n, s in mode.items() if n.startswith("klt rate")},
+        "klt": {n: s for n, s in mode.items() if n.startswith("klt ")},
         "kivi": {n: s for n, s in mode.items() if n.startswith("kivi ") and "layer" not in n},
         "paper": {n: s for n, s in mode.items() if n.startswith("paper")},
         "kivi by layer": {n: s for n, s in mode.items() if n.startswith("kivi by layer")},
@@ -355,9 +260,9 @@ def main(
     papers: list[Method] = [paper(*scales) for scales in PAPER]
     run = Runner(model, journal)
 
-    prefix = run("prefix", samples, [*rates, *named, *plain, *papers])
+    prefix = run("prefix", samples, [*named, *plain[:3], *rates, *papers, *plain[3:]])
     keep(prefix=summary(prefix), prefix_at_equal_kl=at_equal_kl(prefix))
-    streaming = run("streaming", samples, [*rates, *named, *plain[:3], *papers], streaming=True)
+    streaming = run("streaming", samples, [*named, *plain[:3], *rates, *papers], streaming=True)
     keep(streaming=summary(streaming), streaming_at_equal_kl=at_equal_kl(streaming))
     methods = {method.name: method for method in [*named, *plain[:3], paper(0.05, 0.1)]}
     keep(lookups=lookups(model, tokenizer, methods, journal))
@@ -372,8 +277,11 @@ def main(
     half = manual.size // 2
     on_prose = calibrated_on(wide, manual[:half], journal, output.with_name("klt-prose.statistics"))
     prose = with_rates(reader(wide, manual[:half], on_prose, journal, 12), on_prose)
-    on_code = [renamed(klt(rated, level), f"code {level}") for level in rated.levels]
-    both = [*on_code, *(renamed(klt(prose, level), f"prose {level}") for level in prose.levels), *plain[:3]]
+    both = [
+        *(renamed(klt(made, level), f"code {level}") for made in (rated, calibration) for level in made.levels),
+        *(renamed(klt(made, level), f"prose {level}") for made in (prose, on_prose) for level in made.levels),
+        *plain[:3],
+    ]
     few = {"code": samples[:: max(1, prompts // 16)], "prose": read(model, manual[half:], 16)}
     keep(text_shift=shift({text: run(f"shift on {text}", of, both) for text, of in few.items()}))
     show(content)
@@ -383,23 +291,6 @@ def main(
 def read(model: Any, ids: np.ndarray[Any, Any], count: int) -> list[Sample]:
     begins = np.linspace(0, ids.size - PROMPT - SCORED, count).astype(int)
     return [fidelity.sample(model, torch.from_numpy(ids[at : at + PROMPT + SCORED])[None], PROMPT) for at in begins]
-
-
-def renamed(method: Compressed, name: str) -> Compressed:
-    method.name = name
-    return method
-
-
-def calibrated_on(model: Any, ids: np.ndarray[Any, Any], journal: Journal, statistics: Path) -> Calibration:
-    """A calibration made as ``kvcomp calibrate`` makes one."""
-    maker = Calibrator(model, ids, Settings(16, PROMPT, SCORED), journal)
-    maker.observe(statistics)
-    maker.read()
-    with screen.status("a calibration on prose"):
-        curves = maker.curves()
-        made = maker.build({name: maker.level(curves, bits) for name, bits in KIVI_BITS.items()}, "manual")
-    statistics.unlink()
-    return made
 
 
 class Runner:
@@ -451,7 +342,9 @@ def draw(content: Mapping[str, Any], output: Path) -> None:
     for mode in ("prefix", "streaming"):
         series: dict[str, tuple[list[float], list[float]]] = {}
         for name, one in content[mode].items():
-            family = {"klt r": "kvcomp-klt", "paper": "paper", "kivi ": "KIVI-style, any split"}.get(name[:5])
+            family = {"klt": "kvcomp-klt", "paper": "paper", "kivi ": "KIVI-style, any split"}.get(
+                "klt" if name.startswith("klt") else name[:5]
+            )
             family = "KIVI-style, bits by layer" if "by layer" in name else family
             if family:
                 x, y = series.setdefault(family, ([], []))
