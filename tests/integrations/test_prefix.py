@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from calibrating import calibrated
 from redis_server import answering, free_port, running
 from sealing import seal, unseal
 from test_saved_caches import HYBRIDS, LOSSY, TINY, run, steps
@@ -21,6 +22,7 @@ from kvcomp import prefix_chunks
 from kvcomp.blobs import Buffer
 from kvcomp.errors import InvalidInput, LimitExceeded, StoreUnavailable, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.integrations.transformers_models import fingerprint_of
 from kvcomp.prefix import PrefixStore
 from kvcomp.prefix_chunks import CHUNK_TOKENS
 from kvcomp.spec import PRESETS, CodecSpec
@@ -113,6 +115,23 @@ def test_a_loaded_prefix_is_the_cropped_cache_and_goes_on_as_it_does(
     expected, found = steps(model, cropped, token, 80), steps(model, loaded, token, 80)
     assert all(torch.equal(x, y) for x, y in zip(expected[0], found[0], strict=True))
     assert same(loaded, cropped)
+
+
+def test_a_prefix_under_a_calibration(model: PreTrainedModel, folder: PrefixStore) -> None:
+    """It is found with the same calibration and level alone, and is the cropped cache."""
+    made = calibrated(2, 2, 16, model=fingerprint_of(model.config))
+    ids = prompt(700)
+    cache = folder.load(ids, model, made.spec("balanced"), calibration=made)
+    assert cache.get_seq_length() == 0
+    run(model, cache, ids)
+    stored = folder.save(ids, cache, model)
+    assert stored > CHUNK_TOKENS
+    loaded = folder.load(ids, model, made.spec("balanced"), calibration=made)
+    assert same(loaded, cut(cache, stored))
+    assert torch.equal(run(model, loaded, ids[:, stored:]), run(model, cache, ids[:, stored:]))
+    assert folder.load(ids, model, made.spec("aggressive"), calibration=made).get_seq_length() == 0
+    other = calibrated(2, 2, 16, model=fingerprint_of(model.config), centred=False)
+    assert folder.load(ids, model, other.spec("balanced"), calibration=other).get_seq_length() == 0
 
 
 def test_generate_with_a_store(model: PreTrainedModel, store: PrefixStore) -> None:
