@@ -29,7 +29,7 @@ def test_every_table_is_made_from_the_results() -> None:
     assert spec.loader is not None
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    assert README.count("<!-- table:") == len(tables.TABLES)
+    assert README.count("<!-- table:") == len(re.findall(tables.MARKED, README, re.DOTALL)) >= 4
     assert tables.filled(README) == README
 
 
