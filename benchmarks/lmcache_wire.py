@@ -48,7 +48,7 @@ WAIT = 300.0
 SHAPES = {"D=64": 64, "D=128": 128}
 CALIBRATION = "model.kvcal"
 TURBOQUANT = "LMCache turboquant"
-FINE = CodecSpec(TensorSpec("block", 0.036), TensorSpec("block", 0.036))
+FINE = CodecSpec(TensorSpec("block", 0.05), TensorSpec("block", 0.05))
 EXACT = CodecSpec(TensorSpec("channel", 0.036), TensorSpec("block", 0.0125))
 
 screen = Console()
