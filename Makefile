@@ -77,7 +77,7 @@ bench-generate: $(READY)
 
 # The documentation site, in .site.
 docs: $(DOCS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 tables: $(READY)
 	$(BIN)/python benchmarks/tables.py

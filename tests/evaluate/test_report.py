@@ -89,7 +89,7 @@ EVALUATION: dict[str, Any] = {
         method("uncompressed", 16.0, 16.0, 0.0, False),
         method("kvcomp", 2.71, 3.55, 0.0059, True),
         method("kivi-4", 5.0, 5.69, 0.004, False),
-        {"name": "quanto-2", "settings": {}, "failed": "the package is <missing>"},
+        {"name": "quanto-2", "settings": {}, "fidelity": {}, "failed": {"error": "the package is <missing>"}},
     ],
 }
 BENCH: dict[str, Any] = {
@@ -254,7 +254,7 @@ def test_the_page_carries_the_numbers_of_the_results(page: str) -> None:
     for number in ("2.61", "7.10e-03", "1.40 (1.26 to 1.54)", "Do not compress contexts below 1,024 tokens."):
         assert number in text, number  # of the tuning
     for sentence in (
-        "quanto-2 was not measured: the package is <missing>",
+        "quanto-2 could not be measured on prompts: the package is <missing>",
         "FlashAttention was not compared: needs a GPU",
         "a <processor>",
         "Backend cpu",
