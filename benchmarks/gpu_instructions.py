@@ -11,21 +11,21 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from kvcomp.kernels.gpu_compile import compile_now, options_for
-from kvcomp.kernels.gpu_layout import SHARED, AttendBuild, attend_build, machine
+from kvcomp.kernels.gpu_compile import compile_now, nvrtc_version, options_for, sources_hash
+from kvcomp.kernels.gpu_layout import AttendBuild, attend_build, machine
 from kvcomp.spec import CodecSpec, TensorSpec
 
 RESULTS = Path(__file__).parent / "results" / "gpu_instructions.json"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-CHANNELS = (64, 80, 96, 128, 192, 256)
+CHANNELS = (128, 64, 256, 96, 80, 192)
 SPECS = {
     "huffman, limit 10": CodecSpec(TensorSpec("block", 0.05, limit=10), TensorSpec("token", 0.1, limit=10)),
     "huffman, limit 12": CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1)),
@@ -128,16 +128,32 @@ def measure(build: AttendBuild, architecture: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    quick = "--quick" in sys.argv
-    rows = []
-    for name, spec in SPECS.items():
-        for architecture in ARCHITECTURES:
-            for channels in (128,) if quick else CHANNELS:
-                chosen = attend_build(spec, channels, "bfloat16", "bfloat16", False, machine(architecture))
-                rows.append({"spec": name, **measure(chosen, architecture)})
-                print(rows[-1], flush=True)
-    if not quick:
-        RESULTS.write_text(json.dumps({"architectures": sorted(SHARED), "builds": rows}, indent=1) + "\n")
+    """Adds what is missing for the present sources; half an hour for all."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if found.get("sources") != sources_hash():
+        found = {"sources": sources_hash(), "nvrtc": nvrtc_version(), "builds": []}
+    rows = found["builds"]
+    done = {(row["spec"], row["architecture"], row["channels"]) for row in rows}
+    for channels, architecture, name in product(CHANNELS, ARCHITECTURES, SPECS):
+        if (name, architecture, channels) not in done:
+            chosen = attend_build(SPECS[name], channels, "bfloat16", "bfloat16", False, machine(architecture))
+            rows.append({"spec": name, **measure(chosen, architecture)})
+            print(rows[-1], flush=True)
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: instructions a code of K and of V, registers, spills."""
+    lines = [
+        "| build | sm | D | warps | copies | registers | spilled | K | V |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["spec"], row["channels"], row["architecture"])):
+        names = ("spec", "architecture", "channels", "warps", "k_copies", "registers", "spill_bytes")
+        codes = ("key_instructions_a_code", "value_instructions_a_code")
+        lines.append("| " + " | ".join(str(row[name]) for name in (*names, *codes)) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,12 @@ SPECS = {"kvcomp": PRESETS["kvcomp"].layer(0, 1), "packed": PRESETS["packed"].la
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 EVERY = [(spec, channels, arch) for spec in SPECS for channels in (64, 80, 96, 128, 192, 256) for arch in ARCHITECTURES]
 QUICK = [("kvcomp", 128, 90)]
+SPILLS = {("kvcomp", 256, 120): "four bytes, with three warps and tables of twelve bits"}
+
+
+def _marks(build: tuple[str, int, int]) -> list[pytest.MarkDecorator]:
+    spills = SPILLS.get(build)
+    return [pytest.mark.slow, *([pytest.mark.xfail(reason=spills, strict=True)] if spills else [])]
 
 
 def spilled(messages: str) -> list[int]:
@@ -30,7 +36,7 @@ def spilled(messages: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("spec", "channels", "architecture"), [*QUICK, *(pytest.param(*x, marks=pytest.mark.slow) for x in EVERY)]
+    ("spec", "channels", "architecture"), [*QUICK, *(pytest.param(*x, marks=_marks(x)) for x in EVERY)]
 )
 def test_attention_spills_nothing(spec: str, channels: int, architecture: int) -> None:
     chosen = attend_build(SPECS[spec], channels, "bfloat16", "bfloat16", False, machine(architecture))

@@ -111,7 +111,7 @@ def attend(
         np.ascontiguousarray(valid, np.int32),
         np.ascontiguousarray(count, np.int64),
         np.array([UNITS[unit] for unit in units]),
-        _describe_books([of_kind for of_row in books for of_kind in of_row]).reshape(rows, 4, COLUMNS),
+        _describe_books([of_kind for of_row in books for of_kind in of_row], channels).reshape(rows, 4, COLUMNS),
         _steps(steps, heads),
         _dtype(tail_k),
         _addresses(sinks_k, sinks_v),
@@ -158,7 +158,7 @@ def decompress(
     decompress_pages(
         np.ascontiguousarray(pages, np.int64),
         np.array([UNITS[unit] for unit in units]),
-        _describe_books([k_books, v_books]),
+        _describe_books([k_books, v_books], channels),
         _steps(steps, heads),
         heads,
         channels,
@@ -256,7 +256,7 @@ def encode_pages(
         (_by_block(kq.zero), _by_block(vq.zero)),
         np.array([UNITS[unit] for unit in units]),
         np.array([code == "fixed" for code in coding]),
-        _describe_books([k_books, v_books]),
+        _describe_books([k_books, v_books], channels),
         buffer,
         offsets,
     )
@@ -264,16 +264,22 @@ def encode_pages(
     return np.append(buffer[:total], np.zeros(channels, np.uint8)), offsets
 
 
-def _describe_books(books: Sequence[Books]) -> npt.NDArray[np.int64]:
+def _describe_books(books: Sequence[Books], channels: int) -> npt.NDArray[np.int64]:
     """The books of K and of V, in turn, as ``cpu_decode`` wants them, (4 for each two, columns)."""
-    both = [_describe(book, kind % 2 == 0) for kind, of_kind in enumerate(books) for book in of_kind]
-    return np.array(both, np.int64)
+    return np.array(
+        [
+            _describe(book, kind % 2 == 0 or channels % 64 == 0)
+            for kind, of_kind in enumerate(books)
+            for book in of_kind
+        ],
+        np.int64,
+    )
 
 
 def _describe(book: Codebook | None, mixed: bool) -> tuple[int, ...]:
     """A codebook as the columns of ``cpu_decode``; the caller keeps the book alive.
 
-    mixed: whether some classes may have narrow and others wide entries: those of K, whose products run along the channels.
+    mixed: whether some classes may have narrow and others wide entries: not those of V whose channels are no whole vectors.
     """
     if book is None:
         return (0,) * COLUMNS

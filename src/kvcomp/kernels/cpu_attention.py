@@ -93,7 +93,9 @@ class Scratch(NamedTuple):
     scale: int  # [units of a block]
     zero: int
     ones: int
-    unit: int  # [slots, channels]: what brings masked codes back, see ``code_masks``; of K for each channel, of V for each token
+    unit: int  # [slots, channels]: what brings masked codes of K back, see ``code_masks``
+    narrow_unit: int  # [channels]: the same for a class, by the parity of channel or token
+    wide_unit: int
     first: int  # [slots, channels]: the first code of the class of each channel, plus a zero that is always the same
     form: int  # int64 [slots]: whether the two are there, and (2) whether any ``first`` is not 0
     values: int  # [tokens, channels]: raw values
@@ -127,7 +129,9 @@ def lay_out(base, queries, channels, table_bytes):
     zero = scale + 4 * MAX_CHANNELS
     ones = zero + 4 * MAX_CHANNELS
     unit = ones + 4 * MAX_CHANNELS
-    first = unit + 4 * SLOTS * MAX_CHANNELS
+    narrow_unit = unit + 4 * SLOTS * MAX_CHANNELS
+    wide_unit = narrow_unit + 4 * MAX_CHANNELS
+    first = wide_unit + 4 * MAX_CHANNELS
     form = first + 4 * SLOTS * MAX_CHANNELS
     values = form + line
     pairs = values + 4 * TOKENS * channels
@@ -139,7 +143,7 @@ def lay_out(base, queries, channels, table_bytes):
     end = tables + table_bytes
     return Scratch(
         queries, channels, padded, q, q_sum, key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen,
-        scale, zero, ones, unit, first, form, values, pairs, streams, offsets, begin, built, tables, end,
+        scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, streams, offsets, begin, built, tables, end,
     )  # fmt: skip
 
 
@@ -148,6 +152,9 @@ def prepare(s):
     """Fill what does not change."""
     floats_at(s.q, (s.queries, s.padded))[:] = f32(0)
     floats_at(s.ones, MAX_CHANNELS)[:] = f32(1)
+    for narrow, place in ((True, s.narrow_unit), (False, s.wide_unit)):
+        units = floats_at(place, MAX_CHANNELS)
+        _, _, units[::2], units[1::2] = code_masks(narrow)
     floats_at(s.scale, MAX_CHANNELS)[:] = f32(1)
     floats_at(s.zero, MAX_CHANNELS)[:] = f32(0)
     offsets = integers_at(s.offsets, (2, s.channels // 2))
@@ -175,6 +182,7 @@ def set_form(kind, value_unit, slot, books, s):
         return
     form[slot] = 1
     unit, first = floats_at(s.unit, (SLOTS, MAX_CHANNELS))[slot], floats_at(s.first, (SLOTS, MAX_CHANNELS))[slot]
+    narrow_unit, wide_unit = floats_at(s.narrow_unit, MAX_CHANNELS), floats_at(s.wide_unit, MAX_CHANNELS)
     for c in range(MAX_CHANNELS):
         narrow, lowest = i64(0), i64(0)
         if slot != NO_BOOK:
@@ -183,8 +191,7 @@ def set_form(kind, value_unit, slot, books, s):
             narrow, lowest = of_class(book, index, NARROW), of_class(book, index, FIRST)
             if value_unit == HEAD:
                 lowest += HEAD_ZERO
-        _, _, unit_a, unit_b = code_masks(narrow)
-        unit[c] = unit_b if c & 1 else unit_a
+        unit[c] = narrow_unit[c] if narrow else wide_unit[c]
         first[c] = f32(lowest)
         if lowest:
             form[slot] = 2
@@ -224,12 +231,23 @@ def score_coded_keys(unit, slot, books, s):
             score[g] = bias[g]
     step = i64(4 * TOKENS)
     for index in range(MOST_CLASSES):
-        begin, end, narrow = rows_of_form(index, slot, books, s.channels)
+        begin, end, narrow = run_of_form(index, slot, books, s.channels // 2)
         if end > begin:
             mask_a, mask_b, _, _ = code_masks(narrow)
             pairs, key = s.pairs + 2 * TOKENS * begin, 4 * begin
             accumulate(
-                pairs, TOKENS, end - begin, mask_a, mask_b, key_a + key, key_b + key, pitch, s.queries, s.score, step
+                pairs,
+                2 * TOKENS,
+                TOKENS,
+                end - begin,
+                mask_a,
+                mask_b,
+                key_a + key,
+                key_b + key,
+                pitch,
+                s.queries,
+                s.score,
+                step,
             )
     if unit != CHANNEL:
         sums = floats_at(s.q_sum, s.queries)
@@ -238,14 +256,13 @@ def score_coded_keys(unit, slot, books, s):
 
 
 @compiled
-def rows_of_form(index, slot, books, channels):
-    """The channel pairs of K from a class on whose classes have codes of the same form, and whether that is the narrow one.
+def run_of_form(index, slot, books, count):
+    """Of ``count`` channels, or channel pairs, those from a class on whose classes have codes of the same form: (begin, end, whether narrow).
 
     None for a class that the run from an earlier one takes in.
     """
-    rows = channels // 2
     if slot == NO_BOOK:
-        return i64(0), rows if index == 0 else i64(0), i64(0)
+        return i64(0), count if index == 0 else i64(0), i64(0)
     book = book_at(books, slot)
     narrow = of_class(book, index, NARROW)
     if index and of_class(book, index - 1, NARROW) == narrow:
@@ -253,33 +270,60 @@ def rows_of_form(index, slot, books, channels):
     end = index + 1
     while end < MOST_CLASSES and of_class(book, end, NARROW) == narrow:
         end += 1
-    return rows // 4 * index, rows // 4 * end, narrow
+    return count // 4 * index, count // 4 * end, narrow
 
 
 @compiled(fastmath=FAST)
 def add_coded_values(unit, slot, books, s, out):
     """out[g, c] += sum over tokens of weight * (code + zero) * scale, from pairs [token pair][channel]; in part through ``rest``."""
-    mask_a, mask_b, _, _ = code_masks(i64(0) if slot == NO_BOOK else of_class(book_at(books, slot), 0, NARROW))
     pitch, rows, step = i64(4 * FACTORS), TOKENS // 2, 4 * s.channels
     rest, zero, scale = floats_at(s.rest, s.queries), floats_at(s.zero, s.channels), floats_at(s.scale, s.channels)
     part, sums = floats_at(s.part, (s.queries, s.channels)), floats_at(out, (s.queries, s.channels))
-    units, first = s.unit + 4 * MAX_CHANNELS * slot, s.first + 4 * MAX_CHANNELS * slot
+    first = s.first + 4 * MAX_CHANNELS * slot
     from_zero = integers_at(s.form, SLOTS)[slot] == 1
+    to, scales, zeros = out, s.scale, s.zero
     if unit == CHANNEL:
         add_first(slot, s)
-    for g in range(s.queries):
-        weights, of_a, of_b = s.score + 4 * g * TOKENS, s.of_a + g * pitch, s.of_b + g * pitch
-        if unit == CHANNEL:
-            total = fold(weights, s.ones, s.ones, units, TOKENS, of_a, of_b)
-            for c in range(s.channels):
-                part[g, c] = total * zero[c]
-        else:
-            rest[g] += fold(weights, s.scale, s.zero, units, TOKENS, of_a, of_b)
-            if not from_zero:
-                total = fold(weights, s.scale, s.ones, units, TOKENS, of_a, of_b)
+        to, scales, zeros = s.part, s.ones, s.ones
+    elif unit == HEAD:
+        zeros = s.ones
+    for index in range(MOST_CLASSES):
+        begin, end, narrow = run_of_form(index, slot, books, s.channels)
+        if end == begin:
+            continue
+        mask_a, mask_b, _, _ = code_masks(narrow)
+        units = s.narrow_unit if narrow else s.wide_unit
+        for g in range(s.queries):
+            weights, of_a, of_b = s.score + 4 * g * TOKENS, s.of_a + g * pitch, s.of_b + g * pitch
+            total = fold(weights, scales, zeros, units, TOKENS, of_a, of_b)
+            if begin:  # the sum is that of the run before
+                continue
+            if unit == CHANNEL:
+                for c in range(s.channels):
+                    part[g, c] = total * zero[c]
+            elif unit == HEAD:
+                rest[g] += total * zero[0]
                 add_multiple(out + g * step, first, total, s.channels)
-    to = s.part if unit == CHANNEL else out
-    accumulate(s.pairs, s.channels, rows, mask_a, mask_b, s.of_a, s.of_b, pitch, s.queries, to, step)
+            else:
+                rest[g] += total
+                if not from_zero:
+                    total = fold(weights, scales, s.ones, units, TOKENS, of_a, of_b)
+                    add_multiple(out + g * step, first, total, s.channels)
+        pairs = s.pairs + 2 * begin
+        accumulate(
+            pairs,
+            2 * s.channels,
+            end - begin,
+            rows,
+            mask_a,
+            mask_b,
+            s.of_a,
+            s.of_b,
+            pitch,
+            s.queries,
+            to + 4 * begin,
+            step,
+        )
     if unit == CHANNEL:
         for g in range(s.queries):
             for c in range(s.channels):

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from kvcomp.kernels.cpu_attention import decode_coded, lay_out, prepare, take_books
+from kvcomp.kernels.cpu_attention import decode_coded, lay_out, prepare, run_of_form, take_books
 from kvcomp.kernels.cpu_bits import (
     F32,
     FLOAT32,
@@ -184,11 +184,15 @@ def widen_pairs(kind, slot, books, channels, pairs, first):
     twice = halves_at(first, channels)
     for c in range(channels):
         twice[c] = of_class(book, class_of(V, channels, book[CLASSES], c), FIRST) * 0x0101
-    for i in range(TOKENS // 2):
-        if of_class(book, 0, NARROW):
-            _widen_narrow(pairs + 2 * channels * i, channels, first)
-        else:
-            _widen_wide(pairs + 2 * channels * i, channels, first)
+    for index in range(MOST_CLASSES):
+        begin, end, narrow = run_of_form(index, slot, books, channels)
+        if end > begin:
+            for i in range(TOKENS // 2):
+                row = pairs + 2 * (channels * i + begin)
+                if narrow:
+                    _widen_narrow(row, end - begin, first + 2 * begin)
+                else:
+                    _widen_wide(row, end - begin, first + 2 * begin)
 
 
 @compiled

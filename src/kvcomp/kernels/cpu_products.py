@@ -75,16 +75,16 @@ def _accumulator(queries: int, vectors: int) -> Any:
 
 
 _sum_4x4, _sum_2x4, _sum_1x4 = _accumulator(4, 4), _accumulator(2, 4), _accumulator(1, 4)
+_sum_4x2, _sum_2x2, _sum_1x2 = _accumulator(4, 2), _accumulator(2, 2), _accumulator(1, 2)
 _sum_4x1, _sum_2x1, _sum_1x1 = _accumulator(4, 1), _accumulator(2, 1), _accumulator(1, 1)
 
 
 @compiled
-def accumulate(pairs, columns, rows, mask_a, mask_b, of_a, of_b, factor_bytes, queries, out, out_bytes):
+def accumulate(pairs, row_bytes, columns, rows, mask_a, mask_b, of_a, of_b, factor_bytes, queries, out, out_bytes):
     """``_accumulator`` for any number of queries and a multiple of 16 columns."""
-    row_bytes = 2 * columns
     m = 0
     while m < columns:
-        wide = columns - m >= 64
+        wide = 4 if columns - m >= 64 else 2 if columns - m >= 32 else 1
         g = 0
         while g < queries:
             word, place = pairs + 2 * m, out + g * out_bytes + 4 * m
@@ -92,23 +92,29 @@ def accumulate(pairs, columns, rows, mask_a, mask_b, of_a, of_b, factor_bytes, q
             left = queries - g
             if left >= 4:
                 g += 4
-                if wide:
+                if wide == 4:
                     _sum_4x4(word, row_bytes, rows, mask_a, mask_b, a, b, factor_bytes, place, out_bytes)
+                elif wide == 2:
+                    _sum_4x2(word, row_bytes, rows, mask_a, mask_b, a, b, factor_bytes, place, out_bytes)
                 else:
                     _sum_4x1(word, row_bytes, rows, mask_a, mask_b, a, b, factor_bytes, place, out_bytes)
             elif left >= 2:
                 g += 2
-                if wide:
+                if wide == 4:
                     _sum_2x4(word, row_bytes, rows, mask_a, mask_b, a, b, factor_bytes, place, out_bytes)
+                elif wide == 2:
+                    _sum_2x2(word, row_bytes, rows, mask_a, mask_b, a, b, factor_bytes, place, out_bytes)
                 else:
                     _sum_2x1(word, row_bytes, rows, mask_a, mask_b, a, b, factor_bytes, place, out_bytes)
             else:
                 g += 1
-                if wide:
+                if wide == 4:
                     _sum_1x4(word, row_bytes, rows, mask_a, mask_b, a, b, factor_bytes, place, out_bytes)
+                elif wide == 2:
+                    _sum_1x2(word, row_bytes, rows, mask_a, mask_b, a, b, factor_bytes, place, out_bytes)
                 else:
                     _sum_1x1(word, row_bytes, rows, mask_a, mask_b, a, b, factor_bytes, place, out_bytes)
-        m += 64 if wide else LANES
+        m += LANES * wide
 
 
 def _fold(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:

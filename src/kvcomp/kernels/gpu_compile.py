@@ -71,7 +71,8 @@ def cache_directory() -> Path:
 
 
 @lru_cache(maxsize=1)
-def _sources() -> str:
+def sources_hash() -> str:
+    """Hash of all CUDA sources."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.glob("*.cu*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -79,10 +80,14 @@ def _sources() -> str:
 
 
 def _key(source: str, options: tuple[str, ...]) -> str:
-    nvrtc = _nvrtc()
-    _, major, minor = nvrtc.nvrtcVersion()
-    text = "\n".join((source, _sources(), f"{major}.{minor}", *options))
+    text = "\n".join((source, sources_hash(), nvrtc_version(), *options))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def nvrtc_version() -> str:
+    """Version of NVRTC. Raises BackendUnavailable if it is not there."""
+    _, major, minor = _nvrtc().nvrtcVersion()
+    return f"{major}.{minor}"
 
 
 @lru_cache(maxsize=1)

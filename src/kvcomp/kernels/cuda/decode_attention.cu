@@ -17,7 +17,8 @@ constexpr int STAGE = KVC_STAGE;                                 // bytes of a b
 constexpr bool SOFTCAP = KVC_SOFTCAP;
 
 constexpr int STEPS = CHANNELS / 16, KEY_PAIRS = CHANNELS / 8, VALUE_TILES = CHANNELS / 16, VALUE_PAIRS = TOKENS / 8;
-constexpr int KEY_PARTS = KEY_PAIRS > 16 ? 2 : 1, TAKEN_PAIRS = KEY_PAIRS / KEY_PARTS;  // a tile of many channels is taken in halves
+constexpr int KEY_PARTS = KEY_PAIRS > 24 ? 4 : KEY_PAIRS > 16 ? 2 : 1, TAKEN_PAIRS = KEY_PAIRS / KEY_PARTS;  // a tile of many channels is taken in parts
+constexpr bool EARLY = CHANNELS <= 192;  // whether registers are left to look up the next page while one is decoded
 constexpr float LOWEST = -1e30f;  // what no score reaches; finite, so that differences are numbers
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 constexpr int MOST_PAIR_BITS = 18, SHARED_PAIR_BITS = 15;
@@ -193,21 +194,21 @@ struct Queries {
 // score[e][0], [1]: row g at tokens 8 e + 2 j and the next; [2], [3]: 32 tokens later.
 typedef float Scores[4][4];
 
-// q.K of a block, tile by tile: tile(t, half, low, high) gives its pairs.
+// q.K of a block, tile by tile: tile(t, part, low, high) gives its pairs.
 template <class Pairs, class Tile>
 INLINE void multiply_keys(Tile tile, const Queries& queries, Scores& score) {
 #pragma unroll 1
     for (int t = 0; t < 4; t++) {
         float c[2][4] = {};
 #pragma unroll
-        for (int half = 0; half < KEY_PARTS; half++) {
+        for (int part_of_tile = 0; part_of_tile < KEY_PARTS; part_of_tile++) {
             typename Pairs::Pair low[TAKEN_PAIRS], high[TAKEN_PAIRS];
-            tile(t, half, low, high);
+            tile(t, part_of_tile, low, high);
 #pragma unroll
             for (int i = 0; i < TAKEN_PAIRS; i += 2) {
 #pragma unroll
                 for (int part = 0; part < Pairs::PARTS; part++) {
-                    const u32(&q)[4] = queries.a[(half * TAKEN_PAIRS + i) / 2];
+                    const u32(&q)[4] = queries.a[(part_of_tile * TAKEN_PAIRS + i) / 2];
                     multiply_add(c[0], q, Pairs::operand(low[i], part), Pairs::operand(low[i + 1], part));
                     multiply_add(c[1], q, Pairs::operand(high[i], part), Pairs::operand(high[i + 1], part));
                 }
@@ -306,7 +307,7 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
         const void* first = item.page ? block_of(item, K) : item.raw_k;
         Raw raw = {(Values)first, item.page ? CHANNELS : item.begin == SEEN_BY_ALL ? a.sinks_k.token : a.tail_k.token, item.tokens, lane};
         if (K_UNIT == CHANNEL) queries.begin(nullptr, lane);
-        multiply_keys<Raw>([&](int t, int half, auto& low, auto& high) { raw.keys(t, half * 2 * TAKEN_PAIRS, CHANNELS / 4, low, high); }, queries, score);
+        multiply_keys<Raw>([&](int t, int part, auto& low, auto& high) { raw.keys(t, part * 2 * TAKEN_PAIRS, CHANNELS / 4, low, high); }, queries, score);
         return;
     }
     bool in_shared = is_staged(item, K);
@@ -486,13 +487,17 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
     for (; index < items; index += step) {
         stage<V>(item, a, mine + V_STAGE, lane);
         Item next = {};
-        describe(next, index + step);
-        look_ahead(index + 2 * step);
+        auto go_on = [&] {
+            describe(next, index + step);
+            look_ahead(index + 2 * step);
+        };
+        if (EARLY) go_on();
         await_copies<1>();
         __syncwarp();
         Scores score = {};
         score_item(item, a, books, queries, mine + K_STAGE, head, lane, score);
         __syncwarp();  // all have read this K
+        if (!EARLY) go_on();
         stage<K>(next, a, mine + K_STAGE, lane);
         float shrink = weigh(score, a, min(item.tokens, tail_end - item.begin), lane, softmax);
         await_copies<1>();
