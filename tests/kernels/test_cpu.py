@@ -14,12 +14,13 @@ from kvcomp import codebook
 from kvcomp.errors import InvalidInput
 from kvcomp.kernels import NO_STEPS, Books, Steps, reference
 from kvcomp.quantise import Quantised
-from kvcomp.spec import UNITS, Coding, Unit
+from kvcomp.spec import UNITS, Coding, Kind, Unit
 
 cpu = pytest.importorskip("kvcomp.kernels.cpu", exc_type=ImportError)
 
 Array = npt.NDArray[Any]
 DTYPES = ("uint16", "float32", "float16")  # uint16: the bits of bfloat16
+KINDS: tuple[Kind, Kind] = ("K", "V")
 UNIT_PAIRS: tuple[tuple[Unit, Unit], ...] = (
     ("block", "token"),
     ("channel", "vector"),
@@ -112,7 +113,7 @@ def build(
             make_raw(kq, 1, 0)
             make_raw(vq, 1, heads - 1)
         of_row: list[Books] = []
-        for q, kind, scale in ((kq, "K", scaled[0]), (vq, "V", scaled[1])):
+        for q, kind, scale in zip((kq, vq), KINDS, scaled, strict=True):
             trained = codebook.train(reference.count_pairs(q, kind, classes), 12) if own and count else None
             default = None if isinstance(scale, tuple) else codebook.default(scale, classes, 12)
             of_row.append((default, trained))
@@ -207,7 +208,7 @@ def test_classes_of_every_form_side_by_side(channels: int, swap: bool) -> None:
     steps: Steps = ((1.0, 0.75), (0.5, 1.25))
     quantised = [reference.quantise(x, "head", scale) for x, scale in zip((k, v), steps, strict=True) if scale]
     books: list[Books] = []
-    for q, kind in zip(quantised, "KV", strict=True):
+    for q, kind in zip(quantised, KINDS, strict=True):
         counts = reference.count_pairs(q, kind, 4)
         trained = codebook.train(counts, 12)
         assert channels in (16, 80) or ({0, 3} <= set(trained.split) and 1 in trained.levels)
@@ -301,7 +302,8 @@ def test_attend_takes_strided_values() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_quantise_equals_reference(unit: Unit, dtype: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    channels, scale = (16, 64, 80, 128)[seed], (0.05, 0.4, 0.02, 0.1)[seed]
+    channels = (16, 64, 80, 128)[seed]
+    scale: float | tuple[float, ...] = (0.05, 0.4, 0.02, 0.1)[seed]
     x = rng.laplace(size=(3, 256, channels)) * np.exp(rng.normal(size=(3, 1, channels))) * 10.0 ** rng.integers(-3, 3)
     x[:, :, 0] += 50
     x[0, 5], x[1, :64], x[:, 70], x[0, :, 5] = 0, 3.5 * (seed % 2), -0.0, 1.25
@@ -341,16 +343,16 @@ def test_bytes_equal_reference(channels: int, units: tuple[Unit, Unit], classes:
     kq, vq = (reference.quantise(x, unit, scale) for x, unit, scale in zip((k, v), units, scales, strict=True))
     make_raw(kq, 1, 0)
     make_raw(vq, 2, 1)
-    books = []
-    for q, kind, scale in ((kq, "K", scales[0]), (vq, "V", scales[1])):
+    books: list[Books] = []
+    for q, kind, scale in zip((kq, vq), KINDS, scales, strict=True):
         counts = reference.count_pairs(q, kind, classes)
         np.testing.assert_array_equal(cpu.count_pairs(q, kind, classes), counts, strict=True)
         few = counts.copy()
         middle = 128 if isinstance(scale, tuple) else 0
         few[:, middle + 10 :] = few[:, :, middle + 10 :] = 0  # so that some blocks need the default book
-        default = codebook.train(counts, 12) if middle else codebook.default(scale, classes, 12)
-        if middle and case % 4 == 0:
-            default = None
+        default = None if isinstance(scale, tuple) else codebook.default(scale, classes, 12)
+        if middle and case % 4:
+            default = codebook.train(counts, 12)
         books.append((default, codebook.train(few if case % 2 else counts, 10 + case % 3)))
     expected, offsets = reference.encode_pages(k, v, kq, vq, coding, units, *books)
     got, got_offsets = cpu.encode_pages(k, v, kq, vq, coding, units, *books)
