@@ -254,7 +254,7 @@ def test_the_page_carries_the_numbers_of_the_results(page: str) -> None:
     for number in ("2.61", "7.10e-03", "1.40 (1.26 to 1.54)", "Do not compress contexts below 1,024 tokens."):
         assert number in text, number  # of the tuning
     for sentence in (
-        "quanto-2 could not be measured on prompts: the package is <missing>",
+        "quanto-2 could not be measured on error: the package is <missing>",
         "FlashAttention was not compared: needs a GPU",
         "a <processor>",
         "Backend cpu",

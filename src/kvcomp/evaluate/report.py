@@ -88,7 +88,9 @@ def _summary(found: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     figures: list[tuple[str, str]] = []
     for content in found:
         if content["kind"] == "evaluate":
-            ours = [one for one in content["methods"] if "failed" not in one and "spec" in one["settings"]]
+            ours = [
+                one for one in content["methods"] if "teacher_forced" in one["fidelity"] and "spec" in one["settings"]
+            ]
             for one in ours[:1]:
                 memory, fidelity = one["memory"]["teacher_forced"], one["fidelity"]["teacher_forced"]
                 figures += [

@@ -29,7 +29,7 @@ class Section:
 
 
 def evaluation(content: dict[str, Any]) -> Iterator[Section]:
-    methods = [one for one in content["methods"] if "failed" not in one]
+    methods = [one for one in content["methods"] if "teacher_forced" in one["fidelity"]]
     compressed = [one for one in methods if one["name"] != "uncompressed"]
     yield _quality(content, methods, compressed)
     asked = {one["name"]: one["retrieval"] for one in methods if one.get("retrieval")}
@@ -79,7 +79,11 @@ def _quality(content: dict[str, Any], methods: list[dict[str, Any]], compressed:
     for one in compressed:
         families.setdefault(_family(one["name"]), []).append(_point(one))
     curves |= {name: _curve(points) for name, points in families.items()}
-    failed = [f"{one['name']} was not measured: {one['failed']}" for one in content["methods"] if "failed" in one]
+    failed = [
+        f"{one['name']} could not be measured on {piece}: {why}"
+        for one in content["methods"]
+        for piece, why in list(one.get("failed", {}).items())[:1]
+    ]
     shape = methods[0]["fidelity"]["teacher_forced"]
     return Section(
         "Quality and size",
