@@ -1,7 +1,7 @@
 """Run fuzz targets, two at a time: 100,000 inputs each as CI does, or for as long as you like.
 
     python fuzz/run.py                                  # make fuzz
-    python fuzz/run.py --inputs 0 --seconds 3600 --seed 0 --corpus ~/kvcomp-corpus
+    python fuzz/run.py --inputs 0 --seconds 1800 --seed 0 --corpus ~/kvcomp-corpus
 
 An input that is refused or decoded wrongly lands in fuzz/found; run the target on it to see it again.
 """
@@ -29,7 +29,7 @@ def run(target: str, inputs: int, seconds: int, seed: int, corpus: Path) -> tupl
     script, found = HERE / f"fuzz_{target}.py", HERE / "found"
     (corpus / target).mkdir(parents=True, exist_ok=True)
     found.mkdir(exist_ok=True)
-    command = [sys.executable, str(script), "-max_len=16384", "-timeout=20", "-rss_limit_mb=2048"]
+    command = [sys.executable, str(script), "-max_len=16384", "-timeout=20", "-rss_limit_mb=4096"]
     command += [f"-artifact_prefix={found}/{target}-", f"-seed={seed}"]
     command += [f"-runs={inputs}"] * (inputs > 0) + [f"-max_total_time={seconds}"] * (seconds > 0)
     begin = time.perf_counter()
