@@ -93,7 +93,11 @@ def plot(found: list[dict[str, Any]], curves: dict[str, list[dict[str, Any]]], s
     series = {name: ([p["coded_bits"] for p in points], [p["kl"] for p in points]) for name, points in curves.items()}
     families: dict[str, list[dict[str, Any]]] = {}
     for one in found:
-        if "failed" not in one and one["name"] not in ("uncompressed", "kvcomp") and not one["name"].startswith(PRESET):
+        if (
+            "teacher_forced" in one["fidelity"]
+            and one["name"] not in ("uncompressed", "kvcomp")
+            and not one["name"].startswith(PRESET)
+        ):
             families.setdefault(one["name"].split("-")[0], []).append(point(one))
     for family, points in families.items():
         series[family] = ([p["coded_bits"] for p in points], [p["kl"] for p in points])

@@ -173,8 +173,6 @@ def show(methods: list[dict[str, Any]], lengths: tuple[int, ...]) -> None:
     for header in ("coded\nbits", "total\nbits", "KL, nats", "top-1", "perplexity\nchange", "KL\nstreaming"):
         table.add_column(header, justify="right")
     for one in methods:
-        if "failed" in one:
-            continue
         forced, moving = one["fidelity"].get("teacher_forced"), one["fidelity"].get("streaming")
         if forced is None:
             continue
@@ -191,7 +189,12 @@ def show(methods: list[dict[str, Any]], lengths: tuple[int, ...]) -> None:
     screen.print(table)
     for one in methods:
         if "failed" in one:
-            screen.print(f"{one['name']} failed: {one['failed']}", highlight=False, markup=False)
+            first, why = next(iter(one["failed"].items()))
+            screen.print(
+                f"{one['name']} failed {len(one['failed'])} times, first at {first}: {why}",
+                highlight=False,
+                markup=False,
+            )
     asked = [one for one in methods if one.get("retrieval")]
     if asked:
         right = Table(title="look-ups right", title_justify="left")

@@ -215,6 +215,8 @@ def test_a_method_that_cannot_hold_a_model_is_said_to_have_failed(tmp_path: Path
     result = run("evaluate", str(tmp_path), *few, "--streamed-tokens", "32", *options)
     assert result.exit_code == 0, result.output
     found = {one["name"]: one for one in json.loads(output.read_text())["methods"]}
-    assert "UnsupportedModel" in found["kvcomp"]["failed"]
-    assert "UnsupportedModel" in found["kivi-4"]["failed"]
+    for name in ("kvcomp", "kivi-4"):
+        assert all("UnsupportedModel" in why for why in found[name]["failed"].values())
+        assert not found[name]["fidelity"]
+    assert "kvcomp failed" in result.output
     assert found["fp8"]["memory"]["teacher_forced"]["coded_bits"] == 8

@@ -29,6 +29,10 @@ from kvcomp.evaluate.text import LookupLists, Tokenizer, Tokens
 from kvcomp.store import Memory
 
 MODES = ("teacher_forced", "streaming")
+FAILED = "failed"
+FOREIGN = (  # what a baseline, which may be anybody's, can raise where it does not fit
+    KVCompError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,14 @@ class Evaluation:
         for piece in self.pieces:
             missing = [method for method in self.methods if self._key(piece, method) not in self.journal]
             advance(piece.key, piece.cost * (len(self.methods) - len(missing)))
-            missing = [method for method in missing if self._failure(method) is None]
             each = piece.make() if missing else None
             for method in missing:
                 assert each is not None
                 try:
-                    self.journal.record(self._key(piece, method), piece.measure(each, method))
-                except KVCompError as error:
-                    self.journal.record(f"{method.name}/failed", f"{type(error).__name__}: {error}")
+                    found = piece.measure(each, method)
+                except FOREIGN as error:  # said in the results; the other methods go on
+                    found = {FAILED: f"{type(error).__name__}: {error}"}
+                self.journal.record(self._key(piece, method), found)
                 advance(f"{method.name}: {piece.key}", piece.cost)
 
     def run_tasks(self, tasks: TaskRunner, limit: int | None) -> None:
@@ -130,7 +134,7 @@ class Evaluation:
         for method in self.methods:
             for name in tasks.names:
                 key = f"{method.name}/tasks/{name}"
-                if key not in self.journal and self._failure(method) is None:
+                if key not in self.journal:
                     scores = tasks.run(name, self.model, self.tokenizer, method, limit, self.plan.seed)
                     self.journal.record(key, scores)
 
@@ -209,10 +213,6 @@ class Evaluation:
     def _key(self, piece: Piece, method: Method) -> str:
         return f"{method.name}/{piece.key}"
 
-    def _failure(self, method: Method) -> str | None:
-        key = f"{method.name}/failed"
-        return str(self.journal[key]) if key in self.journal else None
-
     def collected(self, tasks: Sequence[str] = ()) -> tuple[list[dict[str, Any]], bool]:
         """The methods' results, as in ``results``, and whether something is missing. tasks: those that were asked for."""
         keys = [*(piece.key for piece in self.pieces), *(f"tasks/{name}" for name in tasks)]
@@ -220,12 +220,12 @@ class Evaluation:
         found = []
         for method in self.methods:
             one: dict[str, Any] = {"name": method.name, "settings": method.settings()}
-            failure = self._failure(method)
-            if failure is not None:
-                found.append(one | {"failed": failure})
-                continue
             have = {key: self.journal[f"{method.name}/{key}"] for key in keys if f"{method.name}/{key}" in self.journal}
             whole = whole and len(have) == len(keys)
+            failed = {key: value[FAILED] for key, value in have.items() if isinstance(value, dict) and FAILED in value}
+            if failed:
+                one[FAILED] = failed
+                have = {key: value for key, value in have.items() if key not in failed}
             one["memory"], one["fidelity"] = {}, {}
             for mode in MODES:
                 if rows := [value for key, value in have.items() if key.startswith(f"{mode}/")]:

@@ -17,7 +17,7 @@ A method is an object; what was not measured is absent::
     tasks: {task: {metric: Figure, ...}}     of lm-evaluation-harness
     error: Error
     suffering: [{layer, kind: "K" | "V", kl, coded_bits, heads: [kl, ...] or absent}]   KL if that tensor alone is coded, largest first
-    failed: why it could not be measured     instead of all of these
+    failed: {piece: why it could not be measured}
 
     Figure:   {mean, standard_error, count}; standard_error is null for a count of 1
     Size:     {coded_bits, total_bits, ratio, allocated_bytes, dense_bytes, values, sealed_values, parts: {part: bits a value}}
