@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,15 +79,14 @@ def scored(model: Any, samples: Sequence[Sample], method: Method, streaming: boo
 
 
 def envelope(kl: float, points: Mapping[str, Scores], kls: Mapping[str, float]) -> float:
-    """Bits at a KL on the lower hull of a method's points: those that another has fewer bits and less KL than are left out."""
-    best = [
-        name
-        for name in points
-        if not any(
-            points[other]["coded_bits"] <= points[name]["coded_bits"] and kls[other] < kls[name] for other in points
-        )
-    ]
-    return bits_at(kl, [points[name]["coded_bits"] for name in best], [kls[name] for name in best])
+    """Bits at a KL on the lower hull of a method's points: the least between any two of them, log KL interpolated."""
+    return min(
+        (
+            bits_at(kl, [points[name]["coded_bits"] for name in pair], [kls[name] for name in pair])
+            for pair in combinations(points, 2)
+        ),
+        default=float("inf"),
+    )
 
 
 def at_equal_kl(mode: Mapping[str, Scores]) -> dict[str, Any]:
