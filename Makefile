@@ -10,20 +10,23 @@ DOCS := $(VENV)/.docs
 FUZZ := $(VENV)/.fuzz
 LMCACHE := $(VENV)/lmcache
 LMCACHE_PINS := tests/integrations/lmcache.txt
+BASELINES := $(VENV)/baselines
+# Some processes, each with one thread: workers of OpenMP that spin beside each other are many times slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: emulate gpu-compile gpu-check demo test check test-oldest test-lmcache lint types layers fuzz slow bench-quality bench-attention bench-codec bench-generate bench-memory bench-latency tables docs clean
+.PHONY: demo test check test-oldest test-lmcache fuzz lint types layers emulate gpu-compile gpu-check slow bench-quality bench-lmcache bench-attention bench-codec bench-generate tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
 
 test: $(READY)
-	$(BIN)/pytest
+	$(PYTEST)
 
-check: lint types layers docs test test-oldest test-lmcache fuzz
+check: lint types layers docs test test-oldest test-lmcache emulate fuzz
 
 # The integration under the oldest transformers that is supported; the constraints pin the newest.
 test-oldest: $(OLDEST)/.ready
-	PYTHONPATH=$(OLDEST) $(BIN)/pytest tests/integrations
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/integrations
 
 # The adapter under LMCache, which brings so much that it gets a directory of its own.
 test-lmcache: $(LMCACHE)/.ready
@@ -45,7 +48,7 @@ layers: $(READY)
 
 # The CUDA sources, run on the CPU by an emulator (needs g++).
 emulate: $(READY)
-	$(BIN)/pytest -m emulated tests/emulator
+	$(PYTEST) -m emulated tests/emulator
 
 # The CUDA sources, compiled for every architecture without a GPU: registers, spills, instructions.
 gpu-compile: $(READY)
@@ -60,6 +63,10 @@ slow: $(READY)
 
 bench-lmcache: $(LMCACHE)/.ready
 	PYTHONPATH=$(LMCACHE) $(BIN)/python benchmarks/lmcache_wire.py
+
+# With transformers' own quantised caches, whose packages stay out of the way of everything else.
+bench-quality: $(BASELINES)/.ready
+	PYTHONPATH=$(BASELINES) $(BIN)/python benchmarks/quality.py
 
 bench-%: $(READY)
 	$(BIN)/python benchmarks/$*.py
@@ -87,7 +94,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || (echo "making $(VENV) failed; on Debian and Ubuntu: apt-get install python3-venv" && false)
 	@echo "setting up $(VENV), once"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,cuda,plots,serve]' --group dev
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,cuda,eval,plots,serve]' --group dev
 	@touch $@
 
 $(DOCS): $(READY)
@@ -100,6 +107,10 @@ $(OLDEST)/.ready: $(READY)
 
 $(FUZZ): $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --group fuzz
+	@touch $@
+
+$(BASELINES)/.ready: $(READY)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(BASELINES) --constraint constraints.txt hqq optimum-quanto
 	@touch $@
 
 $(LMCACHE)/.ready: $(READY) $(LMCACHE_PINS)

@@ -73,10 +73,10 @@ def test_generate_skips_the_prefill_of_a_system_prompt_the_second_time(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("url", "message"), [("s3://bucket", "no store s3://"), (f"redis://127.0.0.1:{free_port()}", "Redis at 127.0.0.1")]
+    ("url", "message"), [("s3://bucket", "no store s3://"), ("redis://127.0.0.1:{port}", "Redis at 127.0.0.1")]
 )
 def test_a_prefix_store_that_is_none(url: str, message: str) -> None:
-    result = run("generate", "-n", "1", "--prefix-store", url)
+    result = run("generate", "-n", "1", "--prefix-store", url.format(port=free_port()))
     assert (result.exit_code, message in " ".join(result.output.split())) == (1, True)
     assert "Traceback" not in result.output
 
