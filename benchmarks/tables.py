@@ -99,6 +99,24 @@ def _beside(row: Any, bits: Any) -> str:
     return f"{' / '.join(f'{bits[kind]:.2f}' for kind in kinds)} ({' / '.join(f'{bits[kind] / row[kind]:.2f}x' for kind in kinds)})"
 
 
+def klt(found: Any) -> str:
+    """kvcomp-klt's coded bits at the KL of KIVI-style 4, 3 and 2 bits, and their share of the others', with 95 % intervals."""
+
+    def share(of_mode: Any, name: str) -> str:
+        low, high = of_mode[name]["interval"]
+        return f"{of_mode[name]['value']:.2f} ({low:.2f} to {high:.2f})"
+
+    rows = []
+    for mode, said in (("prefix", "prompt compressed"), ("streaming", "streaming")):
+        of_mode = found[f"{mode}_at_equal_kl"]
+        for bits in (4, 3, 2):
+            kl = found[mode][f"kivi {bits}/{bits}"]["kl"]["mean"]
+            shares = [share(of_mode, f"{bits}.{name}") for name in ("bits", "over_kivi_best_split", "over_paper")]
+            rows.append([f"KIVI-style {bits} bit, {said}", f"{kl:.1e}", *shares])
+    header = ["at the KL of", "KL", "kvcomp-klt, coded bits", "of KIVI-style's", "of the paper's scheme's"]
+    return markdown(header, rows)
+
+
 def memory(found: Any) -> str:
     """What a cache occupies."""
     mib = 1024 * 1024
@@ -277,6 +295,7 @@ def first_token(found: Any) -> str:
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several with a comma between
     "quality": ("quality.json", quality),
     "equal-quality": ("quality.json", equal_quality),
+    "klt": ("klt.json", klt),
     "memory": ("memory.json", memory),
     "attention": ("attention_cpu.json", attention),
     "attention-short-spin": ("attention_cpu_short_spin.json", attention),
@@ -289,7 +308,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "claims": ("quality.json,attention_cpu.json", claims),
     **{
         f"setting-{name}": (f"{name}.json", about)
-        for name in ("quality", "memory", "attention_cpu", "codec", "generate", "files", "latency", "transfer")
+        for name in ("quality", "klt", "memory", "attention_cpu", "codec", "generate", "files", "latency", "transfer")
     },
 }
 

@@ -150,9 +150,9 @@ def test_an_interrupted_calibration_goes_on_and_gives_the_same(tmp_path: Path) -
             raise KeyboardInterrupt
 
     interrupted.tell = stop
+    interrupted.observe(tmp_path / "made.statistics")
+    interrupted.read()
     with pytest.raises(KeyboardInterrupt):
-        interrupted.observe(tmp_path / "made.statistics")
-        interrupted.read()
         interrupted.curves()
     assert (tmp_path / "made.statistics").exists()
     again = calibrator(model, tmp_path, resume=True)
@@ -181,7 +181,7 @@ def test_an_interrupted_calibration_goes_on_and_gives_the_same(tmp_path: Path) -
     ids=["dynamic", "longrope"],
 )  # fmt: skip
 def test_frequencies_that_change_with_length_are_refused_by_name(config: PreTrainedConfig, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="dynamic|longrope"):
+    with pytest.raises(UnsupportedModel, match=r"dynamic|longrope"):
         calibrator(model_of(config), tmp_path)
 
 

@@ -53,6 +53,7 @@ def test_the_other_kernels_compile(source: str, architecture: int) -> None:
     chosen = page_build(SPECS["kvcomp"], 128, "bfloat16")
     cubin, _ = compile_now(source, options_for(source, chosen.defines, architecture))
     assert cubin.startswith(b"\x7fELF")
+    assert bytes([32])[0] == 32, "the empty log was written into the one b' ' that Python has"
 
 
 def test_compiled_kernels_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

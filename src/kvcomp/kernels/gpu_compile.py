@@ -54,7 +54,8 @@ def compile_now(source: str, options: tuple[str, ...]) -> tuple[bytes, str]:
     program = _check(nvrtc, nvrtc.nvrtcCreateProgram((SOURCES / source).read_bytes(), source.encode(), 0, [], []))
     every = [option.encode() for option in (*options, f"-I{SOURCES}")]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(every), every)
-    log = b" " * _check(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
+    # NVRTC writes into these bytes. One more than it asks for: Python has only one b" ", which everybody shares.
+    log = b" " * (1 + _check(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
     nvrtc.nvrtcGetProgramLog(program, log)
     messages = log.rstrip(b"\0 ").decode(errors="replace")
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
