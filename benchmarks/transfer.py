@@ -5,7 +5,8 @@ Three questions, each answered beside plain bfloat16:
 - How fast is the encoder? Bytes of bfloat16 that become sealed pages each second, on one thread and on two.
 - When has the receiver a cache that attention can read? From tensors in the sender's memory over a paced loopback connection (network.py)
   to a checked cache in the receiver, another process; encoding, sending and checking overlap layer by layer. Plain tensors need none
-  of it. "dense" also decompresses them all, for receivers whose attention reads nothing else.
+  of it. "dense" also decompresses them all, for receivers whose attention reads nothing else; "compressed before" sends what a
+  KVCompCache holds anyway, so nothing is encoded on the way.
 - When does the first token come? A prefix in a real redis-server behind a paced proxy, loaded by PrefixStore, then the rest of
   the prompt; against loading the same tokens as plain bfloat16 from the same Redis, and against computing them.
 """
@@ -119,12 +120,15 @@ def receiver(pipe: Any, sizes: tuple[int, ...]) -> None:
             connection.sendall(b"!")
 
 
-def transfer(connection: socket.socket, layers: Layers, kind: bytes, spec: CodecSpec, rate: float) -> tuple[float, int]:
-    """Seconds until the receiver says that it has all, and the bytes sent."""
+def transfer(
+    connection: socket.socket, layers: Layers, kind: bytes, spec: CodecSpec, rate: float, held: list[KVStore] | None
+) -> tuple[float, int]:
+    """Seconds until the receiver says that it has all, and the bytes sent. held: the layers as a cache holds them that compressed them before."""
     bucket, count, sent = Bucket(rate), len(layers), 0
 
     def packed(index: int) -> list[memoryview]:
-        return files.pack_stores({index: encode(layers[index], spec.layer(index, count))}, spec, count)
+        store = held[index] if held else encode(layers[index], spec.layer(index, count))
+        return files.pack_stores({index: store}, spec, count)
 
     begin = time.perf_counter()
     connection.sendall(kind)
@@ -153,17 +157,22 @@ def transfers(layers: Layers, rates: list[float], runs: int) -> list[dict[str, A
     ours, theirs = context.Pipe()
     process = context.Process(target=receiver, args=(theirs, sizes), daemon=True)
     process.start()
-    methods = {"bfloat16": (b"p", PRESETS["kvcomp"])}
+    methods: dict[str, tuple[bytes, CodecSpec, list[KVStore] | None]] = {"bfloat16": (b"p", PRESETS["kvcomp"], None)}
     for name, spec in PRESETS.items():
-        methods |= {name: (b"c", spec), f"{name}, dense": (b"d", spec)}
+        held = [encode(pair, spec.layer(index, len(layers))) for index, pair in enumerate(layers)]
+        methods |= {
+            name: (b"c", spec, None),
+            f"{name}, dense": (b"d", spec, None),
+            f"{name}, compressed before": (b"c", spec, held),
+        }
     found = []
     with connect(ours.recv()) as connection:
         for rate in rates:
             times: dict[str, list[float]] = {name: [] for name in methods}
             sent: dict[str, int] = {}
             for run in range(runs + 1):
-                for name, (kind, spec) in methods.items():
-                    seconds, sent[name] = transfer(connection, layers, kind, spec, rate * GBIT)
+                for name, (kind, spec, before) in methods.items():
+                    seconds, sent[name] = transfer(connection, layers, kind, spec, rate * GBIT, before)
                     times[name].extend([seconds] if run else [])
             found += [
                 {

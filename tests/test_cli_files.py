@@ -18,6 +18,8 @@ from kvcomp.cli_files import app
 from kvcomp.spec import PRESETS
 from kvcomp.store import KVStore
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-lm"
+
 
 def run(*arguments: object) -> tuple[int, str]:
     """Exit code, and both outputs in one line."""
@@ -60,6 +62,26 @@ def test_there_and_back(tmp_path: Path, layers: Path, spec: str) -> None:
         packed = kvcomp.compress(given[f"layers.{layer}.k"], given[f"layers.{layer}.v"], spec)
         for kind, x in zip("kv", packed.decompress(), strict=True):
             assert torch.equal(x.view(torch.int16), found[f"layers.{layer}.{kind}"].view(torch.int16))
+
+
+def test_a_calibrated_cache_there_and_back(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    given = {f"layers.{layer}.{kind}": torch.randn(1, 2, 200, 64).bfloat16() for layer in range(4) for kind in "kv"}
+    source, out, back = (tmp_path / name for name in ("in.safetensors", "out.kvc", "back.safetensors"))
+    save_file(given, source)
+    calibrated = "--calibration", EXAMPLE / "model.kvcal"
+    assert run("compress", source, "-o", out, "--spec", "kvcomp-klt:near-lossless", *calibrated)[0] == 0
+    for command in (("inspect", out), ("verify", out), ("decompress", out, "-o", back)):
+        code, text = run(*command)
+        assert (code, "kvcomp calibrate" in text) == (1, True)
+        assert run(*command, *calibrated)[0] == 0
+    assert run("verify", out, "--against", source, *calibrated)[0] == 0
+    given["layers.3.v"][0, 1, 100, 7] += 100
+    save_file(given, source)
+    assert run("verify", out, "--against", source, *calibrated)[0] == 1
+    assert "steps" in run("inspect", out, *calibrated)[1]
+    found = load_file(back)
+    assert all((found[name].shape, found[name].dtype) == (x.shape, x.dtype) for name, x in given.items())
 
 
 def test_a_spec_of_ones_own_and_single_tensors(tmp_path: Path, single: Path) -> None:

@@ -18,13 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcomp import cli_bench, cli_calibrate, cli_evaluate, cli_files
-from kvcomp.cli_files import errors, named_spec, plain_errors, screen
+from kvcomp.cli_files import CALIBRATED, errors, named_spec, plain_errors, screen
 from kvcomp.cli_prefix import Prefixes
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import PRESETS, CodecSpec
 
 PROMPT_FILE, PROMPT_TOKENS = "logging/handlers.py", 2304  # of the held-out files, one that every Python has
-CALIBRATED = "kvcomp-klt"
 REFRESH_SECONDS = 0.2
 MIB = 1024 * 1024
 

@@ -11,11 +11,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from kvcomp.cli_evaluate import partial, quiet_loading
-from kvcomp.cli_files import errors, named_spec, plain_errors, screen
+from kvcomp.cli_files import CALIBRATED, errors, named_spec, plain_errors, screen
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import PRESETS
 
-CALIBRATED = "kvcomp-klt"
 PARTS = "attention", "codec", "generate", "growth"
 
 app = typer.Typer()

@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcomp.errors import InvalidInput, KVCompError, LimitExceeded
-from kvcomp.spec import PRESETS, CodecSpec
+from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 
+CALIBRATED = "kvcomp-klt"
 FREE_VALUES, MAX_EXPANSION = 1 << 28, 1 << 12  # bytes to decompress to: always allowed, and for each byte of a file
 PAGE_PARTS = "codes", "lengths", "scales", "directories", "raw_blocks"
 
@@ -31,6 +32,9 @@ Tensors = Annotated[
     Path, typer.Argument(help="Tensors k and v, or layers.N.k and layers.N.v", exists=True, dir_okay=False)
 ]
 Compressed = Annotated[Path, typer.Argument(help="A .kvc file", exists=True, dir_okay=False)]
+Calibrated = Annotated[
+    Path | None, typer.Option("--calibration", help="The .kvcal file, for kvcomp-klt", exists=True, dir_okay=False)
+]
 
 
 @contextmanager
@@ -73,21 +77,26 @@ def named_spec(name: str) -> CodecSpec:
 def compress(
     source: Tensors,
     output: Annotated[Path, typer.Option("--output", "-o", help="The .kvc file to write")],
-    spec: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)} or a spec.json")] = "kvcomp",
+    spec: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, a spec.json, or kvcomp-klt:LEVEL")] = "kvcomp",
+    calibration: Calibrated = None,
 ) -> None:
     """Compress K and V, (batch, KV heads, tokens, head_dim) each, from a safetensors file.
 
     Every whole page of 64 tokens is compressed; what is left at the end stays as it is.
     """
-    chosen = replace(named_spec(spec), window=0, sinks=0)
+    named = spec if spec.partition(":")[0] == CALIBRATED else named_spec(spec)
     with plain_errors():
         from kvcomp import files
+        from kvcomp.calibration import resolve
         from kvcomp.store import KVStore
 
+        resolved, calibrated = resolve(named, calibration)
+        chosen = replace(resolved, window=0, sinks=0)
         stores = {}
         with screen.status("compressing"), _Source(source) as tensors:
             for layer in tensors.layers:
-                stores[layer] = KVStore(chosen.layer(layer, len(tensors.layers)))
+                of_layer = calibrated.layer(layer, chosen) if calibrated else None
+                stores[layer] = KVStore(chosen.layer(layer, len(tensors.layers)), "cpu", *(of_layer or ()))
                 stores[layer].append(*tensors.pair(layer))
                 stores[layer].seal()
         files.save(output, stores, chosen, len(stores))
@@ -100,6 +109,7 @@ def compress(
 def decompress(
     source: Compressed,
     output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write")],
+    calibration: Calibrated = None,
 ) -> None:
     """Write K and V of a .kvc file to a safetensors file, under the names that compress reads."""
     with plain_errors():
@@ -124,7 +134,7 @@ def decompress(
             )
         tensors = {}
         with screen.status("decompressing"):
-            for layer, store in files.load(container).items():
+            for layer, store in files.load(container, calibration=_read(calibration)).items():
                 for kind, x in zip("kv", store.dense(), strict=True):
                     tensors[f"layers.{layer}.{kind}" if container.header.model_layers > 1 else kind] = x
         disk.write(output, [save(tensors)])
@@ -136,6 +146,7 @@ def inspect(
     source: Compressed,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON instead")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the bits of every layer and head to this file")] = None,
+    calibration: Calibrated = None,
 ) -> None:
     """Say what a .kvc file holds: its spec, its size by part, and the bits of each layer and head."""
     with plain_errors():
@@ -143,7 +154,7 @@ def inspect(
         from kvcomp.evaluate.pages import bits_by_head
 
         container = files.open_container(source)
-        stores = files.load(container)
+        stores = files.load(container, calibration=_read(calibration))
         bits = {layer: bits_by_head(store) for layer, store in stores.items()}
         memory = {layer: store.memory() for layer, store in stores.items()}
         if plot is not None:
@@ -160,6 +171,7 @@ def verify(
     against: Annotated[
         Path | None, typer.Option(help="The tensors it was made from: check every value", exists=True, dir_okay=False)
     ] = None,
+    calibration: Calibrated = None,
 ) -> None:
     """Check the checksums and the structure of a .kvc file, and with --against the error bound of every value."""
     with plain_errors():
@@ -167,7 +179,7 @@ def verify(
         from kvcomp.evaluate.pages import Comparison, compare
 
         container = files.open_container(source)
-        stores = files.load(container)
+        stores = files.load(container, calibration=_read(calibration))
         pages = sum(int(store.count.sum()) for store in stores.values())
         _say(f"{source}: {len(stores)} layers with {pages} pages are as they should be")
         if against is None:
@@ -185,6 +197,12 @@ def verify(
         screen.print(
             f"{total.values} values are within their bounds; the largest error is {100 * total.worst:.1f} % of its bound"
         )
+
+
+def _read(calibration: Path | None) -> Any:
+    from kvcomp.calibration import Calibration
+
+    return None if calibration is None else Calibration.read(calibration)
 
 
 class _Source:
@@ -263,7 +281,7 @@ def _parts(container: Any, total: Any) -> dict[str, int]:
 def _show(source: Path, container: Any, memory: dict[int, Any], bits: dict[int, Any]) -> None:
     header, total, size = container.header, reduce(add, memory.values()), source.stat().st_size
     tensors = " and ".join(
-        f"{kind}: {tensor.unit} units, relative scale {_scales(tensor.scales)}, {tensor.coding}"
+        f"{kind}: {tensor.unit} units, {_scales(tensor)}, {tensor.coding}"
         for kind, tensor in (("K", header.spec.key), ("V", header.spec.value))
     )
     screen.print(
@@ -288,8 +306,11 @@ def _show(source: Path, container: Any, memory: dict[int, Any], bits: dict[int, 
     screen.print(heads)
 
 
-def _scales(scales: tuple[float, ...]) -> str:
-    return f"{scales[0]:.4g}" if len(set(scales)) == 1 else f"{min(scales):.4g} to {max(scales):.4g}"
+def _scales(tensor: TensorSpec) -> str:
+    steps = [step for layer in tensor.steps or () for step in layer]
+    given = steps or tensor.scales
+    least, most = min(given), max(given)
+    return f"{'steps' if steps else 'relative scale'} {least:.4g}" + (f" to {most:.4g}" if most > least else "")
 
 
 def _draw(path: Path, bits: dict[int, Any]) -> None:
