@@ -132,7 +132,7 @@ def _attend_row(
 
 def _exp(x: Tensor) -> Tensor:
     """e^x in place, 0 below e^LEAST: torch's own exp takes ten times as long where the result underflows."""
-    return torch.nn.functional.threshold_(x.clamp_(min=LEAST - 1).exp_(), math.exp(LEAST), 0.0)
+    return torch.nn.functional.threshold(x.clamp_(min=LEAST - 1).exp_(), math.exp(LEAST), 0.0, inplace=True)
 
 
 def _numbers(first: int, last: int, like: Tensor) -> Tensor:
