@@ -1,4 +1,4 @@
-"""Transforms of one layer's K and V that attention never pays for: they are folded into the queries and the output.
+"""Transforms of one layer's K and V that decoding never pays for: they are folded into the queries and the output.
 
 For each KV head, with k and v as the model makes them, the cache holds K' = A (k - a) and V' = B (v - b). As
 q.k = (A^-T q).K' + q.a, and q.a is the same for every token, softmax drops it; as weights sum to 1, sum w v = B^-1 (sum w V') + b. So
