@@ -233,13 +233,13 @@ def pair_counts(ranges: list[tuple[int, int]], seed: int) -> npt.NDArray[np.uint
     return counts
 
 
-def fewest_low_bits(levels: int) -> int:
-    return next(k for k in (0, 1, 2, 3) if math.ceil(levels / 2**k) <= 24 or k == 3)
+def fewest_low_bits(levels: int, limit: int) -> int:
+    return next(k for k in (0, 1, 2, 3) if math.ceil(levels / 2**k) <= (32 if limit == 12 else 24) or k == 3)
 
 
 @pytest.mark.parametrize("limit", [10, 12])
 @pytest.mark.parametrize("first", [0, 1, 100])
-@pytest.mark.parametrize("levels", [1, 2, 9, 24, 25, 48, 49, 96, 97, 127, 128, 152])
+@pytest.mark.parametrize("levels", [1, 2, 9, 24, 25, 32, 33, 48, 49, 64, 65, 96, 97, 127, 128, 129, 152])
 def test_a_trained_class_has_a_code_for_every_pair_from_the_least_to_the_largest_code(
     levels: int, first: int, limit: int
 ) -> None:
@@ -247,7 +247,7 @@ def test_a_trained_class_has_a_code_for_every_pair_from_the_least_to_the_largest
     for classes in (ranges, ranges[1:2]):
         book = train(pair_counts(classes, levels), limit)
         widths = [last - least + 1 for least, last in classes]
-        splits = [fewest_low_bits(width) for width in widths]
+        splits = [fewest_low_bits(width, limit) for width in widths]
         assert book.limit == limit
         assert book.levels == tuple(widths)
         assert book.first == tuple(least for least, _ in classes)
@@ -259,7 +259,7 @@ def test_a_trained_class_has_a_code_for_every_pair_from_the_least_to_the_largest
 
 
 @pytest.mark.parametrize(
-    ("least", "most", "first", "split"), [(231, 255, 230, 1), (159, 255, 152, 3), (158, 255, 152, 3), (1, 255, 0, 3)]
+    ("least", "most", "first", "split"), [(223, 255, 222, 1), (127, 255, 120, 3), (158, 255, 156, 2), (1, 255, 0, 3)]
 )
 def test_a_class_begins_lower_where_its_last_symbol_would_stand_for_codes_beyond_a_byte(
     least: int, most: int, first: int, split: int
@@ -324,7 +324,7 @@ JUST_BELOW = (0.6666666666666667, 0.33333333333333337, 0.28571428571428575)  # 2
 def test_the_default_book_is_that_of_the_format(r: float, classes: int) -> None:
     book = default(r, classes, 12)
     levels = min(128, math.floor(min(2 / r, 1e9)) + 3)
-    k = fewest_low_bits(levels)
+    k = fewest_low_bits(levels, 12)
     assert (book.first, book.levels, book.split) == ((0,) * classes, (levels,) * classes, (k,) * classes)
     assert book.limit == 12
     lengths = package_merge(default_weights(r, k, book.symbols(0)), 12)
@@ -351,10 +351,10 @@ def test_the_default_book_depends_on_its_arguments_alone() -> None:
     assert again != "a book"
 
 
-def test_split_takes_the_fewest_low_bits_that_leave_24_symbols_a_side() -> None:
-    assert [split_for(levels) for levels in (1, 24, 25, 48, 49, 96, 97, 192, 193, 256)] == [
-        0, 0, 1, 1, 2, 2, 3, 3, 3, 3
-    ]  # fmt: skip
+@pytest.mark.parametrize(("limit", "most"), [(12, 32), (11, 24), (10, 24)])
+def test_split_takes_the_fewest_low_bits_that_leave_few_symbols_a_side(limit: int, most: int) -> None:
+    levels = [1, most, most + 1, 2 * most, 2 * most + 1, 4 * most, 4 * most + 1, 8 * most, 256]
+    assert [split_for(each, limit) for each in levels] == [0, 0, 1, 1, 2, 2, 3, 3, 3]
 
 
 GOOD = {"first": (5,), "levels": (2,), "split": (0,), "limit": 3, "lengths": np.array([1, 2, 3, 3], np.uint8)}

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from kvcomp.errors import CorruptData, InvalidInput
 from kvcomp.quantise import MAX_CODES, MAX_LEVELS
 
-MAX_SYMBOLS_A_SIDE = 24  # the pair alphabet stays below 576 symbols where the split codes allow
 MAX_LIMIT = 12
+SYMBOLS_A_SIDE = 32  # at most, where split codes allow, and
+SYMBOLS_A_SIDE_BELOW = 24  # with a lower limit, which codes for 1,024 pairs would not bear
 MAX_SPLIT = 3
 TRAINING_TOKENS = 256  # sealed tokens from which a sequence trains its own book
 
@@ -130,7 +131,7 @@ def _train_class(counts: npt.NDArray[Any], limit: int) -> tuple[int, int, int, L
     """First code, levels, split and lengths of a class."""
     seen = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
     least, most = (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 1)
-    k = split_for(most - least)
+    k = split_for(most - least, limit)
     m = _symbols(most - least, k)
     first = min(least, MAX_CODES - (m << k))  # so that no symbol stands for a code that is no byte
     some = counts[first : first + (m << k), first : first + (m << k)]
@@ -144,7 +145,7 @@ def _train_class(counts: npt.NDArray[Any], limit: int) -> tuple[int, int, int, L
 def default(relative_scale: float, classes: int, limit: int) -> Codebook:
     """The book for blocks that the sequence's own book does not cover, or that come before it; shared, a function of its arguments."""
     levels = min(MAX_LEVELS, int(min(MAX_LEVELS, 2 / relative_scale)) + 3)
-    k = split_for(levels)
+    k = split_for(levels, limit)
     m = _symbols(levels, k)
     centre = min(m, -(-(int(min(MAX_LEVELS, 1 / relative_scale)) + 2) // (1 << k)))
     weight = [((h + 1) * (centre - h)) ** 4 if h < centre else 0 for h in range(m)]
@@ -159,9 +160,10 @@ def _end(first: int, levels: int, split: int) -> int:
     return first + (_symbols(levels, split) << split)
 
 
-def split_for(levels: int) -> int:
-    """Low bits k to take off each code so that a side has few symbols."""
-    return next((k for k in range(MAX_SPLIT) if _symbols(levels, k) <= MAX_SYMBOLS_A_SIDE), MAX_SPLIT)
+def split_for(levels: int, limit: int) -> int:
+    """Low bits k to take off each code so that a side has few symbols: 32 with codes of 12 bits, else 24."""
+    most = SYMBOLS_A_SIDE if limit == MAX_LIMIT else SYMBOLS_A_SIDE_BELOW
+    return next((k for k in range(MAX_SPLIT) if _symbols(levels, k) <= most), MAX_SPLIT)
 
 
 def _symbols(levels: int, split: int) -> int:
