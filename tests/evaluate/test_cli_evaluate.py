@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from kvcomp.cli import app
 from kvcomp.evaluate import advice, results
+from kvcomp.evaluate.journal import Journal
 from kvcomp.evaluate.models import shipped_model
 from kvcomp.spec import CodecSpec
 
@@ -122,6 +123,35 @@ def test_tune_writes_a_spec_that_is_within_its_goal(tmp_path: Path, monkeypatch:
     assert tuned == CodecSpec.from_json(found["spec"])
     assert found["advice"]["size_from"] in (256, 512, 1024)
     assert [row["context"] for row in found["advice"]["speed"]] == [1024, 4096]
+
+
+def test_tune_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its middle and gone on with, a search ends where one that was never stopped does, and measures nothing twice."""
+    monkeypatch.setattr(advice, "BUDGET", 0.0)
+    few = ("tune", "--max-kl", "0.02", "--prompts", "1", "--prompt-tokens", "300", "--scored-tokens", "32")
+    measured: list[str] = []
+    stop_at = 20
+    record = Journal.record
+
+    def record_until(journal: Journal, key: str, value: object) -> None:
+        if len(measured) == stop_at:
+            raise KeyboardInterrupt
+        measured.append(key)
+        record(journal, key, value)
+
+    monkeypatch.setattr(Journal, "record", record_until)
+    stopped = run(*few, "-o", "stopped.json")
+    assert stopped.exit_code == 130, stopped.output
+    assert "--resume" in stopped.output
+    assert not Path("stopped.json").exists()
+    stop_at = -1
+    assert run(*few, "-o", "stopped.json", "--resume").exit_code == 0
+    assert len(measured) == len(set(measured)) > 20
+    once = measured.copy()
+    measured.clear()
+    assert run(*few, "-o", "whole.json").exit_code == 0
+    assert measured == once
+    assert Path("stopped.json").read_bytes() == Path("whole.json").read_bytes()
 
 
 def test_tune_finds_turning_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
