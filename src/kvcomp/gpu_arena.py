@@ -1,4 +1,4 @@
-"""Memory for pages whose sizes only the device knows.
+"""Memory for pages whose sizes only the device knows, and how the host learns them.
 
 A chunk's next free byte is a number on the device that the encoder moves on. The host reads it with a delay, without waiting, and assumes
 meanwhile that every page was as large as pages can be.
@@ -6,10 +6,49 @@ meanwhile that every page was as large as pages can be.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kvcomp.errors import LimitExceeded
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Raise LimitExceeded where the device has no memory left; the cache then holds what it held."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LimitExceeded(
+            f"the device has no memory left for the cache: use a smaller batch, a shorter context or a coarser spec ({error})"
+        ) from None
+
+
+class Sent:
+    """A tensor on its way to the host, behind what the current stream has to do."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if not x.is_cuda:
+            self._there = x.clone()
+            return
+        self._there = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._there.copy_(x, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    @property
+    def arrived(self) -> bool:
+        return self._arrived is None or self._arrived.query()
+
+    def wait(self) -> Tensor:
+        """What has been sent, in main memory."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._there
 
 
 @dataclass(eq=False)
@@ -31,30 +70,22 @@ class Arena:
         self._chunk: Chunk | None = None
         self._used = 0  # at most so many bytes of the chunk
         self._since = 0  # of these, what was given out after the cursor was sent for
-        self._seen: Tensor | None = None  # the cursor on its way to the host
-        self._arrived: torch.cuda.Event | None = None  # after which it is there
+        self._cursor: Sent | None = None
 
     def chunk_for(self, size: int) -> Chunk:
         """A chunk that surely has room for so many more bytes."""
-        if self._arrived is not None and self._seen is not None and self._arrived.query():
-            self._used, self._since, self._arrived = int(self._seen) + self._since, 0, None
+        if self._cursor is not None and self._cursor.arrived:
+            self._used, self._since, self._cursor = int(self._cursor.wait()) + self._since, 0, None
         if self._chunk is None or self._used + size + self._spare > self._chunk.memory.shape[0]:
             memory = torch.empty(max(size, self._chunk_bytes) + self._spare, dtype=torch.uint8, device=self._device)
             self._chunk = Chunk(memory, torch.zeros(1, dtype=torch.int64, device=self._device))
-            self._used, self._since, self._arrived = 0, 0, None
+            self._used, self._since, self._cursor = 0, 0, None
         self._used += size
         self._since += size
         return self._chunk
 
     def ask(self) -> None:
         """Send for the cursor, behind what the current stream has to do, unless it is on its way."""
-        if self._chunk is None or self._arrived is not None:
-            return
-        self._since = 0
-        if self._device.type != "cuda":
-            self._used = int(self._chunk.cursor)
-            return
-        self._seen = torch.empty(1, dtype=torch.int64, pin_memory=True)
-        self._seen.copy_(self._chunk.cursor, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record()
+        if self._chunk is not None and self._cursor is None:
+            self._since = 0
+            self._cursor = Sent(self._chunk.cursor)

@@ -9,10 +9,8 @@ Pages go into chunks of memory that are never moved (gpu_arena.py).
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -22,64 +20,33 @@ import torch
 from torch import Tensor
 
 from kvcomp import codebook
-from kvcomp.codebook import TRAINING_TOKENS, Codebook
-from kvcomp.errors import BackendUnavailable, InvalidInput, LimitExceeded
-from kvcomp.gpu_arena import Arena, Chunk
+from kvcomp.codebook import TRAINING_TOKENS
+from kvcomp.errors import BackendUnavailable, InvalidInput
+from kvcomp.gpu_arena import Arena, Chunk, enough_memory
+from kvcomp.gpu_books import DeviceBooks
+from kvcomp.gpu_encode import Encoding
+from kvcomp.gpu_held import VALUES, Held
+from kvcomp.gpu_rows import Row, Table
+from kvcomp.gpu_tail import Tail
 from kvcomp.kernels import Books, gpu_launch
 from kvcomp.kernels.gpu import Gpu
 from kvcomp.kernels.gpu_layout import (
-    BFLOAT16_128,
-    BOOKS,
-    AttendArguments,
     AttendBuild,
-    Book,
-    DecompressArguments,
-    EncodeArguments,
-    Encoder,
-    attend_build,
-    describe_book,
-    describe_encoder,
-    encoder_words,
-    index_bits,
     page_build,
-    table_entries,
 )
 from kvcomp.page import Layout, ceil16
-from kvcomp.quantise import MAX_CODES
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
-from kvcomp.store import KVStore, Memory, default_book, kept_counts
+from kvcomp.store import default_book
 from kvcomp.transform import Affine, Transform
 
-VALUES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 CHUNK_PAGES = 4  # pages of the largest size that a chunk for decoding has room for
 
 
-@dataclass
-class Row:
-    """What the host knows of a sequence. books: of K and of V the row's own; counts: pair counts until there is one."""
-
-    start: int = 0
-    sinks: int = 0
-    tail_begin: int = 0
-    valid: list[int] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-    books: list[Codebook | None] = field(default_factory=lambda: [None, None])
-    counts: list[npt.NDArray[np.uint64] | None] = field(default_factory=lambda: [None, None])
-
-
-class GPUStore:
+class GPUStore(Held):
     """The K and V of one layer on one device, compressed as they grow.
 
     spec, books, transform: as ``KVStore`` takes them. launcher: gives the kernels of a device; called with the first tokens' device.
     """
-
-    tail_base: int  # position of the tail's first token
-    tail_k: Tensor  # (rows, KV heads, room, head_dim), as tail_v
-    tail_v: Tensor
-    sinks_k: Tensor  # (rows, KV heads, sinks, head_dim), as sinks_v
-    sinks_v: Tensor
-    _tables: list[list[Tensor | None]]  # what the descriptions of a row's books point to
-    _sealing: torch.cuda.Event | None  # after which the pages that were sealed last may be read
 
     def __init__(
         self,
@@ -89,9 +56,9 @@ class GPUStore:
         launcher: Callable[[torch.device], gpu_launch.Launcher] | None = None,
     ) -> None:
         self.spec = spec
-        self.transform = self._given_transform = transform
+        self.transform = self.given_transform = transform
         self._launcher = launcher or gpu_of
-        self._given = books
+        self.given_books = books
         self.units = spec.key.unit, spec.value.unit
         self.tokens = self.batch = self.heads = self.channels = 0
         self.rows: list[Row] = []
@@ -101,9 +68,8 @@ class GPUStore:
         twin = object.__new__(GPUStore)
         twin.__dict__.update(self.__dict__)
         if self.batch:
-            self._join()
-            twin._arena = Arena(CHUNK_PAGES * self._largest_page, self.channels, self.device)
-            twin._tail_tokens = self._tail_tokens.clone()
+            self.join_streams()
+            twin._arena = self._new_arena()
             twin.select(torch.arange(self.batch))
         return twin
 
@@ -120,15 +86,12 @@ class GPUStore:
             self._begin(k)
         if self.transform is not None:
             k, v = self.transform.key.apply(k), self.transform.value.apply(v)
-        self._join()
-        new, held = k.shape[2], self.tokens - self.tail_base
-        if held + new > self.tail_k.shape[2]:
+        self.join_streams()
+        new = k.shape[2]
+        if self.tokens - self.tail_base + new > self.tail.room:
             self._make_room(new)
-            held = self.tokens - self.tail_base
-        self.tail_k[:, :, held : held + new] = k.detach()
-        self.tail_v[:, :, held : held + new] = v.detach()
+        self.tail.append(k, v, self.tokens - self.tail_base)
         self.tokens += new
-        self._tail_tokens.fill_(held + new)
 
     def set_starts(self, starts: Sequence[int]) -> None:
         """Say at which position each row's real tokens begin. Raises InvalidInput for a row that is sealed from another position."""
@@ -146,7 +109,7 @@ class GPUStore:
         """Compress every whole page of tokens beyond the window, beside what the device does next. What is sealed never changes."""
         if not self.batch:
             return
-        self._join()
+        self.join_streams()
         before = self.count.sum()
         try:
             with enough_memory():
@@ -163,208 +126,29 @@ class GPUStore:
         """Keep the first ``tokens`` positions. Raises InvalidInput if there are fewer."""
         if not 0 <= tokens <= self.tokens:
             raise InvalidInput(f"cannot crop a cache of {self.tokens} tokens to {tokens}")
-        self._join()
+        if not self.batch:
+            return
+        self.join_streams()
         for row in self.rows:
-            if row.tail_begin > tokens:
-                row.start = min(row.start, tokens)
-                row.sinks = min(row.sinks, tokens - row.start)
-                left, kept = tokens - row.start - row.sinks, []
-                for valid in row.valid:
-                    if left <= 0:
-                        break
-                    kept.append(min(valid, left))
-                    left -= valid
-                row.valid, row.tail_begin = kept, tokens
+            row.crop(tokens)
         self.tokens = tokens
-        self.tail_base = min(self.tail_base, tokens)
-        if self.batch:
-            self._publish()
+        self.tail.base = min(self.tail_base, tokens)
+        self._publish()
 
     def select(self, rows: Tensor) -> None:
         """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do not exist."""
         index = [int(row) for row in rows.detach().cpu().flatten().tolist()]
         if not index or min(index) < -self.batch or max(index) >= self.batch:
             raise InvalidInput(f"rows must be some of the {self.batch} that the cache holds, not {index}")
-        self._join()
-        chosen = torch.tensor(index, device=self.device) % self.batch
-        for name in ("tail_k", "tail_v", "sinks_k", "sinks_v", "_pages", "_books", "_encoders"):
-            setattr(self, name, getattr(self, name).index_select(0, chosen))
-        self._tables = [list(self._tables[i]) for i in index]
-        self.rows = [
-            Row(
-                row.start,
-                row.sinks,
-                row.tail_begin,
-                list(row.valid),
-                list(row.chunks),
-                list(row.books),
-                list(row.counts),
-            )
-            for row in (self.rows[i] for i in index)
-        ]
+        self.join_streams()
+        index = [row % self.batch for row in index]
+        chosen = torch.tensor(index, device=self.device)
+        self.sinks_k, self.sinks_v = (x.index_select(0, chosen) for x in (self.sinks_k, self.sinks_v))
+        self.tail, self.device_books = self.tail.select(index), self.device_books.select(index)
+        self.table = Table(self.table.pages.index_select(0, chosen))
+        self.rows = [self.rows[row].copy() for row in index]
         self.batch = len(index)
         self._publish()
-
-    # What readers need
-
-    @property
-    def compressed(self) -> bool:
-        """Whether any row has a sealed page."""
-        return any(row.valid for row in self.rows)
-
-    @property
-    def starts(self) -> npt.NDArray[np.int64]:
-        """Position of each row's first real token."""
-        return np.array([row.start for row in self.rows], np.int64)
-
-    @property
-    def sink_count(self) -> npt.NDArray[np.int64]:
-        """Sinks of each row."""
-        return np.array([row.sinks for row in self.rows], np.int64)
-
-    @property
-    def count(self) -> npt.NDArray[np.int64]:
-        """Pages of each row."""
-        return np.array([len(row.valid) for row in self.rows], np.int64)
-
-    def can_attend(self, queries: int) -> bool:
-        """Whether all of the last ``queries`` tokens lie in the tail, as ``attend`` needs: a crop may have left some in pages."""
-        return queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
-
-    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
-        """Fused attention of the last tokens, decoding the sealed pages on the fly.
-
-        q: (batch, heads, queries, head_dim), on the device; query i is at position ``tokens - queries + i`` and sees what is not after it.
-        Returns (batch, heads, queries, head_dim) in q's type. Raises InvalidInput if q does not fit the store.
-        """
-        rows, heads, new, channels = q.shape
-        if rows != self.batch or channels != self.channels or heads % self.heads or not self.can_attend(new):
-            raise InvalidInput(
-                f"queries {tuple(q.shape)} do not fit a cache of {self.batch} rows and {self.heads} KV heads"
-            )
-        self._join()
-        inner = (q.detach() if self.transform is None else self.transform.queries(q)).contiguous()
-        if inner.dtype not in VALUES or inner.device != self.device:
-            raise InvalidInput(
-                f"queries must be float32, float16 or bfloat16 on {self.device}, not {q.dtype} on {q.device}"
-            )
-        build = self._attend_build(VALUES[inner.dtype], bool(softcap))
-        queries = heads // self.heads * new
-        splits = gpu_launch.splits_for(self._on, build, rows, self.heads, queries, self.tokens)
-        out = torch.empty_like(inner)
-        lse = torch.empty((rows, self.heads, queries), dtype=torch.float32, device=self.device)
-        parts = splits if splits > 1 else 0
-        partial = torch.empty((parts, *lse.shape, channels), dtype=torch.float32, device=self.device)
-        peaks = torch.empty((2, parts, *lse.shape), dtype=torch.float32, device=self.device)
-        a = AttendArguments(rows=rows, heads=self.heads, queries=queries, new_tokens=new, capacity=self._pages.shape[1])
-        a.scaling, a.softcap, a.ones = scaling, softcap, BFLOAT16_128
-        a.q, a.out, a.lse, a.partial_out = inner.data_ptr(), out.data_ptr(), lse.data_ptr(), partial.data_ptr()
-        if parts:
-            a.partial_peak, a.partial_total = peaks[0].data_ptr(), peaks[1].data_ptr()
-        a.pages, a.books = self._pages.data_ptr(), self._books.data_ptr()
-        a.valid, a.count, a.sink_count, a.tail_begin = self._places
-        a.tail_tokens = self._tail_tokens.data_ptr()
-        a.k_steps, a.v_steps = (0 if steps is None else steps.data_ptr() for steps in self._steps)
-        for name in ("sinks_k", "sinks_v", "tail_k", "tail_v"):
-            x, described = getattr(self, name), getattr(a, name)
-            described.values = x.data_ptr()
-            described.row, described.head, described.token = x.stride()[:3]
-        gpu_launch.attend(self._on, build, a, splits)
-        return (out if self.transform is None else self.transform.outputs(out)).to(q.dtype).view(q.shape)
-
-    def tile(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """What the pages ``first`` to ``last`` of a row hold, K' and V' where there is a transform: (KV heads, tokens, head_dim)."""
-        self._join()
-        k = torch.empty((self.heads, (last - first) * PAGE_TOKENS, self.channels), dtype=self.dtype, device=self.device)
-        v = torch.empty_like(k)
-        a = DecompressArguments(page_count=last - first, heads=self.heads, ones=BFLOAT16_128)
-        a.pages = self._pages[row, first:last].data_ptr()
-        a.books = self._books[row].data_ptr()
-        a.k_steps, a.v_steps = (0 if steps is None else steps.data_ptr() for steps in self._steps)
-        a.out_k, a.out_v = k.data_ptr(), v.data_ptr()
-        a.k_head, a.k_token, a.v_head, a.v_token = (*k.stride()[:2], *v.stride()[:2])
-        gpu_launch.decompress(self._on, self._page_build, a)
-        valid = self.rows[row].valid[first:last]
-        if all(tokens == PAGE_TOKENS for tokens in valid):
-            return k, v
-        used = torch.tensor([t < tokens for tokens in valid for t in range(PAGE_TOKENS)], device=self.device)
-        return k[:, used], v[:, used]
-
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """K and V as attention sees them, (batch, KV heads, tokens, head_dim) in the dtype; padding is 0 once a row is sealed."""
-        shape = self.batch, self.heads, self.tokens, self.channels
-        k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "KV")
-        for index, row in enumerate(self.rows):
-            begin = self.tail_base if row.tail_begin == row.start else row.tail_begin
-            pages = self.tile(index, 0, len(row.valid)) if row.valid else None
-            first = row.start + row.sinks
-            for i, (out, sinks, tail) in enumerate(((k, self.sinks_k, self.tail_k), (v, self.sinks_v, self.tail_v))):
-                out[index, :, row.start : first] = sinks[index, :, : row.sinks]
-                if pages is not None:
-                    out[index, :, first : row.tail_begin] = pages[i]
-                out[index, :, begin:] = tail[index, :, begin - self.tail_base : self.tokens - self.tail_base]
-        if self.transform is None:
-            return k, v
-        k, v = self.transform.key.undo(k), self.transform.value.undo(v)
-        for index, row in enumerate(self.rows):
-            if row.tail_begin > row.start:
-                k[index, :, : row.start] = v[index, :, : row.start] = 0
-        return k, v
-
-    def on_cpu(self) -> KVStore:
-        """The same cache in main memory, for files; waits for the device. The pages are copied as they are."""
-        store = KVStore(self.spec, "reference", self._given, self._given_transform)
-        if not self.batch:
-            return store
-        self._join()
-        store.begin(self.tail_k.cpu()[:, :, :0])
-        store.tokens, store.tail_base = self.tokens, self.tail_base
-        held = self.tokens - self.tail_base
-        store.tail_k, store.tail_v = (x[:, :, :held].cpu() for x in (self.tail_k, self.tail_v))
-        store.sinks_k, store.sinks_v = self.sinks_k.cpu(), self.sinks_v.cpu()
-        copies: dict[int, tuple[int, npt.NDArray[np.uint8]]] = {}
-        for row in self.rows:
-            for chunk in row.chunks:
-                if id(chunk) not in copies:
-                    content = chunk.memory[: int(chunk.cursor) + self.channels].cpu().numpy()
-                    content[-self.channels :] = 0
-                    copies[id(chunk)] = chunk.memory.data_ptr(), content
-        for index, (row, addresses) in enumerate(zip(self.rows, self._pages.tolist(), strict=True)):
-            store.starts[index], store.tail_begin[index], store.sink_count[index] = row.start, row.tail_begin, row.sinks
-            for address, valid in zip(addresses, row.valid, strict=False):
-                begin, content = next(x for x in copies.values() if x[0] <= address < x[0] + x[1].size)
-                store.enter(index, content, np.array([address - begin]))
-                store.valid[index, store.count[index] - 1] = valid
-            store.own_books[index] = list(row.books)
-            store.pair_counts[index] = [
-                None if counts is None else kept_counts(tensor, counts)
-                for tensor, counts in zip((self.spec.key, self.spec.value), row.counts, strict=True)
-            ]
-        return store
-
-    def memory(self) -> Memory:
-        """Bytes by part, pages as one (``codes``); waits for the device."""
-        if not self.batch:
-            return Memory()
-        self._join()
-        chunks = {id(chunk): chunk for row in self.rows for chunk in row.chunks}
-        used = sum(int(chunk.cursor) for chunk in chunks.values())
-        books = {id(table): table.nbytes for of_row in self._tables for table in of_row if table is not None}
-        values = 2 * self.heads * self.channels
-        held = sum(self.tokens - row.start for row in self.rows)
-        pages = sum(len(row.valid) for row in self.rows)
-        return Memory(
-            codes=used,
-            spare=sum(chunk.memory.nbytes for chunk in chunks.values()) - used,
-            table=self._pages.nbytes + self._valid.nbytes,
-            table_entries=12 * pages,
-            books=sum(books.values()) + self._books.nbytes + self._encoders.nbytes,
-            window=self.tail_k.nbytes + self.tail_v.nbytes,
-            sinks=self.sinks_k.nbytes + self.sinks_v.nbytes,
-            sealed_values=sum(row.tail_begin - row.start - row.sinks for row in self.rows) * values,
-            values=held * values,
-            dense=held * values * self.dtype.itemsize,
-        )
 
     # Steps
 
@@ -397,93 +181,52 @@ class GPUStore:
         self._sealing = None
         self.layout = Layout(self.heads, self.channels, self.units, k.dtype.itemsize)
         self.rows = [Row() for _ in range(self.batch)]
-        self.tail_base = 0
-        self.tail_k, self.tail_v = (k.new_empty((self.batch, self.heads, 0, self.channels)) for _ in "KV")
+        nothing = k.new_empty((self.batch, self.heads, 0, self.channels))
+        self.tail = Tail(nothing, nothing)
         self.sinks_k, self.sinks_v = (
             k.new_empty((self.batch, self.heads, self.spec.sinks, self.channels)) for _ in "KV"
         )
-        self._tail_tokens = torch.zeros(1, dtype=torch.int32, device=k.device)
-        self._pages = torch.zeros((self.batch, 1), dtype=torch.int64, device=k.device)
-        self._steps = tuple(
+        self.table = Table.empty(self.batch, k.device)
+        key, value = (
             None if heads is None else torch.tensor(heads, dtype=torch.float32, device=k.device)
             for heads in (self.spec.key.heads, self.spec.value.heads)
         )
+        self._steps = key, value
         if self.transform is not None:
             self.transform = Transform(*(_on_device(of, k.device) for of in (self.transform.key, self.transform.value)))
-        # Descriptions of the books as the kernels read them, and what they point to.
-        self._books = torch.zeros((self.batch, BOOKS * ctypes.sizeof(Book)), dtype=torch.uint8, device=k.device)
-        self._encoders = torch.zeros((self.batch, BOOKS * ctypes.sizeof(Encoder)), dtype=torch.uint8, device=k.device)
-        self._tables = [[None] * (2 * BOOKS) for _ in range(self.batch)]
-        self._arena = Arena(CHUNK_PAGES * self._largest_page, self.channels, self.device)
-        for kind, tensor in enumerate((self.spec.key, self.spec.value)):
+        self._arena = self._new_arena()
+        tensors = self.spec.key, self.spec.value
+        self.device_books = DeviceBooks(self.batch, tensors, k.device)
+        for kind, tensor in enumerate(tensors):
             if tensor.coding == "huffman":
-                default, own = self._given[kind] if self._given else (default_book(tensor), None)
-                self._enter_book(range(self.batch), kind, 0, default)
-                self._enter_book(range(self.batch), kind, 1, own)
+                default, own = self.given_books[kind] if self.given_books else (default_book(tensor), None)
+                self.device_books.enter(range(self.batch), kind, 0, default)
+                self.device_books.enter(range(self.batch), kind, 1, own)
                 for row in self.rows:
                     row.books[kind] = own
         self._publish()
 
-    def _enter_book(self, rows: Sequence[int], kind: int, own: int, book: Codebook | None) -> None:
-        """Put a book where the kernels find it, for these rows."""
-        if book is None:
-            return
-        bits = index_bits((self.spec.key, self.spec.value)[kind])
-        table, words = (
-            torch.from_numpy(x.view(np.int32)).to(self.device) for x in (table_entries(book, bits), encoder_words(book))
-        )
-        index = 2 * kind + own
-        for described, to, size in (
-            (describe_book(book, table.data_ptr()), self._books, ctypes.sizeof(Book)),
-            (describe_encoder(book, words.data_ptr()), self._encoders, ctypes.sizeof(Encoder)),
-        ):
-            content = torch.frombuffer(bytearray(bytes(described)), dtype=torch.uint8).to(self.device)
-            for row in rows:
-                to[row, size * index : size * (index + 1)] = content
-        for row in rows:
-            self._tables[row][2 * index : 2 * index + 2] = table, words
+    def _new_arena(self) -> Arena:
+        return Arena(CHUNK_PAGES * self._largest_page, self.channels, self.device)
 
     def _publish(self) -> None:
         """Tell the device what the host knows of the rows."""
-        capacity = self._pages.shape[1]
-        places = torch.zeros((3 + capacity, self.batch), dtype=torch.int32)
-        for index, row in enumerate(self.rows):
-            numbers = [len(row.valid), row.sinks, row.tail_begin - self.tail_base, *row.valid]
-            places[: len(numbers), index] = torch.tensor(numbers, dtype=torch.int32)
-        host = torch.cat([places[:3].flatten(), places[3:].mT.flatten()])
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        self._valid = host.to(self.device, non_blocking=True)
-        self._pinned = host  # until the copy is made
-        at, step = self._valid.data_ptr(), 4 * self.batch
-        self._places = at + 3 * step, at, at + step, at + 2 * step
-        self._tail_tokens.fill_(self.tokens - self.tail_base)
-
-    def _join(self) -> None:
-        """Let the current stream wait for what is being sealed."""
-        if self._sealing is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._sealing)
-            self._sealing = None
+        self.table.publish(self.rows, self.tail_base)
+        self.tail.held.fill_(self.tokens - self.tail_base)
 
     def _tail_room(self) -> int:
         ragged = PAGE_TOKENS - 1 if self.batch > 1 else 0
         page = max(PAGE_TOKENS, self.spec.window // 4)
         return self.spec.window + page + ragged + (0 if self.compressed else self.spec.sinks)
 
-    @torch.inference_mode(False)
     def _make_room(self, new: int) -> None:
-        """Move what the tail must keep to a buffer with room for the new tokens."""
+        """Give the tail room for the new tokens."""
         base = min(min(row.tail_begin for row in self.rows), self.tokens) if self.compressed else self.tail_base
         kept = self.tokens - base
         need, steady = kept + new, self._tail_room()
         room = min(2 * need, steady) if need <= steady else need * 5 // 4 if kept else need
-        shape = self.batch, self.heads, room, self.channels
         with enough_memory():
-            buffers = self.tail_k.new_empty(shape), self.tail_v.new_empty(shape)
-        for buffer, old in zip(buffers, (self.tail_k, self.tail_v), strict=True):
-            buffer[:, :, :kept] = old[:, :, base - self.tail_base : self.tokens - self.tail_base]
-        self.tail_k, self.tail_v = buffers
-        self.tail_base = base
+            self.tail.move(base, kept, room)
         self._publish()
 
     def _beside(self) -> AbstractContextManager[Any]:
@@ -504,20 +247,16 @@ class GPUStore:
             return False
         at = begin - self.tail_base
         first = len(row.valid)
-        if first + pages > self._pages.shape[1]:
-            more = torch.zeros(
-                (self.batch, max(first + pages, self._pages.shape[1] * 5 // 4)), dtype=torch.int64, device=self.device
-            )
-            more[:, : self._pages.shape[1]] = self._pages
-            self._pages = more
+        if first + pages > self.table.capacity:
+            self.table = self.table.grown(first + pages)
         with self._beside():
             if missing:
                 for sinks, tail in ((self.sinks_k, self.tail_k), (self.sinks_v, self.tail_v)):
                     sinks[index, :, row.sinks :] = tail[index, :, at - missing : at]
             k, v = (x[index, :, at : at + pages * PAGE_TOKENS] for x in (self.tail_k, self.tail_v))
-            self._pages[index, first : first + pages] = self._encode(index, k, v, pages)
+            self.table.pages[index, first : first + pages] = self._encode(index, k, v, pages)
             if self._side is not None:
-                for x in (self.tail_k, self.tail_v, self.sinks_k, self.sinks_v, self._pages):
+                for x in (self.tail_k, self.tail_v, self.sinks_k, self.sinks_v, self.table.pages):
                     x.record_stream(self._side)
         row.sinks += missing
         row.valid += [PAGE_TOKENS] * pages
@@ -526,61 +265,31 @@ class GPUStore:
 
     def _encode(self, index: int, k: Tensor, v: Tensor, pages: int) -> Tensor:
         """Addresses of the pages, int64 (pages,), of K and V (KV heads, 64 x pages, head_dim)."""
-        row, on, build = self.rows[index], self._on, self._page_build
-        blocks = pages, self.heads
-
-        def room(*shape: int, dtype: torch.dtype) -> Tensor:
-            held.append(torch.empty(shape, dtype=dtype, device=self.device))
-            return held[-1]
-
-        held: list[Tensor] = []
-        a = EncodeArguments(pages=pages, heads=self.heads)
-        counts: list[Tensor] = []
-        for kind, (x, tensor) in enumerate(zip((k, v), (self.spec.key, self.spec.value), strict=True)):
-            t = a.tensors[kind]
-            t.values, (t.head, t.token) = x.data_ptr(), x.stride()[:2]
-            steps = self._steps[kind]
-            t.steps = 0 if steps is None else steps.data_ptr()
-            t.relative_scale = 0.0 if isinstance(tensor.scale, tuple) else tensor.scale
-            t.codes = room(*blocks, PAGE_TOKENS, self.channels, dtype=torch.uint8).data_ptr()
-            t.scale = room(*blocks, build.most_units, dtype=torch.float32).data_ptr()
-            t.zero = room(*blocks, build.most_units, dtype=torch.int32).data_ptr()
-            t.raw = room(*blocks, dtype=torch.uint8).data_ptr()
-            t.token_range = room(pages, PAGE_TOKENS, 2, dtype=torch.float32).data_ptr()
-            counts.append(room(tensor.classes, MAX_CODES, MAX_CODES, dtype=torch.int32).zero_())
-            t.counts = counts[-1].data_ptr()
-            t.books = self._encoders[index].data_ptr() + 2 * kind * ctypes.sizeof(Encoder)
-        a.modes = room(*blocks, 2, dtype=torch.uint8).data_ptr()
-        a.sizes = room(*blocks, 2, dtype=torch.int32).data_ptr()
-        a.lengths = room(*blocks, 2, 64, dtype=torch.int16).data_ptr()
-        offsets = room(pages + 1, dtype=torch.int64)
-        a.offsets = offsets.data_ptr()
-        gpu_launch.quantise(on, build, a)
-        tensors = self.spec.key, self.spec.value
+        row, tensors = self.rows[index], (self.spec.key, self.spec.value)
+        encoding = Encoding(self._on, self._page_build, tensors, self._steps, self.device_books.encoding[index], k, v)
+        encoding.quantise()
         learning = [
-            self._given is None and tensor.coding == "huffman" and row.books[kind] is None
+            kind
             for kind, tensor in enumerate(tensors)
+            if self.given_books is None and tensor.coding == "huffman" and row.books[kind] is None
         ]
-        if any(learning):
-            gpu_launch.count_pairs(on, build, a)
+        if learning:
+            encoding.count_pairs()
             sealed = (len(row.valid) + pages) * PAGE_TOKENS
-            for kind in np.flatnonzero(learning).tolist():
-                self._learn(index, kind, counts[kind].cpu().numpy().view(np.uint32).astype(np.uint64), sealed)
-        if any(learning) or pages > 1:  # a prompt: its pages get as much memory as they need
+            for kind in learning:
+                self._learn(index, kind, encoding.counts[kind].cpu().numpy().view(np.uint32).astype(np.uint64), sealed)
+        if learning or pages > 1:  # a prompt: its pages get as much memory as they need
             cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
-            a.cursor = cursor.data_ptr()
-            gpu_launch.measure(on, build, a)
-            chunk = Chunk(room(int(offsets[-1]) + self.channels, dtype=torch.uint8), cursor)
+            encoding.measure(cursor)
+            size = int(encoding.offsets[-1]) + self.channels
+            chunk = Chunk(torch.empty(size, dtype=torch.uint8, device=self.device), cursor)
         else:
             chunk = self._arena.chunk_for(pages * self._largest_page)
-            a.cursor = chunk.cursor.data_ptr()
-            gpu_launch.measure(on, build, a)
-        a.out = chunk.memory.data_ptr()
-        gpu_launch.pack(on, build, a)
+            encoding.measure(chunk.cursor)
+        addresses = encoding.pack(chunk)
         if chunk not in row.chunks:
             row.chunks.append(chunk)
         self._arena.ask()
-        addresses: Tensor = offsets[:-1] + chunk.memory.data_ptr()
         return addresses
 
     def _learn(self, index: int, kind: int, counts: npt.NDArray[np.uint64], sealed: int) -> None:
@@ -591,7 +300,7 @@ class GPUStore:
         if sealed >= TRAINING_TOKENS and counts.any():
             row.books[kind] = codebook.train(counts, (self.spec.key, self.spec.value)[kind].limit)
             row.counts[kind] = None
-            self._enter_book([index], kind, 1, row.books[kind])
+            self.device_books.enter([index], kind, 1, row.books[kind])
         else:
             row.counts[kind] = counts
 
@@ -599,25 +308,6 @@ class GPUStore:
     def _largest_page(self) -> int:
         block = PAGE_TOKENS * self.channels * self.dtype.itemsize + 4 * max(self.channels, PAGE_TOKENS)
         return self.layout.first_block + 2 * self.heads * ceil16(block)
-
-    def _attend_build(self, query: str, softcap: bool) -> AttendBuild:
-        key = query, softcap
-        if key not in self._builds:
-            self._builds[key] = attend_build(
-                self.spec, self.channels, VALUES[self.dtype], query, softcap, self._on.machine
-            )
-        return self._builds[key]
-
-
-@contextmanager
-def enough_memory() -> Iterator[None]:
-    """Raise LimitExceeded where the device has no memory left; the cache then holds what it held."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise LimitExceeded(
-            f"the device has no memory left for the cache: use a smaller batch, a shorter context or a coarser spec ({error})"
-        ) from None
 
 
 @lru_cache(maxsize=64)

@@ -51,7 +51,7 @@ class Pair:
     def check_pages(self) -> None:
         for row in range(self.batch):
             for mine, theirs in zip(
-                self.gpu._pages[row].tolist(), self.cpu.pages[row, : self.cpu.count[row]].tolist(), strict=False
+                self.gpu.table.pages[row].tolist(), self.cpu.pages[row, : self.cpu.count[row]].tolist(), strict=False
             ):
                 size = np.frombuffer(ctypes.string_at(theirs + 8 * HEADS, 4), "<u4")[0]
                 assert ctypes.string_at(mine, int(size)) == ctypes.string_at(theirs, int(size))

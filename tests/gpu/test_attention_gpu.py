@@ -61,7 +61,7 @@ class Pair:
     def check_pages(self) -> None:
         torch.cuda.synchronize()
         for row in range(self.shape[0]):
-            ours = self.gpu._pages[row].tolist()
+            ours = self.gpu.table.pages[row].tolist()
             for mine, theirs in zip(ours, self.cpu.pages[row, : self.cpu.count[row]].tolist(), strict=False):
                 size = int(np.frombuffer(ctypes.string_at(theirs + 8 * self.shape[1], 4), "<u4")[0])
                 assert self._page(mine, size) == ctypes.string_at(theirs, size)

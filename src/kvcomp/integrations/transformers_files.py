@@ -15,6 +15,7 @@ from xxhash import xxh3_128
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.files import recent_only
+from kvcomp.gpu_copies import to_main_memory
 from kvcomp.integrations.transformers_layer import CompressedLayer
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
@@ -67,7 +68,7 @@ def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
         if isinstance(layer, CompressedLayer):
             if layer.unsealed:
                 layer.seal()
-            stores[index] = layer.store if isinstance(layer.store, KVStore) else layer.store.on_cpu()
+            stores[index] = layer.store if isinstance(layer.store, KVStore) else to_main_memory(layer.store)
         elif layer.is_initialized:
             held = _held(layer, layer.get_seq_length())
             k, v = (x[:, :, x.shape[2] - held :] for x in (layer.keys, layer.values))
