@@ -19,6 +19,7 @@ from kvcomp.errors import InvalidInput
 
 RIDGE = 1e-3  # added to a metric, in units of its mean diagonal: no direction may go unseen
 WORST_CONDITION = 1e5  # of a transform that float32 products can undo
+UNIT = 2.0**-24  # relative error of one float32 operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,21 +100,42 @@ def metric_klt(covariance: Tensor, metric: Tensor) -> Tensor:
     return result
 
 
-def logit_bound(q: Tensor, steps: Tensor, transform: Transform, scaling: float = 1.0) -> Tensor:
-    """The certificate: how far, at most, a logit scaling q.k lies from that of the K' it was coded from.
+def logit_bound(q: Tensor, held: Tensor, steps: Tensor, transform: Transform, scaling: float = 1.0) -> Tensor:
+    """The certificate: how far, at most, a logit of the compressed cache lies from scaling q.(k - mean), k uncompressed, in exact arithmetic.
 
-    It is scaling (s/2) ||A^-T q||_1, as no coordinate of a coded K' is off by more than half of its head's step s.
+    It is scaling (s/2) ||A^-T q||_1, as no coordinate of a coded K' is off by more than half of its head's step s, and what rounding adds: of K' to
+    the cache's type, of A^-1 to float32, and of float32 products, those of the logit among them. Softmax is not covered, nor are kernels that take
+    queries in fewer bits, as on a GPU. That A has 8 bits costs nothing: its inverse is that of the rounded matrix.
 
-    q: (batch, heads, queries, D). steps: (KV heads,), of K. Returns float32 (batch, heads, queries).
+    q: (batch, heads, queries, D). held: (batch, KV heads, tokens, D), K' as ``KVStore.held`` gives it. steps: (KV heads,), of K.
+    Returns float32 (batch, heads, queries, tokens).
     """
-    size = transform.queries(q).abs().sum(-1)
-    half = steps.to(torch.float32).repeat_interleave(q.shape[1] // transform.heads) / 2
-    return abs(scaling) * half[:, None] * size
+    size, moved = _displacement(held, steps, transform.key)
+    grouped = q.detach().to(torch.float32).reshape(q.shape[0], transform.heads, -1, transform.channels)
+    terms = grouped.abs() @ transform.key.inverse.abs()
+    products = 4 * (transform.channels + 1) * UNIT * terms @ size.mT
+    bound = transform.queries(q).view(grouped.shape).abs() @ moved.mT + products
+    return abs(scaling) * bound.view(*q.shape[:3], -1)
 
 
-def value_bound(steps: Tensor, affine: Affine) -> Tensor:
-    """How far, at most, a coded value of each channel is off in the model's coordinates: (s/2) times the L1 norm of its row of A^-1.
+def value_bound(held: Tensor, steps: Tensor, affine: Affine) -> Tensor:
+    """How far, at most, ``affine.undo(held)`` is off in the model's coordinates: (s/2) times the L1 norm of each row of A^-1, and what rounding adds.
 
-    steps: (KV heads,). Returns float32 (KV heads, D).
+    held: (batch, KV heads, tokens, D), as ``KVStore.held`` gives it. steps: (KV heads,). Returns float32 of held's shape.
     """
-    return steps.to(torch.float32)[:, None] / 2 * affine.inverse.abs().sum(-1)
+    size, moved = _displacement(held, steps, affine)
+    inverse, back = affine.inverse.abs(), affine.undo(held).float().abs()
+    products = 2 * (held.shape[-1] + 2) * UNIT * (size @ inverse.mT + affine.mean[:, None].abs())
+    return moved @ inverse.mT + products + torch.finfo(held.dtype).eps * back
+
+
+def _displacement(held: Tensor, steps: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
+    """At most, the size of each coordinate of A (x - mean) and how far what is held of it is off, float32 of held's shape.
+
+    K' is rounded to the cache's type before it is coded, and once more when it is read other than by a fused kernel.
+    """
+    half = steps.to(torch.float32)[:, None, None] / 2
+    size, kind = held.to(torch.float32).abs() + half, torch.finfo(held.dtype)
+    rounding = kind.eps * (size + kind.smallest_normal)
+    spread = affine.matrix.abs() @ affine.inverse.abs()  # terms of the products, over what they add up to
+    return size, half + rounding + 2 * (held.shape[-1] + 2) * UNIT * size @ spread.mT
