@@ -357,6 +357,17 @@ def test_split_takes_the_fewest_low_bits_that_leave_few_symbols_a_side(limit: in
     assert [split_for(each, limit) for each in levels] == [0, 0, 1, 1, 2, 2, 3, 3, 3]
 
 
+def test_a_side_has_at_most_32_symbols() -> None:
+    def uniform(side: int, split: int) -> Codebook:
+        lengths = code_lengths(np.ones(side**2, np.int64), 12)
+        return Codebook((0,), (side << split,), (split,), 12, lengths)
+
+    assert uniform(32, 3).symbols(0) == 32
+    for side, split in ((33, 0), (33, 2), (64, 0)):
+        with pytest.raises(CorruptData, match="32 are possible"):
+            uniform(side, split)
+
+
 GOOD = {"first": (5,), "levels": (2,), "split": (0,), "limit": 3, "lengths": np.array([1, 2, 3, 3], np.uint8)}
 
 

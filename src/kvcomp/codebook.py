@@ -17,8 +17,8 @@ from kvcomp.errors import CorruptData, InvalidInput
 from kvcomp.quantise import MAX_CODES, MAX_LEVELS
 
 MAX_LIMIT = 12
-SYMBOLS_A_SIDE = 32  # at most, where split codes allow, and
-SYMBOLS_A_SIDE_BELOW = 24  # with a lower limit, which codes for 1,024 pairs would not bear
+SYMBOLS_A_SIDE = 32  # at most: a side's high bits fit five bits of a table's entry
+SYMBOLS_A_SIDE_BELOW = 24  # what training takes for a limit below the largest, which 1,024 pairs would fill
 MAX_SPLIT = 3
 TRAINING_TOKENS = 256  # sealed tokens from which a sequence trains its own book
 
@@ -35,8 +35,8 @@ class Codebook:
     first, levels: class i has the codes ``first[i]`` to ``first[i] + levels[i] - 1``; with levels rounded up to a multiple of 2^k, below 256.
     split: k, low bits of each ``code - first`` that are stored as they are, 0 to 3.
     limit: L, longest code length in bits, at most 12.
-    lengths: uint8, class after class ``symbols * symbols`` of them, symbols = ceil(levels / 2^k); entry ``hi_a * symbols + hi_b``. A
-        single symbol has length 0 and takes no bits, all others have a length from 1 on.
+    lengths: uint8, class after class ``symbols * symbols`` of them, symbols = ceil(levels / 2^k), at most 32; entry
+        ``hi_a * symbols + hi_b``. A single symbol has length 0 and takes no bits, all others have a length from 1 on.
 
     Raises CorruptData if the lengths of a class are no complete prefix code (Kraft sum 1, or a single symbol of length 0).
     """
@@ -55,6 +55,10 @@ class Codebook:
         for first, levels, split in zip(self.first, self.levels, self.split, strict=True):
             if not (0 <= split <= MAX_SPLIT and first >= 0 and levels >= 1 and _end(first, levels, split) <= MAX_CODES):
                 raise CorruptData(f"codebook with first code {first}, levels {levels}, split {split} is out of range")
+            if _symbols(levels, split) > SYMBOLS_A_SIDE:
+                raise CorruptData(
+                    f"codebook with {_symbols(levels, split)} symbols a side: {SYMBOLS_A_SIDE} are possible"
+                )
         size = sum(self.symbols(index) ** 2 for index in range(self.classes))
         if self.lengths.dtype != np.uint8 or self.lengths.shape != (size,):
             raise CorruptData(f"codebook needs {size} lengths in uint8, not {self.lengths.shape}")
