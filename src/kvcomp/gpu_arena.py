@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,6 +27,12 @@ def enough_memory() -> Iterator[None]:
         raise LimitExceeded(
             f"the device has no memory left for the cache: use a smaller batch, a shorter context or a coarser spec ({error})"
         ) from None
+
+
+def staged(content: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An array of nobody else's where a device can fetch it without the host waiting: ``.to(device, non_blocking=True)``."""
+    host = torch.from_numpy(content)
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 class Sent:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvcomp.codebook import Codebook
+from kvcomp.gpu_arena import staged
 from kvcomp.kernels.gpu_layout import (
     BOOKS,
     Book,
@@ -35,25 +39,35 @@ class DeviceBooks:
         self._tables: list[list[Tensor | None]] = [[None] * (2 * BOOKS) for _ in range(rows)]
 
     def enter(self, rows: Sequence[int], kind: int, own: int, book: Codebook | None) -> None:
-        """Put a book of K (0) or V (1), the default (0) or the own (1), where the kernels find it for these rows."""
+        """Put a book of K (0) or V (1), the default (0) or the own (1), where the kernels find it for these rows: whole or not at all."""
         if book is None:
             return
-        device = self.decoding.device
-        table, words = (
-            torch.from_numpy(x.view("i4")).to(device)
-            for x in (table_entries(book, self._bits[kind]), encoder_words(book))
-        )
-        index = 2 * kind + own
-        for described, to, size in (
-            (describe_book(book, table.data_ptr()), self.decoding, ctypes.sizeof(Book)),
-            (describe_encoder(book, words.data_ptr()), self.encoding, ctypes.sizeof(Encoder)),
-        ):
-            content = torch.frombuffer(bytearray(bytes(described)), dtype=torch.uint8).to(device)
-            for row in rows:
-                to[row, size * index : size * (index + 1)] = content
+        table = self._upload(table_entries(book, self._bits[kind]).view("i4"))
+        described = self._described(describe_book(book, table.data_ptr()))
+        self.enter_encoder(rows, kind, own, book)
+        self._write(rows, self.decoding, 2 * kind + own, described)
         for row in rows:
-            self._tables[row][2 * index : 2 * index + 2] = table, words
+            self._tables[row][4 * kind + 2 * own] = table
 
+    def enter_encoder(self, rows: Sequence[int], kind: int, own: int, book: Codebook) -> None:
+        """The same for encoding alone."""
+        words = self._upload(encoder_words(book).view("i4"))
+        self._write(rows, self.encoding, 2 * kind + own, self._described(describe_encoder(book, words.data_ptr())))
+        for row in rows:
+            self._tables[row][4 * kind + 2 * own + 1] = words
+
+    def _upload(self, content: npt.NDArray[Any]) -> Tensor:
+        return staged(content, self.decoding.device).to(self.decoding.device, non_blocking=True)
+
+    def _described(self, described: Book | Encoder) -> Tensor:
+        return self._upload(np.frombuffer(bytearray(bytes(described)), np.uint8))
+
+    def _write(self, rows: Sequence[int], to: Tensor, index: int, content: Tensor) -> None:
+        size = content.numel()
+        for row in rows:
+            to[row, size * index : size * (index + 1)] = content
+
+    @torch.inference_mode(False)
     def select(self, rows: Sequence[int]) -> DeviceBooks:
         """The books of these rows, which may repeat."""
         chosen = object.__new__(DeviceBooks)

@@ -14,7 +14,7 @@ def to_main_memory(of: GPUStore) -> KVStore:
     store = KVStore(of.spec, "reference", of.given_books, of.given_transform)
     if not of.batch:
         return store
-    of.join_streams()
+    of.settle()
     store.begin(of.tail_k.cpu()[:, :, :0])
     store.tokens, store.tail_base = of.tokens, of.tail_base
     held = of.tokens - of.tail_base

@@ -18,7 +18,6 @@ class Encoding:
     """Some pages of a row on their way. ``quantise`` comes first, ``count_pairs`` if books are to be trained, then ``measure`` and ``pack``.
 
     k, v: (KV heads, 64 x pages, head_dim), on the device. steps: float32 (KV heads,) of K and of V where the unit is ``head``.
-    books: uint8, what ``DeviceBooks.encoding`` has of the row.
     """
 
     def __init__(
@@ -27,7 +26,6 @@ class Encoding:
         build: PageBuild,
         tensors: tuple[TensorSpec, TensorSpec],
         steps: tuple[Tensor | None, Tensor | None],
-        books: Tensor,
         k: Tensor,
         v: Tensor,
     ) -> None:
@@ -35,7 +33,7 @@ class Encoding:
         heads, tokens, channels = k.shape
         pages = tokens // PAGE_TOKENS
         blocks = pages, heads
-        self._held: list[Tensor | None] = [k, v, books, *steps]
+        self._held: list[Tensor | None] = [k, v, *steps]
 
         def room(*shape: int, dtype: torch.dtype) -> Tensor:
             made = torch.empty(shape, dtype=dtype, device=k.device)
@@ -57,7 +55,6 @@ class Encoding:
             t.token_range = room(pages, PAGE_TOKENS, 2, dtype=torch.float32).data_ptr()
             self.counts.append(room(tensor.classes, MAX_CODES, MAX_CODES, dtype=torch.int32).zero_())
             t.counts = self.counts[-1].data_ptr()
-            t.books = books.data_ptr() + 2 * kind * ctypes.sizeof(Encoder)
         a.modes = room(*blocks, 2, dtype=torch.uint8).data_ptr()
         a.sizes = room(*blocks, 2, dtype=torch.int32).data_ptr()
         a.lengths = room(*blocks, 2, 64, dtype=torch.int16).data_ptr()
@@ -71,10 +68,12 @@ class Encoding:
         """Fill ``counts``."""
         gpu_launch.count_pairs(self._on, self._build, self._arguments)
 
-    def measure(self, cursor: Tensor) -> None:
-        """Find sizes and ``offsets`` from the cursor of a chunk on, and move it on."""
-        self._held.append(cursor)
+    def measure(self, books: Tensor, cursor: Tensor) -> None:
+        """Find sizes and ``offsets`` from the cursor of a chunk on, and move it on. books: what ``DeviceBooks.encoding`` has of the row."""
+        self._held += books, cursor
         self._arguments.cursor = cursor.data_ptr()
+        for kind, tensor in enumerate(self._arguments.tensors):
+            tensor.books = books.data_ptr() + 2 * kind * ctypes.sizeof(Encoder)
         gpu_launch.measure(self._on, self._build, self._arguments)
 
     def pack(self, chunk: Chunk) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -27,7 +31,7 @@ from kvcomp.transform import Transform
 VALUES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-class Held:
+class Held(ABC):
     """The rows of a batch on one device: sinks, pages and tail of each, and the books of the pages."""
 
     spec: CodecSpec
@@ -48,45 +52,70 @@ class Held:
     _page_build: PageBuild
     _builds: dict[tuple[str, bool], AttendBuild]
     _steps: tuple[Tensor | None, Tensor | None]  # float32 (KV heads,) of K and of V where the unit is ``head``
-    _sealing: torch.cuda.Event | None  # after which the pages that were sealed last may be read
+    _under_way: list[Iterator[None]]  # for each row that is being compressed what is left to do
+    _sealed: torch.cuda.Event | None  # after which the pages that were sealed last may be read
+
+    @abstractmethod
+    def proceed(self) -> None:
+        """Do what the host has to do next about what is being compressed; it waits until the device has come so far."""
+
+    def finish(self) -> None:
+        """Do all that the host has to do about what is being compressed."""
+        while self._under_way:
+            self.proceed()
+
+    def settle(self) -> None:
+        """``finish``, and let the current stream wait until the pages are there."""
+        self.finish()
+        if self._sealed is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._sealed)
+            self._sealed = None
 
     @property
     def compressed(self) -> bool:
         """Whether any row has a sealed page."""
+        self.finish()
         return any(row.valid for row in self.rows)
 
     @property
     def starts(self) -> npt.NDArray[np.int64]:
         """Position of each row's first real token."""
+        self.finish()
         return np.array([row.start for row in self.rows], np.int64)
 
     @property
     def sink_count(self) -> npt.NDArray[np.int64]:
         """Sinks of each row."""
+        self.finish()
         return np.array([row.sinks for row in self.rows], np.int64)
 
     @property
     def count(self) -> npt.NDArray[np.int64]:
         """Pages of each row."""
+        self.finish()
         return np.array([len(row.valid) for row in self.rows], np.int64)
 
     @property
     def tail_base(self) -> int:
         """Position of the tail's first token."""
+        self.finish()
         return self.tail.base
 
     @property
     def tail_k(self) -> Tensor:
         """(rows, KV heads, room, head_dim)"""
+        self.finish()
         return self.tail.k
 
     @property
     def tail_v(self) -> Tensor:
         """(rows, KV heads, room, head_dim)"""
+        self.finish()
         return self.tail.v
 
     def can_attend(self, queries: int) -> bool:
         """Whether all of the last ``queries`` tokens lie in the tail, as ``attend`` needs: a crop may have left some in pages."""
+        self.finish()
         return queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
 
     def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
@@ -100,7 +129,7 @@ class Held:
             raise InvalidInput(
                 f"queries {tuple(q.shape)} do not fit a cache of {self.batch} rows and {self.heads} KV heads"
             )
-        self.join_streams()
+        self.settle()
         inner = (q.detach() if self.transform is None else self.transform.queries(q)).contiguous()
         if inner.dtype not in VALUES or inner.device != self.device:
             raise InvalidInput(
@@ -108,7 +137,8 @@ class Held:
             )
         build = self._attend_build(VALUES[inner.dtype], bool(softcap))
         queries = heads // self.heads * new
-        splits = gpu_launch.splits_for(self._on, build, rows, self.heads, queries, self.tokens)
+        most = PAGE_TOKENS * self.table.capacity + self.tail.room  # which changes only when the table or the tail moves
+        splits = gpu_launch.splits_for(self._on, build, rows, self.heads, queries, most)
         out = torch.empty_like(inner)
         lse = torch.empty((rows, self.heads, queries), dtype=torch.float32, device=self.device)
         parts = splits if splits > 1 else 0
@@ -132,7 +162,7 @@ class Held:
 
     def tile(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """What the pages ``first`` to ``last`` of a row hold, K' and V' where there is a transform: (KV heads, tokens, head_dim)."""
-        self.join_streams()
+        self.settle()
         k = torch.empty((self.heads, (last - first) * PAGE_TOKENS, self.channels), dtype=self.dtype, device=self.device)
         v = torch.empty_like(k)
         a = DecompressArguments(page_count=last - first, heads=self.heads, ones=BFLOAT16_128)
@@ -150,6 +180,7 @@ class Held:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """K and V as attention sees them, (batch, KV heads, tokens, head_dim) in the dtype; padding is 0 once a row is sealed."""
+        self.settle()
         shape = self.batch, self.heads, self.tokens, self.channels
         k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "KV")
         for index, row in enumerate(self.rows):
@@ -173,7 +204,7 @@ class Held:
         """Bytes by part, pages as one (``codes``); waits for the device."""
         if not self.batch:
             return Memory()
-        self.join_streams()
+        self.settle()
         chunks = {id(chunk): chunk for row in self.rows for chunk in row.chunks}
         used = sum(int(chunk.cursor) for chunk in chunks.values())
         values = 2 * self.heads * self.channels
@@ -192,11 +223,12 @@ class Held:
             dense=held * values * self.dtype.itemsize,
         )
 
-    def join_streams(self) -> None:
-        """Let the current stream wait for what is being sealed."""
-        if self._sealing is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._sealing)
-            self._sealing = None
+    @property
+    def places(self) -> tuple[Any, ...]:
+        """Where everything lies that attention and the next token need: while it is the same, what was recorded of a step can be repeated."""
+        held = self.tail.k, self.tail.v, self.tail.held, self.sinks_k, self.sinks_v
+        device = self.table.pages, self.table.numbers, self.device_books.decoding
+        return (*(x.data_ptr() for x in (*held, *device)), self.tail.room, self.table.capacity, self.batch)
 
     def _attend_build(self, query: str, softcap: bool) -> AttendBuild:
         key = query, softcap

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.codebook import Codebook
-from kvcomp.gpu_arena import Chunk
+from kvcomp.gpu_arena import Chunk, staged
 
 LEAST_PAGES = 16  # for which a table has room
 
@@ -96,10 +96,5 @@ class Table:
         for numbers, row in zip(host, rows, strict=True):
             numbers[:3] = len(row.valid), row.sinks, row.tail_begin - tail_base
             numbers[3 : 3 + len(row.valid)] = row.valid
-        send(np.concatenate([host[:, :3].T.ravel(), host[:, 3:].ravel()]), self.numbers)
-
-
-def send(content: npt.NDArray[np.int32], to: Tensor) -> None:
-    """Copy to the device, behind what the current stream has to do."""
-    host = torch.from_numpy(content)
-    to.copy_(host.pin_memory() if to.is_cuda else host, non_blocking=True)
+        content = np.concatenate([host[:, :3].T.ravel(), host[:, 3:].ravel()])
+        self.numbers.copy_(staged(content, self.numbers.device), non_blocking=True)

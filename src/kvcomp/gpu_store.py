@@ -1,28 +1,28 @@
 """GPUStore: the cache of one layer in the memory of a GPU. What ``KVStore`` is on the CPU, with the same bytes in its pages.
 
 Everything the attention kernel reads lies on the device. How many tokens each row holds where depends on the number of tokens alone, so
-the host knows it without asking; what depends on the data - sizes and places of pages - stays on the device. The host waits for the
-device where a prompt is sealed, once to train a row's own codebooks and once to learn how much memory its pages take; not while decoding.
+the host knows it without asking; what depends on the data - sizes and places of pages - stays on the device. Of a prompt the host must know
+something of the data twice: pair counts, to train a row's own codebooks, and how much memory its pages take. It asks, and comes back for
+the answer when the device has other work: while the next layer's prompt is under way, or when the store is used again.
 
 Pages go into chunks of memory that are never moved (gpu_arena.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvcomp import codebook
 from kvcomp.codebook import TRAINING_TOKENS
-from kvcomp.errors import BackendUnavailable, InvalidInput
-from kvcomp.gpu_arena import Arena, Chunk, enough_memory
+from kvcomp.errors import BackendUnavailable, InvalidInput, LimitExceeded
+from kvcomp.gpu_arena import Arena, Chunk, Sent, enough_memory
 from kvcomp.gpu_books import DeviceBooks
 from kvcomp.gpu_encode import Encoding
 from kvcomp.gpu_held import VALUES, Held
@@ -62,13 +62,14 @@ class GPUStore(Held):
         self.units = spec.key.unit, spec.value.unit
         self.tokens = self.batch = self.heads = self.channels = 0
         self.rows: list[Row] = []
+        self._under_way, self._sealed = [], None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GPUStore:
         """An independent store; sealed pages, which never change, are shared."""
         twin = object.__new__(GPUStore)
         twin.__dict__.update(self.__dict__)
         if self.batch:
-            self.join_streams()
+            self.settle()
             twin._arena = self._new_arena()
             twin.select(torch.arange(self.batch))
         return twin
@@ -80,25 +81,46 @@ class GPUStore(Held):
     # What one append or seal changes
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Add tokens at the end, raw until ``seal``: k, v (batch, KV heads, new tokens, head_dim), on one device. Raises InvalidInput."""
+        """Add tokens at the end, raw until ``seal``: k, v (batch, KV heads, new tokens, head_dim), on one device.
+
+        Raises InvalidInput, BackendUnavailable or LimitExceeded and leaves the store as it was.
+        """
         self._check(k, v)
-        if not self.batch:
-            self._begin(k)
-        if self.transform is not None:
-            k, v = self.transform.key.apply(k), self.transform.value.apply(v)
-        self.join_streams()
-        new = k.shape[2]
-        if self.tokens - self.tail_base + new > self.tail.room:
-            self._make_room(new)
-        self.tail.append(k, v, self.tokens - self.tail_base)
+        new = not self.batch
+        try:
+            with enough_memory():
+                if new:
+                    self._begin(k)
+                if self.transform is not None:
+                    k, v = self.transform.key.apply(k), self.transform.value.apply(v)
+            self.prepare(k.shape[2])
+        except (BackendUnavailable, LimitExceeded):
+            self.batch = 0 if new else self.batch
+            raise
+        self.tail.append(k, v, self.tokens - self.tail.base)
+        self.tokens += k.shape[2]
+
+    def prepare(self, new: int) -> None:
+        """Make ready for so many new tokens: finish what is under way and give the tail room for them. Raises LimitExceeded."""
+        self.settle()
+        if self.tokens - self.tail.base + new > self.tail.room:
+            base = min(row.tail_begin for row in self.rows) if self.compressed else self.tail.base
+            base = min(base, self.tokens)
+            need, steady = self.tokens - base + new, self._tail_room()
+            room = min(2 * need, steady) if need <= steady else need * 5 // 4 if need > new else need
+            self._move_tail(base, room)
+
+    def advance(self, new: int) -> None:
+        """Take note of tokens that the device has added by itself, repeating the recorded work of an ``append`` of one token."""
         self.tokens += new
 
     def set_starts(self, starts: Sequence[int]) -> None:
         """Say at which position each row's real tokens begin. Raises InvalidInput for a row that is sealed from another position."""
         if len(starts) != self.batch or not all(0 <= start <= self.tokens for start in starts):
             raise InvalidInput(f"starts must be {self.batch} positions from 0 to {self.tokens}, not {list(starts)}")
+        self.settle()
         for row, start in zip(self.rows, starts, strict=True):
-            if start != row.start and (row.tail_begin > row.start or start < self.tail_base):
+            if start != row.start and (row.tail_begin > row.start or start < self.tail.base):
                 raise InvalidInput("the padding of a row cannot change once its tokens are compressed")
         for row, start in zip(self.rows, starts, strict=True):
             if start != row.start:
@@ -106,41 +128,53 @@ class GPUStore(Held):
         self._publish()
 
     def seal(self) -> None:
-        """Compress every whole page of tokens beyond the window, beside what the device does next. What is sealed never changes."""
-        if not self.batch:
-            return
-        self.join_streams()
-        before = self.count.sum()
+        """Begin to compress every whole page of tokens beyond the window, beside what the device does next. What is sealed never changes.
+
+        For a prompt the host is needed twice later, after the device has come so far: ``proceed``, or whatever uses the store next.
+        Raises LimitExceeded if memory ends; rows that are sealed are sealed, the others stay as they were.
+        """
+        if self.batch:
+            self.settle()
+            self._under_way = [self._seal_row(index) for index in range(self.batch)]
+            self.proceed()
+
+    @torch.inference_mode(False)
+    def proceed(self) -> None:
+        under_way, self._under_way = self._under_way, []
+        before = sum(len(row.valid) for row in self.rows)
         try:
             with enough_memory():
-                for index in range(self.batch):
-                    self._seal_row(index)
-        finally:  # what was sealed is sealed, if memory ends in the middle
-            if self.count.sum() > before:
-                self._publish()
+                self._under_way = [rest for rest in under_way if next(rest, self) is not self]
+        finally:
+            if sum(len(row.valid) for row in self.rows) > before:
                 if self._side is not None:
-                    self._sealing = torch.cuda.Event()
-                    self._sealing.record(self._side)
+                    self._sealed = torch.cuda.Event()
+                    self._sealed.record(self._side)
+                self._publish()
+                if not self._under_way:
+                    self._trim_tail()
 
+    @torch.inference_mode(False)
     def crop(self, tokens: int) -> None:
         """Keep the first ``tokens`` positions. Raises InvalidInput if there are fewer."""
         if not 0 <= tokens <= self.tokens:
             raise InvalidInput(f"cannot crop a cache of {self.tokens} tokens to {tokens}")
         if not self.batch:
             return
-        self.join_streams()
+        self.settle()
         for row in self.rows:
             row.crop(tokens)
         self.tokens = tokens
-        self.tail.base = min(self.tail_base, tokens)
+        self.tail.base = min(self.tail.base, tokens)
         self._publish()
 
+    @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
         """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do not exist."""
         index = [int(row) for row in rows.detach().cpu().flatten().tolist()]
         if not index or min(index) < -self.batch or max(index) >= self.batch:
             raise InvalidInput(f"rows must be some of the {self.batch} that the cache holds, not {index}")
-        self.join_streams()
+        self.settle()
         index = [row % self.batch for row in index]
         chosen = torch.tensor(index, device=self.device)
         self.sinks_k, self.sinks_v = (x.index_select(0, chosen) for x in (self.sinks_k, self.sinks_v))
@@ -178,7 +212,6 @@ class GPUStore(Held):
         self.batch, self.heads, _, self.channels = k.shape
         self.dtype, self.device = k.dtype, k.device
         self._side = torch.cuda.Stream(k.device) if k.is_cuda else None
-        self._sealing = None
         self.layout = Layout(self.heads, self.channels, self.units, k.dtype.itemsize)
         self.rows = [Row() for _ in range(self.batch)]
         nothing = k.new_empty((self.batch, self.heads, 0, self.channels))
@@ -211,98 +244,106 @@ class GPUStore(Held):
 
     def _publish(self) -> None:
         """Tell the device what the host knows of the rows."""
-        self.table.publish(self.rows, self.tail_base)
-        self.tail.held.fill_(self.tokens - self.tail_base)
+        self.table.publish(self.rows, self.tail.base)
+        self.tail.held.fill_(self.tokens - self.tail.base)
 
     def _tail_room(self) -> int:
         ragged = PAGE_TOKENS - 1 if self.batch > 1 else 0
         page = max(PAGE_TOKENS, self.spec.window // 4)
         return self.spec.window + page + ragged + (0 if self.compressed else self.spec.sinks)
 
-    def _make_room(self, new: int) -> None:
-        """Give the tail room for the new tokens."""
-        base = min(min(row.tail_begin for row in self.rows), self.tokens) if self.compressed else self.tail_base
-        kept = self.tokens - base
-        need, steady = kept + new, self._tail_room()
-        room = min(2 * need, steady) if need <= steady else need * 5 // 4 if kept else need
+    def _trim_tail(self) -> None:
+        """Give back what a prompt took for tokens that are now sealed."""
+        base, steady = min(row.tail_begin for row in self.rows), self._tail_room()
+        if self.tail.room > steady >= self.tokens - base:
+            self._move_tail(base, steady)
+
+    def _move_tail(self, base: int, room: int) -> None:
         with enough_memory():
-            self.tail.move(base, kept, room)
+            self.tail.move(base, self.tokens - base, room)
         self._publish()
 
     def _beside(self) -> AbstractContextManager[Any]:
-        """The stream on which pages are sealed, after what the current one has done."""
-        if self._side is None:
-            return nullcontext()
-        self._side.wait_stream(torch.cuda.current_stream(self.device))
-        return torch.cuda.stream(self._side)
+        """The stream on which pages are sealed."""
+        return nullcontext() if self._side is None else torch.cuda.stream(self._side)
 
-    @torch.inference_mode(False)
-    def _seal_row(self, index: int) -> bool:
-        """Compress what is ready of a row; says whether anything was."""
-        row = self.rows[index]
+    def _seal_row(self, index: int) -> Iterator[None]:
+        """Compress what is ready of a row; pauses where the host must wait for the device. The row changes at the end only."""
+        row, tensors = self.rows[index], (self.spec.key, self.spec.value)
         missing = self.spec.sinks - row.sinks if not row.valid else 0
-        begin = row.tail_begin + missing
+        begin, first = row.tail_begin + missing, len(row.valid)
         pages = (self.tokens - self.spec.window - begin) // PAGE_TOKENS
         if pages < 1:
-            return False
-        at = begin - self.tail_base
-        first = len(row.valid)
+            return
+        at = begin - self.tail.base
         if first + pages > self.table.capacity:
             self.table = self.table.grown(first + pages)
-        with self._beside():
-            if missing:
-                for sinks, tail in ((self.sinks_k, self.tail_k), (self.sinks_v, self.tail_v)):
-                    sinks[index, :, row.sinks :] = tail[index, :, at - missing : at]
-            k, v = (x[index, :, at : at + pages * PAGE_TOKENS] for x in (self.tail_k, self.tail_v))
-            self.table.pages[index, first : first + pages] = self._encode(index, k, v, pages)
-            if self._side is not None:
-                for x in (self.tail_k, self.tail_v, self.sinks_k, self.sinks_v, self.table.pages):
-                    x.record_stream(self._side)
-        row.sinks += missing
-        row.valid += [PAGE_TOKENS] * pages
-        row.tail_begin = begin + pages * PAGE_TOKENS
-        return True
-
-    def _encode(self, index: int, k: Tensor, v: Tensor, pages: int) -> Tensor:
-        """Addresses of the pages, int64 (pages,), of K and V (KV heads, 64 x pages, head_dim)."""
-        row, tensors = self.rows[index], (self.spec.key, self.spec.value)
-        encoding = Encoding(self._on, self._page_build, tensors, self._steps, self.device_books.encoding[index], k, v)
-        encoding.quantise()
+            self._publish()
         learning = [
             kind
             for kind, tensor in enumerate(tensors)
             if self.given_books is None and tensor.coding == "huffman" and row.books[kind] is None
         ]
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with self._beside():
+            self._keep(self.tail.k, self.tail.v, self.sinks_k, self.sinks_v, self.table.pages)
+            if missing:
+                for sinks, tail in ((self.sinks_k, self.tail.k), (self.sinks_v, self.tail.v)):
+                    sinks[index, :, row.sinks :] = tail[index, :, at - missing : at]
+            k, v = (x[index, :, at : at + pages * PAGE_TOKENS] for x in (self.tail.k, self.tail.v))
+            encoding = Encoding(self._on, self._page_build, tensors, self._steps, k, v)
+            encoding.quantise()
+            if learning:
+                encoding.count_pairs()
+            sent = [Sent(encoding.counts[kind]) for kind in learning]
+            books = self.device_books.select([index])
+        trained, counts = list(row.books), list(row.counts)
         if learning:
-            encoding.count_pairs()
-            sealed = (len(row.valid) + pages) * PAGE_TOKENS
-            for kind in learning:
-                self._learn(index, kind, encoding.counts[kind].cpu().numpy().view(np.uint32).astype(np.uint64), sealed)
-        if learning or pages > 1:  # a prompt: its pages get as much memory as they need
-            cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
-            encoding.measure(cursor)
-            size = int(encoding.offsets[-1]) + self.channels
-            chunk = Chunk(torch.empty(size, dtype=torch.uint8, device=self.device), cursor)
-        else:
-            chunk = self._arena.chunk_for(pages * self._largest_page)
-            encoding.measure(chunk.cursor)
-        addresses = encoding.pack(chunk)
+            yield
+            for kind, of_pages in zip(learning, sent, strict=True):
+                found, earlier = of_pages.wait().numpy().view(np.uint32).astype(np.uint64), row.counts[kind]
+                seen = found if earlier is None else found + earlier
+                if (first + pages) * PAGE_TOKENS >= TRAINING_TOKENS and seen.any():
+                    trained[kind], counts[kind] = codebook.train(seen, tensors[kind].limit), None
+                else:
+                    counts[kind] = seen
+        new = [(kind, book) for kind, book in enumerate(trained) if book is not None and row.books[kind] is None]
+        with self._beside():
+            for kind, book in new:
+                books.enter_encoder([0], kind, 1, book)
+            if learning or pages > 1:  # a prompt: its pages get as much memory as they need
+                cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
+                encoding.measure(books.encoding[0], cursor)
+                size = Sent(encoding.offsets[-1:])
+            else:
+                chunk = self._arena.chunk_for(self._largest_page)
+                encoding.measure(books.encoding[0], chunk.cursor)
+        if learning or pages > 1:
+            yield
+            bytes_needed = int(size.wait()) + self.channels
+            with self._beside():
+                chunk = Chunk(torch.empty(bytes_needed, dtype=torch.uint8, device=self.device), cursor)
+        with self._beside():
+            self._keep(self.table.pages)
+            self.table.pages[index, first : first + pages] = encoding.pack(chunk)
+            self._arena.ask()
+        for kind, book in new:
+            self.device_books.enter([index], kind, 1, book)
+        if self._side is not None:  # it is freed only after what reads it here
+            chunk.memory.record_stream(torch.cuda.current_stream(self.device))
         if chunk not in row.chunks:
             row.chunks.append(chunk)
-        self._arena.ask()
-        return addresses
+        row.books, row.counts = trained, counts
+        row.sinks += missing
+        row.valid += [PAGE_TOKENS] * pages
+        row.tail_begin = begin + pages * PAGE_TOKENS
 
-    def _learn(self, index: int, kind: int, counts: npt.NDArray[np.uint64], sealed: int) -> None:
-        """Gather pair counts until the row has sealed enough tokens to train its own book."""
-        row = self.rows[index]
-        earlier = row.counts[kind]
-        counts = counts if earlier is None else counts + earlier
-        if sealed >= TRAINING_TOKENS and counts.any():
-            row.books[kind] = codebook.train(counts, (self.spec.key, self.spec.value)[kind].limit)
-            row.counts[kind] = None
-            self.device_books.enter([index], kind, 1, row.books[kind])
-        else:
-            row.counts[kind] = counts
+    def _keep(self, *tensors: Tensor) -> None:
+        """Let these live until what is sealed beside has read or written them."""
+        if self._side is not None:
+            for x in tensors:
+                x.record_stream(self._side)
 
     @property
     def _largest_page(self) -> int:

@@ -49,6 +49,7 @@ class Pair:
         assert (out - expected).abs().max() < TOLERANCE * expected.abs().max()
 
     def check_pages(self) -> None:
+        self.gpu.settle()
         for row in range(self.batch):
             for mine, theirs in zip(
                 self.gpu.table.pages[row].tolist(), self.cpu.pages[row, : self.cpu.count[row]].tolist(), strict=False
@@ -73,6 +74,7 @@ def test_a_prompt_and_what_follows() -> None:
 def test_decoding_launches_two_kernels_a_layer() -> None:
     pair = Pair(SPEC, 1)
     pair.append(340)
+    pair.gpu.settle()
     pair.on.machine = type(pair.on.machine)(90, pair.on.machine.shared, 8)
     pair.on.launches.clear()
     pair.gpu.attend(pair.values(1, HEADS * GROUP, 1, CHANNELS).float(), 0.125)

@@ -46,7 +46,7 @@ class MaskPlan:
 
 
 class Session:
-    """The model a cache belongs to, and the mask of the forward pass that is under way."""
+    """The model a cache belongs to, the mask of the forward pass that is under way, and the layer that a GPU compresses meanwhile."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = ref(config)
@@ -54,6 +54,7 @@ class Session:
         self.fingerprint = fingerprint_of(config)
         self.limit = position_limit(config)
         self.plan: MaskPlan | None = None
+        self.sealing: GPUStore | None = None
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raise InvalidInput if this is the configuration of another model."""
@@ -72,7 +73,7 @@ class Session:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         twin = Session.__new__(Session)
-        vars(twin).update(vars(self), plan=None)
+        vars(twin).update(vars(self), plan=None, sealing=None)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -207,15 +208,22 @@ class CompressedLayer(CacheLayerMixin):
             )
         if self.unsealed:  # another attention implementation has the last word on when it has read its keys and values
             self.seal()
+        if self.session.sealing is not None:  # the device has the work up to this layer's attention to do
+            self.session.sealing.proceed()
         self.store.append(key_states, value_states)
         self.unsealed = self.is_initialized = True
         source = Source(self, (key_states, value_states) if self.store.tokens == key_states.shape[2] else None)
         return Handle(source, 0), Handle(source, 1)
 
     def seal(self) -> None:
-        """Compress what is older than the window."""
+        """Compress what is older than the window. On a GPU a prompt is done when the next layer has come as far."""
         self.unsealed = False
+        before, self.session.sealing = self.session.sealing, None
+        if before is not None:
+            before.finish()
         self.store.seal()
+        if isinstance(self.store, GPUStore):
+            self.session.sealing = self.store
 
     def undo(self, tokens: int) -> None:
         """Take back an update of this many tokens that nothing has been sealed after."""
