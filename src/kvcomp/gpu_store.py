@@ -107,7 +107,8 @@ class GPUStore(Held):
             base = min(row.tail_begin for row in self.rows) if self.compressed else self.tail.base
             base = min(base, self.tokens)
             need, steady = self.tokens - base + new, self._tail_room()
-            room = min(2 * need, steady) if need <= steady else need * 5 // 4 if need > new else need
+            room = max(min(2 * need, steady), min(self.tail.room, steady))
+            room = room if need <= steady else need * 5 // 4 if need > new else need
             self._move_tail(base, room)
 
     def advance(self, new: int) -> None:

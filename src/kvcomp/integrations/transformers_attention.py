@@ -86,6 +86,8 @@ def _over_store(
     tokens = store.tokens
     if mask is None and queries > 1 and not causal:
         mask = torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=query.device)
+    if layer.session.recording and mask is not None:
+        raise UnsupportedModel("a step with an attention mask cannot be recorded: use the model's forward pass")
     plain = mask is None or _is_plain(store, layer.session.plan_for(mask, batch, queries, tokens), queries)
     fresh, source.fresh = source.fresh, None
     if fresh is None and plain and queries * heads // store.heads <= FUSED_QUERIES:

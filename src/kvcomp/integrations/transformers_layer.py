@@ -55,6 +55,7 @@ class Session:
         self.limit = position_limit(config)
         self.plan: MaskPlan | None = None
         self.sealing: GPUStore | None = None
+        self.recording = False  # a step that a graph will repeat: what depends on its number is done outside
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raise InvalidInput if this is the configuration of another model."""
@@ -217,6 +218,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def seal(self) -> None:
         """Compress what is older than the window. On a GPU a prompt is done when the next layer has come as far."""
+        if self.session.recording:
+            return
         self.unsealed = False
         before, self.session.sealing = self.session.sealing, None
         if before is not None:

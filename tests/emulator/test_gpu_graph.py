@@ -1,0 +1,153 @@
+"""Recorded decoding steps, repeated with the arguments they were recorded with, against ordinary ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from emulator import COMPILER
+from recorder import Recorder, RecordingEmulator
+
+from kvcomp import gpu_store
+from kvcomp.errors import InvalidInput, LimitExceeded
+from kvcomp.gpu_store import GPUStore
+from kvcomp.spec import CodecSpec, TensorSpec
+
+transformers = pytest.importorskip("transformers")
+KVCompCache = pytest.importorskip("kvcomp.integrations.transformers").KVCompCache
+transformers_graph = pytest.importorskip("kvcomp.integrations.transformers_graph")
+
+pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
+
+SPEC = CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=16, sinks=4)
+
+
+def test_a_store_repeats_a_step_while_pages_are_sealed() -> None:
+    on = RecordingEmulator(processors=8)
+    one = GPUStore(SPEC, launcher=lambda device: on)
+    random = torch.Generator().manual_seed(3)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random).to(torch.bfloat16)
+
+    one.append(*(values(2, 2, 340, 64) for _ in "KV"))
+    one.seal()
+    one.prepare(1)
+    other = deepcopy(one)
+    k, v, q = values(2, 2, 1, 64), values(2, 2, 1, 64), values(2, 4, 1, 64).float()
+    recorder = Recorder(on)
+    places = one.places
+    with recorder:
+        one.append(k, v)
+        out = one.attend(q, 0.125)
+    assert recorder.names == ["index_copy_", "index_copy_", "add_", "attend", "merge"]
+    sealed = one.count.sum()
+    for step in range(200):
+        for x, new in ((k, values(2, 2, 1, 64)), (v, values(2, 2, 1, 64)), (q, values(2, 4, 1, 64).float())):
+            x.copy_(new)
+        if step:
+            one.prepare(1)
+            one.advance(1)
+        assert one.places == places
+        recorder.repeat()
+        one.seal()
+        other.append(k, v)
+        assert torch.equal(out, other.attend(q, 0.125))
+        other.seal()
+    assert one.count.sum() == sealed + 6
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(one.dense(), other.dense(), strict=True))
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> RecordingEmulator:
+    made = RecordingEmulator()
+    monkeypatch.setattr(gpu_store, "gpu_of", lambda device: made)
+    return made
+
+
+def model(tokens: int = 512) -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, max_position_embeddings=tokens,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = transformers.LlamaForCausalLM(config).eval()
+    made.set_attn_implementation("kvcomp")
+    return made
+
+
+def test_a_model_repeats_a_step_across_seals(on: RecordingEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorders: list[Recorder] = []
+
+    def recorded(step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        recorders.append(Recorder(on))
+        with recorders[-1]:
+            result = step()
+        return result, recorders[-1].repeat
+
+    monkeypatch.setattr(transformers_graph, "recorded", recorded)
+    made = model()
+    prompt = torch.randint(1, 96, (2, 330), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(prompt)
+    mask[1, :45] = 0
+    cache = KVCompCache(made.config, SPEC, backend="gpu")
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        logits = made(prompt, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
+    other = deepcopy(cache)
+    graph = transformers_graph.DecodeGraph(made, cache)
+    for step in range(80):
+        ids = logits.argmax(-1)
+        logits = graph.step(ids)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        with torch.no_grad():
+            positions = mask.sum(1, keepdim=True) - 1
+            expected = made(ids[:, None], attention_mask=mask, position_ids=positions, past_key_values=other)
+        assert torch.equal(logits, expected.logits[:, -1]), step
+    assert len(recorders) == 1
+    ours = [name for name in recorders[0].names if name in ("index_copy_", "attend", "merge")]
+    assert len(ours) <= 4 * len(cache.layers)
+    assert cache.memory() == other.memory()
+    cache.batch_select_indices(torch.tensor([1]))
+    other.batch_select_indices(torch.tensor([1]))
+    for _ in range(3):
+        logits = graph.step(torch.tensor([5]))
+        with torch.no_grad():
+            position = torch.tensor([[other.get_seq_length() - 45]])
+            expected = made(torch.tensor([[5]]), position_ids=position, past_key_values=other).logits[:, -1]
+        assert torch.equal(logits, expected)
+    assert len(recorders) == 2
+
+
+def test_what_cannot_be_recorded_is_refused(on: RecordingEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model(tokens=160)
+    cache = KVCompCache(made.config, SPEC, backend="gpu")
+    with pytest.raises(InvalidInput, match="holds a prompt"):
+        transformers_graph.DecodeGraph(made, cache)
+    prompt = torch.randint(1, 96, (1, 158), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        made(prompt, past_key_values=cache)
+    graph = transformers_graph.DecodeGraph(made, cache)
+    with pytest.raises(InvalidInput, match="one token"):
+        graph.step(torch.tensor([1, 2]))
+    graph.step(torch.tensor([1]))
+
+    def failing(step: Callable[[], torch.Tensor]) -> None:
+        with Recorder(on):
+            step()
+        raise RuntimeError("capture fails")
+
+    monkeypatch.setattr(transformers_graph, "recorded", failing)
+    with pytest.raises(RuntimeError, match="capture fails"):
+        graph.step(torch.tensor([1]))
+    assert cache.get_seq_length() == 159
+    with torch.no_grad():
+        made(torch.tensor([[1]]), past_key_values=cache)
+    with pytest.raises(LimitExceeded):
+        graph.step(torch.tensor([1]))
+    made.set_attn_implementation("sdpa")
+    with pytest.raises(InvalidInput, match="set_attn_implementation"):
+        transformers_graph.DecodeGraph(made, cache)
