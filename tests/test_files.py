@@ -13,7 +13,7 @@ import torch
 from sealing import seal, unseal
 
 import kvcomp
-from kvcomp import files
+from kvcomp import files, joining
 from kvcomp.errors import CorruptData, InvalidInput, UnsupportedVersion
 from kvcomp.spec import PRESETS, CodecSpec
 from kvcomp.store import KVStore
@@ -44,10 +44,10 @@ def test_stores_that_do_not_belong_together_are_not_joined() -> None:
 
     for other in (store(32), store(dtype=torch.float16), store(spec=PRESETS["kvcomp"])):
         with pytest.raises(InvalidInput, match="of one spec, shape and dtype"):
-            files.join([store(), other])
+            joining.join([store(), other])
     for none in ([], [KVStore(LOSSY)]):
         with pytest.raises(InvalidInput, match="that hold tokens"):
-            files.join(none)
+            joining.join(none)
 
 
 def test_layers_that_differ_are_not_saved(tmp_path: Path) -> None:

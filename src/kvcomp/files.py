@@ -21,6 +21,7 @@ from kvcomp.codebook import Codebook
 from kvcomp.container import Container, LayerParts, pack
 from kvcomp.disk import read, write
 from kvcomp.errors import InvalidInput
+from kvcomp.joining import as_tensor, first_of_tail, last_tokens
 from kvcomp.page import Layout
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, as_array
@@ -114,47 +115,6 @@ def load(
     return stores
 
 
-@torch.inference_mode(False)
-def join(stores: Sequence[KVStore]) -> KVStore:
-    """One batch of the rows of several stores of one layer; pages are shared. Shorter rows get padding on the left.
-
-    Raises InvalidInput unless all have the same spec, shape and dtype, and hold tokens.
-    """
-    first = stores[0] if stores else None
-    if first is None or not all(store.batch for store in stores):
-        raise InvalidInput("only stores that hold tokens can be joined")
-    for store in stores:
-        if (store.spec, store.heads, store.channels, store.dtype) != (
-            first.spec,
-            first.heads,
-            first.channels,
-            first.dtype,
-        ):
-            raise InvalidInput("only rows of one spec, shape and dtype can be joined")
-    joined, shift = deepcopy(first), [max(store.tokens for store in stores) - store.tokens for store in stores]
-    joined.tokens = first.tokens + shift[0]
-    joined.batch = sum(store.batch for store in stores)
-    for name in ("starts", "tail_begin"):
-        shifted = [getattr(store, name) + by for store, by in zip(stores, shift, strict=True)]
-        setattr(joined, name, np.concatenate(shifted))
-    for name in ("sink_count", "count"):
-        setattr(joined, name, np.concatenate([getattr(store, name) for store in stores]))
-    capacity = int(joined.count.max())
-    for name in ("pages", "valid"):
-        tables = [getattr(store, name)[:, :capacity] for store in stores]
-        setattr(joined, name, np.concatenate([np.pad(x, ((0, 0), (0, capacity - x.shape[1]))) for x in tables]))
-    for name in ("owners", "own_books", "pair_counts"):
-        setattr(joined, name, [list(row) for store in stores for row in getattr(store, name)])
-    joined.tail_base = min(_tail_first(store) + by for store, by in zip(stores, shift, strict=True))
-    recent = joined.tokens - joined.tail_base
-    for name in ("sinks_k", "sinks_v"):
-        setattr(joined, name, torch.cat([getattr(store, name) for store in stores]))
-    tails = [_tail(store, min(recent, store.tokens)) for store in stores]
-    padded = [np.pad(x, ((0, 0), (0, 0), (0, 0), (recent - x.shape[3], 0), (0, 0))) for x in tails]
-    joined.tail_k, joined.tail_v = (_tensor(x, joined.dtype) for x in np.concatenate(padded, axis=1))
-    return joined
-
-
 def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
     """A store of which only the last tokens are known, raw; the positions before them count as padding.
 
@@ -182,7 +142,7 @@ def parts_of(store: KVStore, layer: int) -> LayerParts:
             if book is not None and store.given_books is None:
                 books[id(book)] = book
                 row_books[row, kind] = places.setdefault(id(book), len(places))
-    recent = store.tokens - _tail_first(store)
+    recent = store.tokens - first_of_tail(store)
     held = [as_array(x) for x in (store.sinks_k, store.sinks_v)]
     sinks = np.zeros((2, store.batch, store.heads, int(store.sink_count.max()), store.channels), held[0].dtype)
     for row, count in enumerate(store.sink_count.tolist()):
@@ -204,7 +164,7 @@ def parts_of(store: KVStore, layer: int) -> LayerParts:
         row_books=row_books,
         counts=store.pair_counts,
         sinks=sinks,
-        tail=_tail(store, recent),
+        tail=last_tokens(store, recent),
     )
 
 
@@ -236,10 +196,10 @@ def store_of(
     store.valid[used] = parts.valid
     store.tail_begin = store.starts + store.sink_count + store.valid.sum(axis=1, dtype=np.int64)
     store.tail_base = tokens - parts.tail.shape[3]
-    store.tail_k, store.tail_v = (_tensor(x, store.dtype) for x in parts.tail)
+    store.tail_k, store.tail_v = (as_tensor(x, store.dtype) for x in parts.tail)
     sinks = np.zeros((*parts.sinks.shape[:3], spec.sinks, parts.channels), parts.sinks.dtype)
     sinks[:, :, :, : parts.sinks.shape[3]] = parts.sinks
-    store.sinks_k, store.sinks_v = (_tensor(x, store.dtype) for x in sinks)
+    store.sinks_k, store.sinks_v = (as_tensor(x, store.dtype) for x in sinks)
     store.owners = [[arena] * count for count in store.count.tolist()]
     given = (None, None) if store.given_books is None else [narrow for _, narrow in store.given_books]
     store.own_books = [
@@ -273,29 +233,3 @@ def _arena(store: KVStore) -> tuple[list[Bytes], npt.NDArray[np.int64]]:
             offsets.append(places[address])
     pieces = [buffer[begin:end] for buffer, begin, end in runs]
     return [*pieces, np.zeros(store.channels if pieces else 0, np.uint8)], np.array(offsets, np.int64)
-
-
-def _tail_first(store: KVStore) -> int:
-    """The first position that a row needs of the tail; of a row of which nothing is sealed also the padding, as it came."""
-    return int(np.where(store.tail_begin == store.starts, store.tail_base, store.tail_begin).min())
-
-
-def _tail(store: KVStore, recent: int) -> npt.NDArray[Any]:
-    """The last ``recent`` tokens of K and V, (2, rows, heads, recent, D); 0 where a row has them compressed or not at all.
-
-    In NumPy: torch shares copies of this size among threads, and waits for them longer than the rest takes where cores are busy.
-    """
-    held = [as_array(x) for x in (store.tail_k, store.tail_v)]
-    tail = np.zeros((2, store.batch, store.heads, recent, store.channels), held[0].dtype)
-    end = store.tokens - store.tail_base
-    for row, begin in enumerate(store.tail_begin.tolist()):
-        first = store.tail_base if begin == store.starts[row] else begin
-        kept = min(store.tokens - first, recent)
-        for kind in (0, 1):
-            tail[kind, row, :, recent - kept :] = held[kind][row, :, end - kept : end]
-    return tail
-
-
-def _tensor(x: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
-    """An array as a tensor, without a copy."""
-    return torch.from_numpy(x.view(np.int16)).view(dtype) if dtype == torch.bfloat16 else torch.from_numpy(x)

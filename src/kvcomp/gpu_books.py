@@ -77,6 +77,18 @@ class DeviceBooks:
         chosen._tables = [list(self._tables[row]) for row in rows]
         return chosen
 
+    @classmethod
+    def joined(cls, books: Sequence[DeviceBooks]) -> DeviceBooks:
+        """The books of all rows of several batches."""
+        made = object.__new__(cls)
+        made._bits = books[0]._bits
+        made.decoding, made.encoding = (
+            torch.cat([of.decoding for of in books]),
+            torch.cat([of.encoding for of in books]),
+        )
+        made._tables = [list(row) for of in books for row in of._tables]
+        return made
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tables, each counted once, and of what is said of them."""

@@ -90,6 +90,13 @@ class Table:
         larger[:, :capacity] = self.pages
         return Table(larger)
 
+    @classmethod
+    def joined(cls, tables: Sequence[Table]) -> Table:
+        """The rows of several tables, which must be published anew."""
+        capacity = max(table.capacity for table in tables)
+        padded = [torch.nn.functional.pad(table.pages, (0, capacity - table.capacity)) for table in tables]
+        return cls(torch.cat(padded))
+
     def publish(self, rows: Sequence[Row], tail_base: int) -> None:
         """Tell the device what the host knows of the rows."""
         host = np.zeros((len(rows), 3 + self.capacity), np.int32)

@@ -106,7 +106,7 @@ class GPUStore(Held):
         if self.tokens - self.tail.base + new > self.tail.room:
             base = min(row.tail_begin for row in self.rows) if self.compressed else self.tail.base
             base = min(base, self.tokens)
-            need, steady = self.tokens - base + new, self._tail_room()
+            need, steady = self.tokens - base + new, self.tail_room()
             room = max(min(2 * need, steady), min(self.tail.room, steady))
             room = room if need <= steady else need * 5 // 4 if need > new else need
             self._move_tail(base, room)
@@ -126,7 +126,7 @@ class GPUStore(Held):
         for row, start in zip(self.rows, starts, strict=True):
             if start != row.start:
                 row.start = row.tail_begin = int(start)
-        self._publish()
+        self.publish()
 
     def seal(self) -> None:
         """Begin to compress every whole page of tokens beyond the window, beside what the device does next. What is sealed never changes.
@@ -151,7 +151,7 @@ class GPUStore(Held):
                 if self._side is not None:
                     self._sealed = torch.cuda.Event()
                     self._sealed.record(self._side)
-                self._publish()
+                self.publish()
                 if not self._under_way:
                     self._trim_tail()
 
@@ -167,7 +167,7 @@ class GPUStore(Held):
             row.crop(tokens)
         self.tokens = tokens
         self.tail.base = min(self.tail.base, tokens)
-        self._publish()
+        self.publish()
 
     @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
@@ -183,7 +183,7 @@ class GPUStore(Held):
         self.table = Table(self.table.pages.index_select(0, chosen))
         self.rows = [self.rows[row].copy() for row in index]
         self.batch = len(index)
-        self._publish()
+        self.publish()
 
     # Steps
 
@@ -238,31 +238,32 @@ class GPUStore(Held):
                 self.device_books.enter(range(self.batch), kind, 1, own)
                 for row in self.rows:
                     row.books[kind] = own
-        self._publish()
+        self.publish()
 
     def _new_arena(self) -> Arena:
         return Arena(CHUNK_PAGES * self._largest_page, self.channels, self.device)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Tell the device what the host knows of the rows."""
         self.table.publish(self.rows, self.tail.base)
         self.tail.held.fill_(self.tokens - self.tail.base)
 
-    def _tail_room(self) -> int:
+    def tail_room(self) -> int:
+        """Tokens for which the tail has room between two seals."""
         ragged = PAGE_TOKENS - 1 if self.batch > 1 else 0
         page = max(PAGE_TOKENS, self.spec.window // 4)
         return self.spec.window + page + ragged + (0 if self.compressed else self.spec.sinks)
 
     def _trim_tail(self) -> None:
         """Give back what a prompt took for tokens that are now sealed."""
-        base, steady = min(row.tail_begin for row in self.rows), self._tail_room()
+        base, steady = min(row.tail_begin for row in self.rows), self.tail_room()
         if self.tail.room > steady >= self.tokens - base:
             self._move_tail(base, steady)
 
     def _move_tail(self, base: int, room: int) -> None:
         with enough_memory():
             self.tail.move(base, self.tokens - base, room)
-        self._publish()
+        self.publish()
 
     def _beside(self) -> AbstractContextManager[Any]:
         """The stream on which pages are sealed."""
@@ -279,7 +280,7 @@ class GPUStore(Held):
         at = begin - self.tail.base
         if first + pages > self.table.capacity:
             self.table = self.table.grown(first + pages)
-            self._publish()
+            self.publish()
         learning = [
             kind
             for kind, tensor in enumerate(tensors)

@@ -56,6 +56,23 @@ class Tail:
         self.base = base
         self.held.fill_(kept)
 
+    @classmethod
+    def joined(cls, tails: Sequence[tuple[Tail, int]], tokens: int, base: int, room: int) -> Tail:
+        """Tails of several batches, and how many tokens each has, as one that ends at position ``tokens``; 0 where a row has none."""
+        first, _ = tails[0]
+        recent = tokens - base
+        room = max(room, recent)
+        rows = sum(tail.k.shape[0] for tail, _ in tails)
+        shape = rows, first.k.shape[1], room, first.k.shape[3]
+        made = cls(first.k.new_zeros(shape), first.k.new_zeros(shape), base)
+        at = 0
+        for tail, held in tails:
+            kept, last = min(recent, held), at + tail.k.shape[0]
+            made.k[at:last, :, recent - kept : recent] = tail.k[:, :, held - kept : held]
+            made.v[at:last, :, recent - kept : recent] = tail.v[:, :, held - kept : held]
+            at = last
+        return made
+
     def select(self, rows: Sequence[int]) -> Tail:
         """The tails of these rows, which may repeat."""
         index = torch.tensor(rows, device=self.k.device)

@@ -28,9 +28,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
-from kvcomp import files
+from kvcomp import files, gpu_joining, joining
 from kvcomp.calibration import Calibration, resolve
-from kvcomp.errors import InvalidInput, LimitExceeded
+from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
+from kvcomp.gpu_store import GPUStore
 from kvcomp.integrations import transformers_files
 from kvcomp.integrations.transformers_attention import NAME, kvcomp_attention
 from kvcomp.integrations.transformers_files import weights_id
@@ -38,7 +39,7 @@ from kvcomp.integrations.transformers_layer import CompressedLayer, Session, unc
 from kvcomp.integrations.transformers_models import check_layer, check_origin, text_config
 from kvcomp.kernels import load_backend
 from kvcomp.spec import CodecSpec
-from kvcomp.store import Memory
+from kvcomp.store import KVStore, Memory
 
 
 class KVCompCache(Cache):
@@ -137,7 +138,7 @@ class KVCompCache(Cache):
             cache._check_limit(max(1, header.tokens if tokens is None else tokens), 0)
         read = [files.load(container, backend, None, rows, tokens, cache.calibration) for container in containers]
         for index, layer in enumerate(cache.layers):
-            store = files.join([stores[index] for stores in read]) if len(read) > 1 else read[0][index]
+            store = joining.join([stores[index] for stores in read]) if len(read) > 1 else read[0][index]
             transformers_files.give(layer, store)
         return cache
 
@@ -186,6 +187,41 @@ class KVCompCache(Cache):
         """Make the rows those of these indices, which may repeat; compressed pages are shared."""
         if beam_idx.tolist() != list(range(self._batch())):
             super().reorder_cache(beam_idx)
+
+    def join(self, other: KVCompCache) -> None:
+        """Add the rows of another cache of the same model and spec, behind those that there are; nothing is compressed anew.
+
+        All rows end at the same position: the shorter ones get padding on the left, and padding that every row has goes. The next forward
+        pass needs ``attention_mask``, and positions that follow from it. Rows leave with ``batch_select_indices``. The other cache stays as it is.
+        Raises InvalidInput for a cache of another model, spec or backend or without tokens, UnsupportedModel if a layer's cache is not
+        kvcomp's, and LimitExceeded if memory ends; the cache is then as it was.
+        """
+        self.session.check_fingerprint(other.session)
+        layers = self.compressed_layers
+        if len(layers) != len(self.layers):
+            raise UnsupportedModel("rows join only where every layer's cache is compressed: not with sliding windows")
+        pairs = list(zip(layers, other.compressed_layers, strict=True))
+        for layer in (layer for pair in pairs for layer in pair if layer.unsealed):
+            layer.seal()
+        stores = [(mine.store, theirs.store) for mine, theirs in pairs]
+        tokens = max((store.tokens - int(store.starts.min()) for store in stores[0] if store.batch), default=0)
+        joined: list[KVStore | GPUStore] = []
+        for mine, theirs in stores:
+            if isinstance(mine, GPUStore) and isinstance(theirs, GPUStore):
+                joined.append(gpu_joining.join([mine, theirs], tokens))
+            elif isinstance(mine, KVStore) and isinstance(theirs, KVStore):
+                joined.append(joining.join([mine, theirs], tokens))
+            else:
+                raise InvalidInput("a cache on a GPU and one in main memory cannot be joined: use one backend")
+        for layer, store in zip(layers, joined, strict=True):
+            layer.store = store
+
+    def attention_mask(self, new: int = 1) -> Tensor:
+        """The mask that a forward pass with so many new tokens needs: int64 (batch, tokens held + new), 0 where a row has padding."""
+        store = self.compressed_layers[0].store
+        start = torch.from_numpy(store.starts).to(store.device)
+        position = torch.arange(store.tokens + new, device=store.device)
+        return (position >= start[:, None]).to(torch.int64)
 
     def __repr__(self) -> str:
         compressed = self.compressed_layers

@@ -67,6 +67,14 @@ class Session:
                 )
         self.config = ref(config)
 
+    def check_fingerprint(self, other: Session) -> None:
+        """Raise InvalidInput if the other session is of a model whose K and V are of another kind."""
+        for name, mine in self.fingerprint.items():
+            if other.fingerprint[name] != mine:
+                raise InvalidInput(
+                    f"this cache is of a model with {name} {mine!r}, the other of one with {other.fingerprint[name]!r}"
+                )
+
     def plan_for(self, mask: Tensor, batch: int, queries: int, tokens: int) -> MaskPlan:
         if self.plan is None or self.plan.mask() is not mask:
             self.plan = read_mask(mask, batch, queries, tokens)
