@@ -12,14 +12,16 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from kvcomp.calibration import LEVELS, Calibration
-from kvcomp.evaluate.calibrate import KIVI_BITS, Calibrator, Curve, Settings
+from kvcomp.evaluate.calibrate import KIVI_BITS, Calibrator, Curve
 from kvcomp.evaluate.journal import Journal
 from kvcomp.evaluate.methods import Compressed
 from kvcomp.evaluate.methods.baseline import BaselineLayer
 from kvcomp.evaluate.methods.kivi import Kivi
+from kvcomp.evaluate.windows import Settings
 from kvcomp.spec import CodecSpec, Kind, TensorSpec
 
 PROMPT, SCORED = 2048, 256
+WINDOWS = 24  # of a calibration, as kvcomp calibrate has it by default
 RATES = (-0.5, 0.5, 1.5, 2.5)  # 0, 1, 2 are near-lossless, balanced, aggressive: steps between and beyond
 
 
@@ -128,7 +130,8 @@ def renamed(method: Compressed, name: str) -> Compressed:
 
 def calibrated_on(model: Any, ids: np.ndarray[Any, Any], journal: Journal, statistics: Path) -> Calibration:
     """A calibration made as ``kvcomp calibrate`` makes one."""
-    maker = Calibrator(model, ids, Settings(16, PROMPT, SCORED), journal)
+    maker = Calibrator(model, ids, Settings(WINDOWS, PROMPT, SCORED), journal)
+    maker.write()
     maker.observe(statistics)
     maker.read()
     curves = maker.curves()

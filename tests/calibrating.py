@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvcomp.calibration import CLASSES, About, Calibration, LevelOfLayer, quantise_matrix
-from kvcomp.evaluate.calibrate import fit_books
+from kvcomp.evaluate.books import fit_books
 from kvcomp.kernels import Books, load_backend
 from kvcomp.transform import Affine, metric_klt
 
@@ -52,8 +51,7 @@ def calibrated(
             moved = affine.apply(x)[0]
             steps.append(tuple(float(s) for s in factor * moved.square().mean((1, 2)).sqrt()))
             coded = load_backend("cpu").quantise(moved.numpy(), "head", steps[-1])
-            counts = load_backend("cpu").count_pairs(coded, "V" if kind else "K", CLASSES).astype(np.int64)
-            books.append(fit_books(counts, coded.codes.reshape(-1, 64, CLASSES, channels // CLASSES)))
+            books.append(fit_books(coded.codes.reshape(-1, 64, CLASSES, channels // CLASSES), kind))
         levels[level] = LevelOfLayer((steps[0], steps[1]), (books[0], books[1]))
     key, value = affines
     parts = (key.matrix, key.mean), (value.matrix, value.mean)

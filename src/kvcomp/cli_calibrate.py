@@ -34,9 +34,10 @@ def calibrate(
 
 def _calibrate(name: str, text: Path, output: Path, windows: int, prompt: int, scored: int, resume: bool) -> None:
     with quiet_loading():
-        from kvcomp.evaluate.calibrate import KIVI_BITS, Calibrator, Settings
+        from kvcomp.evaluate.calibrate import KIVI_BITS, Calibrator
         from kvcomp.evaluate.journal import Journal
         from kvcomp.evaluate.models import load_model, text_ids
+        from kvcomp.evaluate.windows import Settings
 
         model, tokenizer = load_model(name)
         ids, _ = text_ids(tokenizer, name, text)
@@ -56,6 +57,7 @@ def _calibrate(name: str, text: Path, output: Path, windows: int, prompt: int, s
                 journal,
                 lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
             )
+            calibrator.write()
             calibrator.observe(statistics)
             calibrator.read()
             curves = calibrator.curves()

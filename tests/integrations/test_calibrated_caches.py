@@ -22,9 +22,10 @@ from transformers import (
 
 from kvcomp.calibration import LEVELS, Calibration
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.evaluate.calibrate import KIVI_BITS, Calibrator, Settings
+from kvcomp.evaluate.calibrate import KIVI_BITS, Calibrator
 from kvcomp.evaluate.journal import Journal
 from kvcomp.evaluate.statistics import Statistics, observe
+from kvcomp.evaluate.windows import Settings, write
 from kvcomp.integrations.transformers import KVCompCache
 
 SMALL: dict[str, Any] = {
@@ -78,7 +79,11 @@ def calibrator(model: Any, path: Path, resume: bool = False) -> Calibrator:
 
 
 def calibrate(model: Any, path: Path) -> Calibration:
-    made = calibrator(model, path)
+    return run(calibrator(model, path), path)
+
+
+def run(made: Calibrator, path: Path) -> Calibration:
+    made.write()
     made.observe(path / "made.statistics")
     made.read()
     curves = made.curves()
@@ -139,30 +144,59 @@ def test_sums_are_those_of_the_tokens_whatever_the_order(tmp_path: Path) -> None
 
 
 def test_an_interrupted_calibration_goes_on_and_gives_the_same(tmp_path: Path) -> None:
+    """Stopped once in every part of it."""
     model = model_of(CONFIGS["llama"])
     whole = calibrate(model, tmp_path)
     (tmp_path / "made.statistics").unlink()
-    interrupted = calibrator(model, tmp_path)
-    stops = iter(range(100))
+    places = [("the model writes", 65), ("statistics", 2), ("each head alone", 3), ("as good as 3 bits", 4)]
+    for count, (where, when) in enumerate(places):
+        seen = []
 
-    def stop(what: str, done: int, total: int) -> None:
-        if next(stops) == 10:
-            raise KeyboardInterrupt
+        def stop(
+            what: str, done: int, total: int, where: str = where, when: int = when, seen: list[Any] = seen
+        ) -> None:
+            assert 0 <= done < total
+            seen.append((what, done))
+            if (what, done) == (where, when):
+                raise KeyboardInterrupt
 
-    interrupted.tell = stop
-    interrupted.observe(tmp_path / "made.statistics")
-    interrupted.read()
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.curves()
-    assert (tmp_path / "made.statistics").exists()
+        interrupted = calibrator(model, tmp_path, resume=count > 0)
+        interrupted.tell = stop
+        with pytest.raises(KeyboardInterrupt):
+            run(interrupted, tmp_path)
+        assert ("the model writes", 1) in seen or count > 1  # what is done is not done again
+        assert ("statistics", 0) not in seen or count < 2
+        assert ("each head alone", 0) in seen or count < 2
     again = calibrator(model, tmp_path, resume=True)
-    done = len(again.journal.pieces)
-    assert 0 < done < len(again.layers) * 4
-    again.observe(tmp_path / "made.statistics")
-    again.read()
-    curves = again.curves()
-    levels = {level: again.level(curves, bits) for level, bits in KIVI_BITS.items()}
-    assert again.build(levels, "random").content == whole.content
+    assert "written" in again.journal
+    assert len([key for key in again.journal.pieces if key[0].isdigit()]) == len(again.layers) * 4
+    assert run(again, tmp_path).content == whole.content
+
+
+def test_some_of_the_text_is_written_by_the_model(tmp_path: Path) -> None:
+    model = model_of(CONFIGS["llama"])
+    made = calibrator(model, tmp_path)
+    made.write()
+    assert [repeats for _, repeats in made.drawn] == [False, False, True, True, True]
+    assert all(ids.shape == (1, SETTINGS.length) for ids, _ in made.drawn)
+    first = int(made.drawn[-1][0][0, 0])
+    assert first in text()
+    again = calibrator(model, tmp_path, resume=True)
+    again.write()
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(made.drawn, again.drawn, strict=True))
+
+
+@torch.no_grad()
+def test_what_a_model_writes_is_drawn_from_what_it_predicts() -> None:
+    model = model_of(CONFIGS["llama"])
+    model.lm_head.weight.mul_(10)  # so that it expects something
+    written = torch.from_numpy(write(model, text(), 4, 200, lambda *_: None))
+    assert written.shape == (4, 200)
+    logits = model(written).logits[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, written[:, 1:].flatten())
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    assert abs(float(loss - entropy)) < 0.2
+    assert entropy < np.log(64) - 0.5
 
 
 @pytest.mark.parametrize(

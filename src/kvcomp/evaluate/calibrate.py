@@ -10,7 +10,7 @@ predicted without looking far back; what a cache is needed for, finding things a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass
 from math import gcd
@@ -25,13 +25,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from xxhash import xxh3_64
 
-from kvcomp import codebook
 from kvcomp.calibration import CLASSES, LEVELS, About, Calibration, LevelOfLayer, quantise_matrix
-from kvcomp.codebook import Codebook
 from kvcomp.errors import InvalidInput
+from kvcomp.evaluate.books import fit_books
 from kvcomp.evaluate.fidelity import attend_plainly
 from kvcomp.evaluate.journal import Journal
 from kvcomp.evaluate.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
+from kvcomp.evaluate.windows import Settings, Tell, draw_windows, write
 from kvcomp.integrations.transformers_models import check_layer, fingerprint_of, position_limit, setting, text_config
 from kvcomp.kernels import Books, load_backend
 from kvcomp.spec import PAGE_TOKENS
@@ -46,23 +46,8 @@ KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))
 PRICES = 0.1, 1e6  # bits a value for a nat
 HALVINGS = 9
 UNSEEN_KL = 1e-9  # less is rounding
-LIMIT = 12
-OUTSIDE = 0.002  # share of blocks that may have a code outside of a class of the narrow book
-WIDER, WIDEST_LEAST = 4, 8  # the wide book: this many times the range seen, at least this far from zero
 
 Tensors = tuple[int, int, int]  # layer, K (0) or V (1), head
-Tell = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
-
-
-@dataclass(frozen=True)
-class Settings:
-    """windows: of text, half of them to go on with text, half with a repetition. prompt, scored: tokens of each. sinks, window: as in the spec."""
-
-    windows: int = 24
-    prompt: int = 2048
-    scored: int = 256
-    sinks: int = 4
-    window: int = 64
 
 
 @dataclass(frozen=True)
@@ -95,30 +80,6 @@ class Curve:
     kl: npt.NDArray[np.float64]
 
 
-def draw_windows(ids: npt.NDArray[np.int64], settings: Settings) -> list[Tensor]:
-    """Windows spread over a text, int64 (1, prompt + scored); in the second half of them the prompt is followed by a part of itself.
-
-    Raises InvalidInput if the text is too short for two windows, or fewer than four are asked for.
-    """
-    length = settings.prompt + settings.scored
-    if settings.windows < 2 * EVERY:
-        raise InvalidInput(f"{settings.windows} windows are too few: give at least {2 * EVERY}")
-    if ids.size < 2 * length:
-        raise InvalidInput(f"the text has {ids.size} tokens, and {2 * length} is the least: give a longer --text")
-    windows = []
-    half = settings.windows // 2
-    begins = np.linspace(0, ids.size - length, settings.windows).astype(int)
-    for index, begin in enumerate([*begins[::2], *begins[1::2]]):
-        window = torch.from_numpy(ids[begin : begin + length].copy())
-        if index >= half:
-            first = settings.sinks + (settings.prompt - settings.window - settings.scored - settings.sinks) * (
-                index - half
-            ) // max(1, half)
-            window[settings.prompt :] = window[first : first + settings.scored]
-        windows.append(window[None])
-    return windows
-
-
 class Calibrator:
     """The steps of a calibration, each of which goes on where it was interrupted.
 
@@ -136,26 +97,42 @@ class Calibrator:
         for index in self.layers:
             check_layer(self.config, index)
         limit = position_limit(self.config)
-        if limit is not None and limit < settings.prompt + settings.scored:
+        if limit is not None and limit < settings.length:
             raise InvalidInput(f"the model's positions end at {limit} tokens: give a shorter --prompt-tokens")
         pages = (settings.prompt - settings.window - settings.sinks) // PAGE_TOKENS
         if pages < 1 or settings.prompt < 2 * settings.scored + settings.window + settings.sinks:
             raise InvalidInput(f"prompts of {settings.prompt} tokens are too short for {settings.scored} scored ones")
         self.coded = slice(settings.sinks, settings.sinks + pages * PAGE_TOKENS)
-        self.ids = draw_windows(ids, settings)
+        if settings.windows < 2 * EVERY:
+            raise InvalidInput(f"{settings.windows} windows are too few: give at least {2 * EVERY}")
+        if ids.size < 2 * settings.length:
+            raise InvalidInput(
+                f"the text has {ids.size} tokens, and {2 * settings.length} is the least: give a longer --text"
+            )
+        self.text = ids
+        self.drawn = draw_windows(ids, settings.windows, settings)
         self.affines: dict[tuple[int, int], Affine] = {}
         self.windows: list[Window] = []
         self.coordinates: dict[tuple[int, int], Tensor] = {}
 
     # Statistics and windows
 
+    def write(self) -> None:
+        """Let the model write some windows more."""
+        rows = self.settings.written
+        if "written" not in self.journal:
+            attend_plainly(self.model)
+            self.journal.record("written", write(self.model, self.text, rows, self.settings.length, self.tell).tolist())
+        written = np.array(self.journal["written"], np.int64).reshape(-1)
+        self.drawn += draw_windows(written, rows, self.settings)
+
     def observe(self, saved: Path) -> None:
         """Gather the statistics, from what is saved where there is such a file, and make the transforms."""
         statistics = Statistics.load(saved) if saved.exists() else Statistics()
         try:
-            for done in range(statistics.prompts, len(self.ids)):
-                self.tell("statistics", done, len(self.ids))
-                observe(self.model, self.ids[done][:, : self.settings.prompt], self.settings.sinks, statistics)
+            for done in range(statistics.prompts, len(self.drawn)):
+                self.tell("statistics", done, len(self.drawn))
+                observe(self.model, self.drawn[done][0][:, : self.settings.prompt], self.settings.sinks, statistics)
         finally:
             if statistics.prompts:
                 statistics.save(saved)
@@ -169,13 +146,13 @@ class Calibrator:
         """Read the windows into caches."""
         attend_plainly(self.model)
         prompt = self.settings.prompt
-        for done, ids in enumerate(self.ids):
-            self.tell("reading", done, len(self.ids))
+        for done, (ids, repeats) in enumerate(self.drawn):
+            self.tell("reading", done, len(self.drawn))
             cache = DynamicCache(config=self.model.config)
             self.model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
             layers: list[Any] = list(cache.layers)
             log_probs = self._predict(layers, ids[:, prompt:])
-            self.windows.append(Window(layers, ids[:, prompt:], log_probs, done >= self.settings.windows // 2))
+            self.windows.append(Window(layers, ids[:, prompt:], log_probs, repeats))
         for (index, kind), affine in self.affines.items():
             x = torch.cat([_values(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
             self.coordinates[index, kind] = affine.apply(x)
@@ -291,13 +268,10 @@ class Calibrator:
         return LevelOfLayer((chosen[0], chosen[1]), (books[0], books[1]))
 
     def _books(self, index: int, kind: int, steps: tuple[float, ...]) -> Books:
-        kernels = load_backend("cpu")
         x = self.coordinates[index, kind]
         heads = np.ascontiguousarray(x.transpose(0, 1).flatten(1, 2).numpy())
-        coded = kernels.quantise(heads, "head", steps)
-        counts = kernels.count_pairs(coded, "V" if kind else "K", CLASSES).astype(np.int64)
-        codes = coded.codes[~coded.raw].reshape(-1, PAGE_TOKENS, CLASSES, x.shape[-1] // CLASSES)
-        return fit_books(counts, codes)
+        coded = load_backend("cpu").quantise(heads, "head", steps)
+        return fit_books(coded.codes[~coded.raw].reshape(-1, PAGE_TOKENS, CLASSES, x.shape[-1] // CLASSES), kind)
 
     def build(self, levels: Mapping[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]], text: str) -> Calibration:
         """The calibration with these levels. text: what to call the text."""
@@ -312,12 +286,17 @@ class Calibrator:
             index: {name: self.level_of_layer(index, steps) for name, (steps, _) in levels.items()}
             for index in self.layers
         }
-        digest = xxh3_64(b"".join(ids.numpy().tobytes() for ids in self.ids)).hexdigest()
+        digest = xxh3_64(b"".join(ids.numpy().tobytes() for ids, _ in self.drawn)).hexdigest()
         about = About(
             fingerprint_of(self.config),
             len(DynamicCache(config=self.config).layers),
             {name: dict(measured) for name, (_, measured) in levels.items()},
-            {"text": text, "tokens_digest": digest, **asdict(self.settings)},
+            {
+                "text": text,
+                "tokens_digest": digest,
+                "written": len(self.drawn) - self.settings.windows,
+                **asdict(self.settings),
+            },
         )
         return Calibration.build(about, transforms, of_layers)
 
@@ -344,25 +323,6 @@ def rounded_in_groups(x: Tensor, bits: int, kind: int) -> Tensor:
     codes = ((groups - zero) / torch.where(step == 0, 1.0, step)).round().clamp(0, 2**bits - 1)
     back: Tensor = (codes * step + zero).flatten(axis, axis + 1)
     return back
-
-
-def fit_books(counts: npt.NDArray[np.int64], codes: npt.NDArray[np.uint8]) -> tuple[Codebook, Codebook]:
-    """The wide and the narrow book for pair counts (classes, 256, 256) of blocks of codes (blocks, 64, classes, channels)."""
-    middle = counts.shape[1] // 2
-    narrow, wide = np.zeros_like(counts), counts.copy()
-    for index in range(len(counts)):
-        of_class = codes[:, :, index].reshape(len(codes), -1)
-        if not of_class.size:
-            of_class = np.full((1, 1), middle, np.uint8)
-        least = int(np.quantile(of_class.min(1), OUTSIDE, method="lower"))
-        most = int(np.quantile(of_class.max(1), 1 - OUTSIDE, method="higher"))
-        inside = slice(least, most + 1)
-        narrow[index, inside, inside] = counts[index, inside, inside]
-        narrow[index, (least, most), (least, most)] += 1
-        reach = max(WIDEST_LEAST, WIDER * max(middle - int(of_class.min()), int(of_class.max()) - middle))
-        ends = max(0, middle - reach), min(counts.shape[1] - 1, middle + reach)
-        wide[index, ends, ends] += 1
-    return codebook.train(wide, LIMIT), codebook.train(narrow, LIMIT)
 
 
 def _affine(sums: LayerSums, key: bool, centred: bool) -> Affine:

@@ -1,0 +1,89 @@
+"""The two codebooks of a layer's K or V: a narrow one for its quiet blocks and a wide one for the others.
+
+A block takes the narrow book if that has all of its codes (docs/format.md, section 2). How much the narrow one leaves out is chosen by the bits
+of both together: it may be next to nothing, or one of the heads, if the heads differ.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomp import codebook
+from kvcomp.codebook import Codebook
+from kvcomp.kernels import Books
+from kvcomp.quantise import MAX_CODES
+
+LIMIT = 12
+OUTSIDE = (
+    0.002,
+    0.01,
+    0.03,
+    0.1,
+    0.2,
+    0.4,
+)  # shares of blocks that may have a code on one side of a class of the narrow book
+WIDER, WIDEST_LEAST = 2, 8  # the wide book: this many times the range seen, at least this far from zero
+
+Codes = npt.NDArray[np.uint8]
+Counts = npt.NDArray[np.int64]
+
+
+def fit_books(codes: Codes, kind: int) -> Books:
+    """The wide and the narrow book for blocks of codes of the unit ``head``, uint8 (blocks, 64, classes, channels of a class). kind: K (0) or V (1)."""
+    if not len(codes):
+        codes = np.full((1, *codes.shape[1:]), MAX_CODES // 2, np.uint8)
+    pairs = _pairs(codes, kind)
+    every = _counts(pairs)
+    least, most = codes.min((1, 3)).astype(np.int64), codes.max((1, 3)).astype(np.int64)
+    best, fewest = None, np.inf
+    for share in OUTSIDE:
+        low = np.quantile(least, share, axis=0, method="lower")
+        high = np.quantile(most, 1 - share, axis=0, method="higher")
+        inside = ((least >= low) & (most <= high)).all(1)
+        quiet = _counts(pairs[inside])
+        books = _train(every - quiet, *_reach(least, most)), _train(quiet, low, high)
+        bits = _bits(books[0], pairs[~inside]) + _bits(books[1], pairs[inside])
+        if bits < fewest:
+            best, fewest = books, bits
+    assert best is not None
+    return best
+
+
+def _reach(least: Counts, most: Counts) -> tuple[Counts, Counts]:
+    """First and last code of each class of the wide book."""
+    zero = MAX_CODES // 2
+    reach = np.maximum(WIDEST_LEAST, WIDER * np.maximum(zero - least.min(0), most.max(0) - zero))
+    return np.maximum(0, zero - reach), np.minimum(MAX_CODES - 1, zero + reach)
+
+
+def _train(counts: Counts, first: Counts, last: Counts) -> Codebook:
+    """A book whose classes have the codes from first to last, (classes,)."""
+    counts = counts.copy()
+    classes = np.arange(len(counts))
+    counts[classes, first, first] += 1
+    counts[classes, last, last] += 1
+    return codebook.train(counts, LIMIT)
+
+
+def _pairs(codes: Codes, kind: int) -> npt.NDArray[np.int32]:
+    """Pairs 256 a + b, (blocks, classes, pairs): of K along channels, of V along tokens."""
+    a, b = (codes[:, ::2], codes[:, 1::2]) if kind else (codes[..., ::2], codes[..., 1::2])
+    return (a.astype(np.int32) * MAX_CODES + b).swapaxes(1, 2).reshape(len(codes), codes.shape[2], -1)
+
+
+def _counts(pairs: npt.NDArray[np.int32]) -> Counts:
+    """How often each pair occurs in each class, (classes, 256, 256)."""
+    found = [np.bincount(pairs[:, index].ravel(), minlength=MAX_CODES**2) for index in range(pairs.shape[1])]
+    return np.stack(found).astype(np.int64).reshape(-1, MAX_CODES, MAX_CODES)
+
+
+def _bits(book: Codebook, pairs: npt.NDArray[np.int32]) -> int:
+    """Bits of pairs, (blocks, classes, pairs), that the book has."""
+    total = 0
+    for index in range(pairs.shape[1]):
+        k, m, first = book.split[index], book.symbols(index), book.first[index]
+        a, b = np.divmod(pairs[:, index], MAX_CODES)
+        symbols = ((a - first) >> k) * m + ((b - first) >> k)
+        total += int(book.lengths_of(index)[symbols].sum(dtype=np.int64)) + 2 * k * symbols.size
+    return total
