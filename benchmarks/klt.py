@@ -22,6 +22,7 @@ from klt_methods import (
     PROMPT,
     RATES,
     SCORED,
+    KiviAlike,
     KiviSplit,
     calibrated_on,
     kivi_by_layer,
@@ -38,6 +39,7 @@ from rich.table import Table
 from kvcomp.attention import attend
 from kvcomp.calibration import LEVELS, Calibration
 from kvcomp.evaluate import fidelity, plots, results
+from kvcomp.evaluate.calibrate import KIVI_BITS
 from kvcomp.evaluate.fidelity import Sample, bits_at
 from kvcomp.evaluate.journal import Journal
 from kvcomp.evaluate.methods import Method
@@ -97,13 +99,9 @@ def at_equal_kl(mode: Mapping[str, Scores]) -> dict[str, Any]:
         "paper": {n: s for n, s in mode.items() if n.startswith("paper")},
         "kivi by layer": {n: s for n, s in mode.items() if n.startswith("kivi by layer")},
     }
-    count = len(next(iter(mode.values()))["kl"])
-    rng = np.random.default_rng(SEED)
-    found: dict[str, Any] = {}
 
     def ratios(rows: Any) -> dict[str, float]:
-        kls = {name: float(np.mean(np.asarray(s["kl"])[rows])) for name, s in mode.items()}
-        out: dict[str, float] = {}
+        kls, out = mean_kls(mode, rows), dict[str, float]()
         for bits in (4, 3, 2):
             target = kls[f"kivi {bits}/{bits}"]
             ours = envelope(target, families["klt"], kls)
@@ -115,13 +113,33 @@ def at_equal_kl(mode: Mapping[str, Scores]) -> dict[str, Any]:
             out[f"{name}.over"] = envelope(kls[name], families["klt"], kls) / mode[name]["coded_bits"]
         return out
 
-    middle = ratios(slice(None))
-    drawn = [ratios(rng.integers(0, count, count)) for _ in range(DRAWS)]
-    for name, value in middle.items():
+    return with_intervals(ratios, len(next(iter(mode.values()))["kl"]))
+
+
+def with_intervals(figures: Callable[[Any], Mapping[str, float]], count: int) -> dict[str, Any]:
+    """Figures of all sequences, a function of their numbers, with 95 % intervals from drawing sequences anew."""
+    rng = np.random.default_rng(SEED)
+    drawn = [figures(rng.integers(0, count, count)) for _ in range(DRAWS)]
+    found: dict[str, Any] = {}
+    for name, value in figures(slice(None)).items():
         values = [one[name] for one in drawn if np.isfinite(one[name])]
         low, high = np.percentile(values, [2.5, 97.5]) if len(values) > DRAWS // 2 else (np.nan, np.nan)
         found[name] = {"value": value, "interval": [float(low), float(high)]}
     return found
+
+
+def mean_kls(mode: Mapping[str, Scores], rows: Any) -> dict[str, float]:
+    return {name: float(np.mean(np.asarray(one["kl"])[rows])) for name, one in mode.items()}
+
+
+def same_window(mode: Mapping[str, Scores]) -> dict[str, Any]:
+    """KL of each named level over that of the KIVI-style method it was to be as good as, both with the same raw tokens."""
+
+    def ratios(rows: Any) -> dict[str, float]:
+        kls = mean_kls(mode, rows)
+        return {level: kls[f"klt {level}"] / kls[KiviAlike(bits).name] for level, bits in KIVI_BITS.items()}
+
+    return with_intervals(ratios, len(next(iter(mode.values()))["kl"]))
 
 
 def sizes(model: Any, ids: np.ndarray[Any, Any], calibration: Calibration) -> dict[str, Any]:
@@ -216,16 +234,19 @@ def shift(modes: Mapping[str, Mapping[str, Scores]]) -> dict[str, Any]:
     """Bits at equal KL under a calibration on other text over those under one on such text, at the KL of KIVI-style 4, 3 and 2 bits."""
     found: dict[str, Any] = {}
     for text, mode in modes.items():
-        own, other = ("code", "prose") if text == "code" else ("prose", "code")
-        kls = {name: float(np.mean(s["kl"])) for name, s in mode.items()}
-        families = {made: {n: s for n, s in mode.items() if n.startswith(f"{made} ")} for made in ("code", "prose")}
-        for bits in (4, 3, 2):
-            target = kls[f"kivi {bits}/{bits}"]
-            both = [envelope(target, families[made], kls) for made in (own, other)]
-            found[f"{other} calibration on {text}, KL of KIVI-{bits}"] = {
-                "bits_own": both[0], "bits_other": both[1], "over": both[1] / both[0]
-            }  # fmt: skip
+        other = "prose" if text == "code" else "code"
+        found |= with_intervals(partial(shifted, mode, text, other), len(mode["kivi 4/4"]["kl"]))
     return found
+
+
+def shifted(mode: Mapping[str, Scores], text: str, other: str, rows: Any) -> dict[str, float]:
+    kls, out = mean_kls(mode, rows), dict[str, float]()
+    families = [{n: s for n, s in mode.items() if n.startswith(f"{made} ")} for made in (text, other)]
+    for bits in (4, 3, 2):
+        own, its = (envelope(kls[f"kivi {bits}/{bits}"], family, kls) for family in families)
+        name = f"{other} calibration on {text}, KL of KIVI-{bits}"
+        out |= {f"{name}: bits own": own, f"{name}: bits other": its, f"{name}: over": its / own}
+    return out
 
 
 def main(
@@ -257,11 +278,12 @@ def main(
     named: list[Method] = [klt(calibration, level) for level in LEVELS]
     rates: list[Method] = [klt(rated, level) for level in rated.levels]
     plain: list[Method] = [KiviSplit(*split) for split in SPLITS]
+    alike: list[Method] = [KiviAlike(bits) for bits in KIVI_BITS.values()]
     papers: list[Method] = [paper(*scales) for scales in PAPER]
     run = Runner(model, journal)
 
-    prefix = run("prefix", samples, [*named, *plain[:3], *rates, *papers, *plain[3:]])
-    keep(prefix=summary(prefix), prefix_at_equal_kl=at_equal_kl(prefix))
+    prefix = run("prefix", samples, [*named, *plain[:3], *alike, *rates, *papers, *plain[3:]])
+    keep(prefix=summary(prefix), prefix_at_equal_kl=at_equal_kl(prefix), same_window=same_window(prefix))
     streaming = run("streaming", samples, [*named, *plain[:3], *rates, *papers], streaming=True)
     keep(streaming=summary(streaming), streaming_at_equal_kl=at_equal_kl(streaming))
     methods = {method.name: method for method in [*named, *plain[:3], paper(0.05, 0.1)]}
@@ -277,13 +299,18 @@ def main(
     half = manual.size // 2
     on_prose = calibrated_on(wide, manual[:half], journal, output.with_name("klt-prose.statistics"))
     prose = with_rates(reader(wide, manual[:half], on_prose, journal, 12), on_prose)
-    both = [
-        *(renamed(klt(made, level), f"code {level}") for made in (rated, calibration) for level in made.levels),
-        *(renamed(klt(made, level), f"prose {level}") for made in (prose, on_prose) for level in made.levels),
-        *plain[:3],
-    ]
-    few = {"code": samples[:: max(1, prompts // 16)], "prose": read(model, manual[half:], 16)}
-    keep(text_shift=shift({text: run(f"shift on {text}", of, both) for text, of in few.items()}))
+    by_text = {
+        text: [renamed(klt(each, level), f"{text} {level}") for each in made for level in each.levels]
+        for text, made in (("code", (rated, calibration)), ("prose", (prose, on_prose)))
+    }
+    measured = {name.replace("klt ", "code "): one for name, one in prefix.items()}
+    modes = {
+        "code": measured | run("shift on code", samples, by_text["prose"]),
+        "prose": run(
+            "shift on prose", read(model, manual[half:], prompts), [*by_text["code"], *by_text["prose"], *plain[:3]]
+        ),
+    }
+    keep(text_shift=shift(modes))
     show(content)
     journal.close()
 
@@ -369,7 +396,7 @@ def show(content: Mapping[str, Any]) -> None:
         screen.print(table)
         for name, one in content[f"{mode}_at_equal_kl"].items():
             screen.print(f"{mode} {name}: {one['value']:.3f} [{one['interval'][0]:.3f}, {one['interval'][1]:.3f}]")
-    for part in ("text_shift", "sizes", "lookups", "timings"):
+    for part in ("same_window", "text_shift", "sizes", "lookups", "timings"):
         screen.print(part, content[part])
 
 

@@ -18,9 +18,10 @@ from kvcomp.evaluate.methods import Compressed
 from kvcomp.evaluate.methods.baseline import BaselineLayer
 from kvcomp.evaluate.methods.kivi import Kivi
 from kvcomp.evaluate.windows import Settings
-from kvcomp.spec import CodecSpec, Kind, TensorSpec
+from kvcomp.spec import PAGE_TOKENS, CodecSpec, Kind, TensorSpec
 
 PROMPT, SCORED = 2048, 256
+OURS = CodecSpec.resolve("kvcomp")
 WINDOWS = 24  # of a calibration, as kvcomp calibrate has it by default
 RATES = (-0.5, 0.5, 1.5, 2.5)  # 0, 1, 2 are near-lossless, balanced, aggressive: steps between and beyond
 
@@ -50,6 +51,25 @@ class KiviSplit(Kivi):
     def decode(self, parts: Any, kind: Kind) -> torch.Tensor:
         self.bits = self.of[kind]
         return super().decode(parts, kind)
+
+
+class KiviAlike(KiviSplit):
+    """KIVI-style that leaves the tokens raw that kvcomp does: its sinks and its window."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits, bits)
+        self.name = f"kivi-style {bits}, our window"
+
+    def coded(self, tokens: int, kind: Kind) -> int:
+        pages = (tokens - OURS.sinks - OURS.window) // PAGE_TOKENS
+        return OURS.sinks + pages * PAGE_TOKENS if pages > 0 else 0
+
+    def encode(self, x: torch.Tensor, kind: Kind) -> Any:
+        sinks = x.shape[2] % PAGE_TOKENS
+        return {"sinks": x[:, :, :sinks], **super().encode(x[:, :, sinks:], kind)}
+
+    def decode(self, parts: Any, kind: Kind) -> torch.Tensor:
+        return torch.cat([parts["sinks"].float(), super().decode(parts, kind)], 2)
 
 
 def paper(key: float, value: float) -> Compressed:
