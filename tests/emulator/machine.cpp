@@ -10,7 +10,7 @@
 
 #include "emulator.h"
 
-alignas(128) u8 shared_memory[256 * 1024];
+alignas(128) u8 shared_memory[MOST_SHARED];
 Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
@@ -135,7 +135,8 @@ void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     meet_warp();
 }
 
-void copy_async(u32 to, const void* from) {
+void raise_out_of_range() { raise(SIGSEGV); }
+void start_copy(u32 to, const void* from) {
     if (to % 16 || (size_t)from % 16) raise(SIGSEGV);
     fibers[current].groups.back().push_back({to, from});
 }

@@ -26,6 +26,9 @@ typedef unsigned long long u64;
 struct float2 {
     float x, y;
 };
+struct uint4 {
+    u32 x, y, z, w;
+};
 struct Dim3 {
     u32 x, y, z;
 };
@@ -37,10 +40,12 @@ extern u8 shared_memory[];
 extern Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 constexpr int WARP = 32;
+constexpr u32 MOST_SHARED = 256 * 1024;
 
 // Wait for the other lanes of the warp, or for the whole CTA.
 void meet_warp();
 void meet_block();
+void raise_out_of_range();
 // A word that each lane of the current warp shows the others.
 u32* shown(int lane);
 u32 (*operands(int lane))[6];
@@ -89,6 +94,8 @@ inline bool __all_sync(u32, bool x) {
     for (int step = 16; step; step /= 2) all &= __shfl_xor_sync(~0u, all, step);
     return all;
 }
+inline bool __any_sync(u32, bool x) { return !__all_sync(~0u, !x); }
+inline void __trap() { raise_out_of_range(); }
 
 inline double __longlong_as_double(i64 x) {
     double y;
@@ -145,8 +152,39 @@ inline u16 to_float16(float x) {
 inline float power_of_two(float x) { return x < -126.f ? 0.f : exp2f(x); }
 inline float log_of_two(float x) { return log2f(x); }
 
+#ifndef KVC_RESERVED
+#define KVC_RESERVED 0
+#endif
+inline u32 shared_address(u32 offset) { return KVC_RESERVED + offset; }
+template <u32 OFFSET = 0>
+u32 load_shared(u32 address) {
+    u32 word;
+    address += OFFSET;
+    if (address % 4 || address - KVC_RESERVED >= MOST_SHARED) raise_out_of_range();
+    memcpy(&word, shared_memory + (address - KVC_RESERVED), 4);
+    return word;
+}
+inline void shift_in(u32& low, u32& high, u32& next, u32 due) {
+    if (due) low = high, high = load_shared(next), next += 4;
+}
+template <int STEP>
+void add_from_below(u32& sum) {
+    u32 before = __shfl_up_sync(~0u, sum, STEP);
+    if (this_lane() >= STEP) sum += before;
+}
+inline float keep(float x) { return x; }
+inline u32 keep(u32 x) { return x; }
+template <class T>
+const T* keep(const T* x) {
+    return x;
+}
+
 // Copies are made when they are waited for, not before.
-void copy_async(u32 to, const void* from);
+void start_copy(u32 to, const void* from);
+template <int TO, int FROM>
+void copy_async(u32 to, const void* from, i32 left) {
+    if (left > TO) start_copy(to - KVC_RESERVED + TO, (const u8*)from + FROM);
+}
 void end_copies();
 void await_groups(int later);
 template <int LATER>

@@ -161,6 +161,11 @@ class Machine:
     shared: int
     processors: int = 1
 
+    @property
+    def reserved(self) -> int:
+        """Where a CTA's shared memory begins in its address space, behind what the system keeps; the kernel checks it."""
+        return 1024 if self.architecture >= 90 else 0
+
 
 # Bytes of shared memory for one CTA, by compute capability.
 SHARED: Final = {
@@ -200,25 +205,22 @@ class AttendBuild:
     v_copies: int
     stage: int
     softcap: bool
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Shared memory for what all warps have in common."""
-        common = 4 * QUERIES * self.channels + BOOKS * ctypes.sizeof(Book) + 2 * 4 * self.warps * QUERIES
-        tables = self.k_classes * (4 * self.k_copies << self.k_bits) + self.v_classes * (
-            4 * self.v_copies << self.v_bits
-        )
-        return -(-(common + tables) // 16) * 16
+    reserved: int
 
     @property
     def warp_bytes(self) -> int:
         scales = sum(4 * PAGE_TOKENS for unit in (self.k_unit, self.v_unit) if unit == UNITS["token"])
-        return scales + 2 * self.stage + self.channels // 8 * LANES * 8
+        factors = 8 * PAGE_TOKENS if self.v_unit in (UNITS["token"], UNITS["vector"]) else 0
+        return scales + factors + 2 * self.stage + self.channels // 8 * LANES * 8
 
     @cached_property
     def shared(self) -> int:
         """Shared memory of a CTA in bytes."""
-        return self.fixed_bytes + self.warps * self.warp_bytes
+        common = 4 * QUERIES * self.channels + BOOKS * ctypes.sizeof(Book) + 16 + 2 * 4 * self.warps * QUERIES
+        tables = self.k_classes * (4 * self.k_copies << self.k_bits) + self.v_classes * (
+            4 * self.v_copies << self.v_bits
+        )
+        return -(-(common + tables) // 16) * 16 + self.warps * self.warp_bytes
 
     @cached_property
     def defines(self) -> dict[str, int]:
@@ -318,6 +320,7 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
             v_copies=copies if index_bits(spec.value) else 0,
             stage=stage_bytes(channels, UNITS[spec.key.unit], UNITS[spec.value.unit]),
             softcap=softcap,
+            reserved=on.reserved,
         )
 
     # More copies of the tables are not worth fewer warps; tables in global memory are worth it where fewer than three warps are left.

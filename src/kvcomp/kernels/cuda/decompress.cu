@@ -88,13 +88,13 @@ INLINE void decode(u32 mode, const u8* block, const Book& book, u32 ones, int la
             values(reader);
     };
     if (mode >= FIXED) {
-        FixedPairs<PlainWords, 0> reader = {};
+        FixedPairs<0> reader = {};
         reader.width = mode - FIXED ? mode - FIXED : 8;
         reader.begin(PlainWords{block + head}, lane, (CHANNELS * reader.width + 31) / 32);
         read(reader);
     } else if constexpr (bits > 0) {
         HuffmanPairs<PlainWords, PlainTable<bits>, PAIR_BITS, true, true> reader = {};
-        u32 first, second, streams = 8 * stream_starts<KIND, CHANNELS>(block + head, lane, first, second) + 8 * head;
+        u32 first, second, streams = 8 * stream_starts<KIND, CHANNELS>(PlainWords{block + head}, lane, first, second) + 8 * head;
         int quarter = KIND == K && classes > 1 ? j : 0;
         reader.classes(book, quarter, quarter, lane);
         reader.begin(PlainWords{block}, streams + first, streams + second);

@@ -39,6 +39,7 @@ struct RawPairs {
         Bits a, b;
     };
     static constexpr int PARTS = VALUE == BFLOAT16 ? 1 : 2;
+    static constexpr bool SHORT = false;
     const Bits* values;
     i64 step;  // values from a token to the next
     int tokens, lane;

@@ -56,10 +56,52 @@ INLINE float log_of_two(float x) {
     return y;
 }
 
-// Copy 16 bytes to an offset of shared memory, asynchronously; both are multiples of 16.
-INLINE void copy_async(u32 to, const void* from) {
-    u32 address = (u32)__cvta_generic_to_shared(shared_memory + to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+// Where shared memory lies in its own address space: what the loads and copies below take.
+INLINE u32 shared_address(u32 offset) { return (u32)__cvta_generic_to_shared(shared_memory) + offset; }
+
+template <u32 OFFSET = 0>
+INLINE u32 load_shared(u32 address) {
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1+%2];" : "=r"(word) : "r"(address), "n"(OFFSET));
+    return word;
+}
+
+// If ``due`` is not 0: ``high`` becomes ``low``, the word at ``next`` becomes ``high``, ``next`` goes on. In place, which the compiler would not do.
+INLINE void shift_in(u32& low, u32& high, u32& next, u32 due) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %3, 0; @p mov.b32 %0, %1; @p ld.shared.u32 %1, [%2]; @p add.u32 %2, %2, 4;}"
+        : "+r"(low), "+r"(high), "+r"(next)
+        : "r"(due));
+}
+
+// Copy 16 bytes to shared memory, asynchronously, if ``left`` is more than ``TO``, which counts from ``to`` as ``FROM`` does from ``from``;
+// all are multiples of 16.
+template <int TO, int FROM>
+INLINE void copy_async(u32 to, const void* from, i32 left) {
+    asm volatile("{.reg .pred p; setp.gt.s32 p, %2, %3; @p cp.async.cg.shared.global [%0+%3], [%1+%4], 16;}" ::"r"(to), "l"(from),
+                 "r"(left), "n"(TO), "n"(FROM)
+                 : "memory");
+}
+
+// Add the sum of the lane ``STEP`` below, if there is one.
+template <int STEP>
+INLINE void add_from_below(u32& sum) {
+    asm volatile("{.reg .pred p; .reg .b32 t; shfl.sync.up.b32 t|p, %0, %1, 0, -1; @p add.u32 %0, %0, t;}" : "+r"(sum) : "n"(STEP));
+}
+
+// The same number, of which the compiler knows no more that it could compute it again.
+INLINE float keep(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
+}
+INLINE u32 keep(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+template <class T>
+INLINE const T* keep(const T* x) {
+    asm volatile("" : "+l"(x));
+    return x;
 }
 
 // End a group of this thread's copies.

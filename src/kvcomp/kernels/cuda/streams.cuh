@@ -7,40 +7,30 @@
 
 constexpr u32 BFLOAT16_128 = 0x43004300u;
 
-// Words of a block in shared memory, by the offset of the next.
+// Words of a block in shared memory, by the address of the next.
 struct SharedWords {
     u32 at;
-    INLINE u32 take(u32 step) {
-        u32 word = load_word(shared_memory + at);
-        at += step;
-        return word;
-    }
+    INLINE u32 word(u32 bytes) const { return load_shared(at + bytes); }
 };
 
 // Words of a block anywhere.
 struct PlainWords {
     const u8* at;
-    INLINE u32 take(u32 step) {
-        u32 word = load_word(at);
-        at += step;
-        return word;
-    }
+    INLINE u32 word(u32 bytes) const { return load_word(at + bytes); }
 };
 
 // The words of one stream, of which ``left`` lie behind the next: the last is taken again rather than read over.
-template <class Words>
 struct BoundedWords {
-    Words words;
+    PlainWords words;
     u32 left;
-    INLINE u32 take(u32 step) {
-        u32 word = Words(words).take(step);
-        if (left) words = words + step, left--;
-        return word;
-    }
+    INLINE u32 word(u32) const { return words.word(0); }
 };
 
 INLINE SharedWords operator+(SharedWords words, u32 bytes) { return {words.at + bytes}; }
 INLINE PlainWords operator+(PlainWords words, u32 bytes) { return {words.at + bytes}; }
+INLINE BoundedWords operator+(BoundedWords words, u32 bytes) {
+    return words.left ? BoundedWords{words.words + bytes, words.left - 1} : words;
+}
 
 // A stream whose words lie ``STEP`` bytes apart: a window of 64 bits, of which ``position`` (in its low five bits) are behind.
 template <class Words, u32 STEP>
@@ -48,44 +38,59 @@ struct BitStream {
     u32 low, high, position;
     Words next;
 
-    // Begin ``bit`` bits after a word.
+    INLINE u32 take() {
+        u32 word = next.word(0);
+        next = next + STEP;
+        return word;
+    }
+
+    // Begin at bit ``bit`` mod 32 of a word.
     INLINE void begin(Words from, u32 bit) {
         next = from;
-        low = next.take(STEP);
-        high = next.take(STEP);
+        low = take();
+        high = take();
         position = bit;
     }
 
     INLINE u32 window() const { return __funnelshift_r(low, high, position); }
 
-    // Go on to a position at most 32 bits ahead; only the low six bits of it count.
+    // Go on to a position at most 32 bits ahead; only the low six bits of either count.
     INLINE void move_to(u32 ahead) {
-        if ((position ^ ahead) & 32) {
-            low = high;
-            high = next.take(STEP);
-        }
+        shift_in((position ^ ahead) & 32);
         position = ahead;
+    }
+
+    INLINE void shift_in(u32 due) {
+        if (due) {
+            low = high;
+            high = take();
+        }
     }
 };
 
+template <>
+INLINE void BitStream<SharedWords, 4>::shift_in(u32 due) {
+    ::shift_in(low, high, next.at, due);
+}
+
 // Where the streams ``lane`` and ``32 + lane`` begin, in bits after where the first does. Returns the bytes before that, from ``lengths`` on.
-template <int KIND, int CHANNELS>
-INLINE u32 stream_starts(const u8* lengths, int lane, u32& first, u32& second) {
+template <int KIND, int CHANNELS, class Words>
+INLINE u32 stream_starts(Words lengths, int lane, u32& first, u32& second) {
     constexpr u32 unit = CHANNELS <= 128 ? 4 : 8;
-    u32 head = load_word(lengths), width = head & 15, bit = width * lane;
-    const u8* at = lengths + 4 + (bit >> 5) * 4;
-    u32 mask = (1u << width) - 1, later = 4 * width;  // the differences of the streams from 32 on lie ``width`` words further
-    u32 low = __funnelshift_r(load_word(at), load_word(at + 4), bit) & mask;
-    u32 high = __funnelshift_r(load_word(at + later), load_word(at + later + 4), bit) & mask;
+    u32 head = lengths.word(0), width = head & 15, bit = width * lane;
+    Words low_words = lengths + (bit >> 5) * 4, high_words = low_words + 4 * width;  // those of the streams from 32 on lie ``width`` words further
+    u32 mask = (1u << width) - 1;
+    u32 low = __funnelshift_r(low_words.word(4), low_words.word(8), bit) & mask;
+    u32 high = __funnelshift_r(high_words.word(4), high_words.word(8), bit) & mask;
     int low_group = KIND == K ? lane & 3 : lane >> 4, high_group = KIND == K ? lane & 3 : 2 + (lane >> 4);
     low += head >> (4 + 7 * low_group) & 127;
     high += head >> (4 + 7 * high_group) & 127;
     u32 mine = low | high << 16, sum = mine;  // the sum of 32 lengths fits 16 bits
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) {
-        u32 before = __shfl_up_sync(~0u, sum, step);
-        sum += lane >= step ? before : 0;
-    }
+    add_from_below<1>(sum);
+    add_from_below<2>(sum);
+    add_from_below<4>(sum);
+    add_from_below<8>(sum);
+    add_from_below<16>(sum);
     u32 all = __shfl_sync(~0u, sum, LANES - 1) & 0xffff;
     sum -= mine;
     first = (sum & 0xffff) * unit;
@@ -106,16 +111,16 @@ template <class T>
 using Bare = typename BareType<T>::Type;
 
 // The decode table of a book in shared memory: each entry COPIES times side by side, so that lanes rarely meet in a bank.
-// The window is read LEAD bits early, which puts the index where the address wants it.
-template <u32 BASE, int INDEX_BITS, int COPIES>
+// The window is read LEAD bits early, which puts the index where the address wants it. PLACE: address of the first class.
+template <u32 PLACE, int INDEX_BITS, int COPIES>
 struct SharedTable {
     static constexpr int LEAD = COPIES == 1 ? 2 : COPIES == 2 ? 3 : COPIES == 4 ? 4 : COPIES == 8 ? 5 : 6;
     static constexpr u32 MASK = ((1u << INDEX_BITS) - 1) << LEAD;
     static constexpr u32 BYTES = 1u << (INDEX_BITS + LEAD);
-    u32 place;  // of the class and of the lane's copy
+    u32 place;  // of the class and of the lane's copy, behind PLACE
 
     INLINE void of(const u32*, u32 its_class, int lane) { place = its_class * BYTES + 4 * (lane % COPIES); }
-    INLINE u32 entry(u32 window) const { return load_word(shared_memory + BASE + (window & MASK | place)); }
+    INLINE u32 entry(u32 window) const { return load_shared<PLACE>(window & MASK | place); }
 };
 
 // The same in global memory.
@@ -136,6 +141,7 @@ template <bool WIDE>
 struct CodedPairs {
     typedef u32 Pair;
     static constexpr int PARTS = WIDE ? 2 : 1;
+    static constexpr bool SHORT = !WIDE;  // whether the code for a tile is short enough to stand there more than once
     static INLINE u32 operand(u32 pair, int part) {
         if (!WIDE) return pair;
         return part ? (pair & 0x00800080u) * (0x4300u / 0x80u) : pair & ~0x00800080u;  // part 1: 128 or 0
@@ -155,8 +161,8 @@ struct HuffmanPairs : CodedPairs<WIDE> {
     INLINE void begin(Words block, u32 bit, u32 second_bit) {
         bit -= Table::LEAD;
         second_bit -= Table::LEAD;
-        low.begin(block + (bit >> 5) * 4, bit & 31);
-        high.begin(block + (second_bit >> 5) * 4, second_bit & 31);
+        low.begin(block + (bit >> 5) * 4, bit);
+        high.begin(block + (second_bit >> 5) * 4, second_bit);
     }
 
     // The classes of the pairs to come.
@@ -202,16 +208,16 @@ struct HuffmanPairs : CodedPairs<WIDE> {
 };
 
 // Two streams of codes of a fixed width. WIDTH: 2 or 4, read by whole words, where the codes of a tile fill them; 0: any.
-template <class Words, int WIDTH>
+template <int WIDTH>
 struct FixedPairs : CodedPairs<WIDTH == 0> {
     static constexpr u32 ROW = 4 * 2 * LANES;  // bytes from a word of a stream to the next: word i of stream x is word 64 i + x
-    typedef BitStream<BoundedWords<Words>, ROW> Stream;
+    typedef BitStream<BoundedWords, ROW> Stream;
     Stream low, high;
     u32 width, ones;
 
     // words: of a stream.
-    INLINE void begin(Words codes, int lane, u32 words) {
-        BoundedWords<Words> of_low = {codes + 4 * lane, words - 1}, of_high = {codes + 4 * (LANES + lane), words - 1};
+    INLINE void begin(PlainWords codes, int lane, u32 words) {
+        BoundedWords of_low = {codes + 4 * lane, words - 1}, of_high = {codes + 4 * (LANES + lane), words - 1};
         if constexpr (WIDTH == 0) {
             low.begin(of_low, 0);
             high.begin(of_high, 0);
@@ -254,8 +260,9 @@ struct FixedPairs : CodedPairs<WIDTH == 0> {
             static_assert(N % a_word == 0, "the codes of a tile must fill whole words");
 #pragma unroll
             for (int i = 0; i < N; i += a_word) {
-                whole_word(low.next.words.take(ROW), of_low + i);
-                whole_word(high.next.words.take(ROW), of_high + i);
+                whole_word(low.next.words.word(0), of_low + i);
+                whole_word(high.next.words.word(0), of_high + i);
+                low.next.words = low.next.words + ROW, high.next.words = high.next.words + ROW;
             }
         }
     }
