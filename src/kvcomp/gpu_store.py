@@ -90,7 +90,7 @@ class GPUStore(Held):
         try:
             with enough_memory():
                 if new:
-                    self._begin(k)
+                    self.begin(k)
                 if self.transform is not None:
                     k, v = self.transform.key.apply(k), self.transform.value.apply(v)
             self.prepare(k.shape[2])
@@ -171,16 +171,18 @@ class GPUStore(Held):
 
     @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
-        """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do not exist."""
+        """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do not exist, LimitExceeded."""
         index = [int(row) for row in rows.detach().cpu().flatten().tolist()]
         if not index or min(index) < -self.batch or max(index) >= self.batch:
             raise InvalidInput(f"rows must be some of the {self.batch} that the cache holds, not {index}")
         self.settle()
         index = [row % self.batch for row in index]
-        chosen = torch.tensor(index, device=self.device)
-        self.sinks_k, self.sinks_v = (x.index_select(0, chosen) for x in (self.sinks_k, self.sinks_v))
-        self.tail, self.device_books = self.tail.select(index), self.device_books.select(index)
-        self.table = Table(self.table.pages.index_select(0, chosen))
+        with enough_memory():
+            chosen = torch.tensor(index, device=self.device)
+            sinks_k, sinks_v = (x.index_select(0, chosen) for x in (self.sinks_k, self.sinks_v))
+            tail, books = self.tail.select(index), self.device_books.select(index)
+            table = Table(self.table.pages.index_select(0, chosen))
+        self.sinks_k, self.sinks_v, self.tail, self.device_books, self.table = sinks_k, sinks_v, tail, books, table
         self.rows = [self.rows[row].copy() for row in index]
         self.batch = len(index)
         self.publish()
@@ -206,7 +208,8 @@ class GPUStore(Held):
             )
 
     @torch.inference_mode(False)
-    def _begin(self, k: Tensor) -> None:
+    def begin(self, k: Tensor) -> None:
+        """Take batch, heads, channels, dtype and device from the first K, (batch, KV heads, tokens, head_dim)."""
         on = self._launcher(k.device)
         page = page_build(self.spec, k.shape[3], VALUES[k.dtype])
         self._on, self._page_build, self._builds = on, page, dict[tuple[str, bool], AttendBuild]()
@@ -358,7 +361,7 @@ def gpu_of(device: torch.device) -> gpu_launch.Launcher:
     """The GPU behind a device of torch, which its current stream is used of. Raises BackendUnavailable for another device."""
     if device.type != "cuda" or torch.version.hip is not None:
         raise BackendUnavailable(
-            f"backend='gpu' takes K and V on an NVIDIA GPU, not on {device}: use backend='cpu' there"
+            f"backend='gpu' takes K and V on an NVIDIA GPU, not on {device}: move the model to one, or use backend='cpu'"
         )
     index = device.index or 0
     return Gpu(index, lambda: int(torch.cuda.current_stream(index).cuda_stream))

@@ -435,7 +435,7 @@ class KVStore:
         tensor = (self.spec.key, self.spec.value)[index]
         earlier = self.pair_counts[row][index]
         if earlier is not None:
-            some = _counted(tensor, earlier.shape[1])
+            some = counted(tensor, earlier.shape[1])
             counts[:, some, some] += earlier
         if (int(self.count[row]) + pages) * PAGE_TOKENS >= TRAINING_TOKENS and counts.any():
             self.own_books[row][index] = codebook.train(counts, tensor.limit)
@@ -474,7 +474,7 @@ class KVStore:
             parts["raw_blocks" if mode == RAW else "codes"] += size - scales - lengths
 
 
-def _counted(tensor: TensorSpec, n: int) -> slice:
+def counted(tensor: TensorSpec, n: int) -> slice:
     """The n codes whose pair counts are kept: the lowest, of the unit ``head`` those around 0."""
     first = -HEAD_ZERO - n // 2 if tensor.unit == "head" else 0
     return slice(first, first + n)
@@ -487,7 +487,7 @@ def kept_counts(tensor: TensorSpec, counts: npt.NDArray[np.uint64]) -> npt.NDArr
         n = 2 * int(np.max(np.maximum(seen + HEAD_ZERO + 1, -HEAD_ZERO - seen), initial=1))
     else:
         n = 1 + int(np.max(seen, initial=0))
-    some = _counted(tensor, n)
+    some = counted(tensor, n)
     return counts[:, some, some].astype(np.uint32)
 
 

@@ -54,13 +54,45 @@ def test_generates_what_the_cpu_backend_does(model: transformers.PreTrainedModel
     assert torch.equal(*tokens)
 
 
-def test_a_file_goes_on_where_the_cache_was(model: transformers.PreTrainedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["gpu", "cpu"])
+def test_a_file_goes_on_where_the_cache_was(model: transformers.PreTrainedModel, tmp_path: Path, backend: str) -> None:
     prompt = torch.randint(1, 96, (2, 330), generator=torch.Generator().manual_seed(2))
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
-    cache = KVCompCache(model.config, backend="gpu")
+    cache = KVCompCache(model.config, backend=backend)
     with torch.no_grad():
         model(prompt[:, :-1], past_key_values=cache)
     cache.save(tmp_path / "cache.kvc")
-    loaded = KVCompCache.load(tmp_path / "cache.kvc", model.config)
-    tokens = [model.generate(prompt, past_key_values=one, **options) for one in (cache, loaded)]
-    assert torch.equal(*tokens)
+    here, there = (KVCompCache.load(tmp_path / "cache.kvc", model.config, backend=on) for on in ("gpu", "cpu"))
+    tokens = [model.generate(prompt, past_key_values=one, **options) for one in (cache, here, there)]
+    assert torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0], tokens[2])
+    again = KVCompCache.load(tmp_path / "cache.kvc", model.config, backend="gpu")
+    for layer in again.layers:
+        layer.upload(torch.device("cpu"))
+        assert isinstance(layer.store, gpu_store.GPUStore)
+    again.save(tmp_path / "again.kvc")
+    assert (tmp_path / "cache.kvc").read_bytes() == (tmp_path / "again.kvc").read_bytes()
+
+
+def test_rows_and_first_tokens_of_files_go_to_the_gpu(model: transformers.PreTrainedModel, tmp_path: Path) -> None:
+    prompt = torch.randint(1, 96, (2, 400), generator=torch.Generator().manual_seed(3))
+    token = torch.tensor([[5], [6], [7]])
+    cache = KVCompCache(model.config)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([0, 1, 1]))  # rows that share pages
+        cache.save(tmp_path / "three.kvc")
+        logits = []
+        for backend in ("gpu", "cpu"):
+            paths = [tmp_path / "three.kvc"] * 2
+            loaded = KVCompCache.load(paths, model.config, tokens=210, rows=[2, 1], backend=backend)
+            loaded.batch_select_indices(torch.tensor([0, 3, 1]))
+            more = KVCompCache.load(tmp_path / "three.kvc", model.config, tokens=90, rows=[0], backend=backend)
+            logits.append(model(token, past_key_values=loaded).logits)
+            loaded.join(more)
+            assert len(loaded.layers[0].store.dense()[0]) == 4
+            mask = loaded.attention_mask()
+            ids, positions = torch.tensor([[5], [6], [7], [8]]), mask.sum(1, keepdim=True) - 1
+            logits.append(model(ids, attention_mask=mask, position_ids=positions, past_key_values=loaded).logits)
+    for mine, theirs in zip(logits[:2], logits[2:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

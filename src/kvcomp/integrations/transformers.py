@@ -136,7 +136,8 @@ class KVCompCache(Cache):
                     f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
                 )
             cache._check_limit(max(1, header.tokens if tokens is None else tokens), 0)
-        read = [files.load(container, backend, None, rows, tokens, cache.calibration) for container in containers]
+        host = "reference" if backend == "gpu" else backend  # to a GPU when it is known which
+        read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
         for index, layer in enumerate(cache.layers):
             store = joining.join([stores[index] for stores in read]) if len(read) > 1 else read[0][index]
             transformers_files.give(layer, store)
@@ -161,17 +162,44 @@ class KVCompCache(Cache):
         positions allow; the cache is then as it was.
         """
         if layer_idx == self.first:
+            self._level()
             self.session.plan = None
-            self._check_limit(key_states.shape[-2], self.get_seq_length(layer_idx))
+            self.session.before = self.get_seq_length(layer_idx)
+            self._check_limit(key_states.shape[-2], self.session.before)
         elif layer_idx >= len(self.layers):
             self.crop(-key_states.shape[-2])
             raise InvalidInput(f"this cache was made for a model of {len(self.layers)} layers, and this one has more")
         layer: Any = self.layers[layer_idx]
-        both: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        try:
+            both: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        except Exception:
+            self.session.failed = True
+            raise
         return both
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held, padding included."""
+        self._level()
+        return super().get_seq_length(layer_idx)
+
+    def _level(self) -> None:
+        """After a forward pass that failed, take its tokens from the layers that have them. Raises InvalidInput if one cannot."""
+        if not self.session.failed:
+            return
+        before = self.session.before
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                if layer.store.tokens > before:
+                    layer.undo(layer.store.tokens - before)
+            elif isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > before:
+                raise InvalidInput(
+                    "the last forward pass failed in its middle, and a sliding window cannot go back: make a new cache"
+                )
+        self.session.failed = False
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask for this many new tokens. Raises LimitExceeded if the model's positions do not allow them."""
+        self._level()
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         self._check_limit(query_length, length + offset - query_length)
         return length, offset
@@ -197,12 +225,17 @@ class KVCompCache(Cache):
         kvcomp's, and LimitExceeded if memory ends; the cache is then as it was.
         """
         self.session.check_fingerprint(other.session)
+        for cache in (self, other):
+            cache._level()
         layers = self.compressed_layers
         if len(layers) != len(self.layers):
             raise UnsupportedModel("rows join only where every layer's cache is compressed: not with sliding windows")
         pairs = list(zip(layers, other.compressed_layers, strict=True))
         for layer in (layer for pair in pairs for layer in pair if layer.unsealed):
             layer.seal()
+        for layer, beside in (*pairs, *((theirs, mine) for mine, theirs in pairs)):
+            if isinstance(beside.store, GPUStore) and beside.store.batch:
+                layer.upload(beside.store.device)
         stores = [(mine.store, theirs.store) for mine, theirs in pairs]
         tokens = max((store.tokens - int(store.starts.min()) for store in stores[0] if store.batch), default=0)
         joined: list[KVStore | GPUStore] = []

@@ -64,9 +64,12 @@ def kvcomp_attention(
         if session.config() is not config and config is not None:
             session.check_model(config)
         out = _over_store(module, query, source, attention_mask, scaling, softcap, causal)
-    except (InvalidInput, UnsupportedModel):
-        if source is not None and source.layer.unsealed and source.tokens == source.layer.store.tokens:
-            source.layer.undo(query.shape[2])
+    except Exception as error:
+        if source is not None:
+            source.layer.session.failed = True
+            refused = isinstance(error, InvalidInput | UnsupportedModel)
+            if refused and source.layer.unsealed and source.tokens == source.layer.store.tokens:
+                source.layer.undo(query.shape[2])
         raise
     return out, None
 

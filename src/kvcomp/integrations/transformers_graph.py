@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.gpu_arena import staged
 from kvcomp.gpu_store import GPUStore
 from kvcomp.integrations.transformers import KVCompCache
@@ -52,6 +52,8 @@ class DecodeGraph:
             raise InvalidInput(
                 f'the model has the attention "{attention}": call model.set_attn_implementation("{NAME}")'
             )
+        for layer in self._layers:
+            layer.upload(model.device)
         if not all(isinstance(store, GPUStore) and store.tokens for store in self._stores):
             raise InvalidInput('only a cache with backend="gpu" that holds a prompt can be recorded')
         if len({store.device for store in self._stores}) > 1:
@@ -75,7 +77,7 @@ class DecodeGraph:
         stores, batch = self._stores, self._stores[0].batch
         if ids.numel() != batch:
             raise InvalidInput(f"ids must be one token for each of {batch} rows, not {tuple(ids.shape)}")
-        tokens = stores[0].tokens
+        tokens = self._cache.get_seq_length()
         self._cache.get_mask_sizes(1, 0)  # which checks the model's positions
         for layer in self._layers:
             if layer.unsealed:
@@ -102,8 +104,13 @@ class DecodeGraph:
             self._places = places
         assert self._repeat is not None
         self._repeat()
-        for layer in self._layers:
-            layer.seal()
+        try:
+            for layer in self._layers:
+                layer.seal()
+        except KVCompError:
+            for store in stores:
+                store.crop(tokens)
+            raise
         return self._logits
 
     def _forward(self) -> Tensor:

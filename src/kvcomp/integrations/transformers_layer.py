@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvcomp.calibration import LayerCalibration
 from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.gpu_copies import to_device
 from kvcomp.gpu_store import GPUStore
 from kvcomp.integrations.transformers_models import fingerprint_of, identity_of, position_limit
 from kvcomp.spec import CodecSpec
@@ -55,6 +56,8 @@ class Session:
         self.limit = position_limit(config)
         self.plan: MaskPlan | None = None
         self.sealing: GPUStore | None = None
+        self.before = 0  # tokens before the forward pass
+        self.failed = False  # it did: some layers may have its tokens, others not
         self.recording = False  # a step that a graph will repeat: what depends on its number is done outside
 
     def check_model(self, config: PreTrainedConfig) -> None:
@@ -217,12 +220,18 @@ class CompressedLayer(CacheLayerMixin):
             )
         if self.unsealed:  # another attention implementation has the last word on when it has read its keys and values
             self.seal()
+        self.upload(key_states.device)
         if self.session.sealing is not None:  # the device has the work up to this layer's attention to do
             self.session.sealing.proceed()
         self.store.append(key_states, value_states)
         self.unsealed = self.is_initialized = True
         source = Source(self, (key_states, value_states) if self.store.tokens == key_states.shape[2] else None)
         return Handle(source, 0), Handle(source, 1)
+
+    def upload(self, device: torch.device) -> None:
+        """Move to a GPU what was read from a file for the backend ``gpu``."""
+        if self.backend == "gpu" and isinstance(self.store, KVStore):
+            self.store = to_device(self.store, device)
 
     def seal(self) -> None:
         """Compress what is older than the window. On a GPU a prompt is done when the next layer has come as far."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from kvcomp.errors import BackendUnavailable
+from kvcomp.errors import BackendUnavailable, LimitExceeded
 from kvcomp.kernels.gpu_compile import compile_kernel
 from kvcomp.kernels.gpu_launch import Grid
 from kvcomp.kernels.gpu_layout import Machine, machine
@@ -84,9 +84,15 @@ class Gpu:
         return function
 
     def _check(self, result: tuple[Any, ...]) -> Any:
-        """The value of a driver call. Raises BackendUnavailable with the driver's name for what is wrong."""
-        if result[0] != self._driver.CUresult.CUDA_SUCCESS:
-            raise BackendUnavailable(f"the CUDA driver fails: {result[0].name}")
+        """The value of a driver call. Raises LimitExceeded if memory is short, or BackendUnavailable with the driver's name for what is wrong."""
+        codes = self._driver.CUresult
+        if result[0] == codes.CUDA_ERROR_OUT_OF_MEMORY:
+            raise LimitExceeded("the device has no memory left for a kernel: use a smaller batch or a shorter context")
+        if result[0] != codes.CUDA_SUCCESS:
+            raise BackendUnavailable(
+                f"the CUDA driver fails: {result[0].name}. A kernel that failed before it, or a driver older than the CUDA of cuda-bindings, "
+                "can be the reason; backend='cpu' needs neither"
+            )
         return result[1] if len(result) > 1 else None
 
 
