@@ -10,6 +10,7 @@ from rich.table import Table
 
 from kvcomp.cli_evaluate import Resume, bar, partial, quiet_loading
 from kvcomp.cli_files import errors, plain_errors, screen
+from kvcomp.errors import KVCompError
 
 app = typer.Typer()
 
@@ -66,6 +67,10 @@ def _calibrate(name: str, text: Path, output: Path, windows: int, prompt: int, s
     except KeyboardInterrupt:
         errors.print("stopped; the same command with --resume goes on from here")
         raise typer.Exit(130) from None
+    except KVCompError:
+        if not journal.pieces:
+            journal.close()  # refused before anything was measured
+        raise
     calibration.write(output)
     journal.close()
     statistics.unlink(missing_ok=True)
