@@ -1,103 +1,153 @@
 """A model of the shape of Llama 3.1 8B with random weights, generating after a long prompt on a GPU: benchmarks/results/gpu_generate.json.
 
-Run by ``make gpu-check``. For each cache the time to the first token, tokens a second after it, and the most memory torch held.
+    python benchmarks/gpu_generate.py                          # 4 x 32K and 1 x 128K
+    python benchmarks/gpu_generate.py --shapes 1x131072 --limit 300
+    python benchmarks/gpu_generate.py --longest                # the longest context that fits, by arithmetic, and one step there
+
+Run by ``make gpu-check``. For each cache the time to the first token, tokens a second after it, launches of a step, and the most memory torch
+held. The longest contexts are filled with random K and V, as the model would take minutes to read them.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_attention import setting
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
-
-from kvcomp.integrations.transformers import KVCompCache
+from gpu_model import (
+    CONFIG,
+    DENSE_LAYER,
+    DEVICE,
+    GPU,
+    SPECS,
+    STOCK,
+    allocated,
+    cache_for,
+    decoder,
+    described,
+    fill,
+    launches,
+    model_with_random_weights,
+    release,
+    synchronise,
+    where,
+)
 
 RESULTS = Path(__file__).parent / "results" / "gpu_generate.json"
-CONFIG = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, max_position_embeddings=1 << 18,
-)  # fmt: skip
-SHAPES = ((4, 32768), (1, 131072))
-
-
-def model_on_gpu() -> Any:
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"), torch.no_grad():
-        made: Any = LlamaForCausalLM._from_config(CONFIG, dtype=torch.bfloat16)
-        for parameter in made.parameters():
-            parameter.normal_(0.0, 0.02)
-    torch.set_default_dtype(torch.float32)
-    return made.eval()
+NAMES = ("dynamic", "static", "static, graph", "kvcomp", "kvcomp, graph", "kvcomp packed") if GPU else (*STOCK, *SPECS)
+SHAPES = ("4x32768", "1x131072") if GPU else ("2x300",)
+PROBE = 8192 if GPU else 2048  # tokens from which bytes a token are found
+WORK = 4 << 30  # bytes left for what a step of the model needs
 
 
 @torch.inference_mode()
 def run(model: Any, name: str, batch: int, tokens: int, new: int) -> dict[str, Any]:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    base = torch.cuda.memory_allocated()
-    model.set_attn_implementation("kvcomp" if name.startswith("kvcomp") else "sdpa")
-    caches: dict[str, Any] = {
-        "dynamic": lambda: DynamicCache(config=CONFIG),
-        "static": lambda: StaticCache(config=CONFIG, max_cache_len=tokens + new),
-        "kvcomp": lambda: KVCompCache(CONFIG, backend="gpu"),
-        "kvcomp packed": lambda: KVCompCache(CONFIG, spec="packed", backend="gpu"),
-    }
-    cache = caches[name]()
-    ids = torch.randint(0, CONFIG.vocab_size, (batch, tokens), device="cuda")
-    torch.cuda.synchronize()
+    release()
+    base = allocated()
+    cache = cache_for(model, name, tokens + new + 8)
+    ids = torch.randint(0, CONFIG.vocab_size, (batch, tokens), device=DEVICE)
+    synchronise()
     begin = time.perf_counter()
-    out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    following = out.logits[:, -1:].argmax(-1)
-    torch.cuda.synchronize()
+    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    following = logits.argmax(-1, keepdim=True)
+    synchronise()
     first = time.perf_counter() - begin
-    steps = []
+    step = decoder(model, cache, name)
+    for _ in range(2):  # an ordinary step, then one that is recorded where there are graphs
+        following = step(following).argmax(-1, keepdim=True)
+    synchronise()
+    begin = time.perf_counter()
     for _ in range(new):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        out = model(following, past_key_values=cache, use_cache=True)
-        following = out.logits[:, -1:].argmax(-1)
-        torch.cuda.synchronize()
-        steps.append(time.perf_counter() - begin)
-    result = {
+        following = step(following).argmax(-1, keepdim=True)
+    synchronise()
+    seconds = time.perf_counter() - begin
+    found = {
         "cache": name,
         "batch": batch,
         "tokens": tokens,
         "seconds_to_first_token": first,
-        "tokens_a_second": batch * new / sum(steps),
-        "median_step_ms": 1e3 * sorted(steps)[new // 2],
-        "peak_gigabytes_beside_weights": (torch.cuda.max_memory_allocated() - base) / 1e9,
-        "held_gigabytes": (torch.cuda.memory_allocated() - base) / 1e9,
+        "tokens_a_second": batch * new / seconds,
+        "step_ms": 1e3 * seconds / new,
+        "peak_gigabytes_beside_weights": (allocated(peak=True) - base) / 1e9,
+        "held_gigabytes": (allocated() - base) / 1e9,
+        "launches_a_step": launches(lambda: step(following)),
     }
     if name.startswith("kvcomp"):
         memory = cache.memory()
-        result |= {"coded_bits": memory.coded_bits, "total_bits": memory.total_bits}
-    return result
+        found |= {"coded_bits": memory.coded_bits, "total_bits": memory.total_bits}
+    return found
+
+
+@torch.inference_mode()
+def longest(model: Any, name: str, room: int) -> dict[str, Any]:
+    """The context of one sequence that fits so many bytes by the bytes a token of a shorter one, and whether a step there succeeds."""
+    release()
+    if name in STOCK:
+        a_token: float = DENSE_LAYER * (CONFIG.num_hidden_layers + (name == "dynamic"))  # which copies a layer
+    else:
+        totals = []
+        for tokens in (PROBE, 2 * PROBE):
+            cache = cache_for(model, name, tokens)
+            fill(cache, 1, tokens)
+            totals.append(cache.memory().total)
+            del cache
+        a_token = (totals[1] - totals[0]) / PROBE
+    tokens = int(room / a_token) // 1024 * 1024
+    found = {"cache": name, "longest_tokens": tokens, "bytes_a_token": a_token, "room_bytes": room}
+    release()
+    cache = cache_for(model, name, tokens + 1)
+    fill(cache, 1, tokens)
+    step = decoder(model, cache, name)
+    step(torch.zeros((1, 1), dtype=torch.int64, device=DEVICE))
+    synchronise()
+    return found | {"held_bytes": allocated(), "peak_bytes": allocated(peak=True)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--new", type=int, default=130)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BATCHxTOKENS")
     parser.add_argument("--small", action="store_true", help="only the first shape")
+    parser.add_argument("--new", type=int, default=128 if GPU else 4)
+    parser.add_argument("--limit", type=float, default=540.0, metavar="SECONDS", help="nothing is begun after it")
+    parser.add_argument("--longest", action="store_true", help="only the longest contexts that fit")
+    parser.add_argument(
+        "--room", type=int, help="bytes for the cache with --longest; what the device has left by default"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS if GPU else None)
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    model = model_on_gpu()
+    begun = time.monotonic()
+    model = model_with_random_weights()
     rows: list[dict[str, Any]] = []
-    run(model, "kvcomp", 1, 1024, 4)  # compiles
-    for batch, tokens in SHAPES[:1] if arguments.small else SHAPES:
-        for name in ("dynamic", "static", "kvcomp", "kvcomp packed"):
-            try:
-                rows.append(run(model, name, batch, tokens, arguments.new))
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                rows.append({"cache": name, "batch": batch, "tokens": tokens, "error": str(error).splitlines()[0]})
-            print(rows[-1], flush=True)
-            RESULTS.write_text(json.dumps({"setting": setting(), "rows": rows}, indent=1) + "\n")
+    jobs: list[tuple[Callable[..., dict[str, Any]], tuple[Any, ...], dict[str, Any]]]
+    if arguments.longest:
+        if arguments.room is None and not GPU:
+            parser.error("--longest needs --room where there is no GPU")
+        room = arguments.room or torch.cuda.mem_get_info()[0] - WORK
+        jobs = [(longest, (name, room), {"cache": name}) for name in (*STOCK, *SPECS)]
+    else:
+        if GPU:
+            for name in NAMES:
+                run(model, name, 1, 1024, 4)  # compiles
+        shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes[: 1 if arguments.small else None]]
+        jobs = [
+            (run, (name, batch, tokens, arguments.new), {"cache": name, "batch": batch, "tokens": tokens})
+            for batch, tokens in shapes
+            for name in NAMES
+        ]
+    for measure, how, what in jobs:
+        try:
+            if time.monotonic() - begun > arguments.limit:
+                raise TimeoutError(f"not begun: the limit of {arguments.limit:.0f} s has passed")
+            rows.append(measure(model, *how))
+        except (RuntimeError, ValueError, TimeoutError, torch.OutOfMemoryError) as error:
+            rows.append({**what, "error": described(error)})
+        print(rows[-1], flush=True)
+        if arguments.output:
+            arguments.output.write_text(json.dumps({"setting": where(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
