@@ -1,158 +1,209 @@
 """Registers, shared memory, spills and instructions of the attention kernel, from machine code compiled without a GPU.
 
-Compiles the shipped builds for every architecture, disassembles them and writes benchmarks/results/gpu_instructions.json. The
-instructions for each code are those of the inner loops, which decode a tile, dequantise it and feed the tensor cores. Around them
-stands, once for a page, the rest: copies, stream starts, softmax and weights, which only a GPU's counters can tell (``make gpu-check``).
+Compiles the shipped builds for every architecture and writes benchmarks/results/gpu_instructions.json. Instructions are those of the path of a
+whole page through the machine code, from one page to the next: look-up of the page, copies, stream starts, scores, softmax, weights, sums. Where
+branches leave a choice the longest path counts, without
+
+- what reads raw tokens, or pages of which not all tokens count (RARE), and readers other than the one that is asked for;
+- scaling down the sums, which a page asks for only if a score is 2^8 times as likely as any before (``scale_down``);
+- copies of what lies behind the first 4 KB of a block, where 2.5 bits a code do not reach (at 256 channels they do, and count).
+
+A loop runs as often as makes the tensor-core products of a page. An instruction counts for all lanes whether its predicate holds or
+not. tests/emulator holds the products, shuffles and powers on the path against those of a run.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-import sysconfig
-import tempfile
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from sass import Block, Instruction, blocks, listing, longest, loops
+
 from kvcomp.kernels.gpu_compile import compile_now, nvrtc_version, options_for, sources_hash
-from kvcomp.kernels.gpu_layout import AttendBuild, attend_build, machine
+from kvcomp.kernels.gpu_layout import SOURCES, AttendBuild, attend_build, machine
 from kvcomp.spec import CodecSpec, TensorSpec
 
 RESULTS = Path(__file__).parent / "results" / "gpu_instructions.json"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 CHANNELS = (128, 64, 256, 96, 80, 192)
+BITS = 2.5
+FIRST_COPIES = 4096  # bytes of a block that ``stage`` copies without a question
+RARE = {"weigh_some", "scale_down", "RawChunk", "raw_values"}
+
+
+def _klt(limit: int) -> CodecSpec:
+    of_both = TensorSpec("head", None, limit=limit, classes=4, steps=((0.1,),))
+    return CodecSpec(of_both, of_both).layer(0, 1)
+
+
 SPECS = {
     "huffman, limit 10": CodecSpec(TensorSpec("block", 0.05, limit=10), TensorSpec("token", 0.1, limit=10)),
     "huffman, limit 12": CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1)),
     "fixed width": CodecSpec(TensorSpec("block", 1 / 14, "fixed"), TensorSpec("token", 1 / 14, "fixed")),
+    "kvcomp-klt, limit 10": _klt(10),
+    "kvcomp-klt, limit 12": _klt(12),
 }
+# How the codes of a block are read: by symbols that are the codes, with low bits behind them, out of tables in global memory, at a fixed width.
+FORMS = ("symbols", "split", "global tables", "4 bits", "2 bits")
 
 
 @dataclass(frozen=True)
-class Loop:
-    """An innermost loop with tensor-core products. begin, end: places in the listing. counts: instructions by name."""
+class Page:
+    """Instructions of one page for one KV head, for each lane. rest: outside of the readers. names: how many of each operation."""
 
-    begin: int
-    end: int
-    counts: dict[str, int]
+    keys: int
+    values: int
+    rest: int
+    names: Counter[str]
 
-    @property
-    def instructions(self) -> int:
-        return sum(self.counts.values())
+    def a_code(self, channels: int) -> float:
+        """For each code: a lane decodes 2 D of K and 2 D of V."""
+        return (self.keys + self.values + self.rest) / (4 * channels)
 
 
-def tool(name: str) -> str:
-    """Path of a CUDA tool, from pip's packages or the PATH."""
-    of_pip = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / name
-    found = str(of_pip) if of_pip.exists() else shutil.which(name)
-    if not found:
-        raise SystemExit(f"{name} is missing: pip install nvidia-cuda-{name}")
+@lru_cache(maxsize=1)
+def functions() -> dict[tuple[str, int], str]:
+    """The function that a line of the sources belongs to."""
+    found = {}
+    for path in SOURCES.glob("*.cu*"):
+        name = ""
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if begin := re.match(r"\s*(?:INLINE|KERNEL) .*?(?<!__launch_bounds__)\b(?!__launch_bounds__)(\w+)\(", line):
+                name = begin[1]
+            found[path.name, number] = name
     return found
 
 
-def listing(cubin: bytes, kernel: str) -> list[tuple[str, str, str]]:
-    """(label, "", "") and ("", instruction, operands) of a kernel, in order."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool("nvdisasm"), "-c", file.name], check=True, capture_output=True, text=True).stdout
-    section = next(part for part in re.split(r"\n\s*\.section\s+\.text\.", text)[1:] if part.startswith(kernel))
-    lines = []
-    for line in section.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            lines.append((label.group(1), "", ""))
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", line):
-            lines.append(("", found.group(1).split(".")[0], found.group(2)))
-    return lines
+def _inside(instruction: Instruction, names: set[str]) -> bool:
+    return any(functions().get(place) in names for place in instruction.places)
 
 
-def loops(lines: list[tuple[str, str, str]]) -> Iterator[Loop]:
-    """The loops, by their backward branches."""
-    at = {label: i for i, (label, _, _) in enumerate(lines) if label}
-    for end, (_, name, operands) in enumerate(lines):
-        target = re.search(r"\.L_\w+", operands) if name == "BRA" else None
-        if target and at.get(target.group(), end) < end:
-            begin = at[target.group()]
-            counts: dict[str, int] = {}
-            for _, inside, _ in lines[begin : end + 1]:
-                if inside and inside != "NOP":
-                    counts[inside] = counts.get(inside, 0) + 1
-            yield Loop(begin, end, counts)
+def _off_the_path(block: Block, behind: bool) -> bool:
+    """Whether a block is there for what a page seldom is. behind: leave out what copies the end of a long block."""
+    work = [x for x in block.instructions if x.name not in ("BRA", "BSSY", "BSYNC", "NOP", "WARPSYNC")]
+    copies = [x for x in work if x.name == "LDGSTS"]
+    few = behind and 0 < len(copies) < FIRST_COPIES // 512 and all(_inside(x, {"copy_lane"}) for x in copies)
+    return few or (bool(work) and all(_inside(x, RARE) for x in work))
 
 
-def innermost(lines: list[tuple[str, str, str]]) -> list[Loop]:
-    every = list(loops(lines))
-    return [x for x in every if not any(x.begin <= y.begin and y.end <= x.end and y != x for y in every)]
+def page_of(lines: list[str | Instruction], build: AttendBuild, form: str) -> Page | None:
+    """What a page costs whose blocks of K and V are of this form; None if the build does not read such blocks so."""
+    made = blocks(lines)
+    of_loops = loops(made)
+
+    def count(of: frozenset[int], name: str) -> int:
+        return sum(made[i].count(name) for i in of)
+
+    header, page = max((x for x in of_loops.items() if count(x[1], "HMMA")), key=lambda x: len(x[1]))
+    readers = [x for x in of_loops.values() if x < page and count(x, "HMMA")]
+
+    def size(of: frozenset[int]) -> int:
+        return sum(len(made[i].instructions) for i in of)
+
+    def reader(function: str) -> frozenset[int] | None:
+        mine = [x for x in readers if any(_inside(one, {function}) for i in x for one in made[i].instructions)]
+        in_shared = sorted((x for x in mine if count(x, "LDS") >= 2 * count(x, "HMMA")), key=size)
+        if form in ("symbols", "split"):
+            which = FORMS.index(form)
+            return in_shared[which] if len(in_shared) > which else None
+        loads = {"global tables": (1.5, 3), "4 bits": (0.5, 0.5), "2 bits": (0.25, 0.25)}[form]  # for each product
+        fits = (x for x in mine if x not in in_shared and loads[0] <= count(x, "LD") / count(x, "HMMA") <= loads[1])
+        return next(fits, None)
+
+    keys, values = reader("multiply_keys"), reader("multiply_values")
+    if keys is None or values is None:
+        return None
+    parts = 2 if form == "global tables" else 1  # codes up to 255 take two products
+    times = {i: build.channels // 2 * parts // count(x, "HMMA") for x in (keys, values) for i in x}
+    behind = build.channels * 64 * BITS / 8 <= FIRST_COPIES
+    others = frozenset().union(*readers) - keys - values
+    within = frozenset(i for i in page - others if i in keys | values or not _off_the_path(made[i], behind))
+    through = [max(x, key=lambda i: made[i].count("HMMA")) for x in (keys, values)]
+    paths = [longest(made, header, i, within, times, through) for i in within if header in made[i].after]
+    path = max((x for x in paths if x), key=lambda x: sum(len(made[i].instructions) * times.get(i, 1) for i in x))
+    for x, function in ((keys, "multiply_keys"), (values, "multiply_values")):
+        # The compiler may take the first turn of a loop out of it.
+        ahead = [one for i in path if i not in x for one in made[i].instructions if _inside(one, {function})]
+        products = build.channels // 2 * parts - sum(one.name == "HMMA" for one in ahead)
+        times |= dict.fromkeys(x, products // count(x, "HMMA"))
+    total = Counter[str]()
+    for i in path:
+        for one in made[i].instructions:
+            total[one.name] += times.get(i, 1)
+            if one.name == "CALL" and "`(.L" not in one.operands:
+                raise ValueError("the path calls what is not counted")
+    of_keys, of_values = (sum(len(made[i].instructions) * times[i] for i in path if i in x) for x in (keys, values))
+    return Page(of_keys, of_values, sum(total.values()) - of_keys - of_values, total)
 
 
-def fastest(found: list[Loop], pairs: int, huffman: bool) -> int | None:
-    """Instructions of the cheapest inner loop that decodes so many pairs: with a look-up in shared memory for each, or, at a fixed width,
-    with fewer loads than pairs; raw values need more. None where the tables do not fit the shared memory."""
-
-    def decodes(loop: Loop) -> bool:
-        looked_up, loaded = loop.counts.get("LDS", 0), loop.counts.get("LD", 0) + loop.counts.get("LDG", 0)
-        return looked_up >= pairs if huffman else looked_up < pairs and loaded <= pairs
-
-    return min((loop.instructions for loop in found if decodes(loop)), default=None)
-
-
-def measure(build: AttendBuild, architecture: int) -> dict[str, Any]:
-    options = (*options_for("decode_attention.cu", build.defines, architecture), "--ptxas-options=-v")
+def compiled(build: AttendBuild, architecture: int) -> tuple[list[str | Instruction], int, int]:
+    """Listing, registers and spilled bytes of the kernel."""
+    options = (*options_for("decode_attention.cu", build.defines, architecture), "-lineinfo", "--ptxas-options=-v")
     cubin, messages = compile_now("decode_attention.cu", options)
     of_attend = messages[messages.index("'attend'") :]
-    spills, registers = (
-        int(re.search(pattern, of_attend).group(1))  # type: ignore[union-attr]
-        for pattern in (r"(\d+) bytes spill stores", r"Used (\d+) registers")
-    )
-    lines = listing(cubin, "attend")
-    inner = [loop for loop in innermost(lines) if loop.counts.get("HMMA")]
-    with_sums = [loop for loop in inner if loop.counts.get("STS")]  # those of V
-    without = [loop for loop in inner if not loop.counts.get("STS")]
-    keys = fastest(without, build.channels // 4, build.k_bits > 0)
-    values = fastest(with_sums, 16, build.v_bits > 0)
-    # A lane takes 2 D codes of K in four tiles, and 2 D codes of V in D / 16 pairs of tiles.
+    patterns = (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+    registers, spills = (int(re.search(x, of_attend).group(1)) for x in patterns)  # type: ignore[union-attr]
+    return listing(cubin, "attend"), registers, spills
+
+
+def measure(spec: str, channels: int, architecture: int) -> dict[str, Any]:
+    """A row of the table."""
+    build = attend_build(SPECS[spec], channels, "bfloat16", "bfloat16", False, machine(architecture))
+    lines, registers, spills = compiled(build, architecture)
+    pages = {form: page_of(lines, build, form) for form in FORMS}
     return {
-        **asdict(build),
+        "spec": spec,
         "architecture": architecture,
+        **asdict(build),
         "shared": build.shared,
         "registers": registers,
         "spill_bytes": spills,
-        "key_instructions_a_code": None if keys is None else round(keys / (build.channels / 2), 3),
-        "value_instructions_a_code": None if values is None else round(values / 32, 3),
+        "forms": {
+            form: {
+                "instructions_a_code": round(page.a_code(channels), 3),
+                "keys": page.keys,
+                "values": page.values,
+                "rest": page.rest,
+            }
+            for form, page in pages.items()
+            if page is not None
+        },
     }
 
 
 def main() -> None:
-    """Adds what is missing for the present sources; half an hour for all."""
+    """Adds what is missing for the present sources; some minutes for all."""
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if found.get("sources") != sources_hash():
+    if (found.get("sources"), found.get("nvrtc")) != (sources_hash(), nvrtc_version()):
         found = {"sources": sources_hash(), "nvrtc": nvrtc_version(), "builds": []}
     rows = found["builds"]
-    done = {(row["spec"], row["architecture"], row["channels"]) for row in rows}
-    for channels, architecture, name in product(CHANNELS, ARCHITECTURES, SPECS):
-        if (name, architecture, channels) not in done:
-            chosen = attend_build(SPECS[name], channels, "bfloat16", "bfloat16", False, machine(architecture))
-            rows.append({"spec": name, **measure(chosen, architecture)})
-            print(rows[-1], flush=True)
+    done = {(row["spec"], row["channels"], row["architecture"]) for row in rows}
+    for channels, architecture, spec in product(CHANNELS, ARCHITECTURES, SPECS):
+        if (spec, channels, architecture) not in done:
+            rows.append(measure(spec, channels, architecture))
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(rows))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    RESULTS.with_suffix(".md").write_text(table(rows) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: instructions a code of K and of V, registers, spills."""
+    """Markdown: registers, spills, and instructions a code by form."""
     lines = [
-        "| build | sm | D | warps | copies | registers | spilled | K | V |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| build | D | sm | warps | copies | registers | spilled | shared KB | " + " | ".join(FORMS) + " |",
+        "|" + "---|" * (8 + len(FORMS)),
     ]
     for row in sorted(rows, key=lambda row: (row["spec"], row["channels"], row["architecture"])):
-        names = ("spec", "architecture", "channels", "warps", "k_copies", "registers", "spill_bytes")
-        codes = ("key_instructions_a_code", "value_instructions_a_code")
-        lines.append("| " + " | ".join(str(row[name]) for name in (*names, *codes)) + " |")
+        names = ("spec", "channels", "architecture", "warps", "k_copies", "registers", "spill_bytes")
+        forms = (row["forms"].get(form) for form in FORMS)
+        cells = [str(row[name]) for name in names] + [f"{row['shared'] / 1024:.0f}"]
+        cells += [f"{form['instructions_a_code']:.2f}" if form else "" for form in forms]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -13,6 +13,8 @@
 alignas(128) u8 shared_memory[MOST_SHARED];
 Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+unsigned long long shuffles, products, powers;
+
 namespace {
 
 constexpr size_t STACK = 1 << 18;
@@ -116,6 +118,7 @@ void meet_warp() { meet(warps[current / WARP], WARP); }
 void meet_block() { meet(block, (int)fibers.size()); }
 
 void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    products++;
     u32* mine = fibers[current].operand;
     for (int i = 0; i < 4; i++) mine[i] = a[i];
     mine[4] = b0, mine[5] = b1;

@@ -46,6 +46,8 @@ constexpr u32 MOST_SHARED = 256 * 1024;
 void meet_warp();
 void meet_block();
 void raise_out_of_range();
+// How often lanes did something since the library was loaded.
+extern unsigned long long shuffles, products, powers;
 // A word that each lane of the current warp shows the others.
 u32* shown(int lane);
 u32 (*operands(int lane))[6];
@@ -77,21 +79,24 @@ T from_lane(T x, int lane) {
 }
 template <class T>
 T __shfl_sync(u32, T x, int lane) {
+    shuffles++;
     return from_lane(x, lane & 31);
 }
 template <class T>
 T __shfl_xor_sync(u32, T x, int mask) {
+    shuffles++;
     return from_lane(x, this_lane() ^ mask);
 }
 template <class T>
 T __shfl_up_sync(u32, T x, int step) {
     int lane = this_lane();
+    shuffles++;
     return from_lane(x, lane >= step ? lane - step : lane);
 }
 
 inline bool __all_sync(u32, bool x) {
     u32 all = x;
-    for (int step = 16; step; step /= 2) all &= __shfl_xor_sync(~0u, all, step);
+    for (int step = 16; step; step /= 2) all &= from_lane(all, this_lane() ^ step);
     return all;
 }
 inline bool __any_sync(u32, bool x) { return !__all_sync(~0u, !x); }
@@ -149,7 +154,10 @@ inline u16 to_float16(float x) {
     memcpy(&bits, &y, 2);
     return bits;
 }
-inline float power_of_two(float x) { return x < -126.f ? 0.f : exp2f(x); }
+inline float power_of_two(float x) {
+    powers++;
+    return x < -126.f ? 0.f : exp2f(x);
+}
 inline float log_of_two(float x) { return log2f(x); }
 
 #ifndef KVC_RESERVED

@@ -24,7 +24,7 @@ constexpr bool EARLY = CHANNELS <= 192;  // whether registers are left to look u
 constexpr float SLACK = 8.f;
 constexpr float LOWEST = -1e30f;  // what no score reaches; finite, so that differences are numbers
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
-constexpr int MOST_PAIR_BITS = 18, SHARED_PAIR_BITS = 15;
+constexpr int MOST_PAIR_BITS = 18, SHARED_PAIR_BITS = 14;
 
 struct RawTensor {
     const void* values;

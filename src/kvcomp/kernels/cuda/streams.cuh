@@ -182,8 +182,9 @@ struct HuffmanPairs : CodedPairs<WIDE> {
             u32 pair = __byte_perm(entry, ones, 0x5352);
             if (SPLIT || i + 1 < N) window = __funnelshift_r(window, 0u, entry);
             if (SPLIT) {
-                u32 rest = window >> Table::LEAD, part = (1u << split) - 1;
-                pair |= (rest & part) | (rest >> split & part) << 16;
+                // The second code's low bits to the upper half beside the first's.
+                u32 rest = window >> Table::LEAD, both = rest & 0xffffu | rest << (16 - split) & 0xffff0000u;
+                pair |= both & ((1u << split) - 1) * 0x10001u;
                 window >>= 2 * split;
             }
             pairs[i] = pair;

@@ -1,0 +1,62 @@
+"""The path that instructions are counted on (benchmarks/gpu_instructions.py) is the one that a page takes: as many products, shuffles and
+powers of two as the kernel makes of a page when it is run."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import emulator
+import pytest
+from emulated_attention import attend
+from emulator import COMPILER
+from gpu_cases import Case, build
+
+from kvcomp.kernels.gpu_layout import AttendBuild, attend_build, machine
+
+pytest.importorskip("cuda.bindings.nvrtc", exc_type=ImportError)
+pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
+
+CASES = {
+    "symbols": Case(heads=1, sinks=0, tail=1),
+    "split": Case(heads=1, sinks=0, tail=1, units=("block", "block"), scales=(0.03, 0.03)),
+    "4 bits": Case(heads=1, sinks=0, tail=1, coding=("fixed", "fixed"), scales=(1 / 12, 1 / 12)),
+}
+
+
+@pytest.fixture(scope="module")
+def gpu_instructions() -> Any:
+    place = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, place)
+    try:
+        return importlib.import_module("gpu_instructions")
+    finally:
+        sys.path.remove(place)
+
+
+def counted(case: Case, build_of_it: AttendBuild) -> dict[str, int]:
+    """What one page makes each lane do: a run with a page less one without."""
+    library = emulator.build("decode_attention", build_of_it.defines)
+    found = []
+    for pages in (0, 1):
+        names = {"HMMA": "products", "SHFL": "shuffles", "MUFU": "powers"}
+        counters = {of: ctypes.c_ulonglong.in_dll(library, name) for of, name in names.items()}
+        before = {of: counter.value for of, counter in counters.items()}
+        attend(build(replace(case, pages=(pages,))), build_of_it, splits=1)
+        found.append({of: counter.value - before[of] for of, counter in counters.items()})
+    return {of: (found[1][of] - found[0][of]) // 32 for of in found[0]}
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+@pytest.mark.parametrize("form", CASES)
+def test_the_path_does_what_a_page_does(gpu_instructions: Any, form: str, architecture: int) -> None:
+    case = CASES[form]
+    chosen = attend_build(case.spec.layer(0, 1), 128, "bfloat16", "float32", False, machine(architecture))
+    lines, _, _ = gpu_instructions.compiled(chosen, architecture)
+    page = gpu_instructions.page_of(lines, chosen, form)
+    run = counted(case, replace(chosen, warps=1))
+    assert {name: page.names[name] for name in run} == run
