@@ -52,11 +52,11 @@ class Sent:
     def arrived(self) -> bool:
         return self._arrived is None or self._arrived.query()
 
-    def wait(self) -> Tensor:
-        """What has been sent, in main memory."""
+    def wait(self) -> npt.NDArray[Any]:
+        """What has been sent."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._there
+        return self._there.numpy()
 
 
 @dataclass(eq=False)
@@ -83,7 +83,7 @@ class Arena:
     def chunk_for(self, size: int) -> Chunk:
         """A chunk that surely has room for so many more bytes."""
         if self._cursor is not None and self._cursor.arrived:
-            self._used, self._since, self._cursor = int(self._cursor.wait()) + self._since, 0, None
+            self._used, self._since, self._cursor = int(self._cursor.wait()[0]) + self._since, 0, None
         if self._chunk is None or self._used + size + self._spare > self._chunk.memory.shape[0]:
             memory = torch.empty(max(size, self._chunk_bytes) + self._spare, dtype=torch.uint8, device=self._device)
             self._chunk = Chunk(memory, torch.zeros(1, dtype=torch.int64, device=self._device))

@@ -67,6 +67,14 @@ class DeviceBooks:
         for row in rows:
             to[row, size * index : size * (index + 1)] = content
 
+    def alone(self, row: int) -> DeviceBooks:
+        """A copy of one row's books, without a word to the host."""
+        copied = object.__new__(DeviceBooks)
+        copied._bits = self._bits
+        copied.decoding, copied.encoding = self.decoding[row : row + 1].clone(), self.encoding[row : row + 1].clone()
+        copied._tables = [list(self._tables[row])]
+        return copied
+
     @torch.inference_mode(False)
     def select(self, rows: Sequence[int]) -> DeviceBooks:
         """The books of these rows, which may repeat."""

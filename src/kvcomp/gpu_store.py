@@ -302,12 +302,12 @@ class GPUStore(Held):
             if learning:
                 encoding.count_pairs()
             sent = [Sent(encoding.counts[kind]) for kind in learning]
-            books = self.device_books.select([index])
+            books = self.device_books.alone(index)
         trained, counts = list(row.books), list(row.counts)
         if learning:
             yield
             for kind, of_pages in zip(learning, sent, strict=True):
-                found, earlier = of_pages.wait().numpy().view(np.uint32).astype(np.uint64), row.counts[kind]
+                found, earlier = of_pages.wait().view(np.uint32).astype(np.uint64), row.counts[kind]
                 seen = found if earlier is None else found + earlier
                 if (first + pages) * PAGE_TOKENS >= TRAINING_TOKENS and seen.any():
                     trained[kind], counts[kind] = codebook.train(seen, tensors[kind].limit), None
@@ -326,7 +326,7 @@ class GPUStore(Held):
                 encoding.measure(books.encoding[0], chunk.cursor)
         if learning or pages > 1:
             yield
-            bytes_needed = int(size.wait()) + self.channels
+            bytes_needed = int(size.wait()[0]) + self.channels
             with self._beside():
                 chunk = Chunk(torch.empty(bytes_needed, dtype=torch.uint8, device=self.device), cursor)
         with self._beside():

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from emulator import COMPILER, Emulator
+from recorder import WAITING
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kvcomp import gpu_arena, gpu_store
+from kvcomp import gpu_arena, gpu_books, gpu_rows, gpu_store
+from kvcomp.spec import CodecSpec, TensorSpec
 
 transformers = pytest.importorskip("transformers")
 KVCompCache = pytest.importorskip("kvcomp.integrations.transformers").KVCompCache
@@ -52,7 +55,7 @@ def test_the_host_waits_only_when_the_device_has_the_next_layer_to_do(
     wait, proceed = gpu_arena.Sent.wait, gpu_store.GPUStore.proceed
     at_hand: list[Any] = []
 
-    def waiting(sent: gpu_arena.Sent) -> torch.Tensor:
+    def waiting(sent: gpu_arena.Sent) -> Any:
         events.append(("waits for", stores.index(at_hand[-1])))
         return wait(sent)
 
@@ -71,3 +74,34 @@ def test_the_host_waits_only_when_the_device_has_the_next_layer_to_do(
     assert max(raw) <= 2  # the layer at hand and the one before it
     cache.memory()
     assert not any(store.tail.room >= TOKENS for store in stores)
+
+
+def test_decoding_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=16, sinks=4)
+    store = gpu_store.GPUStore(spec, launcher=lambda device: Emulator())
+    store.append(*torch.randn(2, 2, 1, 340, 64))
+    store.seal()
+    store.settle()
+    k, v, q = torch.randn(3, 2, 1, 1, 64)
+    sealed = store.count.sum()
+    for module in (gpu_rows, gpu_books):
+        monkeypatch.setattr(module, "staged", pinned)
+    with NoWaiting():
+        for _ in range(140):
+            store.append(k, v)
+            store.attend(q, 0.125)
+            store.seal()
+    assert store.count.sum() == sealed + 4
+
+
+def pinned(content: Any, device: torch.device) -> torch.Tensor:
+    with _disable_current_modes():
+        return gpu_arena.staged(content, device)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what on a GPU would let the host wait: reading a number, and sending one that is not pinned."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func._schema.name.removeprefix("aten::") not in WAITING, func
+        return func(*args, **(kwargs or {}))
