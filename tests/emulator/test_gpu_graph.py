@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -68,9 +69,9 @@ def on(monkeypatch: pytest.MonkeyPatch) -> RecordingEmulator:
     return made
 
 
-def model(tokens: int = 512) -> Any:
+def model(tokens: int = 512, layers: int = 2) -> Any:
     config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=96, hidden_size=128, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=1, head_dim=64, max_position_embeddings=tokens,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -120,6 +121,31 @@ def test_a_model_repeats_a_step_across_seals(on: RecordingEmulator, monkeypatch:
             expected = made(torch.tensor([[5]]), position_ids=position, past_key_values=other).logits[:, -1]
         assert torch.equal(logits, expected)
     assert len(recorders) == 2
+
+
+def test_launches_of_a_layer(on: RecordingEmulator) -> None:
+    """What a step launches for one layer more: of ours two writes, a counter, attention and its merge; DynamicCache has two writes and sdpa."""
+
+    def launches(layers: int, compressed: bool) -> Counter[str]:
+        made = model(layers=layers)
+        made.set_attn_implementation("kvcomp" if compressed else "sdpa")
+        config = made.config
+        cache = KVCompCache(config, backend="gpu") if compressed else transformers.DynamicCache(config=config)
+        recorder = Recorder(on)
+        with torch.inference_mode():
+            made(torch.full((1, 300), 5), past_key_values=cache)
+            if compressed:
+                for layer in cache.layers:
+                    layer.store.prepare(1)
+                cache.session.recording = True
+            token, position = torch.tensor([[1]]), torch.tensor([[300]])
+            with recorder:
+                made(token, position_ids=position, past_key_values=cache)
+        return Counter(recorder.names)
+
+    ours, stock = (launches(3, compressed) - launches(2, compressed) for compressed in (True, False))
+    assert ours - stock == Counter({"index_copy_": 2, "add_": 1, "attend": 1, "merge": 1})
+    assert stock - ours == Counter({"cat": 2, "scaled_dot_product_attention": 1})
 
 
 def test_what_cannot_be_recorded_is_refused(on: RecordingEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
