@@ -1,8 +1,9 @@
 """Everything there is to check on a machine with an NVIDIA GPU, in one command: ``make gpu-check``.
 
 Uses the Python it is run with: torch 2.11 or later with CUDA, transformers 5.17 or later, cuda-bindings with NVRTC, numpy, pytest; no
-Numba. Correctness first, then compute-sanitizer, then benchmarks, then hardware counters; what is missing is skipped, and said. Each step has
-a limit, so that all of it ends within ten minutes. benchmarks/results/gpu_check.json tells how each step ended.
+Numba. Correctness first, then compute-sanitizer, then benchmarks, then hardware counters; what is missing is skipped, and said. All of it
+ends within ten minutes: a step gets what time is left but for the least that later steps need. benchmarks/results/gpu_check.json tells how
+each step ended and on what machine; gpu_check.md is the same to read.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SECONDS = 580  # for all
 COUNTERS = (
     "gpu__time_duration.sum",
     "smsp__inst_executed.sum",
@@ -31,98 +35,151 @@ COUNTERS = (
     "sm__inst_executed.avg.per_cycle_active",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
 )
+PYTEST = ("-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-o", "filterwarnings=default")
+
+
+@dataclass(frozen=True)
+class Step:
+    """command: without the Python that runs it, unless ``tool`` runs it; in it PYTHON stands for that, LIMIT for the seconds after which it
+    must begin nothing. tool: what must be there. least, most: seconds. benchmark: left out where results are wrong."""
+
+    name: str
+    command: tuple[str, ...]
+    least: int
+    most: int
+    tool: str | None = None
+    benchmark: bool = False
+
+
+STEPS = (
+    Step("correctness", (*PYTEST, "-m", "gpu", "tests/gpu"), 90, 180),
+    *(
+        Step(kind, ("--tool", kind, "--error-exitcode", "1", "PYTHON", "benchmarks/gpu_sanitise.py"), 30, 75, "compute-sanitizer")
+        for kind in ("memcheck", "racecheck")
+    ),
+    Step("attention", ("benchmarks/gpu_attention.py", "--limit", "LIMIT"), 90, 170, benchmark=True),
+    Step("generation", ("benchmarks/gpu_generate.py", "--small", "--limit", "LIMIT"), 60, 120, benchmark=True),
+    Step("throughput", ("benchmarks/gpu_throughput.py", "--limit", "LIMIT"), 40, 80, benchmark=True),
+    Step(
+        "hardware counters",
+        ("--clock-control", "none", "--kernel-name", "attend", "--launch-count", "1", "--csv", "--page", "raw",
+         "--metrics", ",".join(COUNTERS), "PYTHON", "benchmarks/gpu_attention.py", "--once"),
+        40, 90, "ncu", benchmark=True,
+    ),
+)  # fmt: skip
 
 
 @dataclass
-class Step:
+class Ended:
+    """How a step ended: passed, failed, stopped or skipped, and why; the end of its output."""
+
     name: str
     outcome: str
     seconds: float
     tail: str
 
+    @property
+    def fine(self) -> bool:
+        return self.outcome.startswith(("passed", "skipped"))
 
-def step(name: str, command: Sequence[str], limit: int) -> Step:
-    """Run a command for at most ``limit`` seconds; its output passes through, and the end of it is kept."""
-    print(f"== {name}", flush=True)
-    begin = time.monotonic()
+
+def run_command(command: Sequence[str], limit: float) -> tuple[int | None, str]:
+    """Status, None if the time was over, and output of a command in the repository's root."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
+    started = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            check=False,
-            cwd=ROOT,
-            env=environment,
-            timeout=limit,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        output, outcome = done.stdout, "passed" if done.returncode == 0 else f"failed ({done.returncode})"
-    except subprocess.TimeoutExpired as error:
-        kept = error.stdout or b""
-        output = kept.decode(errors="replace") if isinstance(kept, bytes) else kept
-        outcome = f"stopped after {limit} s"
-    print(output[-6000:])
-    print(f"== {name}: {outcome}, {time.monotonic() - begin:.0f} s", flush=True)
-    return Step(name, outcome, round(time.monotonic() - begin, 1), output[-3000:])
+        output, _ = started.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)  # what a profiler started goes too
+        return None, started.communicate()[0]
+    return started.returncode, output
 
 
-def skipped(name: str, reason: str) -> Step:
-    print(f"== {name}: SKIPPED, {reason}", flush=True)
-    return Step(name, f"skipped: {reason}", 0.0, "")
-
-
-def tool(name: str) -> str | None:
+def find_tool(name: str) -> str | None:
     for place in (shutil.which(name), f"/usr/local/cuda/bin/{name}", f"/opt/nvidia/nsight-compute/{name}"):
         if place and Path(place).exists():
             return place
     return None
 
 
-def counters(ncu: str) -> Step:
-    """Hardware counters of the fused kernel on the middle shape."""
-    command = (
-        ncu, "--clock-control", "none", "--kernel-name", "attend", "--launch-count", "1", "--csv", "--page", "raw",
-        "--metrics", ",".join(COUNTERS), sys.executable, "benchmarks/gpu_attention.py", "--once",
-    )  # fmt: skip
-    found = step("hardware counters", command, 90)
-    (RESULTS / "gpu_counters.csv").write_text("\n".join(re.findall(r'^".*$', found.tail, re.MULTILINE)) + "\n")
-    return found
+def run_steps(
+    steps: Sequence[Step],
+    run: Callable[[Sequence[str], float], tuple[int | None, str]] = run_command,
+    find: Callable[[str], str | None] = find_tool,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Ended]:
+    """Run the steps within SECONDS of now."""
+    end = clock() + SECONDS
+    found = {x.tool: find(x.tool) for x in steps if x.tool}
+    correct = True
+    ended: list[Ended] = []
+    for number, step in enumerate(steps):
+        later = sum(x.least for x in steps[number + 1 :] if not x.tool or found[x.tool])
+        begin = clock()
+        limit = min(step.most, end - begin - later)
+        reason = ""
+        if step.tool and not found[step.tool]:
+            reason = f"{step.tool} is not on this machine"
+        elif step.benchmark and not correct:
+            reason = "results that are wrong are not timed"
+        elif limit < step.least:
+            reason = "no time is left"
+        if reason:
+            print(f"== {step.name}: SKIPPED, {reason}", flush=True)
+            ended.append(Ended(step.name, f"skipped: {reason}", 0.0, ""))
+            continue
+        print(f"== {step.name}, at most {limit:.0f} s", flush=True)
+        words = {"PYTHON": sys.executable, "LIMIT": str(int(0.7 * limit))}
+        arguments = [words.get(x, x) for x in step.command]
+        status, output = run([found[step.tool] or "" if step.tool else sys.executable, *arguments], limit)
+        outcome = (
+            f"stopped after {limit:.0f} s" if status is None else "passed" if status == 0 else f"failed ({status})"
+        )
+        ended.append(Ended(step.name, outcome, round(clock() - begin, 1), output[-6000:]))
+        correct = correct and (step.benchmark or ended[-1].fine)
+        print(f"{output[-6000:]}\n== {step.name}: {outcome}, {ended[-1].seconds:.0f} s", flush=True)
+    return ended
+
+
+def write(setting: dict[str, Any], ended: Sequence[Ended], results: Path) -> None:
+    """gpu_check.json and gpu_check.md, and gpu_counters.csv if there are counters."""
+    results.mkdir(exist_ok=True)
+    content = {"setting": setting, "steps": [asdict(x) for x in ended]}
+    (results / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in setting.items()),
+        "",
+        "| step | outcome | s |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {x.name} | {x.outcome} | {x.seconds:.0f} |" for x in ended]
+    (results / "gpu_check.md").write_text("\n".join(lines) + "\n")
+    for x in ended:
+        if x.name == "hardware counters" and (rows := re.findall(r'^".*$', x.tail, re.MULTILINE)):
+            (results / "gpu_counters.csv").write_text("\n".join(rows) + "\n")
 
 
 def main() -> int:
-    python = sys.executable
-    probe = subprocess.run(
-        [python, "-c", "import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name(0))"],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    if probe.returncode:
-        print(f"no GPU: torch of {python} sees none\n{probe.stderr[-500:]}")
+    probe = "import sys; sys.path.insert(0, 'benchmarks'); import json, gpu_attention; print(json.dumps(gpu_attention.setting()))"
+    status, output = run_command([sys.executable, "-c", probe], 90)
+    if status != 0:
+        print(f"no GPU: torch of {sys.executable} sees none\n{output[-500:]}")
         return 1
-    print(f"on {probe.stdout.strip()}")
-    RESULTS.mkdir(exist_ok=True)
-    pytest = [python, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
-    steps = [step("correctness", [*pytest, "-m", "gpu", "tests/gpu"], 180)]
-    sanitizer = tool("compute-sanitizer")
-    for kind in ("memcheck", "racecheck"):
-        if sanitizer:
-            command = (sanitizer, "--tool", kind, "--error-exitcode", "1", python, "benchmarks/gpu_sanitise.py")
-            steps.append(step(kind, command, 75))
-        else:
-            steps.append(skipped(kind, "compute-sanitizer is not on this machine"))
-    if steps[0].outcome == "passed":
-        steps.append(step("attention", [python, "benchmarks/gpu_attention.py"], 150))
-        steps.append(step("generation", [python, "benchmarks/gpu_generate.py", "--small"], 120))
-        ncu = tool("ncu")
-        steps.append(counters(ncu) if ncu else skipped("hardware counters", "ncu is not on this machine"))
-    else:
-        steps.append(skipped("benchmarks", "results that are wrong are not timed"))
-    (RESULTS / "gpu_check.json").write_text(json.dumps([asdict(one) for one in steps], indent=1) + "\n")
-    for one in steps:
-        print(f"{one.name}: {one.outcome}, {one.seconds} s")
-    return int(any(not one.outcome.startswith(("passed", "skipped")) for one in steps))
+    setting = json.loads(output.splitlines()[-1])
+    print(setting)
+    ended = run_steps(STEPS)
+    write(setting, ended, RESULTS)
+    print((RESULTS / "gpu_check.md").read_text())
+    return int(not all(x.fine for x in ended))
 
 
 if __name__ == "__main__":
