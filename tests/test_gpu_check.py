@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -94,3 +95,24 @@ def test_a_command_out_of_time_ends_with_what_it_started(gpu_check: ModuleType) 
     status, output = gpu_check.run_command(["sh", "-c", "echo begun; sleep 60 & sleep 60"], 0.5)
     assert (status, output) == (None, "begun\n")
     assert time.monotonic() - begin < 30
+
+
+def test_the_table_names_the_fastest_rival() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        gpu_attention = importlib.import_module("gpu_attention")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    shape = {"batch": 8, "tokens": 32768}
+    rows = [
+        {**shape, "what": "read the same bytes once", "ms": 0.3, "gigabytes_a_second": 3579.0},
+        {**shape, "group": 4, "what": "sdpa flash", "ms": 0.5, "host_us": 20.0},
+        {**shape, "group": 4, "what": "sdpa cudnn", "ms": 0.4, "host_us": 20.0},
+        {**shape, "group": 4, "what": "flashinfer", "error": "no"},
+        {**shape, "group": 4, "what": "kvcomp, x", "ms": 0.2, "host_us": 9.0, "coded_bits": 2.5, "share_of_roof": 0.3},
+    ]
+    table = gpu_attention.table(rows)
+    assert "| 8 x 32768 | 4 | sdpa cudnn | 0.400 | 20 | 1.00 | 16.00 |  |" in table
+    assert "| 8 x 32768 | 4 | kvcomp, x | 0.200 | 9 | 2.00 | 2.50 | 0.30 |" in table
+    assert "| 8 x 32768 | read the same bytes once | 0.300 | 3579 |" in table
+    assert "sdpa flash" not in table
