@@ -11,6 +11,7 @@ sqrt(e^T M e) on average, and so does a white error of equal size in K'. Few of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,13 +49,19 @@ class Affine:
             raise InvalidInput("a transform cannot be inverted: its matrix is singular or nearly so")
         return cls(matrix, mean.to(torch.float32).contiguous(), inverse.to(torch.float32).contiguous())
 
+    @cached_property
+    def back(self) -> tuple[Tensor, Tensor]:
+        """(M, m) with x = x' M + m for rows x', (KV heads, D, D) and (KV heads, 1, D)."""
+        return self.inverse.mT, self.mean[:, None]
+
     def apply(self, x: Tensor) -> Tensor:
         """(batch, KV heads, tokens, D) -> the same in x's dtype; products in float32."""
         return ((x.detach().to(torch.float32) - self.mean[:, None]) @ self.matrix.mT).to(x.dtype)
 
     def undo(self, x: Tensor) -> Tensor:
         """The inverse of ``apply``, (batch, KV heads, tokens, D) or (KV heads, tokens, D)."""
-        return (x.to(torch.float32) @ self.inverse.mT + self.mean[:, None]).to(x.dtype)
+        matrix, mean = self.back
+        return (x.to(torch.float32) @ matrix + mean).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +81,19 @@ class Transform:
 
     def queries(self, q: Tensor) -> Tensor:
         """q (batch, heads, queries, D) -> A^-T q in float32, whose products with K' are those with k up to one number for each query."""
-        grouped = q.detach().to(torch.float32).reshape(q.shape[0], self.heads, -1, self.channels)
-        return (grouped @ self.key.inverse).view(q.shape)
+        grouped = q.detach().to(torch.float32).reshape(q.shape[0] * self.heads, -1, self.channels)
+        return torch.bmm(grouped, _of_rows(self.key.inverse, len(q))).view(q.shape)
 
     def outputs(self, out: Tensor) -> Tensor:
         """sum w V' (batch, heads, queries, D) -> sum w v, in float32, for weights that sum to 1."""
-        grouped = out.to(torch.float32).reshape(out.shape[0], self.heads, -1, self.channels)
-        return (grouped @ self.value.inverse.mT + self.value.mean[:, None]).view(out.shape)
+        grouped = out.to(torch.float32).reshape(out.shape[0] * self.heads, -1, self.channels)
+        matrix, mean = self.value.back
+        return torch.baddbmm(_of_rows(mean, len(out)), grouped, _of_rows(matrix, len(out))).view(out.shape)
+
+
+def _of_rows(x: Tensor, rows: int) -> Tensor:
+    """(KV heads, ..) for every row of a batch, (rows * KV heads, ..)."""
+    return x if rows == 1 else x.repeat(rows, 1, 1)
 
 
 def metric_klt(covariance: Tensor, metric: Tensor) -> Tensor:

@@ -229,6 +229,29 @@ def test_classes_of_every_form_side_by_side(channels: int, swap: bool) -> None:
     assert_attends(Cache(tuple(arguments), channels**-0.5 / 16, 0.0, [pages[0][0]], steps))
 
 
+@pytest.mark.parametrize("channels", [16, 64, 80, 128, 192])
+@pytest.mark.parametrize("classes", [1, 4])
+@pytest.mark.parametrize("spread", [0.7, 2.0, 9.0])
+def test_codes_much_longer_than_their_book_is_made_for(channels: int, classes: int, spread: float) -> None:
+    """Decoders guess how many pairs fit a window; here most guesses fail."""
+    rng = np.random.default_rng(channels)
+    k, v = (as_dtype(np.rint(rng.uniform(0, 5 * spread, (2, 128, channels))), "uint16") for _ in "KV")
+    usual = as_dtype(np.abs(np.rint(rng.normal(size=(2, 4096, channels)) * spread / 2)), "uint16")
+    steps: Steps = ((1.0, 1.0), (1.0, 1.0))
+    quantised = [reference.quantise(x, "head", (1.0, 1.0)) for x in (k, v)]
+    books: list[Books] = []
+    for q, kind in zip(quantised, KINDS, strict=True):
+        counts = cpu.count_pairs(cpu.quantise(usual, "head", (1.0, 1.0)), kind, classes)
+        counts += reference.count_pairs(q, kind, classes) > 0
+        books.append((None, codebook.train(counts, 12)))
+    units: tuple[Unit, Unit] = ("head", "head")
+    pages, offsets = cpu.encode_pages(k, v, *quantised, ("huffman",) * 2, units, *books)
+    out_k, out_v = np.zeros_like(k), np.zeros_like(v)
+    cpu.decompress(pages.ctypes.data + offsets[:-1], units, *books, out_k, out_v, steps)
+    np.testing.assert_array_equal(out_k, k)
+    np.testing.assert_array_equal(out_v, v)
+
+
 @pytest.mark.parametrize(
     ("sinks", "tail", "pages"), [(0, 0, (2,)), (4, 0, (0,)), (0, 70, (0,)), (65, 1200, (18,)), (0, 64, (16, 17))]
 )

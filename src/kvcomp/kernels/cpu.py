@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from kvcomp.errors import InvalidInput
 from kvcomp.kernels import NO_STEPS, Array, Books, Steps
 from kvcomp.kernels.cpu_attention import PART_PAGES, PART_TAIL, attend_tasks
 from kvcomp.kernels.cpu_bits import BFLOAT16, FLOAT16, FLOAT32
-from kvcomp.kernels.cpu_decode import COLUMNS, MOST_CLASSES, NARROW_LEVELS
+from kvcomp.kernels.cpu_decode import COLUMNS, DOUBLE, DOUBLE_BITS, EMPTY, FAST, MOST_CLASSES, NARROW, SLOW, WIDE
 from kvcomp.kernels.cpu_decompress import decompress_pages
 from kvcomp.kernels.cpu_encode import count_blocks, encode_blocks
 from kvcomp.kernels.cpu_quantise import quantise_blocks, quantise_heads
@@ -34,6 +35,10 @@ DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "uint16": BFLOAT16}
 UNITS: dict[Unit, int] = {"block": 0, "channel": 1, "vector": 2, "token": 3, "head": 4}
 THREAD_VALUES = 300_000  # values in pages that make a thread worth waking: about 80 microseconds of work
 
+# Share of two pairs that miss the table of both, and mean bits of a pair, from which a faster decoder stops too often.
+DOUBLE_MISSES, FAST_MEAN = 0.05, {NARROW: 4.8, WIDE: 10.5}
+
+_descriptions: dict[tuple[int, bool], npt.NDArray[np.int64]] = {}
 _pool: ThreadPoolExecutor | None = None
 _pool_threads = 0
 
@@ -268,29 +273,38 @@ def _describe_books(books: Sequence[Books], channels: int) -> npt.NDArray[np.int
     """The books of K and of V, in turn, as ``cpu_decode`` wants them, (4 for each two, columns)."""
     return np.array(
         [
-            _describe(book, kind % 2 == 0 or channels % 64 == 0)
+            _description(book, kind % 2 == 0 or channels % 64 == 0)
             for kind, of_kind in enumerate(books)
             for book in of_kind
-        ],
-        np.int64,
+        ]
     )
+
+
+def _description(book: Codebook | None, mixed: bool) -> npt.NDArray[np.int64]:
+    """``_describe``, once for each book: it takes longer than the attention over some pages."""
+    key = id(book), mixed
+    if key not in _descriptions:
+        _descriptions[key] = np.array(_describe(book, mixed), np.int64)
+        if book is not None:
+            finalize(book, _descriptions.pop, key).atexit = False
+    return _descriptions[key]
 
 
 def _describe(book: Codebook | None, mixed: bool) -> tuple[int, ...]:
     """A codebook as the columns of ``cpu_decode``; the caller keeps the book alive.
 
-    mixed: whether some classes may have narrow and others wide entries: not those of V whose channels are no whole vectors.
+    mixed: whether classes may differ in the form of their pairs: not those of V whose channels are no whole vectors.
     """
     if book is None:
         return (0,) * COLUMNS
     if not book.lengths.flags.c_contiguous:
         raise InvalidInput("a codebook's lengths must be contiguous")
-    narrow = [not split and levels <= NARROW_LEVELS for split, levels in zip(book.split, book.levels, strict=True)]
-    if not mixed and not all(narrow):
-        narrow = [False] * book.classes
+    lengths_of = [book.lengths_of(index) for index in range(book.classes)]
+    forms = [WIDE if split else NARROW if of.any() else EMPTY for split, of in zip(book.split, lengths_of, strict=True)]
+    if not mixed:
+        forms = [WIDE if any(book.split) else NARROW] * book.classes
     columns: list[int] = []
-    for index in range(book.classes):
-        lengths = book.lengths_of(index)
+    for index, (lengths, form) in enumerate(zip(lengths_of, forms, strict=True)):
         columns += (
             lengths.__array_interface__["data"][0],
             book.first[index],
@@ -298,9 +312,21 @@ def _describe(book: Codebook | None, mixed: bool) -> tuple[int, ...]:
             book.split[index],
             book.symbols(index),
             int(lengths.max()),
-            int(narrow[index]),
+            form,
+            _pace(lengths, book.split[index], form),
         )
     return book.classes, *columns * (MOST_CLASSES // book.classes)
+
+
+def _pace(lengths: npt.NDArray[np.uint8], split: int, form: int) -> int:
+    """How many pairs a decoder takes at once where codes have these lengths, by the shares 2^-length that they are made for."""
+    if not lengths.any():
+        return SLOW
+    shares = np.bincount(lengths, np.exp2(-lengths.astype(np.float64)))
+    if form == NARROW and np.convolve(shares, shares)[DOUBLE_BITS + 1 :].sum() < DOUBLE_MISSES:
+        return DOUBLE
+    mean = float(shares @ np.arange(shares.size)) + 2 * split
+    return FAST if mean < FAST_MEAN[form] else SLOW
 
 
 def _steps(steps: Steps, heads: int) -> npt.NDArray[np.float32]:

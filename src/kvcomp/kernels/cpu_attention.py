@@ -27,12 +27,15 @@ from kvcomp.kernels.cpu_bits import (
 )
 from kvcomp.kernels.cpu_decode import (
     CLASSES,
+    EMPTY,
     FIRST,
     FIXED,
+    FORM,
     MOST_CLASSES,
     NARROW,
     RAW,
     STREAMS,
+    WIDE,
     K,
     V,
     class_of,
@@ -100,6 +103,7 @@ class Scratch(NamedTuple):
     form: int  # int64 [slots]: whether the two are there, and (2) whether any ``first`` is not 0
     values: int  # [tokens, channels]: raw values
     pairs: int  # uint16 [tokens * channels / 2]: decoded codes
+    aside: int  # uint16 [tokens * channels / 2]: what decoders put aside
     streams: int  # int64 [streams]
     offsets: int  # int64 [K or V, pairs of a stream]
     begin: int  # int64 [books, classes]: where the tables lie
@@ -135,7 +139,8 @@ def lay_out(base, queries, channels, table_bytes):
     form = first + 4 * SLOTS * MAX_CHANNELS
     values = form + line
     pairs = values + 4 * TOKENS * channels
-    streams = pairs + TOKENS * channels
+    aside = pairs + TOKENS * channels
+    streams = aside + TOKENS * channels
     offsets = streams + 8 * STREAMS
     begin = offsets + 8 * channels
     built = begin + 2 * line
@@ -143,7 +148,7 @@ def lay_out(base, queries, channels, table_bytes):
     end = tables + table_bytes
     return Scratch(
         queries, channels, padded, q, q_sum, key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen,
-        scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, streams, offsets, begin, built, tables, end,
+        scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, aside, streams, offsets, begin, built, tables, end,
     )  # fmt: skip
 
 
@@ -152,9 +157,9 @@ def prepare(s):
     """Fill what does not change."""
     floats_at(s.q, (s.queries, s.padded))[:] = f32(0)
     floats_at(s.ones, MAX_CHANNELS)[:] = f32(1)
-    for narrow, place in ((True, s.narrow_unit), (False, s.wide_unit)):
+    for form, place in ((NARROW, s.narrow_unit), (WIDE, s.wide_unit)):
         units = floats_at(place, MAX_CHANNELS)
-        _, _, units[::2], units[1::2] = code_masks(narrow)
+        _, _, units[::2], units[1::2] = code_masks(form)
     floats_at(s.scale, MAX_CHANNELS)[:] = f32(1)
     floats_at(s.zero, MAX_CHANNELS)[:] = f32(0)
     offsets = integers_at(s.offsets, (2, s.channels // 2))
@@ -184,14 +189,14 @@ def set_form(kind, value_unit, slot, books, s):
     unit, first = floats_at(s.unit, (SLOTS, MAX_CHANNELS))[slot], floats_at(s.first, (SLOTS, MAX_CHANNELS))[slot]
     narrow_unit, wide_unit = floats_at(s.narrow_unit, MAX_CHANNELS), floats_at(s.wide_unit, MAX_CHANNELS)
     for c in range(MAX_CHANNELS):
-        narrow, lowest = i64(0), i64(0)
+        form_of_class, lowest = i64(WIDE), i64(0)
         if slot != NO_BOOK:
             book = book_at(books, slot)
             index = class_of(kind, s.channels, book[CLASSES], min(c, s.channels - 1))
-            narrow, lowest = of_class(book, index, NARROW), of_class(book, index, FIRST)
+            form_of_class, lowest = of_class(book, index, FORM), of_class(book, index, FIRST)
             if value_unit == HEAD:
                 lowest += HEAD_ZERO
-        unit[c] = narrow_unit[c] if narrow else wide_unit[c]
+        unit[c] = wide_unit[c] if form_of_class == WIDE else narrow_unit[c]
         first[c] = f32(lowest)
         if lowest:
             form[slot] = 2
@@ -231,9 +236,9 @@ def score_coded_keys(unit, slot, books, s):
             score[g] = bias[g]
     step = i64(4 * TOKENS)
     for index in range(MOST_CLASSES):
-        begin, end, narrow = run_of_form(index, slot, books, s.channels // 2)
-        if end > begin:
-            mask_a, mask_b, _, _ = code_masks(narrow)
+        begin, end, form = run_of_form(index, slot, books, s.channels // 2)
+        if end > begin and form != EMPTY:
+            mask_a, mask_b, _, _ = code_masks(form)
             pairs, key = s.pairs + 2 * TOKENS * begin, 4 * begin
             accumulate(
                 pairs,
@@ -257,20 +262,20 @@ def score_coded_keys(unit, slot, books, s):
 
 @compiled
 def run_of_form(index, slot, books, count):
-    """Of ``count`` channels, or channel pairs, those from a class on whose classes have codes of the same form: (begin, end, whether narrow).
+    """Of ``count`` channels, or channel pairs, those from a class on whose classes have pairs of the same form: (begin, end, form).
 
     None for a class that the run from an earlier one takes in.
     """
     if slot == NO_BOOK:
-        return i64(0), count if index == 0 else i64(0), i64(0)
+        return i64(0), count if index == 0 else i64(0), i64(WIDE)
     book = book_at(books, slot)
-    narrow = of_class(book, index, NARROW)
-    if index and of_class(book, index - 1, NARROW) == narrow:
-        return i64(0), i64(0), narrow
+    form = of_class(book, index, FORM)
+    if index and of_class(book, index - 1, FORM) == form:
+        return i64(0), i64(0), form
     end = index + 1
-    while end < MOST_CLASSES and of_class(book, end, NARROW) == narrow:
+    while end < MOST_CLASSES and of_class(book, end, FORM) == form:
         end += 1
-    return count // 4 * index, count // 4 * end, narrow
+    return count // 4 * index, count // 4 * end, form
 
 
 @compiled(fastmath=FAST)
@@ -288,11 +293,11 @@ def add_coded_values(unit, slot, books, s, out):
     elif unit == HEAD:
         zeros = s.ones
     for index in range(MOST_CLASSES):
-        begin, end, narrow = run_of_form(index, slot, books, s.channels)
-        if end == begin:
+        begin, end, form = run_of_form(index, slot, books, s.channels)
+        if end == begin or (begin and form == EMPTY):
             continue
-        mask_a, mask_b, _, _ = code_masks(narrow)
-        units = s.narrow_unit if narrow else s.wide_unit
+        mask_a, mask_b, _, _ = code_masks(form)
+        units = s.narrow_unit if form == NARROW else s.wide_unit
         for g in range(s.queries):
             weights, of_a, of_b = s.score + 4 * g * TOKENS, s.of_a + g * pitch, s.of_b + g * pitch
             total = fold(weights, scales, zeros, units, TOKENS, of_a, of_b)
@@ -309,6 +314,8 @@ def add_coded_values(unit, slot, books, s, out):
                 if not from_zero:
                     total = fold(weights, scales, s.ones, units, TOKENS, of_a, of_b)
                     add_multiple(out + g * step, first, total, s.channels)
+        if form == EMPTY:
+            continue
         pairs = s.pairs + 2 * begin
         accumulate(
             pairs,
@@ -346,7 +353,7 @@ def decode_coded(page, block, mode, kind, head, heads, k_unit, v_unit, books, st
     else:
         block += load_scales(block, unit, s.channels, s.scale, s.zero)
     offsets = s.offsets + kind * 4 * s.channels
-    slot = decode_block(block, mode, kind, s.channels, books, s.begin, s.built, offsets, s.streams, s.pairs)
+    slot = decode_block(block, mode, kind, s.channels, books, s.begin, s.built, offsets, s.streams, s.pairs, s.aside)
     set_form(kind, unit, slot, books, s)
     return slot
 

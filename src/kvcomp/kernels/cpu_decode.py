@@ -2,7 +2,7 @@
 """Blocks -> pairs of codes (docs/format.md, sections 4 and 5), the innermost loop of every reader.
 
 Decoded pairs lie where the products want them: K as [channel pair][token], V as [token pair][channel], 16 bits each, in one of two
-forms: *narrow* ``bits : 6 | a : 5 | b : 5``, an entry of a small decode table as it is, or *wide* ``a : 8 | b : 8``.
+forms: *narrow* ``bits : 6 | a : 5 | b : 5``, an entry of a decode table as it is, or *wide* ``a : 8 | b : 8``.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ from kvcomp.kernels.cpu_bits import (
     integers,
     integers_at,
     load_u8,
-    load_u32,
     splat,
     vector,
 )
+from kvcomp.spec import PAGE_TOKENS as TOKENS
 
 K, V = np.int64(0), np.int64(1)  # not int: Numba would compile for each of the two numbers
 RAW, DEFAULT_BOOK, OWN_BOOK, FIXED = 0, 1, 2, 8
-NARROW_LEVELS = 32  # classes of at most so many levels and without split codes have entries of 16 bits: half the cache
 NARROW_A, NARROW_B = 6, 11  # first bits of a and b
 
 # A book's description (see ``_describe`` in cpu.py): how many classes it has, 0 for no book, and for each of four classes these columns.
 CLASSES, MOST_CLASSES = 0, 4
-LENGTHS, FIRST, LEVELS, SPLIT, SYMBOLS, BITS, NARROW, OF_CLASS = 0, 1, 2, 3, 4, 5, 6, 7
+LENGTHS, FIRST, LEVELS, SPLIT, SYMBOLS, BITS, FORM, PACE, OF_CLASS = 0, 1, 2, 3, 4, 5, 6, 7, 8
 COLUMNS = 1 + MOST_CLASSES * OF_CLASS
+WIDE, NARROW, EMPTY = 0, 1, 2  # forms; of a class of a single code, which takes no bits, no pairs are written
+SLOW, FAST, DOUBLE = 0, 1, 2  # paces: as many pairs a window as fit for sure, twice as many, or so many by two at once
+DOUBLE_BITS = 10  # of the index of a table of two pairs
 
 STREAMS, TOGETHER = 64, 8  # TOGETHER streams are decoded at the same time: lanes j, j + 4, .. j + 28 of one s
+STREAM_STEP = 4 * 8  # bytes between their positions
 
 
 @compiled
@@ -50,12 +53,7 @@ def of_class(book, index, column):
     return book[1 + index * OF_CLASS + column]
 
 
-@compiled
-def entry_of(bits, a, b, narrow):
-    """Entry of a decode table."""
-    if narrow:
-        return bits | a << NARROW_A | b << NARROW_B
-    return bits | a << 16 | b << 24
+_reversed = emitted(types.int64, [types.int64], lambda context, builder, args: builder.bitreverse(args[0]))
 
 
 @compiled
@@ -76,116 +74,195 @@ def canonical_words(lengths, count, limit, words):
         length = np.int64(load_u8(lengths + symbol))
         words[symbol] = 0
         if length:
-            code = first[length]
+            words[symbol] = _reversed(first[length] << (64 - length))
             first[length] += 1
-            word = 0
-            for _ in range(length):
-                word = word << 1 | code & 1
-                code >>= 1
-            words[symbol] = word
 
 
 @compiled
-def build_table(lengths, symbols, split, bits, narrow, table):
-    """Decode table of 2^bits entries for one class, whose longest code has that many bits; codes with their low bits zero.
+def build_table(lengths, symbols, bits, table):
+    """Decode table of 2^bits narrow entries for one class, whose longest code has that many bits; of the high parts where codes are split.
 
     The codes of a length are entered when the table has just one place for each, then the table is doubled.
     """
-    count = symbols * symbols
-    words = np.empty(count, np.uint16)
-    canonical_words(lengths, count, bits, words)
-    # symbols by length
     begin = np.zeros(18, np.int64)
-    for symbol in range(count):
+    for symbol in range(symbols * symbols):
         begin[load_u8(lengths + symbol) + 1] += 1
     for length in range(17):
         begin[length + 1] += begin[length]
-    ordered = np.empty(count, np.uint16)
+    ordered = np.empty(symbols * symbols, np.uint16)  # entries by length
     fill = begin.copy()
-    for symbol in range(count):
-        length = load_u8(lengths + symbol)
-        ordered[fill[length]] = symbol
-        fill[length] += 1
-    table[0] = entry_of(0, 0, 0, narrow)  # a single symbol takes no bits
-    size = 1
+    for a in range(symbols):
+        for b in range(symbols):
+            length = np.int64(load_u8(lengths + a * symbols + b))
+            ordered[fill[length]] = length | a << NARROW_A | b << NARROW_B
+            fill[length] += 1
+    table[0] = 0  # a single symbol takes no bits
+    code, size = 0, 1
     for length in range(1, bits + 1):
         for i in range(size):
             table[size + i] = table[i]
         size *= 2
         for index in range(begin[length], begin[length + 1]):
-            symbol = np.int64(ordered[index])
-            entry = entry_of(length, symbol // symbols << split, symbol % symbols << split, narrow)
-            table[np.int64(words[symbol])] = entry
+            table[_reversed(code << (64 - length))] = ordered[index]
+            code += 1
+        code <<= 1
 
 
-def _pair_decoder(entry: ir.IntType, split: bool, pairs_a_window: int) -> Any:
-    """``decode(positions, table, table_bits, k, offsets, out, pairs)``: the next pairs of eight streams, interleaved.
+@compiled
+def double_table(table, bits, double):
+    """Entries of two pairs, one in each half, by the next DOUBLE_BITS bits; the lowest six have the bits of both, or 63 if these are too few."""
+    for index in range(1 << DOUBLE_BITS):
+        first = np.int64(table[index & ((1 << bits) - 1)])
+        second = np.int64(table[index >> (first & 63) & ((1 << bits) - 1)])
+        total = (first & 63) + (second & 63)
+        double[index] = (total if total <= DOUBLE_BITS else 63) | first & ~63 | second << 16
 
-    positions: address of eight int64, the absolute bit positions of the streams, which move on. table: address. k: low bits that follow
-    each code word, first those of a; looked at only if ``split``. offsets: address of int64, where each pair lies in the output, in
-    bytes; the eight streams lie side by side. pairs: a multiple of pairs_a_window.
+
+def _pair_decoder(window_pairs: int, *, checked: bool = False, doubled: bool = False, split: bool = False) -> Any:
+    """``decode(positions, table, table_bits, k, offsets, out, aside, pairs)``: the next pairs of eight streams, interleaved; how many there were.
+
+    positions: address of the absolute bit positions of the streams, int64, which move on; four lie between two of these streams. table: address.
+    offsets: address of int64, where each pair lies in the output, in bytes; the eight streams lie side by side. pairs: a multiple of window_pairs.
+    checked: stop before a window whose pairs do not fit 57 bits, which are sure. doubled: entries are of two pairs (``double_table``), and
+    one that does not hold both stops too. split: k low bits of a, then of b follow each code word; they go aside, for ``join``.
+    aside: scratch as large as the output, for what takes its place once the streams are read: stores of 16 bits are what limits this loop.
 
     A stream's window is 64 bits from its position, ended by a sentinel 1, so that the leading zeros count what was taken. Positions
     stay in memory: registers are for the windows.
     """
+    entry = I32 if doubled else I16
+
+    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
+        positions, table, table_bits, k, offsets, out, aside, pairs = args
+        mask = builder.not_(builder.shl(I64(-1), table_bits))
+        done = cgutils.alloca_once_value(builder, I64(0))
+        head, body, move_on, end = (builder.append_basic_block(name) for name in ("head", "body", "move_on", "end"))
+        builder.branch(head)
+
+        builder.position_at_end(head)
+        pair = builder.load(done, typ=I64)
+        builder.cbranch(builder.icmp_signed("<", pair, pairs), body, end)
+
+        builder.position_at_end(body)
+        windows = []
+        for stream in range(TOGETHER):
+            position = builder.load(at(builder, positions, STREAM_STEP * stream), typ=I64)
+            bits = builder.load(at(builder, builder.lshr(position, I64(3))), align=1, typ=I64)
+            windows.append(builder.or_(builder.lshr(bits, builder.and_(position, I64(7))), I64(-(1 << 63))))
+        for i in range(0, window_pairs, 2 if doubled else 1):
+            if doubled:
+                target = builder.add(aside, builder.shl(builder.add(pair, I64(i)), I64(4)))
+            else:
+                offset = builder.load(at(builder, builder.add(offsets, builder.shl(pair, I64(3))), 8 * i), typ=I64)
+                target, low = builder.add(out, offset), builder.add(aside, offset)
+            for stream in range(TOGETHER):
+                index = builder.shl(builder.and_(windows[stream], mask), I64(2 if doubled else 1))
+                found = builder.load(at(builder, builder.add(table, index)), typ=entry)
+                builder.store(found, at(builder, target, (4 if doubled else 2) * stream), align=2)
+                rest = builder.lshr(windows[stream], builder.and_(builder.zext(found, I64), I64(63)))
+                if split:
+                    builder.store(builder.trunc(rest, I16), at(builder, low, 2 * stream), align=2)
+                    rest = builder.lshr(rest, builder.shl(k, I64(1)))
+                windows[stream] = rest
+        if checked:
+            over = I64(0)  # negative once the sentinel has come down to the lowest six bits of a window
+            for window in windows:
+                over = builder.or_(over, builder.sub(window, I64(64)))
+            builder.cbranch(builder.icmp_signed("<", over, I64(0)), end, move_on)
+        else:
+            builder.branch(move_on)
+
+        builder.position_at_end(move_on)
+        for stream in range(TOGETHER):
+            slot = at(builder, positions, STREAM_STEP * stream)
+            taken = builder.ctlz(windows[stream], I1(1))
+            builder.store(builder.add(builder.load(slot, typ=I64), taken), slot)
+        builder.store(builder.add(pair, I64(window_pairs)), done)
+        builder.branch(head)
+
+        builder.position_at_end(end)
+        count = builder.load(done, typ=I64)
+        if doubled:
+            _put_apart(builder, offsets, out, aside, count)
+        return count
+
+    return emitted(types.int64, [types.int64] * 8, emit)
+
+
+def _put_apart(builder: ir.IRBuilder, offsets: ir.Value, out: ir.Value, aside: ir.Value, pairs: ir.Value) -> None:
+    """Entries of two pairs of eight streams to their places."""
+    with cgutils.for_range_slice(builder, I64(0), pairs, I64(2), I64) as (pair, _):
+        source = at(builder, builder.add(aside, builder.shl(pair, I64(4))))
+        both = builder.load(source, align=4, typ=vector(I32, TOGETHER))
+        for i, half in enumerate((both, builder.lshr(both, integers(I32, [16] * TOGETHER)))):
+            offset = builder.load(at(builder, builder.add(offsets, builder.shl(pair, I64(3))), 8 * i), typ=I64)
+            builder.store(builder.trunc(half, vector(I16, TOGETHER)), at(builder, builder.add(out, offset)), align=2)
+
+
+def _joiner(lanes: int) -> Any:
+    """``join(pairs, low, k, count)``: narrow pairs and the low bits of each, k of a and then of b, to wide pairs, in place; count: a multiple of lanes."""
+    words_of = vector(I16, lanes)
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-        positions, table, table_bits, k, offsets, out, pairs = args
-        mask = builder.not_(builder.shl(I64(-1), table_bits))
-        scale = I64(1 if entry == I16 else 2)
-        twice = builder.shl(k, I64(1))
-        both = builder.not_(builder.shl(I64(-1), twice))  # the low bits of a and b
-        apart = builder.sub(I64(8), k)  # what takes those of b to the second byte
-        of_one = builder.not_(builder.shl(I64(-1), k))
-        of_each = builder.or_(of_one, builder.shl(of_one, I64(8)))
-        with cgutils.for_range_slice(builder, I64(0), pairs, I64(pairs_a_window), I64) as (pair, _):
-            windows = []
-            for stream in range(TOGETHER):
-                position = builder.load(at(builder, positions, 8 * stream), typ=I64)
-                bits = builder.load(at(builder, builder.lshr(position, I64(3))), align=1, typ=I64)
-                windows.append(builder.or_(builder.lshr(bits, builder.and_(position, I64(7))), I64(-(1 << 63))))
-            for i in range(pairs_a_window):
-                offset = builder.load(at(builder, builder.add(offsets, builder.shl(pair, I64(3))), 8 * i), typ=I64)
-                target = builder.add(out, offset)
-                for stream in range(TOGETHER):
-                    index = builder.shl(builder.and_(windows[stream], mask), scale)
-                    found = at(builder, builder.add(table, index))
-                    bits = head = builder.load(found, typ=I16)
-                    if entry == I32:  # a second load is cheaper than a shift
-                        head = builder.load(at(builder, builder.add(table, index), 2), typ=I16)
-                    taken = builder.and_(builder.zext(bits, I64), I64(63))
-                    rest = builder.lshr(windows[stream], taken)
-                    if split:
-                        low = builder.and_(rest, both)
-                        low = builder.and_(builder.or_(low, builder.shl(low, apart)), of_each)
-                        head = builder.or_(head, builder.trunc(low, I16))
-                        rest = builder.lshr(rest, twice)
-                    builder.store(head, at(builder, target, 2 * stream), align=2)
-                    windows[stream] = rest
-            for stream in range(TOGETHER):
-                slot = at(builder, positions, 8 * stream)
-                taken = builder.ctlz(windows[stream], I1(1))
-                builder.store(builder.add(builder.load(slot, typ=I64), taken), slot)
+        pairs, low, k, count = args
+        k = builder.trunc(k, I16)
+        of_one = builder.not_(builder.shl(I16(-1), k))
+        high = builder.shl(I16(31), k)
+        masks = [high, builder.shl(high, I16(8)), of_one, builder.shl(of_one, I16(8))]
+        shifts = [builder.sub(I16(NARROW_A), k), builder.sub(I16(NARROW_B - 8), k), builder.sub(I16(8), k)]
+        high_a, high_b, low_a, low_b = (splat(builder, mask, lanes) for mask in masks)
+        down_a, down_b, up_b = (splat(builder, shift, lanes) for shift in shifts)
+        with cgutils.for_range_slice(builder, I64(0), count, I64(lanes), I64) as (i, _):
+            place, of_low = (at(builder, builder.add(x, builder.shl(i, I64(1)))) for x in (pairs, low))
+            words, rest = (builder.load(x, align=2, typ=words_of) for x in (place, of_low))
+            a = builder.or_(builder.and_(builder.lshr(words, down_a), high_a), builder.and_(rest, low_a))
+            b = builder.and_(builder.lshr(words, down_b), high_b)
+            b = builder.or_(b, builder.and_(builder.shl(rest, up_b), low_b))
+            builder.store(builder.or_(a, b), place, align=2)
 
-    return emitted(types.void, [types.int64] * 7, emit)
+    return emitted(types.void, [types.int64] * 4, emit)
 
 
-_narrow_4, _wide_4 = _pair_decoder(I16, False, 4), _pair_decoder(I32, False, 4)
-_split_4, _split_2 = _pair_decoder(I32, True, 4), _pair_decoder(I32, True, 2)
+_narrow_4, _narrow_8 = _pair_decoder(4), _pair_decoder(8, checked=True)
+_doubled_8 = _pair_decoder(8, checked=True, doubled=True)
+_split_2, _split_4 = _pair_decoder(2, split=True), _pair_decoder(4, checked=True, split=True)
+_join_8, _join_16 = _joiner(8), _joiner(16)
 
 
 @compiled
-def decode_pairs(book, index, positions, table, offsets, out, pairs):
-    """The right decoder for a class: 57 bits of a window are sure, so four pairs of 14 bits or two of 18."""
-    bits, split = of_class(book, index, BITS), of_class(book, index, SPLIT)
-    if of_class(book, index, NARROW):
-        _narrow_4(positions, table, bits, split, offsets, out, pairs)
-    elif not split:
-        _wide_4(positions, table, bits, split, offsets, out, pairs)
-    elif bits + 2 * split <= 14:
-        _split_4(positions, table, bits, split, offsets, out, pairs)
-    else:
-        _split_2(positions, table, bits, split, offsets, out, pairs)
+def decode_pairs(book, index, positions, table, offsets, out, aside, pairs):
+    """The right decoder for a class, and a slower one for windows that it stops at. pairs: a multiple of 8."""
+    form, bits, split = of_class(book, index, FORM), of_class(book, index, BITS), of_class(book, index, SPLIT)
+    pace = of_class(book, index, PACE)
+    done = pairs if form == EMPTY else 0
+    while done < pairs:
+        if form == WIDE:
+            if pace != SLOW:
+                done += _split_4(positions, table, bits, split, offsets + 8 * done, out, aside, pairs - done)
+            if done < pairs:
+                some = pairs if pace == SLOW else 4
+                done += _split_2(positions, table, bits, split, offsets + 8 * done, out, aside, some)
+        else:
+            if pace == DOUBLE:
+                double = table + (2 << bits)
+                done += _doubled_8(positions, double, DOUBLE_BITS, split, offsets + 8 * done, out, aside, pairs - done)
+            elif pace == FAST:
+                done += _narrow_8(positions, table, bits, split, offsets + 8 * done, out, aside, pairs - done)
+            if done < pairs:
+                some = pairs if pace == SLOW else 8
+                done += _narrow_4(positions, table, bits, split, offsets + 8 * done, out, aside, some)
+
+
+@compiled
+def join(book, index, rows, columns, row_bytes, pairs, low):
+    """Make the pairs of a class wide, if that is its form: rows of so many columns, a multiple of 8, and their low bits."""
+    split = of_class(book, index, SPLIT)
+    if of_class(book, index, FORM) == WIDE:
+        for row in range(rows):
+            if columns % 16:
+                _join_8(pairs + row * row_bytes, low + row * row_bytes, split, columns)
+            else:
+                _join_16(pairs + row * row_bytes, low + row * row_bytes, split, columns)
 
 
 @compiled
@@ -215,42 +292,72 @@ def stream_offset(kind, channels, s, j):
     return j * 2 * channels + s * channels
 
 
+def _begin(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    codes, kind, unit_bits, positions = args
+    four = vector(I64, 4)
+
+    def moved(x: ir.Value, lanes: int) -> ir.Value:
+        return builder.shuffle_vector(x, ir.Constant(four, [0] * 4), integers(I32, [*[4] * lanes, *range(4 - lanes)]))
+
+    head = builder.zext(builder.load(at(builder, codes), align=1, typ=I32), I64)
+    width = builder.and_(head, I64(15))
+    mask = splat(builder, builder.not_(builder.shl(I64(-1), width)), 4)
+    steps = builder.mul(splat(builder, width, 4), integers(I64, range(4)))
+    shifts = integers(I64, range(4, 4 + 4 * 7, 7))
+    bases = builder.and_(builder.lshr(splat(builder, head, 4), shifts), integers(I64, [127] * 4))
+    differences = builder.add(codes, I64(4))
+    first = builder.add(builder.shl(differences, I64(3)), builder.shl(width, I64(6)))
+    so_far = splat(builder, first, 4)
+    is_key = builder.icmp_signed("==", kind, I64(K))
+    for four_streams in range(STREAMS // 4):
+        quarter = builder.shuffle_vector(bases, bases, integers(I32, [four_streams // 4] * 4))
+        bit = builder.mul(width, I64(4 * four_streams))
+        word = builder.load(at(builder, builder.add(differences, builder.lshr(bit, I64(3)))), align=1, typ=I64)
+        word = splat(builder, builder.lshr(word, builder.and_(bit, I64(7))), 4)
+        lengths = builder.and_(builder.lshr(word, steps), mask)
+        lengths = builder.add(lengths, builder.select(is_key, bases, quarter))
+        lengths = builder.shl(lengths, splat(builder, unit_bits, 4))
+        sums = builder.add(lengths, moved(lengths, 1))
+        sums = builder.add(sums, moved(sums, 2))
+        place = at(builder, positions, 8 * 4 * four_streams)
+        builder.store(builder.add(so_far, builder.sub(sums, lengths)), place, align=8)
+        so_far = builder.add(so_far, builder.shuffle_vector(sums, sums, integers(I32, [3] * 4)))
+
+
+# begin_streams(codes, kind, unit_bits, positions): where the streams of a block begin, in bits from address 0, by the lengths at ``codes`` in
+# units of 2^unit_bits bits.
+begin_streams = emitted(types.void, [types.int64] * 4, _begin)
+
+
 @compiled
-def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out):
+def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out, aside):
     """The lengths of 64 streams and the streams behind them to pairs; all by address but ``book``.
 
-    tables: int64 [classes], addresses. positions: scratch, int64 [64].
+    tables: int64 [classes], addresses. positions: scratch, int64 [64]. aside: scratch, as ``out``.
     """
-    begin, table_of = integers_at(positions, STREAMS), integers_at(tables, MOST_CLASSES)
-    unit = 4 if channels <= 128 else 8
-    head = np.int64(load_u32(codes))
-    width = head & 15
-    differences, mask = 8 * (codes + 4), (1 << width) - 1
-    position = differences + 64 * width
-    for stream in range(STREAMS):
-        lane, group = stream & 31, stream & 3 if kind == K else stream >> 4
-        begin[(stream & 32) + (lane & 3) * TOGETHER + (lane >> 2)] = position
-        difference = np.int64(load_u32(differences >> 3)) >> (differences & 7) & mask
-        position += ((head >> (4 + 7 * group) & 127) + difference) * unit
-        differences += width
+    table_of, classes = integers_at(tables, MOST_CLASSES), book[CLASSES]
+    begin_streams(codes, kind, 2 if channels <= 128 else 3, positions)
     for s in range(2):
+        first, last = s * (channels // 16), (s + 1) * (channels // 16)  # tiles of eight channels of V, eight pairs each
+        tile = first
+        while tile < last:
+            index, end = 0, last
+            if kind == V and classes > 1:
+                index = class_of(V, channels, classes, 8 * tile)
+                end = min(last, (channels // 8 * (index + 1) + 3) // 4)
+            for j in range(4):
+                if kind == K and classes > 1:
+                    index = j
+                streams, place = positions + (STREAMS // 2 * s + j) * 8, stream_offset(kind, channels, s, j)
+                places, pairs = offsets + 64 * (tile - first), 8 * (end - tile)
+                decode_pairs(book, index, streams, table_of[index], places, out + place, aside + place, pairs)
+            if kind == V:
+                join(book, index, TOKENS // 2, 8 * (end - tile), 2 * channels, out + 16 * tile, aside + 16 * tile)
+            tile = end
+    if kind == K:
         for j in range(4):
-            of_streams = positions + (s * 4 + j) * TOGETHER * 8
-            target = out + stream_offset(kind, channels, s, j)
-            if book[CLASSES] == 1 or kind == K:
-                index = j if book[CLASSES] > 1 else 0
-                decode_pairs(book, index, of_streams, table_of[index], offsets, target, channels // 2)
-            else:  # a class of V is a run of tiles of eight channels, eight pairs each
-                first, tiles = s * (channels // 16), channels // 16
-                tile = 0
-                while tile < tiles:
-                    index = 4 * (first + tile) // (channels // 8)
-                    end = tile + 1
-                    while end < tiles and 4 * (first + end) // (channels // 8) == index:
-                        end += 1
-                    pairs = (end - tile) * 8
-                    decode_pairs(book, index, of_streams, table_of[index], offsets + tile * 64, target, pairs)
-                    tile = end
+            place = stream_offset(kind, channels, 0, j)
+            join(book, j if classes > 1 else 0, 1, TOKENS * channels // 8, 0, out + place, aside + place)
 
 
 def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:

@@ -33,12 +33,15 @@ from kvcomp.kernels.cpu_bits import (
 )
 from kvcomp.kernels.cpu_decode import (
     CLASSES,
+    EMPTY,
     FIRST,
+    FORM,
     MOST_CLASSES,
     NARROW,
     NARROW_A,
     NARROW_B,
     RAW,
+    WIDE,
     K,
     V,
     class_of,
@@ -140,8 +143,8 @@ _keys_by_channel, _keys_by_token = _restorer(True, True), _restorer(True, False)
 _values_by_channel, _values_by_token = _restorer(False, True), _restorer(False, False)
 
 
-def _widener(narrow: bool) -> Any:
-    """``widen_pairs(pairs, count, first)``: pairs ``a : 8 | b : 8`` from their table form, in place; first: uint16 at an address, added to each."""
+def _widener(form: int) -> Any:
+    """``widen(pairs, count, first)``: pairs ``a : 8 | b : 8`` from those of a form, in place; first: uint16 at an address, added to each."""
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
         pairs, count, first = args
@@ -152,8 +155,12 @@ def _widener(narrow: bool) -> Any:
 
         with cgutils.for_range_slice(builder, I64(0), count, I64(TILE), I64) as (i, _):
             place = builder.shl(i, I64(1))
-            words = builder.load(at(builder, builder.add(pairs, place)), align=2, typ=half)
-            if narrow:
+            words = (
+                constant(0)
+                if form == EMPTY
+                else builder.load(at(builder, builder.add(pairs, place)), align=2, typ=half)
+            )
+            if form == NARROW:
                 a = builder.and_(builder.lshr(words, constant(NARROW_A)), constant(31))
                 words = builder.or_(a, builder.shl(builder.lshr(words, constant(NARROW_B)), constant(8)))
             words = builder.add(words, builder.load(at(builder, builder.add(first, place)), align=2, typ=half))
@@ -162,7 +169,18 @@ def _widener(narrow: bool) -> Any:
     return emitted(types.void, [types.int64] * 3, emit)
 
 
-_widen_narrow, _widen_wide = _widener(True), _widener(False)
+_widen_wide, _widen_narrow, _widen_empty = _widener(WIDE), _widener(NARROW), _widener(EMPTY)
+
+
+@compiled
+def widen(form, pairs, count, first):
+    """Pairs of a form to codes of eight bits each; all addresses but form and count."""
+    if form == WIDE:
+        _widen_wide(pairs, count, first)
+    elif form == NARROW:
+        _widen_narrow(pairs, count, first)
+    else:
+        _widen_empty(pairs, count, first)
 
 
 @compiled
@@ -176,23 +194,15 @@ def widen_pairs(kind, slot, books, channels, pairs, first):
         for index in range(MOST_CLASSES):
             twice[:] = of_class(book, index, FIRST) * 0x0101
             for row in range(channels // 8 * index, channels // 8 * (index + 1)):
-                if of_class(book, index, NARROW):
-                    _widen_narrow(pairs + 2 * TOKENS * row, TOKENS, first)
-                else:
-                    _widen_wide(pairs + 2 * TOKENS * row, TOKENS, first)
+                widen(of_class(book, index, FORM), pairs + 2 * TOKENS * row, TOKENS, first)
         return
     twice = halves_at(first, channels)
     for c in range(channels):
         twice[c] = of_class(book, class_of(V, channels, book[CLASSES], c), FIRST) * 0x0101
     for index in range(MOST_CLASSES):
-        begin, end, narrow = run_of_form(index, slot, books, channels)
-        if end > begin:
-            for i in range(TOKENS // 2):
-                row = pairs + 2 * (channels * i + begin)
-                if narrow:
-                    _widen_narrow(row, end - begin, first + 2 * begin)
-                else:
-                    _widen_wide(row, end - begin, first + 2 * begin)
+        begin, end, form = run_of_form(index, slot, books, channels)
+        for i in range(TOKENS // 2):
+            widen(form, pairs + 2 * (channels * i + begin), end - begin, first + 2 * begin)
 
 
 @compiled

@@ -22,20 +22,25 @@ from kvcomp.kernels.cpu_decode import (
     BITS,
     CLASSES,
     COLUMNS,
+    DOUBLE,
+    DOUBLE_BITS,
+    EMPTY,
     FIXED,
+    FORM,
     LENGTHS,
     MOST_CLASSES,
     NARROW,
     NARROW_A,
     NARROW_B,
     OWN_BOOK,
-    SPLIT,
+    PACE,
     SYMBOLS,
     K,
     V,
     build_table,
     decode_fixed,
     decode_huffman,
+    double_table,
     of_class,
 )
 from kvcomp.spec import PAGE_TOKENS as TOKENS
@@ -107,7 +112,9 @@ def table_places(books, begin):
         book = book_at(books, slot)
         for index in range(book[CLASSES]):
             begin[slot, index] = total
-            total += i64(2 if of_class(book, index, NARROW) else 4) << of_class(book, index, BITS)
+            total += i64(2) << of_class(book, index, BITS)
+            if of_class(book, index, PACE) == DOUBLE:
+                total += 4 << DOUBLE_BITS
     return total
 
 
@@ -115,18 +122,17 @@ def table_places(books, begin):
 def build_tables(book, places):
     """The decode tables of a book's classes, to addresses."""
     for index in range(book[CLASSES]):
+        if of_class(book, index, FORM) == EMPTY:
+            continue
         bits, place = of_class(book, index, BITS), places[index]
-        lengths, symbols = of_class(book, index, LENGTHS), of_class(book, index, SYMBOLS)
-        if of_class(book, index, NARROW):
-            narrow = halves_at(place, i64(1) << bits)
-            build_table(lengths, symbols, of_class(book, index, SPLIT), bits, True, narrow)
-        else:
-            wide = words_at(place, i64(1) << bits)
-            build_table(lengths, symbols, of_class(book, index, SPLIT), bits, False, wide)
+        table = halves_at(place, i64(1) << bits)
+        build_table(of_class(book, index, LENGTHS), of_class(book, index, SYMBOLS), bits, table)
+        if of_class(book, index, PACE) == DOUBLE:
+            double_table(table, bits, words_at(place + (i64(2) << bits), i64(1) << DOUBLE_BITS))
 
 
 @compiled
-def decode_block(codes, mode, kind, channels, books, begin, built, offsets, streams, pairs):
+def decode_block(codes, mode, kind, channels, books, begin, built, offsets, streams, pairs, aside):
     """Codes of a coded block to pairs. Returns the slot of its book, ``NO_BOOK`` where codes have a fixed width.
 
     All but mode, kind and channels are addresses; begin: int64 [4, 4], where the tables of each book's classes lie; built: int64 [4], whether
@@ -141,7 +147,7 @@ def decode_block(codes, mode, kind, channels, books, begin, built, offsets, stre
     if not is_built[slot]:
         is_built[slot] = 1
         build_tables(book, integers_at(tables, MOST_CLASSES))
-    decode_huffman(codes, kind, channels, book, tables, offsets, streams, pairs)
+    decode_huffman(codes, kind, channels, book, tables, offsets, streams, pairs, aside)
     return slot
 
 
@@ -152,8 +158,8 @@ def fixed_width(mode):
 
 
 @compiled
-def code_masks(narrow):
+def code_masks(form):
     """Masks of a and b in a pair, and what brings the masked values back to codes."""
-    if narrow:
+    if form == NARROW:
         return 31 << NARROW_A, 31 << NARROW_B, f32(1 / (1 << NARROW_A)), f32(1 / (1 << NARROW_B))
     return 0xFF, 0xFF00, f32(1), f32(1 / 256)
