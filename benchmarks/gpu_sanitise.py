@@ -10,10 +10,11 @@ from kvcomp.spec import CodecSpec, TensorSpec
 SPECS = (
     (64, CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=16)),
     (128, CodecSpec(TensorSpec("channel", 0.05, classes=4, limit=10), TensorSpec("vector", 0.1, "fixed"), window=16)),
+    (80, CodecSpec(*2 * (TensorSpec("head", None, classes=4, limit=10, steps=((0.5, 0.7),)),), window=16)),
 )
 
 for channels, spec in SPECS:
-    store = GPUStore(spec)
+    store = GPUStore(spec.layer(0, 1))
     for tokens in (64 * 9, 70):
         k, v = (torch.randn((2, 2, tokens, channels), device="cuda", dtype=torch.bfloat16) for _ in "KV")
         store.append(k, v)

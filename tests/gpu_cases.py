@@ -174,6 +174,21 @@ def _steps_of(tensor: TensorSpec) -> tuple[float, ...] | None:
     return tensor.scale if isinstance(tensor.scale, tuple) else None
 
 
+def scramble(cache: Cache, rng: np.random.Generator) -> None:
+    """Random bits in the first row's pages wherever a reader of foreign bytes does not look (docs/format.md, section 5): scales, streams
+    and fixed codes; directories and lengths stay."""
+    case, buffer = cache.case, cache.owners[0]
+    for page in cache.pages[0, : case.pages[0]] - cache.owners[0].ctypes.data:
+        directory = buffer[page : page + 4 * (2 * case.heads + 1)].view("<u4").tolist()
+        for index, word in enumerate(directory[:-1]):
+            begin, end, kind = page + (word & ~15), page + (directory[index + 1] & ~15), index // case.heads
+            bytes_of = {"block": 8, "channel": 4 * case.channels, "vector": 4 * PAGE_TOKENS}
+            codes = begin + bytes_of.get(case.units[kind], 0)
+            after = codes + (4 + 8 * (int(buffer[codes]) & 15) if word & 15 in (1, 2) else 0)
+            for first, last in ((begin, codes), (after, end)):
+                buffer[first:last] = rng.integers(0, 256, last - first, np.uint8)
+
+
 def relative_error(x: Array, expected: Array) -> float:
     """Largest difference over the largest expected value; NaN and infinities must be where they are expected."""
     if not np.array_equal(np.isfinite(x), np.isfinite(expected)):
@@ -183,4 +198,4 @@ def relative_error(x: Array, expected: Array) -> float:
     return float(difference.max(initial=0) / max(1e-3, float(np.abs(expected[finite]).max(initial=0))))
 
 
-__all__ = ["NUMPY", "Cache", "Case", "build", "relative_error", "to_float32", "values_like"]
+__all__ = ["NUMPY", "Cache", "Case", "build", "relative_error", "scramble", "to_float32", "values_like"]

@@ -14,6 +14,7 @@ alignas(128) u8 shared_memory[MOST_SHARED];
 Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 unsigned long long shuffles, products, powers;
+u32 launched_shared;
 
 namespace {
 
@@ -42,7 +43,6 @@ std::vector<Meeting> warps;
 Meeting block;
 std::vector<char> stacks;
 int current, forward;
-size_t shared_bytes;
 const std::function<void()>* kernel;
 jmp_buf home;
 sigjmp_buf crash;
@@ -105,7 +105,7 @@ bool run_block(int threads) {
     if (!_setjmp(home)) run(forward ? 0 : threads - 1);
     for (auto& fiber : fibers)
         if (!fiber.done) return false;
-    for (size_t i = shared_bytes; i < sizeof shared_memory; i++)
+    for (size_t i = launched_shared; i < sizeof shared_memory; i++)
         if (shared_memory[i] != 0xff) return false;
     return true;
 }
@@ -165,7 +165,7 @@ int launch(Dim3 grid, int threads, size_t shared, bool ascending, const std::fun
     sigaction(SIGBUS, &action, &bus);
     int result = FINE;
     forward = ascending;
-    shared_bytes = shared;
+    launched_shared = (u32)shared;
     kernel = &body_of_thread;
     gridDim = grid;
     blockDim = {(u32)threads, 1, 1};

@@ -41,6 +41,7 @@ extern Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 constexpr int WARP = 32;
 constexpr u32 MOST_SHARED = 256 * 1024;
+extern u32 launched_shared;  // bytes of shared memory of the present launch
 
 // Wait for the other lanes of the warp, or for the whole CTA.
 void meet_warp();
@@ -168,7 +169,7 @@ template <u32 OFFSET = 0>
 u32 load_shared(u32 address) {
     u32 word;
     address += OFFSET;
-    if (address % 4 || address - KVC_RESERVED >= MOST_SHARED) raise_out_of_range();
+    if (address % 4 || address - KVC_RESERVED >= launched_shared) raise_out_of_range();
     memcpy(&word, shared_memory + (address - KVC_RESERVED), 4);
     return word;
 }

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from emulated_attention import attend
+from emulated_decompression import decompress
 from emulator import COMPILER
-from gpu_cases import Case, build, relative_error
+from gpu_cases import Case, build, relative_error, scramble
 
 from kvcomp.kernels.gpu_layout import AttendBuild, attend_build, machine
 from kvcomp.quantise import round_to, to_float32
@@ -117,20 +118,29 @@ def test_tokens_that_do_not_count_may_hold_anything() -> None:
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("seed", range(4))
-def test_hostile_streams_are_read_within_the_arena(seed: int) -> None:
-    """Every bit after the lengths of checked pages is random: the result means nothing, but no read leaves the arena."""
-    case = Case(channels=(64, 128, 192, 256)[seed], pages=(2,), limit=(10, 12)[seed % 2], classes=(1, 4))
-    cache = build(case)
-    rng = np.random.default_rng(seed)
-    buffer, offset = cache.owners[0], cache.pages[0] - cache.owners[0].ctypes.data
-    for page in range(2):
-        directory = buffer[offset[page] :][: 4 * (2 * case.heads + 1)].view("<u4")
-        for index in range(2 * case.heads):
-            begin, end = (int(offset[page]) + (int(word) & ~15) for word in directory[index : index + 2])
-            lengths = begin + (8 if index < case.heads else 0)  # behind the scales
-            head = lengths - begin + 4 + 8 * (int(buffer[lengths]) & 15)
-            buffer[begin + head : end] = rng.integers(0, 256, end - begin - head, np.uint8)
+@pytest.mark.parametrize("queries", range(1, 17))
+def test_every_number_of_queries(queries: int) -> None:
+    cache = build(Case(channels=64, queries=queries, heads=1, pages=(1,), tail=1, sinks=0))
+    assert relative_error(attend(cache, build_for(cache.case)).out, cache.attend()[0]) < TOLERANCE
+
+
+HOSTILE = {
+    "64 channels": Case(channels=64, limit=10),
+    "128 channels, split": Case(scales=(0.03, 0.03), units=("block", "block")),
+    "192 channels, channel and vector": Case(channels=192, units=("channel", "vector"), limit=10),
+    "256 channels, four classes": Case(channels=256, classes=(1, 4)),
+    "steps of heads": Case(units=("head", "head"), classes=(4, 4), scales=(0.1, 0.1)),
+    "fixed width": Case(coding=("fixed", "fixed"), scales=(1 / 12, 1 / 5)),
+}
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("case", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_streams_are_read_within_the_arena(case: Case) -> None:
+    """Every bit behind what is checked of a page is random, scales included: the result means nothing, but no read leaves the arena."""
+    cache = build(replace(case, pages=(2,)))
+    scramble(cache, np.random.default_rng(0))
     for stage in (None, 512):  # read from shared memory, and where it is
         chosen = build_for(case)
         attend(cache, chosen if stage is None else replace(chosen, stage=stage))
+    decompress(cache)
