@@ -11,19 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcomp.store import KVStore
+
 HEADS, CHANNELS, GROUP = 2, 64, 2
 
 
 @dataclass
 class Batch:
     """make: an empty store. join: of stores and a number of positions. attend: of a store, queries and a scaling. pages: of a store, for each
-    row their addresses."""
+    row their bytes."""
 
     make: Callable[[], Any]
     join: Callable[[list[Any], int], Any]
     attend: Callable[[Any, Tensor, float], Tensor]
-    pages: Callable[[Any], list[list[int]]]
+    pages: Callable[[Any], list[list[bytes]]]
     seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     store: Any = None
     alone: list[Any] = field(default_factory=list)
 
@@ -31,7 +34,7 @@ class Batch:
         self.random = torch.Generator().manual_seed(self.seed)
 
     def values(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.random).to(torch.bfloat16)
+        return torch.randn(shape, generator=self.random).to(self.device, torch.bfloat16)
 
     def enter(self, lengths: list[int]) -> None:
         """Rows with prompts of these lengths join, padded to one batch on the left."""
@@ -64,15 +67,13 @@ class Batch:
 
     def check(self, tolerance: float) -> None:
         """The same pages, bit by bit, and the same attention as each row alone."""
-        q = torch.randn((len(self.alone), HEADS * GROUP, 1, CHANNELS), generator=self.random)
+        q = self.values(len(self.alone), HEADS * GROUP, 1, CHANNELS).float()
         out = self.attend(self.store, q, 0.125)
         together = self.pages(self.store)
         k, v = self.store.dense()
         for row, store in enumerate(self.alone):
             (apart,) = self.pages(store)
-            assert len(together[row]) == len(apart)
-            for mine, theirs in zip(together[row], apart, strict=True):
-                assert page(mine) == page(theirs)
+            assert together[row] == apart
             start = int(self.store.starts[row])
             assert self.store.tokens - start == store.tokens
             assert torch.equal(k[row, :, start:], store.dense()[0][0])
@@ -92,6 +93,14 @@ class Batch:
             for _ in range(int(choose.integers(1, 4))):
                 self.step(int(choose.choice([1, 1, 5, 70])))
             self.check(tolerance)
+
+
+def pages_of(store: KVStore) -> list[list[bytes]]:
+    """Of each row the bytes of its pages."""
+    return [
+        [page(address) for address in row[:count]]
+        for row, count in zip(store.pages.tolist(), store.count.tolist(), strict=True)
+    ]
 
 
 def page(address: int) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from batching import Batch
+from batching import Batch, pages_of
 
 from kvcomp.attention import attend
 from kvcomp.joining import join
@@ -16,11 +16,7 @@ SPECS = {
 }
 
 
-def pages(store: KVStore) -> list[list[int]]:
-    return [store.pages[row, : store.count[row]].tolist() for row in range(store.batch)]
-
-
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_join_and_leave_without_touching_the_others(spec: CodecSpec, seed: int) -> None:
-    Batch(lambda: KVStore(spec), join, attend, pages, seed).live(tolerance=0.0)
+    Batch(lambda: KVStore(spec), join, attend, pages_of, seed).live(tolerance=0.0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batching import Batch
+from batching import Batch, pages_of
 from emulator import COMPILER, Emulator
 
 from kvcomp.errors import InvalidInput
+from kvcomp.gpu_copies import to_main_memory
 from kvcomp.gpu_joining import join
 from kvcomp.gpu_store import GPUStore
 from kvcomp.spec import CodecSpec, TensorSpec
@@ -18,16 +19,15 @@ SPEC = CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=16,
 TOLERANCE = 1e-4  # the context is split otherwise
 
 
-def pages(store: GPUStore) -> list[list[int]]:
-    store.settle()
-    return [store.table.pages[index, : len(row.valid)].tolist() for index, row in enumerate(store.rows)]
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_join_and_leave_without_touching_the_others(seed: int) -> None:
     on = Emulator()
     batch = Batch(
-        lambda: GPUStore(SPEC, launcher=lambda device: on), join, lambda store, q, by: store.attend(q, by), pages, seed
+        make=lambda: GPUStore(SPEC, launcher=lambda device: on),
+        join=join,
+        attend=lambda store, q, by: store.attend(q, by),
+        pages=lambda store: pages_of(to_main_memory(store)),
+        seed=seed,
     )
     batch.live(TOLERANCE, rounds=6)
 

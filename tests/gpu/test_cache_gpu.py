@@ -1,0 +1,98 @@
+"""The cache on a GPU as a system: rows that join and leave, copies to and from main memory, prompts, graphs. ``make gpu-check`` runs them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvcomp.gpu_copies import to_device, to_main_memory
+from kvcomp.gpu_joining import join
+from kvcomp.gpu_store import GPUStore
+from kvcomp.spec import CodecSpec, TensorSpec
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from batching import Batch, pages_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
+
+TOLERANCE = 1e-4  # of float32 outputs, relative to the largest
+DEVICE = torch.device("cuda", 0)
+SPEC = CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=16, sinks=4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_join_and_leave_without_touching_the_others(seed: int) -> None:
+    batch = Batch(
+        make=lambda: GPUStore(SPEC),
+        join=join,
+        attend=lambda store, q, by: store.attend(q, by),
+        pages=lambda store: pages_of(to_main_memory(store)),
+        seed=seed,
+        device=DEVICE,
+    )
+    batch.live(TOLERANCE)
+
+
+def test_to_main_memory_and_back() -> None:
+    store = GPUStore(SPEC)
+    store.append(*torch.randn(2, 3, 2, 500, 64, device=DEVICE, dtype=torch.bfloat16))
+    store.seal()
+    store.select(torch.tensor([2, 0, 0]))
+    host = to_main_memory(store)
+    back = to_device(host, DEVICE)
+    assert pages_of(to_main_memory(back)) == pages_of(host)
+    q = torch.randn((3, 4, 1, 64), device=DEVICE)
+    assert torch.equal(back.attend(q, 0.125), store.attend(q, 0.125))
+
+
+def small_model(layers: int) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=256, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=1 << 15,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval().to(DEVICE)
+    model.set_attn_implementation("kvcomp")
+    return model
+
+
+def test_a_prompt_is_held_raw_in_few_layers_at_a_time() -> None:
+    cache_class = pytest.importorskip("kvcomp.integrations.transformers").KVCompCache
+    model = small_model(layers=8)
+    cache = cache_class(model.config, backend="gpu")
+    stores = [layer.store for layer in cache.layers]
+    raw: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(
+            lambda *_: raw.append(sum(store.batch > 0 and store.tail.room >= 4096 for store in stores))
+        )
+    with torch.inference_mode():
+        model(torch.randint(1, 96, (2, 4096), device=DEVICE), past_key_values=cache, logits_to_keep=1)
+    assert max(raw) <= 2
+
+
+def test_recorded_steps_give_what_ordinary_ones_do() -> None:
+    cache_class = pytest.importorskip("kvcomp.integrations.transformers").KVCompCache
+    graph_class = pytest.importorskip("kvcomp.integrations.transformers_graph").DecodeGraph
+    model = small_model(layers=2)
+    prompt = torch.randint(1, 96, (2, 400), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    cache = cache_class(model.config, backend="gpu")
+    with torch.inference_mode():
+        logits = model(prompt, past_key_values=cache).logits[:, -1]
+        other = copy.deepcopy(cache)
+        graph = graph_class(model, cache)
+        for _ in range(200):  # three pages of each row are sealed on the way
+            ids = logits.argmax(-1)
+            logits = graph.step(ids)
+            expected = model(ids[:, None], past_key_values=other).logits[:, -1]
+            assert (logits - expected).abs().max() < TOLERANCE * expected.abs().max()
+    assert cache.memory() == other.memory()
