@@ -36,7 +36,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvcomp.attention import attend
 from kvcomp.calibration import LEVELS, Calibration
 from kvcomp.evaluate import fidelity, plots, results
 from kvcomp.evaluate.calibrate import KIVI_BITS
@@ -47,8 +46,6 @@ from kvcomp.evaluate.models import CALIBRATION, held_out_ids, load_model, shippe
 from kvcomp.evaluate.pages import bits_by_head
 from kvcomp.evaluate.retrieval import answered, quiz_sample, quizzes
 from kvcomp.evaluate.text import held_out_names, join, manual_text, training_text
-from kvcomp.evaluate.timing import in_rounds, quartiles
-from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, Memory
 
 OUTPUT = Path(__file__).parent / "results" / "klt.json"
@@ -196,40 +193,6 @@ def lookups(model: Any, tokenizer: Any, methods: Mapping[str, Method], journal: 
     return found
 
 
-def timings(samples: Sequence[Sample], calibration: Calibration) -> dict[str, Any]:
-    """Processor time on one thread of compressing a prompt and of attending over four of them, over the paper preset's, in turn."""
-    torch.set_num_threads(1)
-    prompts = [sample.cache[1] for sample in samples[:4]]
-    k, v = (torch.cat(x, 2) for x in zip(*prompts, strict=True))
-    q = torch.randn(1, 4, 1, k.shape[3], dtype=k.dtype)
-    specs: dict[str, tuple[CodecSpec, Any]] = {"paper": (CodecSpec.resolve("kvcomp"), ())}
-    for level in LEVELS:
-        spec = calibration.spec(level)
-        specs[level] = spec, calibration.layer(1, spec) or ()
-
-    def filled(name: str) -> KVStore:
-        spec, calibrated = specs[name]
-        store = KVStore(spec.layer(1, 4), "cpu", *calibrated)
-        store.append(k, v)
-        store.seal()
-        return store
-
-    stores = {name: filled(name) for name in specs}
-    encode: dict[str, Callable[[], Any]] = {name: partial(filled, name) for name in specs}
-    read: dict[str, Callable[[], Any]] = {name: partial(attend, store, q, 0.125) for name, store in stores.items()}
-    found: dict[str, Any] = {"tokens": k.shape[2]}
-    for what, actions in (("encode", encode), ("attend", read)):
-        taken = in_rounds(actions, 41, 60.0)
-        found[what] = {
-            name: {
-                "seconds": quartiles([x[name] for x in taken]),
-                "over_paper": quartiles([x[name] / x["paper"] for x in taken]),
-            }
-            for name in specs
-        }
-    return found
-
-
 def shift(modes: Mapping[str, Mapping[str, Scores]]) -> dict[str, Any]:
     """Bits at equal KL under a calibration on other text over those under one on such text, at the KL of KIVI-style 4, 3 and 2 bits."""
     found: dict[str, Any] = {}
@@ -289,7 +252,6 @@ def main(
     methods = {method.name: method for method in [*named, *plain[:3], paper(0.05, 0.1)]}
     keep(lookups=lookups(model, tokenizer, methods, journal))
     keep(sizes=sizes(model, held, calibration), heads=heads(model, samples[0], calibration))
-    keep(timings=timings(samples, calibration))
     prefix |= run("prefix", samples, kivi_by_layer(code, journal))
     keep(prefix=summary(prefix), prefix_at_equal_kl=at_equal_kl(prefix))
     del code
@@ -396,7 +358,7 @@ def show(content: Mapping[str, Any]) -> None:
         screen.print(table)
         for name, one in content[f"{mode}_at_equal_kl"].items():
             screen.print(f"{mode} {name}: {one['value']:.3f} [{one['interval'][0]:.3f}, {one['interval'][1]:.3f}]")
-    for part in ("same_window", "text_shift", "sizes", "lookups", "timings"):
+    for part in ("same_window", "text_shift", "sizes", "lookups"):
         screen.print(part, content[part])
 
 
