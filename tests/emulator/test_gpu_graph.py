@@ -16,6 +16,7 @@ from kvcomp import gpu_store
 from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.gpu_store import GPUStore
 from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.transform import Affine, Transform
 
 transformers = pytest.importorskip("transformers")
 KVCompCache = pytest.importorskip("kvcomp.integrations.transformers").KVCompCache
@@ -26,10 +27,12 @@ pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g+
 SPEC = CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=16, sinks=4)
 
 
-def test_a_store_repeats_a_step_while_pages_are_sealed() -> None:
+@pytest.mark.parametrize("transformed", [False, True])
+def test_a_store_repeats_a_step_while_pages_are_sealed(transformed: bool) -> None:
     on = RecordingEmulator(processors=8)
-    one = GPUStore(SPEC, launcher=lambda device: on)
     random = torch.Generator().manual_seed(3)
+    key, value = (Affine.of(torch.randn((2, 64, 64), generator=random) / 8, torch.zeros(2, 64)) for _ in "KV")
+    one = GPUStore(SPEC, transform=Transform(key, value) if transformed else None, launcher=lambda device: on)
 
     def values(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random).to(torch.bfloat16)
@@ -44,7 +47,8 @@ def test_a_store_repeats_a_step_while_pages_are_sealed() -> None:
     with recorder:
         one.append(k, v)
         out = one.attend(q, 0.125)
-    assert recorder.names == ["index_copy_", "index_copy_", "add_", "attend", "merge"]
+    if not transformed:
+        assert recorder.names == ["index_copy_", "index_copy_", "add_", "attend", "merge"]
     sealed = one.count.sum()
     for step in range(200):
         for x, new in ((k, values(2, 2, 1, 64)), (v, values(2, 2, 1, 64)), (q, values(2, 4, 1, 64).float())):
