@@ -37,6 +37,8 @@ from gpu_model import (
     where,
 )
 
+from kvcomp.errors import LimitExceeded
+
 RESULTS = Path(__file__).parent / "results" / "gpu_generate.json"
 NAMES = ("dynamic", "static", "static, graph", "kvcomp", "kvcomp, graph", "kvcomp packed") if GPU else (*STOCK, *SPECS)
 SHAPES = ("4x32768", "1x131072") if GPU else ("2x300",)
@@ -84,7 +86,7 @@ def run(model: Any, name: str, batch: int, tokens: int, new: int) -> dict[str, A
 
 @torch.inference_mode()
 def longest(model: Any, name: str, room: int) -> dict[str, Any]:
-    """The context of one sequence that fits so many bytes by the bytes a token of a shorter one, and whether a step there succeeds."""
+    """The context of one sequence that fits so many bytes by the bytes a token of a shorter one; less where a step there fails."""
     release()
     if name in STOCK:
         a_token: float = DENSE_LAYER * (CONFIG.num_hidden_layers + (name == "dynamic"))  # which copies a layer
@@ -97,14 +99,17 @@ def longest(model: Any, name: str, room: int) -> dict[str, Any]:
             del cache
         a_token = (totals[1] - totals[0]) / PROBE
     tokens = int(room / a_token) // 1024 * 1024
-    found = {"cache": name, "longest_tokens": tokens, "bytes_a_token": a_token, "room_bytes": room}
-    release()
-    cache = cache_for(model, name, tokens + 1)
-    fill(cache, 1, tokens)
-    step = decoder(model, cache, name)
-    step(torch.zeros((1, 1), dtype=torch.int64, device=DEVICE))
-    synchronise()
-    return found | {"held_bytes": allocated(), "peak_bytes": allocated(peak=True)}
+    found = {"cache": name, "expected_tokens": tokens, "bytes_a_token": a_token, "room_bytes": room}
+    while True:
+        release()
+        try:
+            cache = cache_for(model, name, tokens + 1)
+            fill(cache, 1, tokens)
+            decoder(model, cache, name)(torch.zeros((1, 1), dtype=torch.int64, device=DEVICE))
+            synchronise()
+            return found | {"tokens": tokens, "held_bytes": allocated(), "peak_bytes": allocated(peak=True)}
+        except (torch.OutOfMemoryError, LimitExceeded):
+            cache, tokens = None, tokens * 9 // 10
 
 
 def main() -> None:
@@ -143,7 +148,7 @@ def main() -> None:
             if time.monotonic() - begun > arguments.limit:
                 raise TimeoutError(f"not begun: the limit of {arguments.limit:.0f} s has passed")
             rows.append(measure(model, *how))
-        except (RuntimeError, ValueError, TimeoutError, torch.OutOfMemoryError) as error:
+        except (RuntimeError, ValueError, TimeoutError, LimitExceeded) as error:
             rows.append({**what, "error": described(error)})
         print(rows[-1], flush=True)
         if arguments.output:

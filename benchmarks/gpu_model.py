@@ -23,11 +23,11 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 HEADS, CHANNELS = (8, 128) if GPU else (1, 64)  # of K and V
 LLAMA = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=HEADS, head_dim=CHANNELS, max_position_embeddings=1 << 22,
+    num_key_value_heads=HEADS, head_dim=CHANNELS, max_position_embeddings=1 << 24,
 )  # fmt: skip
 TINY = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=HEADS, head_dim=CHANNELS, max_position_embeddings=1 << 22,
+    num_key_value_heads=HEADS, head_dim=CHANNELS, max_position_embeddings=1 << 24,
 )  # fmt: skip
 CONFIG = LLAMA if GPU else TINY
 DENSE_LAYER = 2 * 2 * HEADS * CHANNELS  # bytes a token of an uncompressed layer
