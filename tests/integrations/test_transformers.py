@@ -554,6 +554,36 @@ def test_keys_and_values_are_handles_that_decompress(llama: PreTrainedModel) -> 
         keys.sum()
 
 
+def test_a_pass_that_fails_in_a_later_layer_is_taken_back_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model().eval()
+    model.set_attn_implementation("kvcomp")
+    cache, twin = KVCompCache(model.config, LOSSY), KVCompCache(model.config, LOSSY)
+    ids = torch.arange(120)[None] % 97
+    with torch.no_grad():
+        for one in (cache, twin):
+            model(ids, past_key_values=one)
+        for method in ("append", "seal"):
+            with monkeypatch.context() as patch:
+                patch.setattr(cache.layers[1].store, method, _no_room)
+                with pytest.raises(LimitExceeded, match="no room"):
+                    model(ids[:, :3], past_key_values=cache)
+            assert cache.get_seq_length() == 120
+            assert {layer.store.tokens for layer in cache.compressed_layers} == {120}
+        stale = cache.update(*torch.zeros(2, 1, 2, 1, 16), 0)
+        cache.crop(120)
+        with pytest.raises(InvalidInput, match="before the cache changed"):
+            transformers_attention.kvcomp_attention(
+                model.model.layers[0].self_attn, torch.zeros(1, 4, 1, 16), *stale, None
+            )
+        assert cache.get_seq_length() == 120  # which is no reason to take anything back
+        logits = [model(ids[:, :3], past_key_values=one).logits for one in (cache, twin)]
+    assert torch.equal(*logits)
+
+
+def _no_room(*_: object) -> None:
+    raise LimitExceeded("no room")
+
+
 def test_memory_counts_every_layer() -> None:
     model = tiny_model(
         Gemma3TextConfig, sliding_window=32, layer_types=["sliding_attention", "full_attention"], head_dim=64

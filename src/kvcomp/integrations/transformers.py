@@ -170,10 +170,11 @@ class KVCompCache(Cache):
             self.crop(-key_states.shape[-2])
             raise InvalidInput(f"this cache was made for a model of {len(self.layers)} layers, and this one has more")
         layer: Any = self.layers[layer_idx]
+        first: Any = self.layers[self.first]
         try:
             both: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
-        except Exception:
-            self.session.failed = True
+        except Exception:  # the layers before have the tokens already
+            self.session.failed |= layer.get_seq_length() < first.get_seq_length()
             raise
         return both
 

@@ -65,10 +65,11 @@ def kvcomp_attention(
             session.check_model(config)
         out = _over_store(module, query, source, attention_mask, scaling, softcap, causal)
     except Exception as error:
-        if source is not None:
-            source.layer.session.failed = True
+        if source is not None and source.tokens == source.layer.store.tokens:
             refused = isinstance(error, InvalidInput | UnsupportedModel)
-            if refused and source.layer.unsealed and source.tokens == source.layer.store.tokens:
+            if source.layer.unsealed or not refused:
+                source.layer.session.failed = True
+            if source.layer.unsealed and refused:
                 source.layer.undo(query.shape[2])
         raise
     return out, None
