@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import gpu_cases
 import numpy as np
 import pytest
 from emulated_attention import attend
 from emulated_decompression import decompress
-from emulator import COMPILER
-from gpu_cases import Case, build, relative_error, scramble
+from emulator import COMPILER, Array
+from gpu_cases import NUMPY, Case, build, relative_error, scramble
 
-from kvcomp.kernels.gpu_layout import AttendBuild, attend_build, machine
+from kvcomp.kernels.gpu_layout import AttendBuild, attend_build, describe_book, machine
 from kvcomp.quantise import round_to, to_float32
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
@@ -115,6 +116,22 @@ def test_tokens_that_do_not_count_may_hold_anything() -> None:
     )  # type: ignore[assignment]
     result = attend(cache, build_for(case))
     assert relative_error(result.out, expected) < TOLERANCE
+
+
+@pytest.mark.emulated
+def test_short_codes_with_low_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes that occur alike have words so short that a pair is no longer than the limit with its low bits."""
+
+    def alike(rng: np.random.Generator, heads: int, tokens: int, channels: int, value: str) -> Array:
+        return round_to(rng.integers(0, 34, (heads, tokens, channels)).astype(np.float32), NUMPY[value])
+
+    monkeypatch.setattr(gpu_cases, "values_like", alike)
+    case = Case(scales=(1.01 / 33, 1.01 / 33), units=("block", "block"))
+    cache = build(case)
+    own = [describe_book(of_kind[1], 0) for of_kind in cache.books[0]]
+    assert all(book.split[0] == 1 and book.bits <= case.limit for book in own)
+    result = attend(cache, replace(build_for(case), stage=8192))
+    assert relative_error(result.out, cache.attend()[0]) < TOLERANCE
 
 
 @pytest.mark.emulated

@@ -148,7 +148,7 @@ struct CodedPairs {
     }
 };
 
-// Two streams of Huffman codes for pairs. PAIR_BITS: of the longest pair. SPLIT: whether the low bits of the codes follow a symbol's code.
+// Two streams of Huffman codes for pairs. PAIR_BITS: of the longest pair. SPLIT: whether the low bits of the codes may follow a symbol's code.
 template <class Words, class Table, int PAIR_BITS, bool SPLIT, bool WIDE>
 struct HuffmanPairs : CodedPairs<WIDE> {
     static constexpr int GROUP = (32 - Table::LEAD) / PAIR_BITS;  // pairs that surely fit a window
@@ -172,7 +172,7 @@ struct HuffmanPairs : CodedPairs<WIDE> {
         if (SPLIT) low_split = book.split[of_low], high_split = book.split[of_high];
     }
 
-    template <int N>
+    template <int N, bool LOW_BITS>
     INLINE void group(BitStream<Words, 4>& stream, const Table& table, u32 split, u32* pairs) {
         u32 window = stream.window(), position = stream.position;
 #pragma unroll
@@ -180,8 +180,8 @@ struct HuffmanPairs : CodedPairs<WIDE> {
             u32 entry = table.entry(window);
             position += entry;  // the length; what is above does not matter
             u32 pair = __byte_perm(entry, ones, 0x5352);
-            if (SPLIT || i + 1 < N) window = __funnelshift_r(window, 0u, entry);
-            if (SPLIT) {
+            if (LOW_BITS || i + 1 < N) window = __funnelshift_r(window, 0u, entry);
+            if (LOW_BITS) {
                 // The second code's low bits to the upper half beside the first's.
                 u32 rest = window >> Table::LEAD, both = rest & 0xffffu | rest << (16 - split) & 0xffff0000u;
                 pair |= both & ((1u << split) - 1) * 0x10001u;
@@ -189,22 +189,30 @@ struct HuffmanPairs : CodedPairs<WIDE> {
             }
             pairs[i] = pair;
         }
-        stream.move_to(SPLIT ? position + 2 * N * split : position);
+        stream.move_to(LOW_BITS ? position + 2 * N * split : position);
     }
 
-    // The next N pairs of both streams.
-    template <int N>
-    INLINE void take(u32 (&of_low)[N], u32 (&of_high)[N]) {
+    template <bool LOW_BITS, int N>
+    INLINE void take_groups(u32 (&of_low)[N], u32 (&of_high)[N]) {
 #pragma unroll
         for (int i = 0; i + GROUP <= N; i += GROUP) {
-            group<GROUP>(low, low_table, low_split, of_low + i);
-            group<GROUP>(high, high_table, high_split, of_high + i);
+            group<GROUP, LOW_BITS>(low, low_table, low_split, of_low + i);
+            group<GROUP, LOW_BITS>(high, high_table, high_split, of_high + i);
         }
         constexpr int rest = N % GROUP;
         if constexpr (rest > 0) {
-            group<rest>(low, low_table, low_split, of_low + N - rest);
-            group<rest>(high, high_table, high_split, of_high + N - rest);
+            group<rest, LOW_BITS>(low, low_table, low_split, of_low + N - rest);
+            group<rest, LOW_BITS>(high, high_table, high_split, of_high + N - rest);
         }
+    }
+
+    // The next N pairs of both streams. Classes without low bits do without what those cost.
+    template <int N>
+    INLINE void take(u32 (&of_low)[N], u32 (&of_high)[N]) {
+        if (SPLIT && !WIDE && __any_sync(~0u, low_split | high_split))
+            take_groups<SPLIT>(of_low, of_high);
+        else
+            take_groups<SPLIT && WIDE>(of_low, of_high);
     }
 };
 

@@ -1,0 +1,170 @@
+// Products of queries and keys and of weights and values, tile by tile, whatever the blocks hold; and which reader a block takes.
+#pragma once
+#include "items.cuh"
+#include "streams.cuh"
+
+// Scales and zeros of the tokens 2 pair and 2 pair + 1.
+struct TwoTokens {
+    float2 scales, zeros;
+    INLINE TwoTokens(const u8* of_tokens, int pair) {
+        u32 both = load_word(of_tokens + 4 * pair), shifts = load_word(of_tokens + 2 * TOKENS + 4 * pair);
+        scales = make_float2(low_bfloat16(both), high_bfloat16(both));
+        zeros = make_float2((float)(i16)(shifts & 0xffff), (float)((i32)shifts >> 16));
+    }
+};
+
+// The queries of a warp as A, times what is common to a channel of K, and the sums that zeros are folded into.
+struct Queries {
+    u32 a[STEPS][4];
+    float quarter;  // sum of row g over the channels of quarter j
+    float sum;      // of row g over all channels
+    float shift;    // sum of row g times the channels' zeros, over quarter j, where K has a scale for each channel
+
+    // scales: of the channels, as a block of K stores them, or null for 1.
+    INLINE void begin(const u8* scales, int lane) {
+        int g = lane >> 2, quarter_at = (lane & 3) * (CHANNELS / 4);
+        const float* q = reinterpret_cast<const float*>(shared_memory + QUERIES_AT) + g * CHANNELS + quarter_at;
+        quarter = shift = 0.f;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int channel = 4 * step + 2 * half;
+                float2 two = *reinterpret_cast<const float2*>(q + channel);
+                u32 zeros = 0;
+                if (scales) {
+                    u32 both = load_word(scales + 2 * (quarter_at + channel));
+                    zeros = load_word(scales + 2 * (CHANNELS + quarter_at + channel));
+                    two.x *= low_bfloat16(both), two.y *= high_bfloat16(both);
+                }
+                u32 &high = a[step][2 * half], &rest = a[step][2 * half + 1];
+                split_rows(two.x, two.y, high, rest);
+                float x = low_bfloat16(high) + low_bfloat16(rest), y = high_bfloat16(high) + high_bfloat16(rest);
+                quarter += x + y;
+                if (scales) shift += x * (float)(i16)(zeros & 0xffff) + y * (float)((i32)zeros >> 16);
+            }
+        }
+        quarter = keep(quarter);
+        sum = sum_of_row(quarter);
+    }
+};
+
+// Scores are of[..] times ``scale`` plus ``shift``. of[e][0], [1]: row g at tokens 8 e + 2 j and the next; [2], [3]: 32 tokens later.
+struct Scores {
+    float of[4][4], scale, shift;
+    INLINE float& at(int token_pair, int i) { return of[token_pair & 3][2 * (token_pair >> 2) + i]; }  // of token 8 token_pair + 2 j + i
+};
+
+// q.K of a block, tile by tile: tile(t, part, low, high) gives its pairs.
+template <class Pairs, class Tile>
+INLINE void multiply_keys(Tile tile, const Queries& queries, Scores& score) {
+    constexpr int at_once = Pairs::SHORT ? 2 : 1;
+#pragma unroll 1
+    for (int t = 0; t < 4; t += at_once) {
+        // A queue, as registers cannot be numbered by t.
+#pragma unroll
+        for (int e = 0; e < 4 - at_once; e++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) score.of[e][i] = score.of[e + at_once][i];
+#pragma unroll
+        for (int next = 0; next < at_once; next++) {
+            float c[2][4] = {};
+#pragma unroll
+            for (int part_of_tile = 0; part_of_tile < KEY_PARTS; part_of_tile++) {
+                typename Pairs::Pair low[TAKEN_PAIRS], high[TAKEN_PAIRS];
+                tile(t + next, part_of_tile, low, high);
+#pragma unroll
+                for (int i = 0; i < TAKEN_PAIRS; i += 2) {
+#pragma unroll
+                    for (int part = 0; part < Pairs::PARTS; part++) {
+                        const u32(&q)[4] = queries.a[(part_of_tile * TAKEN_PAIRS + i) / 2];
+                        multiply_add(c[0], q, Pairs::operand(low[i], part), Pairs::operand(low[i + 1], part));
+                        multiply_add(c[1], q, Pairs::operand(high[i], part), Pairs::operand(high[i + 1], part));
+                    }
+                }
+            }
+            float2 first = both_rows(c[0]), second = both_rows(c[1]);
+            float(&x)[4] = score.of[4 - at_once + next];
+            x[0] = first.x, x[1] = first.y, x[2] = second.x, x[3] = second.y;
+        }
+    }
+}
+
+// weights.V of a block, tile by tile: tile(i, low, high) gives the pairs of the tiles i and i + VALUE_TILES, add(tile, products) takes the products.
+template <class Pairs, class Tile, class Add>
+INLINE void multiply_values(Tile tile, const u32 (&weights)[4][4], Add add) {
+    constexpr int at_once = Pairs::SHORT && VALUE_TILES % 2 == 0 ? 2 : 1;
+#pragma unroll at_once
+    for (int i = 0; i < VALUE_TILES; i++) {
+        typename Pairs::Pair low[VALUE_PAIRS], high[VALUE_PAIRS];
+        tile(i, low, high);
+        float c[2][4] = {};
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+#pragma unroll
+            for (int part = 0; part < Pairs::PARTS; part++) {
+                multiply_add(c[0], weights[u], Pairs::operand(low[2 * u], part), Pairs::operand(low[2 * u + 1], part));
+                multiply_add(c[1], weights[u], Pairs::operand(high[2 * u], part), Pairs::operand(high[2 * u + 1], part));
+            }
+        }
+        add(i, both_rows(c[0]));
+        add(i + VALUE_TILES, both_rows(c[1]));
+    }
+}
+
+// How the blocks of a book are read: out of shared memory, by symbols that are the codes or with low bits behind them; or where they are.
+enum Form { SYMBOLS, SPLIT, ANY };
+
+template <int KIND>
+INLINE Form form_of(const Book& own) {
+    constexpr int copies = KIND == K ? K_COPIES : V_COPIES;
+    if (!copies || own.levels > 128) return ANY;
+    if (!(own.split[0] | own.split[1] | own.split[2] | own.split[3])) return SYMBOLS;
+    return own.bits <= SHARED_PAIR_BITS ? SPLIT : ANY;
+}
+
+// Gives use(pairs) the reader of a coded block that fits it best. staged: address of its copy in shared memory, or 0. own: form of the row's
+// own book. Every reader has ``take`` and ``classes``.
+template <int KIND, class Use>
+INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, Form own, u32 ones, int lane, Use use) {
+    constexpr int bits = KIND == K ? K_BITS : V_BITS, copies = KIND == K ? K_COPIES : V_COPIES;
+    constexpr int classes = KIND == K ? K_CLASSES : V_CLASSES;
+    constexpr int head = scale_bytes(KIND == K ? K_UNIT : V_UNIT, CHANNELS);
+    constexpr int pairs = KIND == K ? TAKEN_PAIRS : VALUE_PAIRS;
+    constexpr u32 place = RESERVED + (KIND == K ? K_TABLE_AT : V_TABLE_AT);
+    if (mode >= FIXED) {
+        u32 width = mode - FIXED ? mode - FIXED : 8, words = (CHANNELS * width + 31) / 32;
+        auto read = [&](auto reader) {
+            reader.width = width, reader.ones = ones;
+            reader.begin(PlainWords{block + head}, lane, words);
+            use(reader);
+        };
+        if (bits == 0 && width == 4 && fills_words<4, pairs>()) {
+            if constexpr (fills_words<4, pairs>()) read(FixedPairs<4>{});
+        } else if (bits == 0 && width == 2 && fills_words<2, pairs>()) {
+            if constexpr (fills_words<2, pairs>()) read(FixedPairs<2>{});
+        } else {
+            read(FixedPairs<0>{});
+        }
+        return;
+    }
+    if constexpr (bits > 0) {
+        auto read = [&](auto reader, auto words) {
+            u32 first, second;
+            u32 streams = 8 * stream_starts<KIND, CHANNELS>(words + head, lane, first, second) + 8 * head;
+            reader.ones = ones;
+            int quarter = classes == 1 ? 0 : lane & 3;
+            reader.classes(book, KIND == K ? quarter : 0, KIND == K ? quarter : classes == 1 ? 0 : class_of_tile<CHANNELS>(VALUE_TILES), lane);
+            reader.begin(words, streams + first, streams + second);
+            use(reader);
+        };
+        if constexpr (copies > 0) {
+            typedef SharedTable<place, bits, copies> Table;
+            Form form = mode == OWN_BOOK && staged ? own : ANY;
+            if (form == SYMBOLS) return read(HuffmanPairs<SharedWords, Table, bits, false, false>{}, SharedWords{staged});
+            if (form == SPLIT)
+                return read(HuffmanPairs<SharedWords, Table, SHARED_PAIR_BITS, true, false>{}, SharedWords{staged});
+        }
+        read(HuffmanPairs<PlainWords, PlainTable<bits>, MOST_PAIR_BITS, true, true>{}, PlainWords{block});
+    }
+}
