@@ -23,7 +23,7 @@ from kvcomp.spec import PAGE_TOKENS, CodecSpec, Kind, TensorSpec
 PROMPT, SCORED = 2048, 256
 OURS = CodecSpec.resolve("kvcomp")
 WINDOWS = 24  # of a calibration, as kvcomp calibrate has it by default
-RATES = (-0.5, 0.5, 1.5, 2.5)  # 0, 1, 2 are near-lossless, balanced, aggressive: steps between and beyond
+RATES = (-0.5, 0.5, 1.5, 2.5, 3.0)  # 0, 1, 2 are near-lossless, balanced, aggressive: steps between and beyond
 
 
 def klt(calibration: Calibration, level: str) -> Compressed:
