@@ -153,10 +153,10 @@ class Held(ABC):
         a.valid, a.count, a.sink_count, a.tail_begin = self.table.addresses
         a.tail_tokens = self.tail.held.data_ptr()  # the low half of a number below 2^31
         a.k_steps, a.v_steps = (0 if steps is None else steps.data_ptr() for steps in self._steps)
-        for name in ("sinks_k", "sinks_v", "tail_k", "tail_v"):
-            x, described = getattr(self, name), getattr(a, name)
+        raw = (a.sinks_k, self.sinks_k), (a.sinks_v, self.sinks_v), (a.tail_k, self.tail.k), (a.tail_v, self.tail.v)
+        for described, x in raw:
             described.values = x.data_ptr()
-            described.row, described.head, described.token = x.stride()[:3]
+            described.row, described.head, described.token, _ = x.stride()
         gpu_launch.attend(self._on, build, a, splits)
         return (out if self.transform is None else self.transform.outputs(out)).to(q.dtype).view(q.shape)
 
