@@ -21,7 +21,7 @@ from kvcomp.errors import InvalidInput
 from kvcomp.kernels import NO_STEPS, Array, Books, Steps
 from kvcomp.kernels.cpu_attention import PART_PAGES, PART_TAIL, attend_tasks
 from kvcomp.kernels.cpu_bits import BFLOAT16, FLOAT16, FLOAT32
-from kvcomp.kernels.cpu_decode import COLUMNS, DOUBLE, DOUBLE_BITS, EMPTY, FAST, MOST_CLASSES, NARROW, SLOW, WIDE
+from kvcomp.kernels.cpu_decode import COLUMNS, EMPTY, MOST_CLASSES, NARROW, WIDE
 from kvcomp.kernels.cpu_decompress import decompress_pages
 from kvcomp.kernels.cpu_encode import count_blocks, encode_blocks
 from kvcomp.kernels.cpu_quantise import quantise_blocks, quantise_heads
@@ -35,8 +35,7 @@ DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "uint16": BFLOAT16}
 UNITS: dict[Unit, int] = {"block": 0, "channel": 1, "vector": 2, "token": 3, "head": 4}
 THREAD_VALUES = 300_000  # values in pages that make a thread worth waking: about 80 microseconds of work
 
-# Share of two pairs that miss the table of both, and mean bits of a pair, from which a faster decoder stops too often.
-DOUBLE_MISSES, FAST_MEAN = 0.05, {NARROW: 4.8, WIDE: 10.5}
+FAST_MEAN = {NARROW: 4.8, WIDE: 10.5}  # bits of a pair up to which twice as many pairs fit a window often enough
 
 _descriptions: dict[tuple[int, bool], npt.NDArray[np.int64]] = {}
 _pool: ThreadPoolExecutor | None = None
@@ -313,20 +312,15 @@ def _describe(book: Codebook | None, mixed: bool) -> tuple[int, ...]:
             book.symbols(index),
             int(lengths.max()),
             form,
-            _pace(lengths, book.split[index], form),
+            _mean_bits(lengths) + 2 * book.split[index] < FAST_MEAN.get(form, 0),
         )
     return book.classes, *columns * (MOST_CLASSES // book.classes)
 
 
-def _pace(lengths: npt.NDArray[np.uint8], split: int, form: int) -> int:
-    """How many pairs a decoder takes at once where codes have these lengths, by the shares 2^-length that they are made for."""
-    if not lengths.any():
-        return SLOW
-    shares = np.bincount(lengths, np.exp2(-lengths.astype(np.float64)))
-    if form == NARROW and np.convolve(shares, shares)[DOUBLE_BITS + 1 :].sum() < DOUBLE_MISSES:
-        return DOUBLE
-    mean = float(shares @ np.arange(shares.size)) + 2 * split
-    return FAST if mean < FAST_MEAN[form] else SLOW
+def _mean_bits(lengths: npt.NDArray[np.uint8]) -> float:
+    """Bits of a code word of these lengths where each occurs as often as it is made for."""
+    bits = lengths.astype(np.float64)
+    return float(bits @ np.exp2(-bits))
 
 
 def _steps(steps: Steps, heads: int) -> npt.NDArray[np.float32]:

@@ -103,7 +103,7 @@ class Scratch(NamedTuple):
     form: int  # int64 [slots]: whether the two are there, and (2) whether any ``first`` is not 0
     values: int  # [tokens, channels]: raw values
     pairs: int  # uint16 [tokens * channels / 2]: decoded codes
-    aside: int  # uint16 [tokens * channels / 2]: what decoders put aside
+    low: int  # uint16 [tokens * channels / 2]: their low bits, where these are apart
     streams: int  # int64 [streams]
     offsets: int  # int64 [K or V, pairs of a stream]
     begin: int  # int64 [books, classes]: where the tables lie
@@ -139,8 +139,8 @@ def lay_out(base, queries, channels, table_bytes):
     form = first + 4 * SLOTS * MAX_CHANNELS
     values = form + line
     pairs = values + 4 * TOKENS * channels
-    aside = pairs + TOKENS * channels
-    streams = aside + TOKENS * channels
+    low = pairs + TOKENS * channels
+    streams = low + TOKENS * channels
     offsets = streams + 8 * STREAMS
     begin = offsets + 8 * channels
     built = begin + 2 * line
@@ -148,7 +148,7 @@ def lay_out(base, queries, channels, table_bytes):
     end = tables + table_bytes
     return Scratch(
         queries, channels, padded, q, q_sum, key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen,
-        scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, aside, streams, offsets, begin, built, tables, end,
+        scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, low, streams, offsets, begin, built, tables, end,
     )  # fmt: skip
 
 
@@ -353,7 +353,7 @@ def decode_coded(page, block, mode, kind, head, heads, k_unit, v_unit, books, st
     else:
         block += load_scales(block, unit, s.channels, s.scale, s.zero)
     offsets = s.offsets + kind * 4 * s.channels
-    slot = decode_block(block, mode, kind, s.channels, books, s.begin, s.built, offsets, s.streams, s.pairs, s.aside)
+    slot = decode_block(block, mode, kind, s.channels, books, s.begin, s.built, offsets, s.streams, s.pairs, s.low)
     set_form(kind, unit, slot, books, s)
     return slot
 

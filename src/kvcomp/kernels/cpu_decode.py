@@ -8,6 +8,7 @@ forms: *narrow* ``bits : 6 | a : 5 | b : 5``, an entry of a decode table as it i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,9 @@ NARROW_A, NARROW_B = 6, 11  # first bits of a and b
 
 # A book's description (see ``_describe`` in cpu.py): how many classes it has, 0 for no book, and for each of four classes these columns.
 CLASSES, MOST_CLASSES = 0, 4
-LENGTHS, FIRST, LEVELS, SPLIT, SYMBOLS, BITS, FORM, PACE, OF_CLASS = 0, 1, 2, 3, 4, 5, 6, 7, 8
+LENGTHS, FIRST, LEVELS, SPLIT, SYMBOLS, BITS, FORM, FAST, OF_CLASS = 0, 1, 2, 3, 4, 5, 6, 7, 8
 COLUMNS = 1 + MOST_CLASSES * OF_CLASS
 WIDE, NARROW, EMPTY = 0, 1, 2  # forms; of a class of a single code, which takes no bits, no pairs are written
-SLOW, FAST, DOUBLE = 0, 1, 2  # paces: as many pairs a window as fit for sure, twice as many, or so many by two at once
-DOUBLE_BITS = 10  # of the index of a table of two pairs
 
 STREAMS, TOGETHER = 64, 8  # TOGETHER streams are decoded at the same time: lanes j, j + 4, .. j + 28 of one s
 STREAM_STEP = 4 * 8  # bytes between their positions
@@ -108,35 +107,23 @@ def build_table(lengths, symbols, bits, table):
         code <<= 1
 
 
-@compiled
-def double_table(table, bits, double):
-    """Entries of two pairs, one in each half, by the next DOUBLE_BITS bits; the lowest six have the bits of both, or 63 if these are too few."""
-    for index in range(1 << DOUBLE_BITS):
-        first = np.int64(table[index & ((1 << bits) - 1)])
-        second = np.int64(table[index >> (first & 63) & ((1 << bits) - 1)])
-        total = (first & 63) + (second & 63)
-        double[index] = (total if total <= DOUBLE_BITS else 63) | first & ~63 | second << 16
+def _pair_decoder(*window_pairs: int, checked: bool = False, split: bool = False) -> Any:
+    """``decode(positions, table, table_bits, k, offsets, out, low, pairs)``: the next pairs of eight streams, interleaved; how many there were.
 
-
-def _pair_decoder(window_pairs: int, *, checked: bool = False, doubled: bool = False, split: bool = False) -> Any:
-    """``decode(positions, table, table_bits, k, offsets, out, aside, pairs)``: the next pairs of eight streams, interleaved; how many there were.
-
-    positions: address of the absolute bit positions of the streams, int64, which move on; four lie between two of these streams. table: address.
-    offsets: address of int64, where each pair lies in the output, in bytes; the eight streams lie side by side. pairs: a multiple of window_pairs.
-    checked: stop before a window whose pairs do not fit 57 bits, which are sure. doubled: entries are of two pairs (``double_table``), and
-    one that does not hold both stops too. split: k low bits of a, then of b follow each code word; they go aside, for ``join``.
-    aside: scratch as large as the output, for what takes its place once the streams are read: stores of 16 bits are what limits this loop.
+    positions: address of the absolute bit positions of the streams, int64, which move on; three lie between two of these streams. table: address.
+    offsets: address of int64, where each pair lies in the output, in bytes; the eight streams lie side by side. pairs: a multiple of all window_pairs.
+    checked: stop before a window whose pairs do not fit the 57 bits that are sure. split: k low bits of a, then of b follow each code word;
+    what follows goes to ``low``, at the same place, for ``join``.
 
     A stream's window is 64 bits from its position, ended by a sentinel 1, so that the leading zeros count what was taken. Positions
     stay in memory: registers are for the windows.
     """
-    entry = I32 if doubled else I16
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-        positions, table, table_bits, k, offsets, out, aside, pairs = args
+        positions, table, table_bits, k, offsets, out, low, pairs = args
         mask = builder.not_(builder.shl(I64(-1), table_bits))
         done = cgutils.alloca_once_value(builder, I64(0))
-        head, body, move_on, end = (builder.append_basic_block(name) for name in ("head", "body", "move_on", "end"))
+        head, body, end = (builder.append_basic_block(name) for name in ("head", "body", "end"))
         builder.branch(head)
 
         builder.position_at_end(head)
@@ -144,59 +131,42 @@ def _pair_decoder(window_pairs: int, *, checked: bool = False, doubled: bool = F
         builder.cbranch(builder.icmp_signed("<", pair, pairs), body, end)
 
         builder.position_at_end(body)
-        windows = []
-        for stream in range(TOGETHER):
-            position = builder.load(at(builder, positions, STREAM_STEP * stream), typ=I64)
-            bits = builder.load(at(builder, builder.lshr(position, I64(3))), align=1, typ=I64)
-            windows.append(builder.or_(builder.lshr(bits, builder.and_(position, I64(7))), I64(-(1 << 63))))
-        for i in range(0, window_pairs, 2 if doubled else 1):
-            if doubled:
-                target = builder.add(aside, builder.shl(builder.add(pair, I64(i)), I64(4)))
-            else:
-                offset = builder.load(at(builder, builder.add(offsets, builder.shl(pair, I64(3))), 8 * i), typ=I64)
-                target, low = builder.add(out, offset), builder.add(aside, offset)
+        for first, count in zip(accumulate((0, *window_pairs)), window_pairs, strict=False):
+            windows = []
             for stream in range(TOGETHER):
-                index = builder.shl(builder.and_(windows[stream], mask), I64(2 if doubled else 1))
-                found = builder.load(at(builder, builder.add(table, index)), typ=entry)
-                builder.store(found, at(builder, target, (4 if doubled else 2) * stream), align=2)
-                rest = builder.lshr(windows[stream], builder.and_(builder.zext(found, I64), I64(63)))
-                if split:
-                    builder.store(builder.trunc(rest, I16), at(builder, low, 2 * stream), align=2)
-                    rest = builder.lshr(rest, builder.shl(k, I64(1)))
-                windows[stream] = rest
-        if checked:
-            over = I64(0)  # negative once the sentinel has come down to the lowest six bits of a window
-            for window in windows:
-                over = builder.or_(over, builder.sub(window, I64(64)))
-            builder.cbranch(builder.icmp_signed("<", over, I64(0)), end, move_on)
-        else:
-            builder.branch(move_on)
-
-        builder.position_at_end(move_on)
-        for stream in range(TOGETHER):
-            slot = at(builder, positions, STREAM_STEP * stream)
-            taken = builder.ctlz(windows[stream], I1(1))
-            builder.store(builder.add(builder.load(slot, typ=I64), taken), slot)
-        builder.store(builder.add(pair, I64(window_pairs)), done)
+                position = builder.load(at(builder, positions, STREAM_STEP * stream), typ=I64)
+                bits = builder.load(at(builder, builder.lshr(position, I64(3))), align=1, typ=I64)
+                windows.append(builder.or_(builder.lshr(bits, builder.and_(position, I64(7))), I64(-(1 << 63))))
+            for i in range(first, first + count):
+                offset = builder.load(at(builder, builder.add(offsets, builder.shl(pair, I64(3))), 8 * i), typ=I64)
+                target, of_low = builder.add(out, offset), builder.add(low, offset)
+                for stream in range(TOGETHER):
+                    index = builder.shl(builder.and_(windows[stream], mask), I64(1))
+                    found = builder.load(at(builder, builder.add(table, index)), typ=I16)
+                    builder.store(found, at(builder, target, 2 * stream), align=2)
+                    rest = builder.lshr(windows[stream], builder.and_(builder.zext(found, I64), I64(63)))
+                    if split:
+                        builder.store(builder.trunc(rest, I16), at(builder, of_low, 2 * stream), align=2)
+                        rest = builder.lshr(rest, builder.shl(k, I64(1)))
+                    windows[stream] = rest
+            if checked:
+                over = I64(0)  # negative once the sentinel has come down to the lowest six bits of a window
+                for window in windows:
+                    over = builder.or_(over, builder.sub(window, I64(64)))
+                go_on = builder.append_basic_block("go_on")
+                builder.cbranch(builder.icmp_signed("<", over, I64(0)), end, go_on)
+                builder.position_at_end(go_on)
+            for stream in range(TOGETHER):
+                slot = at(builder, positions, STREAM_STEP * stream)
+                taken = builder.ctlz(windows[stream], I1(1))
+                builder.store(builder.add(builder.load(slot, typ=I64), taken), slot)
+            builder.store(builder.add(pair, I64(first + count)), done)
         builder.branch(head)
 
         builder.position_at_end(end)
-        count = builder.load(done, typ=I64)
-        if doubled:
-            _put_apart(builder, offsets, out, aside, count)
-        return count
+        return builder.load(done, typ=I64)
 
     return emitted(types.int64, [types.int64] * 8, emit)
-
-
-def _put_apart(builder: ir.IRBuilder, offsets: ir.Value, out: ir.Value, aside: ir.Value, pairs: ir.Value) -> None:
-    """Entries of two pairs of eight streams to their places."""
-    with cgutils.for_range_slice(builder, I64(0), pairs, I64(2), I64) as (pair, _):
-        source = at(builder, builder.add(aside, builder.shl(pair, I64(4))))
-        both = builder.load(source, align=4, typ=vector(I32, TOGETHER))
-        for i, half in enumerate((both, builder.lshr(both, integers(I32, [16] * TOGETHER)))):
-            offset = builder.load(at(builder, builder.add(offsets, builder.shl(pair, I64(3))), 8 * i), typ=I64)
-            builder.store(builder.trunc(half, vector(I16, TOGETHER)), at(builder, builder.add(out, offset)), align=2)
 
 
 def _joiner(lanes: int) -> Any:
@@ -224,33 +194,31 @@ def _joiner(lanes: int) -> Any:
 
 
 _narrow_4, _narrow_8 = _pair_decoder(4), _pair_decoder(8, checked=True)
-_doubled_8 = _pair_decoder(8, checked=True, doubled=True)
-_split_2, _split_4 = _pair_decoder(2, split=True), _pair_decoder(4, checked=True, split=True)
+_split_4, _split_8 = _pair_decoder(4, checked=True, split=True), _pair_decoder(3, 3, 2, split=True)
+_split_2 = _pair_decoder(2, split=True)
 _join_8, _join_16 = _joiner(8), _joiner(16)
 
 
 @compiled
-def decode_pairs(book, index, positions, table, offsets, out, aside, pairs):
-    """The right decoder for a class, and a slower one for windows that it stops at. pairs: a multiple of 8."""
+def decode_pairs(book, index, positions, table, offsets, out, low, pairs):
+    """The pairs of a class, in windows of as many as always fit or, where such mostly do, of twice as many. pairs: a multiple of 8."""
     form, bits, split = of_class(book, index, FORM), of_class(book, index, BITS), of_class(book, index, SPLIT)
-    pace = of_class(book, index, PACE)
+    fast = of_class(book, index, FAST)
     done = pairs if form == EMPTY else 0
     while done < pairs:
-        if form == WIDE:
-            if pace != SLOW:
-                done += _split_4(positions, table, bits, split, offsets + 8 * done, out, aside, pairs - done)
+        if form == NARROW:
+            if fast:
+                done += _narrow_8(positions, table, bits, split, offsets + 8 * done, out, low, pairs - done)
             if done < pairs:
-                some = pairs if pace == SLOW else 4
-                done += _split_2(positions, table, bits, split, offsets + 8 * done, out, aside, some)
+                some = 8 if fast else pairs
+                done += _narrow_4(positions, table, bits, split, offsets + 8 * done, out, low, some)
         else:
-            if pace == DOUBLE:
-                double = table + (2 << bits)
-                done += _doubled_8(positions, double, DOUBLE_BITS, split, offsets + 8 * done, out, aside, pairs - done)
-            elif pace == FAST:
-                done += _narrow_8(positions, table, bits, split, offsets + 8 * done, out, aside, pairs - done)
-            if done < pairs:
-                some = pairs if pace == SLOW else 8
-                done += _narrow_4(positions, table, bits, split, offsets + 8 * done, out, aside, some)
+            if not fast:
+                done += _split_8(positions, table, bits, split, offsets, out, low, pairs)
+            else:
+                done += _split_4(positions, table, bits, split, offsets + 8 * done, out, low, pairs - done)
+                if done < pairs:
+                    done += _split_2(positions, table, bits, split, offsets + 8 * done, out, low, 4)
 
 
 @compiled
@@ -330,10 +298,10 @@ begin_streams = emitted(types.void, [types.int64] * 4, _begin)
 
 
 @compiled
-def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out, aside):
+def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out, low):
     """The lengths of 64 streams and the streams behind them to pairs; all by address but ``book``.
 
-    tables: int64 [classes], addresses. positions: scratch, int64 [64]. aside: scratch, as ``out``.
+    tables: int64 [classes], addresses. positions: scratch, int64 [64]. low: scratch, as large as ``out``.
     """
     table_of, classes = integers_at(tables, MOST_CLASSES), book[CLASSES]
     begin_streams(codes, kind, 2 if channels <= 128 else 3, positions)
@@ -350,14 +318,14 @@ def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out,
                     index = j
                 streams, place = positions + (STREAMS // 2 * s + j) * 8, stream_offset(kind, channels, s, j)
                 places, pairs = offsets + 64 * (tile - first), 8 * (end - tile)
-                decode_pairs(book, index, streams, table_of[index], places, out + place, aside + place, pairs)
+                decode_pairs(book, index, streams, table_of[index], places, out + place, low + place, pairs)
             if kind == V:
-                join(book, index, TOKENS // 2, 8 * (end - tile), 2 * channels, out + 16 * tile, aside + 16 * tile)
+                join(book, index, TOKENS // 2, 8 * (end - tile), 2 * channels, out + 16 * tile, low + 16 * tile)
             tile = end
     if kind == K:
         for j in range(4):
             place = stream_offset(kind, channels, 0, j)
-            join(book, j if classes > 1 else 0, 1, TOKENS * channels // 8, 0, out + place, aside + place)
+            join(book, j if classes > 1 else 0, 1, TOKENS * channels // 8, 0, out + place, low + place)
 
 
 def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:

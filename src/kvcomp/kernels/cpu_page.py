@@ -22,8 +22,6 @@ from kvcomp.kernels.cpu_decode import (
     BITS,
     CLASSES,
     COLUMNS,
-    DOUBLE,
-    DOUBLE_BITS,
     EMPTY,
     FIXED,
     FORM,
@@ -33,14 +31,12 @@ from kvcomp.kernels.cpu_decode import (
     NARROW_A,
     NARROW_B,
     OWN_BOOK,
-    PACE,
     SYMBOLS,
     K,
     V,
     build_table,
     decode_fixed,
     decode_huffman,
-    double_table,
     of_class,
 )
 from kvcomp.spec import PAGE_TOKENS as TOKENS
@@ -113,8 +109,6 @@ def table_places(books, begin):
         for index in range(book[CLASSES]):
             begin[slot, index] = total
             total += i64(2) << of_class(book, index, BITS)
-            if of_class(book, index, PACE) == DOUBLE:
-                total += 4 << DOUBLE_BITS
     return total
 
 
@@ -127,12 +121,10 @@ def build_tables(book, places):
         bits, place = of_class(book, index, BITS), places[index]
         table = halves_at(place, i64(1) << bits)
         build_table(of_class(book, index, LENGTHS), of_class(book, index, SYMBOLS), bits, table)
-        if of_class(book, index, PACE) == DOUBLE:
-            double_table(table, bits, words_at(place + (i64(2) << bits), i64(1) << DOUBLE_BITS))
 
 
 @compiled
-def decode_block(codes, mode, kind, channels, books, begin, built, offsets, streams, pairs, aside):
+def decode_block(codes, mode, kind, channels, books, begin, built, offsets, streams, pairs, low):
     """Codes of a coded block to pairs. Returns the slot of its book, ``NO_BOOK`` where codes have a fixed width.
 
     All but mode, kind and channels are addresses; begin: int64 [4, 4], where the tables of each book's classes lie; built: int64 [4], whether
@@ -147,7 +139,7 @@ def decode_block(codes, mode, kind, channels, books, begin, built, offsets, stre
     if not is_built[slot]:
         is_built[slot] = 1
         build_tables(book, integers_at(tables, MOST_CLASSES))
-    decode_huffman(codes, kind, channels, book, tables, offsets, streams, pairs, aside)
+    decode_huffman(codes, kind, channels, book, tables, offsets, streams, pairs, low)
     return slot
 
 

@@ -40,36 +40,44 @@ def _accumulator(queries: int, vectors: int) -> Any:
     """``accumulate(pairs, row_bytes, rows, mask_a, mask_b, of_a, of_b, factor_bytes, out, out_bytes)``
 
     out[g, m] += sum over rows r of of_a[g, r] * a[r, m] + of_b[g, r] * b[r, m]  for ``queries`` g and 16 * ``vectors`` columns m,
-    where a and b are what the masks leave of pairs[r, m]. All are addresses and strides in bytes. The sums stay in registers.
+    where a and b are what the masks leave of pairs[r, m]. All are addresses and strides in bytes. The sums stay in registers, those of a and of
+    b apart where there are few: an addition waits for the one before.
     """
+    apart = queries * vectors < 8
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
         pairs, row_bytes, rows, mask_a, mask_b, of_a, of_b, factor_bytes, out, out_bytes = args
         floats = vector(F32)
         masks = [splat(builder, builder.trunc(mask, I32)) for mask in (mask_a, mask_b)]
-        sums: dict[tuple[int, int], ir.Value] = {}
+        sums: dict[tuple[int, int, int], ir.Value] = {}
         places: dict[tuple[int, int], ir.Value] = {}
         for g in range(queries):
             row = builder.add(out, builder.mul(out_bytes, I64(g)))
             for m in range(vectors):
                 places[g, m] = at(builder, row, 4 * LANES * m)
-                sums[g, m] = cgutils.alloca_once_value(builder, builder.load(places[g, m], align=4, typ=floats))
+                first = builder.load(places[g, m], align=4, typ=floats)
+                sums[g, m, 0] = sums[g, m, 1] = cgutils.alloca_once_value(builder, first)
+                if apart:
+                    sums[g, m, 1] = cgutils.alloca_once_value(builder, ir.Constant(floats, [0.0] * LANES))
         with cgutils.for_range(builder, rows, intp=I64) as loop:
             row = builder.add(pairs, builder.mul(loop.index, row_bytes))
             factor = builder.shl(loop.index, I64(2))
             words = [builder.load(at(builder, row, 2 * LANES * m), align=2, typ=vector(I16)) for m in range(vectors)]
             words = [builder.zext(word, vector(I32)) for word in words]
-            for mask, factors in zip(masks, (of_a, of_b), strict=True):
+            for parity, (mask, factors) in enumerate(zip(masks, (of_a, of_b), strict=True)):
                 codes = [builder.sitofp(builder.and_(word, mask), floats) for word in words]
                 for g in range(queries):
                     address = builder.add(builder.add(factors, builder.mul(factor_bytes, I64(g))), factor)
                     scale = splat(builder, builder.load(at(builder, address), typ=F32))
                     for m in range(vectors):
                         product = builder.fmul(codes[m], scale, flags=("contract",))
-                        so_far = builder.load(sums[g, m], typ=floats)
-                        builder.store(builder.fadd(so_far, product, flags=("contract",)), sums[g, m])
-        for key, place in places.items():
-            builder.store(builder.load(sums[key], typ=floats), place, align=4)
+                        so_far = builder.load(sums[g, m, parity], typ=floats)
+                        builder.store(builder.fadd(so_far, product, flags=("contract",)), sums[g, m, parity])
+        for (g, m), place in places.items():
+            total = builder.load(sums[g, m, 0], typ=floats)
+            if apart:
+                total = builder.fadd(total, builder.load(sums[g, m, 1], typ=floats))
+            builder.store(total, place, align=4)
 
     return emitted(types.void, [types.int64] * 10, emit)
 
