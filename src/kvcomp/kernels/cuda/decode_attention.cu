@@ -229,8 +229,9 @@ INLINE void fill_shared(const Arguments& a, int row, int head, int first_query) 
 
 // Everything a warp has to do; leaves its sums, peaks and totals in shared memory.
 INLINE void attend_items(const Arguments& a, int row, int head, int first_query) {
-    int lane = keep(threadIdx.x % (u32)LANES), warp = threadIdx.x / LANES, query = first_query + (lane >> 2);
-    u32 mine = keep((u32)(WARPS_AT + warp * WARP_BYTES));
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, query = first_query + (lane >> 2);
+    u32 mine = WARPS_AT + warp * WARP_BYTES;
+    if (ROOMY) lane = keep((u32)lane), mine = keep(mine);
     const Book* books = reinterpret_cast<const Book*>(shared_memory + BOOKS_AT);
     float2* sums = reinterpret_cast<float2*>(shared_memory + mine + SUMS) + lane;
     for (int tile = 0; tile < CHANNELS / 8; tile++) sums[tile * LANES] = make_float2(0.f, 0.f);
@@ -242,8 +243,9 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
     // Query i is that of new token i mod new_tokens, which sees the tail up to itself.
     int tail_end = *a.tail_tokens - (a.new_tokens - 1) + query % a.new_tokens;
     int pages = a.count[row], items = pages + raw_chunks(a, row), step = gridDim.x * WARPS;
-    const u64* addresses = keep(a.pages + (i64)row * a.capacity);
-    const i32* valid = keep(a.valid + (i64)row * a.capacity);
+    const u64* addresses = a.pages + (i64)row * a.capacity;
+    const i32* valid = a.valid + (i64)row * a.capacity;
+    if (ROOMY) addresses = keep(addresses), valid = keep(valid);
 
     int index = blockIdx.x * WARPS + warp;
     u64 address = index < pages ? addresses[index] : 0;
@@ -253,7 +255,9 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
         if (number < pages) describe_page(item, a, head, address, tokens);
     };
     auto look_ahead = [&](int number) {
-        if (number < pages) address = addresses[number], tokens = valid[number];
+        if (number >= pages) return;
+        if (!ROOMY) addresses = a.pages + (i64)keep((u32)row) * a.capacity, valid = a.valid + (i64)keep((u32)row) * a.capacity;  // not held
+        address = addresses[number], tokens = valid[number];
     };
     Item item = {};
     describe(item, index);
@@ -266,13 +270,13 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
             describe(next, index + step);
             look_ahead(index + 2 * step);
         };
-        if (EARLY) go_on();
+        if (ROOMY) go_on();
         await_copies<1>();
         __syncwarp();
         Scores score;
         score_item(item, a, books, queries, own, RESERVED + mine + K_STAGE, row, head, lane, score);
         __syncwarp();  // all have read this K
-        if (!EARLY) go_on();
+        if (!ROOMY) go_on();
         stage<K>(next, a, RESERVED + mine + K_STAGE, lane);
         float shrink = item.chunk == IN_PAGE && item.tokens == TOKENS ? weigh<true>(score, a, TOKENS, lane, softmax)
                                                                       : weigh_some(score, a, item, row, tail_end, lane, softmax);

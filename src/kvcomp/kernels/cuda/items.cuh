@@ -12,7 +12,7 @@ constexpr bool SOFTCAP = KVC_SOFTCAP;
 
 constexpr int STEPS = CHANNELS / 16, KEY_PAIRS = CHANNELS / 8, VALUE_TILES = CHANNELS / 16, VALUE_PAIRS = TOKENS / 8;
 constexpr int KEY_PARTS = KEY_PAIRS > 24 ? 4 : KEY_PAIRS > 16 ? 2 : 1, TAKEN_PAIRS = KEY_PAIRS / KEY_PARTS;  // a tile of many channels is taken in parts
-constexpr bool EARLY = CHANNELS <= 192;  // whether registers are left to look up the next page while one is decoded
+constexpr bool ROOMY = CHANNELS <= 192;  // whether registers are left to look up the next page while one is decoded, and for two tiles to a turn
 constexpr float SLACK = 8.f;
 constexpr float LOWEST = -1e30f;  // what no score reaches; finite, so that differences are numbers
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;

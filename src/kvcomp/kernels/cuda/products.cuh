@@ -58,7 +58,7 @@ struct Scores {
 // q.K of a block, tile by tile: tile(t, part, low, high) gives its pairs.
 template <class Pairs, class Tile>
 INLINE void multiply_keys(Tile tile, const Queries& queries, Scores& score) {
-    constexpr int at_once = Pairs::SHORT ? 2 : 1;
+    constexpr int at_once = Pairs::SHORT && ROOMY ? 2 : 1;
 #pragma unroll 1
     for (int t = 0; t < 4; t += at_once) {
         // A queue, as registers cannot be numbered by t.
@@ -93,7 +93,7 @@ INLINE void multiply_keys(Tile tile, const Queries& queries, Scores& score) {
 // weights.V of a block, tile by tile: tile(i, low, high) gives the pairs of the tiles i and i + VALUE_TILES, add(tile, products) takes the products.
 template <class Pairs, class Tile, class Add>
 INLINE void multiply_values(Tile tile, const u32 (&weights)[4][4], Add add) {
-    constexpr int at_once = Pairs::SHORT && VALUE_TILES % 2 == 0 ? 2 : 1;
+    constexpr int at_once = Pairs::SHORT && ROOMY && VALUE_TILES % 2 == 0 ? 2 : 1;
 #pragma unroll at_once
     for (int i = 0; i < VALUE_TILES; i++) {
         typename Pairs::Pair low[VALUE_PAIRS], high[VALUE_PAIRS];
