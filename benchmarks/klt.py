@@ -119,7 +119,7 @@ def with_intervals(figures: Callable[[Any], Mapping[str, float]], count: int) ->
     drawn = [figures(rng.integers(0, count, count)) for _ in range(DRAWS)]
     found: dict[str, Any] = {}
     for name, value in figures(slice(None)).items():
-        values = [one[name] for one in drawn if np.isfinite(one[name])]
+        values = [one[name] for one in drawn if np.isfinite(one.get(name, np.nan))]
         low, high = np.percentile(values, [2.5, 97.5]) if len(values) > DRAWS // 2 else (np.nan, np.nan)
         found[name] = {"value": value, "interval": [float(low), float(high)]}
     return found
@@ -207,6 +207,8 @@ def shifted(mode: Mapping[str, Scores], text: str, other: str, rows: Any) -> dic
     families = [{n: s for n, s in mode.items() if n.startswith(f"{made} ")} for made in (text, other)]
     for bits in (4, 3, 2):
         own, its = (envelope(kls[f"kivi {bits}/{bits}"], family, kls) for family in families)
+        if not np.isfinite(own + its):
+            continue  # one of them has no rate as coarse
         name = f"{other} calibration on {text}, KL of KIVI-{bits}"
         out |= {f"{name}: bits own": own, f"{name}: bits other": its, f"{name}: over": its / own}
     return out
