@@ -285,7 +285,7 @@ def _description(book: Codebook | None, mixed: bool) -> npt.NDArray[np.int64]:
     if key not in _descriptions:
         _descriptions[key] = np.array(_describe(book, mixed), np.int64)
         if book is not None:
-            finalize(book, _descriptions.pop, key).atexit = False
+            finalize(book, _descriptions.pop, key, None).atexit = False
     return _descriptions[key]
 
 
