@@ -110,7 +110,7 @@ $(FUZZ): $(READY)
 	@touch $@
 
 $(BASELINES)/.ready: $(READY)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(BASELINES) --constraint constraints.txt hqq optimum-quanto
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(BASELINES) --constraint constraints.txt hqq optimum-quanto termcolor
 	@touch $@
 
 $(LMCACHE)/.ready: $(READY) $(LMCACHE_PINS)

@@ -23,6 +23,7 @@ from gpu_model import (
     DENSE_LAYER,
     DEVICE,
     GPU,
+    NAMES,
     SPECS,
     STOCK,
     allocated,
@@ -40,7 +41,6 @@ from gpu_model import (
 from kvcomp.errors import LimitExceeded
 
 RESULTS = Path(__file__).parent / "results" / "gpu_generate.json"
-NAMES = ("dynamic", "static", "static, graph", "kvcomp", "kvcomp, graph", "kvcomp packed") if GPU else (*STOCK, *SPECS)
 SHAPES = ("4x32768", "1x131072") if GPU else ("2x300",)
 PROBE = 8192 if GPU else 2048  # tokens from which bytes a token are found
 WORK = 4 << 30  # bytes left for what a step of the model needs

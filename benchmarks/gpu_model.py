@@ -36,6 +36,7 @@ FILLED_AT_ONCE = 1 << 17  # tokens of all rows, where a cache is filled without 
 # Caches: the names of transformers' own, and specs of kvcomp's. Those with a graph are decoded by CUDA graphs.
 SPECS = {"kvcomp": "kvcomp", "kvcomp packed": "packed"}
 STOCK = ("dynamic", "static")
+NAMES = ("dynamic", "static", "static, graph", "kvcomp", "kvcomp, graph", "kvcomp packed") if GPU else (*STOCK, *SPECS)
 
 
 def where() -> dict[str, Any]:

@@ -20,8 +20,7 @@ from gpu_model import (
     DENSE_LAYER,
     DEVICE,
     GPU,
-    SPECS,
-    STOCK,
+    NAMES,
     allocated,
     cache_for,
     decoder,
@@ -36,7 +35,6 @@ from gpu_model import (
 from kvcomp.errors import LimitExceeded
 
 RESULTS = Path(__file__).parent / "results" / "gpu_throughput.json"
-NAMES = ("dynamic", "static", "static, graph", "kvcomp", "kvcomp, graph", "kvcomp packed") if GPU else (*STOCK, *SPECS)
 WORK = 3 << 30  # bytes for what a step needs beside weights and cache
 
 
