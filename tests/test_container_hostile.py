@@ -14,9 +14,9 @@ import torch
 from sealing import NAMES, Sections, seal, seal_text, unseal
 from test_container import BATCH, SMALL, open_bytes, packed, refused, reopened
 
-from kvcomp import files
 from kvcomp.errors import CorruptData, KVCompError, LimitExceeded
 from kvcomp.header import LIMITS
+from kvcomp.joining import join
 from kvcomp.page import RAW
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
@@ -349,7 +349,7 @@ def test_what_could_not_be_read_is_not_written(monkeypatch: pytest.MonkeyPatch) 
     many = deepcopy(short)
     many.select(torch.zeros(5000, dtype=torch.int64))
     with pytest.raises(LimitExceeded, match="mostly empty"):
-        packed({0: files.join([store, many])}, store.spec, 1)
+        packed({0: join([store, many])}, store.spec, 1)
     monkeypatch.setitem(LIMITS, "rows", 4999)
     with pytest.raises(LimitExceeded, match="claims rows"):
         packed({0: many}, store.spec, 1)
