@@ -34,6 +34,7 @@ from gpu_model import (
     launches,
     model_with_random_weights,
     release,
+    seconds_of,
     synchronise,
     where,
 )
@@ -59,14 +60,7 @@ def run(model: Any, name: str, batch: int, tokens: int, new: int) -> dict[str, A
     synchronise()
     first = time.perf_counter() - begin
     step = decoder(model, cache, name)
-    for _ in range(2):  # an ordinary step, then one that is recorded where there are graphs
-        following = step(following).argmax(-1, keepdim=True)
-    synchronise()
-    begin = time.perf_counter()
-    for _ in range(new):
-        following = step(following).argmax(-1, keepdim=True)
-    synchronise()
-    seconds = time.perf_counter() - begin
+    seconds = seconds_of(step, following, new)
     found = {
         "cache": name,
         "batch": batch,

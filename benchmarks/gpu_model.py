@@ -6,6 +6,7 @@ Without a GPU there is a tiny model on the CPU in its place, to see that the ben
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,18 @@ def decoder(model: Any, cache: Any, name: str) -> Callable[[Tensor], Tensor]:
         return out
 
     return repeated
+
+
+def seconds_of(step: Callable[[Tensor], Tensor], ids: Tensor, new: int) -> float:
+    """Of so many greedy steps from ids (batch, 1) on, after two: an ordinary one, then one that is recorded where there are graphs."""
+    for _ in range(2):
+        ids = step(ids).argmax(-1, keepdim=True)
+    synchronise()
+    begin = time.perf_counter()
+    for _ in range(new):
+        ids = step(ids).argmax(-1, keepdim=True)
+    synchronise()
+    return time.perf_counter() - begin
 
 
 def fill(cache: Any, batch: int, tokens: int) -> None:

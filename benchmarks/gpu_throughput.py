@@ -28,7 +28,7 @@ from gpu_model import (
     fill,
     model_with_random_weights,
     release,
-    synchronise,
+    seconds_of,
     where,
 )
 
@@ -55,16 +55,8 @@ def run(model: Any, name: str, batch: int, context: int, new: int) -> dict[str, 
     base = allocated()
     cache = cache_for(model, name, context + new + 8)
     fill(cache, batch, context)
-    step = decoder(model, cache, name)
     ids = torch.zeros((batch, 1), dtype=torch.int64, device=DEVICE)
-    for _ in range(2):
-        step(ids)
-    synchronise()
-    begin = time.perf_counter()
-    for _ in range(new):
-        ids = step(ids).argmax(-1, keepdim=True)
-    synchronise()
-    seconds = time.perf_counter() - begin
+    seconds = seconds_of(decoder(model, cache, name), ids, new)
     return {
         "cache": name,
         "batch": batch,

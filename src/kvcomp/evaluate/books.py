@@ -15,15 +15,8 @@ from kvcomp.kernels import Books
 from kvcomp.quantise import HEAD_ZERO, MAX_CODES
 
 LIMIT = 12
-OUTSIDE = (
-    0.002,
-    0.01,
-    0.03,
-    0.1,
-    0.2,
-    0.4,
-    0.55,
-)  # shares of blocks with a code beyond one side of a class of the narrow book
+# Shares of blocks that may have a code beyond one side of a class of the narrow book.
+OUTSIDE = (0.002, 0.01, 0.03, 0.1, 0.2, 0.4, 0.55)
 WIDER, WIDEST_LEAST = 2.0, 8  # the wide book: this many times the range seen, at least this far from zero
 PLAIN = 15  # codes this far from zero need no low bits (``codebook.split_for``), which take longer to decode:
 PLAIN_WIDER = 1.5  # the wide book ends there if that is still this many times the range seen,
@@ -37,7 +30,7 @@ Counts = npt.NDArray[np.int64]
 def fit_books(codes: Codes, kind: int) -> Books:
     """The wide and the narrow book for blocks of codes of the unit ``head``, uint8 (blocks, 64, classes, channels of a class). kind: K (0) or V (1)."""
     if not len(codes):
-        codes = np.full((1, *codes.shape[1:]), MAX_CODES // 2, np.uint8)
+        codes = np.full((1, *codes.shape[1:]), ZERO, np.uint8)
     pairs = _pairs(codes, kind)
     every = _counts(pairs)
     least, most = codes.min((1, 3)).astype(np.int64), codes.max((1, 3)).astype(np.int64)
