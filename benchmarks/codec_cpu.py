@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from setting import RESULTS, setting
 
-from kvcomp import codebook
-from kvcomp.kernels import NO_STEPS, Books, Steps, cpu
-from kvcomp.quantise import round_to
+from kvcomp.codec import codebook
+from kvcomp.codec.quantise import round_to
+from kvcomp.kernels import NO_STEPS, Books, Steps
+from kvcomp.kernels.cpu import backend as cpu
 from kvcomp.spec import Kind, TensorSpec, Unit
+from setting import RESULTS, setting
 
 FILE = RESULTS / "codec_cpu.json"
 HEADS, TOKENS, ROUNDS = 4, 4096, 15

@@ -20,11 +20,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from setting import RESULTS, setting
 
 from kvcomp import files
 from kvcomp.spec import PRESETS, CodecSpec
 from kvcomp.store import KVStore
+from setting import RESULTS, setting
 
 app = typer.Typer(pretty_exceptions_enable=False)
 screen = Console()

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvcomp.gpu_store import GPUStore
 from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.store.gpu.store import GPUStore
 
 RESULTS = Path(__file__).parent / "results" / "gpu_attention.json"
 HEADS, CHANNELS = 8, 128

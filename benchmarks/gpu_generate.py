@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from gpu_model import (
     CONFIG,
     DENSE_LAYER,
@@ -38,7 +39,6 @@ from gpu_model import (
     synchronise,
     where,
 )
-
 from kvcomp.errors import LimitExceeded
 
 RESULTS = Path(__file__).parent / "results" / "gpu_generate.json"

@@ -23,11 +23,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sass import Block, Instruction, blocks, listing, longest, loops
-
-from kvcomp.kernels.gpu_compile import compile_now, nvrtc_version, options_for, sources_hash
-from kvcomp.kernels.gpu_layout import SOURCES, AttendBuild, attend_build, machine
+from kvcomp.kernels.cuda.compile import compile_now, nvrtc_version, options_for, sources_hash
+from kvcomp.kernels.cuda.layout import SOURCES, AttendBuild, attend_build, machine
 from kvcomp.spec import CodecSpec, TensorSpec
+from sass import Block, Instruction, blocks, listing, longest, loops
 
 RESULTS = Path(__file__).parent / "results" / "gpu_instructions.json"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_attention import setting
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from gpu_attention import setting
 from kvcomp.integrations.transformers import KVCompCache
-from kvcomp.integrations.transformers_graph import DecodeGraph, recorded
-from kvcomp.integrations.transformers_layer import CompressedLayer
+from kvcomp.integrations.transformers.graph import DecodeGraph, recorded
+from kvcomp.integrations.transformers.layer import CompressedLayer
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

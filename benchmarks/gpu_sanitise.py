@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kvcomp.gpu_store import GPUStore
 from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.store.gpu.store import GPUStore
 
 SPECS = (
     (64, CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=16)),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from gpu_model import (
     CONFIG,
     DENSE_LAYER,
@@ -31,7 +32,6 @@ from gpu_model import (
     seconds_of,
     where,
 )
-
 from kvcomp.errors import LimitExceeded
 
 RESULTS = Path(__file__).parent / "results" / "gpu_throughput.json"

@@ -18,6 +18,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
 from klt_methods import (
     PROMPT,
     RATES,
@@ -32,21 +36,19 @@ from klt_methods import (
     renamed,
     with_rates,
 )
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
 from kvcomp.calibration import LEVELS, Calibration
-from kvcomp.evaluate import fidelity, plots, results
-from kvcomp.evaluate.calibrate import KIVI_BITS
+from kvcomp.evaluate import fidelity
 from kvcomp.evaluate.fidelity import Sample, bits_at
-from kvcomp.evaluate.journal import Journal
 from kvcomp.evaluate.methods import Method
 from kvcomp.evaluate.models import CALIBRATION, held_out_ids, load_model, shipped_model
-from kvcomp.evaluate.pages import bits_by_head
 from kvcomp.evaluate.retrieval import answered, quiz_sample, quizzes
 from kvcomp.evaluate.text import held_out_names, join, manual_text, training_text
+from kvcomp.fit.calibrate import KIVI_BITS
+from kvcomp.results import plots
+from kvcomp.results import schema as results
+from kvcomp.results.journal import Journal
 from kvcomp.store import KVStore, Memory
+from kvcomp.store.pages import bits_by_head
 
 OUTPUT = Path(__file__).parent / "results" / "klt.json"
 LONG = 4032

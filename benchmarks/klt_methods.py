@@ -12,12 +12,12 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from kvcomp.calibration import LEVELS, Calibration
-from kvcomp.evaluate.calibrate import KIVI_BITS, Calibrator, Curve
-from kvcomp.evaluate.journal import Journal
 from kvcomp.evaluate.methods import Compressed
 from kvcomp.evaluate.methods.baseline import BaselineLayer
 from kvcomp.evaluate.methods.kivi import Kivi
-from kvcomp.evaluate.windows import Settings
+from kvcomp.fit.calibrate import KIVI_BITS, Calibrator, Curve
+from kvcomp.fit.windows import Settings
+from kvcomp.results.journal import Journal
 from kvcomp.spec import PAGE_TOKENS, CodecSpec, Kind, TensorSpec
 
 PROMPT, SCORED = 2048, 256

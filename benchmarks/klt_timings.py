@@ -16,20 +16,20 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from klt_methods import PROMPT
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvcomp.attention import attend
+from klt_methods import PROMPT
+from kvcomp.bench.timing import Rounds, in_rounds, quartiles
 from kvcomp.calibration import LEVELS, Calibration
-from kvcomp.evaluate import results
 from kvcomp.evaluate.models import CALIBRATION, held_out_ids, load_model, shipped_model
-from kvcomp.evaluate.timing import Rounds, in_rounds, quartiles
+from kvcomp.results import schema as results
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
+from kvcomp.store.attention import attend
 
 OUTPUT = Path(__file__).parent / "results" / "klt_timings.json"
 LENGTHS = (8192, 32768)

@@ -18,12 +18,12 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from setting import RESULTS, setting
 
-from kvcomp.attention import attend
-from kvcomp.evaluate import plots
+from kvcomp.results import plots
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore
+from kvcomp.store.attention import attend
+from setting import RESULTS, setting
 
 HEADS, CHANNELS, GROUP = 8, 128, 4
 BIN = 1024

@@ -35,13 +35,13 @@ from lmcache.v1.distributed.storage_manager import StorageManager
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 from rich.console import Console
 from rich.table import Table
-from setting import RESULTS, setting
 from torch import Tensor
 from transformers import DynamicCache
 
 from kvcomp.calibration import Calibration
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
+from setting import RESULTS, setting
 
 CHUNK, SCORED = 256, 256
 WAIT = 300.0

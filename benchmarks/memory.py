@@ -20,10 +20,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from setting import RESULTS, setting
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvcomp.integrations.transformers import KVCompCache
+from setting import RESULTS, setting
 
 MIB = 1024 * 1024
 CONFIG = LlamaConfig(

@@ -14,18 +14,20 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from setting import RESULTS
 
 from kvcomp.calibration import PRESET, Calibration
-from kvcomp.cli_evaluate import bar, partial, show
+from kvcomp.cli.common import bar, partial
+from kvcomp.cli.evaluate import show
 from kvcomp.errors import InvalidInput
-from kvcomp.evaluate import plots, results
 from kvcomp.evaluate.evaluation import Evaluation, Plan
 from kvcomp.evaluate.fidelity import bits_at
-from kvcomp.evaluate.journal import Journal
 from kvcomp.evaluate.methods import BASELINES, Compressed, Method, baseline, default_specs, named_spec
 from kvcomp.evaluate.models import CALIBRATION, load_model, shipped_model, text_ids
+from kvcomp.results import plots
+from kvcomp.results import schema as results
+from kvcomp.results.journal import Journal
 from kvcomp.spec import CodecSpec, TensorSpec
+from setting import RESULTS
 
 KEY_SCALES = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2)
 VALUE_OVER_KEY = (2, 3, 5)

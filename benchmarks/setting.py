@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvcomp.evaluate import results
+from kvcomp.results import schema as results
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -31,22 +31,23 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from network import Bucket, connect, proxy, receive, send
 from rich.console import Console
 from rich.table import Table
-from setting import RESULTS, setting
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kvcomp import files
-from kvcomp.blobs import Blobs, open_blobs
-from kvcomp.container import Container
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
+from kvcomp.files.container import Container
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.prefix import PrefixStore
-from kvcomp.prefix_chunks import CHUNK_TOKENS
+from kvcomp.prefix.chain import CHUNK_TOKENS
+from kvcomp.serve.blobs import Blobs, open_blobs
 from kvcomp.spec import PRESETS, CodecSpec
-from kvcomp.store import KVStore, as_array
+from kvcomp.store import KVStore
+from kvcomp.store.tensors import as_array
+from network import Bucket, connect, proxy, receive, send
+from setting import RESULTS, setting
 
 GBIT = 1e9 / 8
 LENGTH = struct.Struct("<Q")

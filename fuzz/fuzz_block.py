@@ -9,21 +9,22 @@ import random
 from pathlib import Path
 
 import atheris
+
 from harness import instrumented
 
-with instrumented("kvcomp.arena"):
-    from kvcomp.arena import check_pages
+with instrumented("kvcomp.files.check"):
+    from kvcomp.files.check import check_pages
 
 import numpy as np
 import torch
-from harness import LARGEST, Bytes, Guarded, bits, fuzz
-from layouts import LAYOUTS, store_over
 from xxhash import xxh3_64
 
+from harness import LARGEST, Bytes, Guarded, bits, fuzz
+from kvcomp.codec.page import Layout, blocks_of
 from kvcomp.errors import CorruptData
 from kvcomp.kernels import reference
-from kvcomp.page import Layout, blocks_of
-from kvcomp.store import as_array
+from kvcomp.store.tensors import as_array
+from layouts import LAYOUTS, store_over
 
 READABLE = 8  # bytes that a decoder may read behind the spare ones
 COMPARED = 64  # one input in so many is also decoded by the readable decoder, which takes forty times as long

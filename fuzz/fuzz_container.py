@@ -6,15 +6,15 @@ from pathlib import Path
 
 from harness import instrumented
 
-with instrumented("kvcomp.arena", "kvcomp.container", "kvcomp.header"):
-    import kvcomp.container
+with instrumented("kvcomp.files.check", "kvcomp.files.container", "kvcomp.files.header"):
+    import kvcomp.files.container
 
 import torch
-from harness import LARGEST, Guarded, fuzz, mend, mutate
 
+from harness import LARGEST, Guarded, fuzz, mend, mutate
 from kvcomp import files
-from kvcomp.attention import attend
 from kvcomp.errors import CorruptData, LimitExceeded, UnsupportedVersion
+from kvcomp.store.attention import attend
 
 guarded = Guarded()
 torch.set_num_threads(1)

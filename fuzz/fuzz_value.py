@@ -10,12 +10,15 @@ from pathlib import Path
 
 from harness import instrumented
 
-with instrumented("kvcomp.arena", "kvcomp.container", "kvcomp.header", "kvcomp.chunks", "kvcomp.prefix_chunks"):
-    from kvcomp import chunks, prefix_chunks
+with instrumented(
+    "kvcomp.files.check", "kvcomp.files.container", "kvcomp.files.header", "kvcomp.serve.chunks", "kvcomp.prefix.chain"
+):
+    from kvcomp.prefix import chain as prefix_chunks
+    from kvcomp.serve import chunks
 
 import torch
-from harness import LARGEST, Guarded, fuzz, mend, mutate
 
+from harness import LARGEST, Guarded, fuzz, mend, mutate
 from kvcomp.errors import CorruptData, LimitExceeded, UnsupportedVersion
 from kvcomp.spec import CodecSpec, TensorSpec
 

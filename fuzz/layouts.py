@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from kvcomp import files
-from kvcomp.codebook import Codebook
-from kvcomp.container import LayerParts
-from kvcomp.page import Layout
+from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.page import Layout
+from kvcomp.files.container import LayerParts
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
 

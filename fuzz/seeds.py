@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from fuzz_value import KEY, ORIGIN, PREFIX_CHUNK, SHAPE, SPEC
-from layouts import LAYOUTS, filled
 
-from kvcomp import files, prefix_chunks
-from kvcomp.chunks import pack_chunk
+from fuzz_value import KEY, ORIGIN, PREFIX_CHUNK, SHAPE, SPEC
+from kvcomp import files
+from kvcomp.prefix import chain as prefix_chunks
+from kvcomp.serve.chunks import pack_chunk
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
+from layouts import LAYOUTS, filled
 
 SEEDS = Path(__file__).parent / "seeds"
 

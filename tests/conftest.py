@@ -18,11 +18,13 @@ settings.register_profile("release", max_examples=5000, **COMMON)
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
+MODULES = {"reference": "kvcomp.kernels.reference", "cpu": "kvcomp.kernels.cpu.backend"}
+
 
 @pytest.fixture(scope="session", params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of a backend; one that this machine cannot import is skipped."""
-    pytest.importorskip(f"kvcomp.kernels.{request.param}", exc_type=ImportError)
+    pytest.importorskip(MODULES[request.param], exc_type=ImportError)
     return str(request.param)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import kvcomp
-from kvcomp.quantise import error_bound
-from kvcomp.store import as_array
+from kvcomp.codec.quantise import error_bound
+from kvcomp.store.tensors import as_array
 
 
 def tensors(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,14 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from kvcomp.evaluate.text import (
-    LookupLists,
-    held_out_names,
-    held_out_text,
-    join,
-    manual_text,
-    training_text,
-)
+from kvcomp.evaluate.text import LookupLists, held_out_names, held_out_text, join, manual_text, training_text
 
 HERE = Path(__file__).parent
 CONTEXT = 4096

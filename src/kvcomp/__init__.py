@@ -6,6 +6,9 @@
 For Hugging Face transformers see ``kvcomp.integrations.transformers``.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from kvcomp.errors import (
     BackendUnavailable,
     CorruptData,
@@ -16,19 +19,32 @@ from kvcomp.errors import (
     UnsupportedModel,
     UnsupportedVersion,
 )
-from kvcomp.packed import Packed, compress, load
-from kvcomp.prefix import PrefixStore
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
-from kvcomp.store import KVStore, Memory
+
+if TYPE_CHECKING:
+    from kvcomp.calibration import Calibration
+    from kvcomp.packed import Packed, compress, load
+    from kvcomp.prefix import PrefixStore
+    from kvcomp.store import Memory
+
+# What needs torch is imported when it is first used, so that the command line answers at once (PEP 562).
+_LAZY = {
+    "Calibration": "kvcomp.calibration",
+    "Memory": "kvcomp.store",
+    "Packed": "kvcomp.packed",
+    "PrefixStore": "kvcomp.prefix",
+    "compress": "kvcomp.packed",
+    "load": "kvcomp.packed",
+}
 
 __all__ = [
     "PRESETS",
     "BackendUnavailable",
+    "Calibration",
     "CodecSpec",
     "CorruptData",
     "InvalidInput",
     "KVCompError",
-    "KVStore",
     "LimitExceeded",
     "Memory",
     "Packed",
@@ -40,3 +56,14 @@ __all__ = [
     "compress",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvcomp import files
-from kvcomp.attention import attend
 from kvcomp.calibration import Calibration, resolve
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, Memory
+from kvcomp.store.attention import attend
 
 
 class Place(NamedTuple):

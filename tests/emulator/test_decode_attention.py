@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import gpu_cases
 import numpy as np
 import pytest
+
+import gpu_cases
 from emulated_attention import attend
 from emulated_decompression import decompress
 from emulator import COMPILER, Array
 from gpu_cases import NUMPY, Case, build, relative_error, scramble
-
-from kvcomp.kernels.gpu_layout import AttendBuild, attend_build, describe_book, machine
-from kvcomp.quantise import round_to, to_float32
+from kvcomp.codec.quantise import round_to, to_float32
+from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, describe_book, machine
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from emulated_decompression import decompress
 from emulator import COMPILER
 from gpu_cases import Case, build
-
 from kvcomp.kernels import reference
 
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]

@@ -5,23 +5,18 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import emulator
 import numpy as np
 import pytest
+
+import emulator
 from emulator import COMPILER, Arena, Array, Emulator, address
 from gpu_cases import KINDS, Case, values_like
-
-from kvcomp import codebook
-from kvcomp.codebook import Codebook
-from kvcomp.kernels import gpu_launch, reference
-from kvcomp.kernels.gpu_layout import (
-    EncodeArguments,
-    Encoder,
-    describe_encoder,
-    encoder_words,
-    page_build,
-)
-from kvcomp.quantise import MAX_CODES
+from kvcomp.codec import codebook
+from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.quantise import MAX_CODES
+from kvcomp.kernels import reference
+from kvcomp.kernels.cuda import launch as gpu_launch
+from kvcomp.kernels.cuda.layout import EncodeArguments, Encoder, describe_encoder, encoder_words, page_build
 
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
 

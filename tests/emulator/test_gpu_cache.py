@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import COMPILER, Emulator
 
-from kvcomp import gpu_store
+from emulator import COMPILER, Emulator
+from kvcomp.store.gpu import store as gpu_store
 
 transformers = pytest.importorskip("transformers")
 KVCompCache = pytest.importorskip(

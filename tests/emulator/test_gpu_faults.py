@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from emulator import COMPILER, Emulator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvcomp import gpu_store
+from emulator import COMPILER, Emulator
 from kvcomp.errors import BackendUnavailable, LimitExceeded
-from kvcomp.gpu_copies import to_main_memory
-from kvcomp.gpu_store import GPUStore
 from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.store.gpu import store as gpu_store
+from kvcomp.store.gpu.copies import to_main_memory
+from kvcomp.store.gpu.store import GPUStore
 
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from emulator import COMPILER
-from recorder import Recorder, RecordingEmulator
 
-from kvcomp import gpu_store
+from emulator import COMPILER
+from kvcomp.calibration.transform import Affine, Transform
 from kvcomp.errors import InvalidInput, LimitExceeded
-from kvcomp.gpu_store import GPUStore
 from kvcomp.spec import CodecSpec, TensorSpec
-from kvcomp.transform import Affine, Transform
+from kvcomp.store.gpu import store as gpu_store
+from kvcomp.store.gpu.store import GPUStore
+from recorder import Recorder, RecordingEmulator
 
 transformers = pytest.importorskip("transformers")
 KVCompCache = pytest.importorskip("kvcomp.integrations.transformers").KVCompCache
-transformers_graph = pytest.importorskip("kvcomp.integrations.transformers_graph")
+transformers_graph = pytest.importorskip("kvcomp.integrations.transformers.graph")
 
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from batching import Batch, pages_of
 from emulator import COMPILER, Emulator
-
 from kvcomp.errors import InvalidInput
-from kvcomp.gpu_copies import to_main_memory
-from kvcomp.gpu_joining import join
-from kvcomp.gpu_store import GPUStore
 from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.store.gpu.copies import to_main_memory
+from kvcomp.store.gpu.join import join
+from kvcomp.store.gpu.store import GPUStore
 
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
 

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from emulator import COMPILER, Emulator
-from recorder import WAITING
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kvcomp import gpu_arena, gpu_books, gpu_rows, gpu_store
+from emulator import COMPILER, Emulator
 from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.store.gpu import arena as gpu_arena
+from kvcomp.store.gpu import books as gpu_books
+from kvcomp.store.gpu import rows as gpu_rows
+from kvcomp.store.gpu import store as gpu_store
+from recorder import WAITING
 
 transformers = pytest.importorskip("transformers")
 KVCompCache = pytest.importorskip("kvcomp.integrations.transformers").KVCompCache

@@ -7,13 +7,13 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from emulator import COMPILER, Emulator
 
-from kvcomp.attention import attend
+from emulator import COMPILER, Emulator
 from kvcomp.errors import LimitExceeded
-from kvcomp.gpu_store import GPUStore
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
+from kvcomp.store.attention import attend
+from kvcomp.store.gpu.store import GPUStore
 
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
 

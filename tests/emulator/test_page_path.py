@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import emulator
 import pytest
+
+import emulator
 from emulated_attention import attend
 from emulator import COMPILER
 from gpu_cases import Case, build
-
-from kvcomp.kernels.gpu_layout import AttendBuild, attend_build, machine
+from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, machine
 
 pytest.importorskip("cuda.bindings.nvrtc", exc_type=ImportError)
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
@@ -30,12 +28,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def gpu_instructions() -> Any:
-    place = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, place)
-    try:
-        return importlib.import_module("gpu_instructions")
-    finally:
-        sys.path.remove(place)
+    return importlib.import_module("gpu_instructions")
 
 
 def counted(case: Case, build_of_it: AttendBuild) -> dict[str, int]:

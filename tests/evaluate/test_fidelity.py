@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvcomp.evaluate import damage
+from kvcomp.evaluate import sensitivity as damage
 from kvcomp.evaluate.fidelity import (
     Coded,
     Sample,

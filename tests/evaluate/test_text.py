@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from kvcomp.evaluate.text import (
-    LookupLists,
-    encode,
-    held_out_names,
-    held_out_text,
-    join,
-    manual_text,
-    training_text,
-)
+from kvcomp.evaluate.text import LookupLists, encode, held_out_names, held_out_text, join, manual_text, training_text
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-lm"
 

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcomp import codebook
-from kvcomp.codebook import Codebook
+from kvcomp.codec import codebook
+from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.page import Layout, blocks_of
+from kvcomp.codec.quantise import round_to
 from kvcomp.kernels import Books, Steps, reference
-from kvcomp.page import Layout, blocks_of
-from kvcomp.quantise import round_to
 from kvcomp.spec import Coding, Unit
 
 FOLDER = Path(__file__).parent / "v1"

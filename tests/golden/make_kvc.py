@@ -19,7 +19,8 @@ import torch
 
 from kvcomp import files
 from kvcomp.spec import CodecSpec, TensorSpec
-from kvcomp.store import KVStore, as_array
+from kvcomp.store import KVStore
+from kvcomp.store.tensors import as_array
 
 FOLDER = Path(__file__).parent / "container-v1"
 SMALL = CodecSpec(TensorSpec("block", 0.4), TensorSpec("token", 0.4), window=0, sinks=1)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvcomp.gpu_store import GPUStore
 from kvcomp.kernels.reference import attend as oracle_attend
 from kvcomp.spec import CodecSpec, Coding, TensorSpec, Unit
-from kvcomp.store import KVStore, as_array
+from kvcomp.store import KVStore
+from kvcomp.store.gpu.store import GPUStore
+from kvcomp.store.tensors import as_array
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kvcomp.gpu_copies import to_device, to_main_memory
-from kvcomp.gpu_joining import join
-from kvcomp.gpu_store import GPUStore
-from kvcomp.spec import CodecSpec, TensorSpec
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from batching import Batch, pages_of
+from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.store.gpu.copies import to_device, to_main_memory
+from kvcomp.store.gpu.join import join
+from kvcomp.store.gpu.store import GPUStore
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,7 +78,7 @@ def test_a_prompt_is_held_raw_in_few_layers_at_a_time() -> None:
 
 def test_recorded_steps_give_what_ordinary_ones_do() -> None:
     cache_class = pytest.importorskip("kvcomp.integrations.transformers").KVCompCache
-    graph_class = pytest.importorskip("kvcomp.integrations.transformers_graph").DecodeGraph
+    graph_class = pytest.importorskip("kvcomp.integrations.transformers.graph").DecodeGraph
     model = small_model(layers=2)
     prompt = torch.randint(1, 96, (2, 400), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     cache = cache_class(model.config, backend="gpu")

@@ -22,11 +22,11 @@ from transformers import (
 
 from kvcomp.calibration import LEVELS, Calibration
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.evaluate.calibrate import KIVI_BITS, Calibrator
-from kvcomp.evaluate.journal import Journal
-from kvcomp.evaluate.statistics import Statistics, observe
-from kvcomp.evaluate.windows import Settings, write
+from kvcomp.fit.calibrate import KIVI_BITS, Calibrator
+from kvcomp.fit.statistics import Statistics, observe
+from kvcomp.fit.windows import Settings, write
 from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.results.journal import Journal
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import redis
 import torch
+
 from redis_server import answering, free_port, running
 
 REASON = "LMCache is not installed here, so the adapter is not tested: make test-lmcache installs it beside and does"

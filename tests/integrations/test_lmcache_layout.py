@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvcomp.chunks import ChunkShape
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.lmcache_layout import Heads, heads_of, kv_views
+from kvcomp.serve.chunks import ChunkShape
 
 L, H, T, D = 3, 2, 8, 16
 ABOUT = Heads(H, D)

@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from sealing import seal, unseal
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
     LlamaConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -26,20 +23,8 @@ from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedM
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store import KVStore
-
-LOSSY = replace(PRESETS["kvcomp"], window=16)
-TINY: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+from sealing import seal, unseal
+from tiny_models import HYBRIDS, LOSSY, TINY, run, steps
 
 
 @pytest.fixture(scope="module")
@@ -51,30 +36,6 @@ def llama() -> PreTrainedModel:
             if parameter.ndim > 1:
                 parameter.mul_(3)
     return model
-
-
-def run(
-    model: PreTrainedModel, cache: KVCompCache, ids: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Logits of the last token."""
-    model.set_attn_implementation("kvcomp")
-    mask = (
-        torch.ones((ids.shape[0], cache.get_seq_length() + ids.shape[1]), dtype=torch.int64) if mask is None else mask
-    )
-    position = mask.cumsum(1)[:, -ids.shape[1] :] - 1
-    with torch.inference_mode():
-        return model(ids, attention_mask=mask, position_ids=position.clamp(min=0), past_key_values=cache).logits[:, -1]
-
-
-def steps(
-    model: PreTrainedModel, cache: KVCompCache, token: torch.Tensor, count: int
-) -> tuple[list[torch.Tensor], list[list[int]]]:
-    logits, tokens = [], []
-    for _ in range(count):
-        logits.append(run(model, cache, token))
-        token = logits[-1].argmax(-1, keepdim=True)
-        tokens.append(token.ravel().tolist())
-    return logits, tokens
 
 
 def prompt(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -223,12 +184,6 @@ def test_a_file_is_bound_to_the_weights(llama: PreTrainedModel, tmp_path: Path) 
         absent = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
     with pytest.raises(InvalidInput, match="is not in memory"):
         cache.save(tmp_path / "b.kvc", absent)
-
-
-HYBRIDS = {
-    "gemma2": Gemma2Config(**TINY, query_pre_attn_scalar=16, sliding_window=40),
-    "gemma3": Gemma3TextConfig(**TINY, layer_types=["sliding_attention", "full_attention"], sliding_window=40),
-}
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

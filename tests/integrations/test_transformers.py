@@ -37,8 +37,10 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
-from kvcomp.integrations import transformers_attention, transformers_layer
-from kvcomp.integrations.transformers import CompressedLayer, KVCompCache
+from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.integrations.transformers import attention as transformers_attention
+from kvcomp.integrations.transformers import layer as transformers_layer
+from kvcomp.integrations.transformers.layer import CompressedLayer
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store import KVStore
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-import vllm_standin
-from redis_server import free_port, running
 
+import vllm_standin
 from kvcomp import InvalidInput, UnsupportedModel, compress
+from redis_server import free_port, running
 
 with vllm_standin.importable():
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvcomp import codebook
+from kvcomp.codec import codebook
+from kvcomp.codec.quantise import Quantised
 from kvcomp.errors import InvalidInput
 from kvcomp.kernels import NO_STEPS, Books, Steps, reference
-from kvcomp.quantise import Quantised
 from kvcomp.spec import UNITS, Coding, Kind, Unit
 
-cpu = pytest.importorskip("kvcomp.kernels.cpu", exc_type=ImportError)
+cpu = pytest.importorskip("kvcomp.kernels.cpu.backend", exc_type=ImportError)
 
 Array = npt.NDArray[Any]
 DTYPES = ("uint16", "float32", "float16")  # uint16: the bits of bfloat16
@@ -420,7 +420,7 @@ def test_a_scale_that_does_not_fit_the_unit_is_refused(kernels: Any, unit: Unit,
 
 
 def test_compiles_without_a_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvcomp.kernels import cpu_bits
+    from kvcomp.kernels.cpu import bits as cpu_bits
 
     def njit(*, cache: bool = False, **options: Any) -> Any:
         if cache:

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from kvcomp.errors import InvalidInput, KVCompError
-from kvcomp.evaluate import damage, results
+from kvcomp.evaluate import sensitivity
 from kvcomp.evaluate.fidelity import Sample, fill, measure, predict, sample
-from kvcomp.evaluate.journal import Journal
 from kvcomp.evaluate.methods import Method
 from kvcomp.evaluate.models import attends_to_all
 from kvcomp.evaluate.retrieval import (
@@ -26,6 +25,8 @@ from kvcomp.evaluate.retrieval import (
     quiz_sample,
 )
 from kvcomp.evaluate.text import LookupLists, Tokenizer, Tokens
+from kvcomp.results import schema as results
+from kvcomp.results.journal import Journal
 from kvcomp.store import Memory
 
 MODES = ("teacher_forced", "streaming")
@@ -149,8 +150,10 @@ class Evaluation:
             make = self._sampler(at, plan.prompt, plan.scored)
             yield Piece(f"teacher_forced/{index}", 1.0, make, self._fidelity(streaming=False))
             if index == 0 and plan.details and attends_to_all(self.model.config):
-                yield Piece("error", 0.5, make, lambda each, method: damage.errors(self.model, each, method))
-                yield Piece("suffering", 4.0, make, lambda each, method: damage.suffering(self.model, each, method))
+                yield Piece("error", 0.5, make, lambda each, method: sensitivity.errors(self.model, each, method))
+                yield Piece(
+                    "suffering", 4.0, make, lambda each, method: sensitivity.suffering(self.model, each, method)
+                )
         for index, at in enumerate(self._begins(plan.streams, plan.streaming_prompt + plan.streamed)):
             make = self._sampler(at, plan.streaming_prompt, plan.streamed)
             yield Piece(f"streaming/{index}", 20.0, make, self._fidelity(streaming=True))

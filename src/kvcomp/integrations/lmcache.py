@@ -26,12 +26,12 @@ from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.memory_management import MemoryObj
 from lmcache.v1.platform import create_event_notifier
 
-from kvcomp.blobs import TIMEOUT, open_blobs
 from kvcomp.calibration import resolve
-from kvcomp.chunks import chunk_key, open_chunk, pack_chunk, unpack
 from kvcomp.errors import InvalidInput, KVCompError, StoreUnavailable, UnsupportedModel
-from kvcomp.integrations.asking import Patience
 from kvcomp.integrations.lmcache_layout import heads_of, kv_views
+from kvcomp.serve.blobs import TIMEOUT, open_blobs
+from kvcomp.serve.breaker import Patience
+from kvcomp.serve.chunks import chunk_key, open_chunk, pack_chunk, unpack
 
 PARAMETERS = (
     "url",
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 class KVCompL2Adapter(L2AdapterInterface):
-    """LMCache's interface to a second tier, over ``kvcomp.blobs``.
+    """LMCache's interface to a second tier, over ``kvcomp.serve.blobs``.
 
     params: ``url`` of the store; ``heads`` and ``head_dim``, the KV heads of one rank and their channels. And if not the default:
     ``spec``, a preset's name or a JSON file (kvcomp); ``calibration``, a .kvcal file, for the preset ``kvcomp-klt``; ``timeout``, seconds that one call to the store may take; ``workers``, threads that

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvcomp.chunks import ChunkShape
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.files import TYPES
+from kvcomp.serve.chunks import ChunkShape
 
 FORMAT = "KV_2LTD"  # the name LMCache gives all of these, and all it allocates for caches
 

@@ -26,13 +26,13 @@ from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 from vllm.logger import init_logger
 
-from kvcomp.blobs import TIMEOUT, Buffer, open_blobs
-from kvcomp.block import check_channels
 from kvcomp.calibration import resolve
-from kvcomp.chunks import ChunkShape, chunk_key, open_chunk, pack_chunk, unpack
+from kvcomp.codec.block import check_channels
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.files import TYPES
-from kvcomp.integrations.asking import Patience
+from kvcomp.serve.blobs import TIMEOUT, Buffer, open_blobs
+from kvcomp.serve.breaker import Patience
+from kvcomp.serve.chunks import ChunkShape, chunk_key, open_chunk, pack_chunk, unpack
 
 PARAMETERS = "url", "spec", "calibration", "chunk_tokens", "timeout", "limit", "model_id"
 CHUNK_TOKENS = 256
@@ -73,7 +73,7 @@ class _Prompt:
 
 
 class KVCompConnector(KVConnectorBase_V1):
-    """vLLM's interface to other places of K and V, over ``kvcomp.blobs``.
+    """vLLM's interface to other places of K and V, over ``kvcomp.serve.blobs``.
 
     ``kv_connector_extra_config``: ``url`` of the store, and if not the default ``spec``, a preset's name or a JSON file (kvcomp); ``calibration``, a .kvcal file, for the preset ``kvcomp-klt``;
     ``chunk_tokens`` (256); ``timeout``, seconds that one call to the store may take; ``limit``, bytes a folder may hold; ``model_id``,

@@ -9,9 +9,9 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from kvcomp.codebook import Codebook
+from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.quantise import Quantised
 from kvcomp.errors import BackendUnavailable
-from kvcomp.quantise import Quantised
 from kvcomp.spec import Coding, Kind, Unit
 
 BackendName = Literal["cpu", "reference"]
@@ -79,4 +79,5 @@ def load_backend(name: str) -> Backend:
     """The backend of this name, ``cpu`` or ``reference``. Raises BackendUnavailable for any other."""
     if name not in ("cpu", "reference"):
         raise BackendUnavailable(f"there is no backend {name!r}: use 'cpu', or 'reference' to check against it")
-    return cast(Backend, import_module(f"kvcomp.kernels.{name}"))
+    module = "kvcomp.kernels.cpu.backend" if name == "cpu" else "kvcomp.kernels.reference"
+    return cast(Backend, import_module(module))

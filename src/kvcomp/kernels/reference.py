@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcomp import block
-from kvcomp.errors import CorruptData
-from kvcomp.kernels import NO_STEPS, Books, Steps
-from kvcomp.page import (
+from kvcomp.codec import block
+from kvcomp.codec.page import (
     DEFAULT_BOOK,
     FIXED,
     OWN_BOOK,
@@ -28,7 +26,9 @@ from kvcomp.page import (
     token_scales_of,
     width_of,
 )
-from kvcomp.quantise import HEAD_ZERO, MAX_CODES, Array, Quantised, quantise, round_to, to_float32
+from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, Array, Quantised, quantise, round_to, to_float32
+from kvcomp.errors import CorruptData
+from kvcomp.kernels import NO_STEPS, Books, Steps
 from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
 
 __all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quantise"]

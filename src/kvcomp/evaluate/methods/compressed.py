@@ -12,11 +12,11 @@ from transformers.cache_utils import Cache
 from kvcomp.calibration import Calibration, resolve
 from kvcomp.evaluate.methods.baseline import FURTHEST, stock_memory
 from kvcomp.evaluate.methods.method import Method, Pair
-from kvcomp.gpu_store import GPUStore
 from kvcomp.integrations.transformers import KVCompCache
-from kvcomp.integrations.transformers_layer import CompressedLayer
+from kvcomp.integrations.transformers.layer import CompressedLayer
 from kvcomp.spec import PAGE_TOKENS, PRESETS, CodecSpec
 from kvcomp.store import KVStore, Memory
+from kvcomp.store.gpu.store import GPUStore
 
 
 class Compressed(Method):

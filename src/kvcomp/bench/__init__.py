@@ -1,0 +1,1 @@
+"""Times of kernels and of generation, beside those of an uncompressed cache."""

@@ -1,0 +1,399 @@
+"""``kvcomp bench``: the time of each operation beside what the machine does without compression. Nothing is timed that is not right first.
+
+A results file of the kind "bench" (see ``results``) has a list for each part::
+
+    attention: [{context, batch, group, head_dim, threads, from_rest, clock, rounds, error, bits_per_value,
+                 milliseconds: {method: Spread}, ns_per_value: Spread of kvcomp, time_over: {method: Spread}, fastest_dense, load_average}]
+    codec:     [{tokens, head_dim, rounds, encode_ns_per_value, encode_over_copy, seal_page_microseconds,
+                 decompress_ns_per_value, decompress_over_copy: Spread, bits_per_value, load_average}]
+    generate:  [{prompt_tokens, new_tokens, batch, rounds, threads, error, total_bits, first_token_seconds: {cache: Spread},
+                 milliseconds_per_token: {cache: Spread}, time_over: Spread of the whole call, load_average}]
+    growth:    [{tokens, memory: {tokens: [..], kvcomp: [bytes], uncompressed: [bytes]}}]      while a model generates
+
+    Spread: {median, quartile_1, quartile_3} over the rounds. time_over: kvcomp's time over the other's, within a round; below 1 kvcomp is faster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from llvmlite.binding import get_host_cpu_name
+from torch import Tensor
+from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from kvcomp.bench import checks, dense
+from kvcomp.bench.timing import REST, fastest, in_rounds, quartiles, ratio, scaled
+from kvcomp.calibration import Calibration
+from kvcomp.errors import InvalidInput
+from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.integrations.transformers.layer import CompressedLayer
+from kvcomp.results import schema as results
+from kvcomp.spec import PAGE_TOKENS, CodecSpec
+from kvcomp.store import KVStore
+from kvcomp.store.attention import attend
+
+CODEC_TOKENS = 4096
+GROWTH_PROMPT, GROWTH_STEP = 64, 32
+SEED = 20261121
+
+Coding = tuple[CodecSpec, Calibration | None]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured: every combination. rounds, budget: at most so many, in about so many seconds for each combination."""
+
+    contexts: tuple[int, ...] = (2048, 8192)
+    batches: tuple[int, ...] = (1, 4)
+    groups: tuple[int, ...] = (1, 4)
+    head_dims: tuple[int, ...] = (128,)
+    threads: tuple[int, ...] = (1, torch.get_num_threads())
+    kv_heads: int = 8
+    prompts: tuple[int, ...] = (2048,)
+    new_tokens: int = 32
+    growth: int = 1024
+    rounds: int = 21
+    budget: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("contexts", "batches", "groups", "head_dims", "threads", "prompts"):
+            if any(number < 1 for number in getattr(self, name)):
+                raise InvalidInput(f"{name} must be 1 or more, not {list(getattr(self, name))}")
+        if any(context < checks.ORACLE_PAGES * PAGE_TOKENS for context in self.contexts):
+            raise InvalidInput(
+                f"a context has at least {checks.ORACLE_PAGES * PAGE_TOKENS} tokens, not {min(self.contexts)}: shorter ones are not compressed"
+            )
+
+
+QUICK = Grid()
+FULL = Grid(
+    contexts=(2048, 8192, 32768),
+    groups=(1, 4, 8),
+    head_dims=(64, 128),
+    prompts=(1024, 2048, 3840),
+    new_tokens=128,
+    growth=4096,
+    rounds=41,
+    budget=6.0,
+)
+
+
+class Case(Protocol):
+    """One thing to measure. part: the list of the results that it belongs to. cost: about how long, in any unit."""
+
+    part: str
+
+    @property
+    def cost(self) -> float: ...
+
+    def measure(self, grid: Grid) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Decode attention: one new token on a cache of one layer."""
+
+    spec: CodecSpec
+    context: int
+    batch: int
+    group: int
+    head_dim: int
+    threads: int
+    from_rest: bool
+    part = "attention"
+
+    @property
+    def cost(self) -> float:
+        return 0.5 + self.batch * self.context * self.head_dim / 2e6
+
+    def measure(self, grid: Grid) -> dict[str, Any]:
+        k, v = tensors(self.batch, grid.kv_heads, self.context, self.head_dim)
+        store = filled(self.spec, k, v)
+        q = torch.randn(self.batch, grid.kv_heads * self.group, 1, self.head_dim)
+        error = checks.attention_error(store, q)
+        torch.set_num_threads(self.threads)
+        scaling = self.head_dim**-0.5
+        grouped = q.view(self.batch, grid.kv_heads, self.group, self.head_dim).to(k.dtype)
+        rivals = dense.dense_methods(k, v, grouped)
+        methods: dict[str, Callable[[], Any]] = {"kvcomp": lambda: attend(store, q, scaling), **rivals}
+        taken = in_rounds(methods, grid.rounds, grid.budget, self.threads, REST if self.from_rest else 0.0)
+        return {
+            **about(self),
+            "clock": "process_time" if self.threads == 1 else "perf_counter",
+            "rounds": len(taken),
+            "error": error,
+            "bits_per_value": store.memory().coded_bits,
+            "milliseconds": {name: scaled(taken, name, 1e3) for name in methods},
+            "ns_per_value": scaled(taken, "kvcomp", 1e9 / (2 * k.numel())),
+            "time_over": {name: ratio(taken, "kvcomp", name) for name in rivals},
+            "fastest_dense": fastest(taken, list(rivals)),
+            "load_average": os.getloadavg()[0],
+        }
+
+
+@dataclass(frozen=True)
+class CodecCase:
+    """Compressing a prompt's K and V, sealing one page, and decompressing all, on one thread."""
+
+    spec: CodecSpec
+    tokens: int
+    head_dim: int
+    part = "codec"
+
+    @property
+    def cost(self) -> float:
+        return 2.0
+
+    def measure(self, grid: Grid) -> dict[str, Any]:
+        torch.set_num_threads(1)
+        k, v = tensors(1, grid.kv_heads, self.tokens, self.head_dim)
+        checks.check_codec(bare(self.spec), k, v)
+        store = filled(self.spec, k, v)
+        actions = {
+            "encode": lambda: filled(self.spec, k, v),
+            "decompress": store.dense,
+            "copy": lambda: (k.clone(), v.clone()),
+        }
+        taken = in_rounds(actions, grid.rounds, grid.budget)
+        per_value = 1e9 / (2 * k.numel())
+        return {
+            **about(self),
+            "rounds": len(taken),
+            "encode_ns_per_value": scaled(taken, "encode", per_value),
+            "encode_over_copy": ratio(taken, "encode", "copy"),
+            "seal_page_microseconds": quartiles(list(_page_seals(store, k, v, 4 * grid.rounds))),
+            "decompress_ns_per_value": scaled(taken, "decompress", per_value),
+            "decompress_over_copy": ratio(taken, "decompress", "copy"),
+            "bits_per_value": store.memory().coded_bits,
+            "load_average": os.getloadavg()[0],
+        }
+
+
+@dataclass(frozen=True)
+class GenerateCase:
+    """The whole of ``generate``, prompt and new tokens, with this cache and with transformers' own."""
+
+    coding: Coding
+    model: Any
+    prompt_tokens: int
+    batch: int
+    threads: int
+    part = "generate"
+
+    @property
+    def cost(self) -> float:
+        return 4.0 * self.batch
+
+    def measure(self, grid: Grid) -> dict[str, Any]:
+        torch.set_num_threads(self.threads)
+        generator = torch.Generator().manual_seed(SEED)
+        ids = torch.randint(5, self.model.config.vocab_size, (self.batch, self.prompt_tokens), generator=generator)
+        caches: dict[str, Callable[[], Cache]] = {
+            "kvcomp": lambda: KVCompCache(self.model.config, self.coding[0], calibration=self.coding[1]),
+            "uncompressed": lambda: DynamicCache(config=self.model.config),
+        }
+        ticks: dict[str, list[list[float]]] = {name: [] for name in caches}
+        last: dict[str, Cache] = {}
+
+        def run(name: str) -> Callable[[], None]:
+            def generate() -> None:
+                last[name] = caches[name]()
+                ticks[name].append(_generate(self.model, ids, last[name], grid.new_tokens))
+
+            return generate
+
+        run("kvcomp")()
+        error = _model_error(last["kvcomp"])
+        taken = in_rounds({name: run(name) for name in caches}, grid.rounds, 4 * grid.budget, threads=2)
+        steps = {name: np.diff(np.array(of[-len(taken) :])) for name, of in ticks.items()}
+        ours: Any = last["kvcomp"]
+        return {
+            **about(self),
+            "new_tokens": grid.new_tokens,
+            "rounds": len(taken),
+            "error": error,
+            "total_bits": ours.memory().total_bits,
+            "first_token_seconds": {name: quartiles(of[:, 0].tolist()) for name, of in steps.items()},
+            "milliseconds_per_token": {
+                name: quartiles((1e3 * of[:, 1:].mean(1)).tolist()) for name, of in steps.items()
+            },
+            "time_over": ratio(taken, "kvcomp", "uncompressed"),
+            "load_average": os.getloadavg()[0],
+        }
+
+
+@dataclass(frozen=True)
+class GrowthCase:
+    """The memory of the cache while tokens are generated, from a short prompt on."""
+
+    coding: Coding
+    model: Any
+    tokens: int
+    part = "growth"
+
+    @property
+    def cost(self) -> float:
+        return self.tokens / 150
+
+    def measure(self, grid: Grid) -> dict[str, Any]:
+        torch.set_num_threads(max(grid.threads))
+        generator = torch.Generator().manual_seed(SEED)
+        ids = torch.randint(5, self.model.config.vocab_size, (1, GROWTH_PROMPT), generator=generator)
+        cache = KVCompCache(self.model.config, self.coding[0], calibration=self.coding[1])
+        sizes: list[tuple[int, int, int]] = []
+
+        def note(tokens: int) -> None:
+            if tokens % GROWTH_STEP == 0 or tokens == self.tokens:
+                memory = cache.memory()
+                sizes.append((cache.get_seq_length(), memory.total, memory.dense))
+
+        _generate(self.model, ids, cache, self.tokens - GROWTH_PROMPT, note)
+        tokens, ours, dense = (list(of) for of in zip(*sizes, strict=True))
+        return {**about(self), "memory": {"tokens": tokens, "kvcomp": ours, "uncompressed": dense}}
+
+
+def cases(grid: Grid, coding: Coding, parts: Sequence[str], model: Any, thorough: bool) -> list[Case]:
+    """What the grid asks for. thorough: with more than one thread also calls from rest, not only back to back with torch's.
+
+    Raises InvalidInput if the spec, or the model, does not go with it.
+    """
+    spec = coding[0]
+    if (spec.key.layers, spec.value.layers) != (None, None) and {"attention", "codec"} & set(parts):
+        raise InvalidInput(
+            "this spec is of one model's layers, and attention and codec are timed on drawn values: take --part generate --part growth"
+        )
+    modes = [
+        (n, rest)
+        for n in dict.fromkeys(grid.threads)
+        for rest in (True, False)
+        if rest == (n == 1) or (thorough and n > 1)
+    ]
+    found: list[Case] = []
+    if "attention" in parts:
+        axes = product(grid.head_dims, grid.contexts, grid.batches, modes, grid.groups)
+        found += [AttentionCase(spec, context, batch, group, d, *mode) for d, context, batch, mode, group in axes]
+    if "codec" in parts:
+        found += [CodecCase(spec, CODEC_TOKENS, head_dim) for head_dim in grid.head_dims]
+    if "generate" in parts:
+        room = model.config.max_position_embeddings - grid.new_tokens
+        prompts = [tokens for tokens in grid.prompts if tokens <= room]
+        if not prompts:
+            raise InvalidInput(
+                f"this model has {room} positions for a prompt, fewer than {min(grid.prompts)}: give --prompt-tokens"
+            )
+        found += [
+            GenerateCase(coding, model, tokens, batch, max(grid.threads))
+            for tokens, batch in product(prompts, grid.batches)
+        ]
+    if "growth" in parts:
+        found.append(GrowthCase(coding, model, min(grid.growth, model.config.max_position_embeddings)))
+    return found
+
+
+def about(case: Any) -> dict[str, Any]:
+    """What a case is, without its spec and model, which all share."""
+    return {name: value for name, value in vars(case).items() if name not in ("spec", "coding", "model")}
+
+
+def key(case: Any) -> str:
+    """The name of a case in a journal."""
+    return " ".join([case.part, *(f"{name}={value}" for name, value in about(case).items())])
+
+
+def setting(grid: Grid, spec: CodecSpec, backend: str = "cpu", **more: Any) -> dict[str, Any]:
+    """Device, versions and commit, the backend, and what was measured."""
+    return results.setting(
+        backend=backend,
+        llvm_cpu=get_host_cpu_name(),
+        torch_capability=torch.backends.cpu.get_cpu_capability(),
+        GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", "default"),
+        dense_dtype="bfloat16",
+        not_compared=dense.missing(),
+        spec=json.loads(spec.to_json()),
+        **asdict(grid),
+        **more,
+    )
+
+
+def bare(spec: CodecSpec) -> CodecSpec:
+    """Without raw sinks and window, so that what is timed is what is compressed."""
+    return replace(spec, window=0, sinks=0)
+
+
+def tensors(batch: int, heads: int, tokens: int, channels: int) -> tuple[Tensor, Tensor]:
+    """K with channels of different size, heavy-tailed, and V with tokens of different size; bfloat16 (batch, heads, tokens, channels)."""
+    torch.manual_seed(SEED)
+    shape = batch, heads, tokens, channels
+    k = torch.empty(shape).exponential_().sub_(torch.empty(shape).exponential_())  # Laplace
+    v = torch.randn(shape)
+    k *= torch.exp(torch.randn(batch, heads, 1, channels) / 2)
+    v *= torch.exp(torch.randn(batch, heads, tokens, 1) * 0.3)
+    return k.to(torch.bfloat16), v.to(torch.bfloat16)
+
+
+def filled(spec: CodecSpec, k: Tensor, v: Tensor) -> KVStore:
+    """A store with all whole pages of K and V compressed."""
+    store = KVStore(bare(spec))
+    store.append(k, v)
+    store.seal()
+    return store
+
+
+def _page_seals(store: KVStore, k: Tensor, v: Tensor, count: int) -> Iterator[float]:
+    """Microseconds of compressing one page more."""
+    for i in range(count):
+        at = i * PAGE_TOKENS % (k.shape[2] - PAGE_TOKENS)
+        store.append(k[:, :, at : at + PAGE_TOKENS], v[:, :, at : at + PAGE_TOKENS])
+        begin = time.perf_counter()
+        store.seal()
+        yield 1e6 * (time.perf_counter() - begin)
+
+
+class _Clock(LogitsProcessor):
+    """The time of every token, as ``generate`` asks for it."""
+
+    def __init__(self, note: Callable[[int], None]) -> None:
+        self.ticks, self.note = [time.perf_counter()], note
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.ticks.append(time.perf_counter())
+        self.note(input_ids.shape[1])
+        return scores
+
+
+def _generate(
+    model: Any, ids: Tensor, cache: Cache, new_tokens: int, note: Callable[[int], None] = lambda tokens: None
+) -> list[float]:
+    """The times of the beginning and of each token. note: called with the tokens there are, before each is chosen."""
+    model.set_attn_implementation("kvcomp" if isinstance(cache, KVCompCache) else "sdpa")
+    clock = _Clock(note)
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList([clock]),
+    )
+    return clock.ticks
+
+
+def _model_error(cache: Cache) -> float:
+    """Attention on the model's own K and V against the reference backend, the worst of all layers. Raises CheckFailed."""
+    layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    stores = [layer.store for layer in layers if isinstance(layer.store, KVStore)]
+    errors = []
+    for store in stores:
+        q = torch.randn(store.batch, store.heads, 1, store.channels)
+        errors.append(checks.oracle_error(store, q))
+    return max(errors)

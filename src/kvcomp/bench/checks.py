@@ -1,0 +1,99 @@
+"""Is a kernel right? Asked of the very data that is timed: no time is printed of a kernel that is not."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvcomp.errors import KVCompError
+from kvcomp.kernels import load_backend
+from kvcomp.spec import PAGE_TOKENS, CodecSpec
+from kvcomp.store import KVStore
+from kvcomp.store.attention import attend
+from kvcomp.store.pages import compare
+
+TOLERANCE = 1e-4  # of attention, relative to the largest output; both sides decode the same float32 values
+ORACLE_PAGES = 4  # the reference decodes a million values a second
+CODEC_HEADS = 2
+
+
+class CheckFailed(KVCompError):
+    """A kernel that gives a wrong result: its time means nothing."""
+
+
+def attention_error(store: KVStore, q: Tensor) -> float:
+    """Largest error of fused attention over its largest output: against float64 on all that the store holds, and against the reference backend on its first pages.
+
+    store: without padding or transform. q: float32 (batch, heads, 1, head_dim). Raises CheckFailed above TOLERANCE.
+    """
+    scaling = store.channels**-0.5
+    ours = attend(store, q, scaling).double()
+    errors = []
+    for row in range(store.batch):
+        out = ours[row].view(store.heads, -1, store.channels)
+        values = _seen(store, row)
+        for head in range(store.heads):
+            k, v = (torch.from_numpy(x[head]).double() for x in values)
+            expected = torch.softmax(q[row].view(out.shape)[head].double() @ k.T * scaling, -1) @ v
+            errors.append(_relative(out[head], expected))
+    return _tolerable(max(*errors, oracle_error(store, q)), "attention")
+
+
+def oracle_error(store: KVStore, q: Tensor) -> float:
+    """The same against the float64 reference backend, on the first tokens alone: it decodes the bytes by itself. Raises CheckFailed."""
+    twin = deepcopy(store)
+    twin.crop(min(store.tokens, store.spec.sinks + ORACLE_PAGES * PAGE_TOKENS))
+    scaling = store.channels**-0.5
+    ours = attend(twin, q, scaling).double()
+    twin.kernels = load_backend("reference")
+    return _tolerable(_relative(ours, attend(twin, q, scaling).double()), "attention")
+
+
+def check_codec(spec: CodecSpec, k: Tensor, v: Tensor) -> None:
+    """Encoding and decompression of the first tokens give what the reference gives, byte by byte, within the bound.
+
+    k, v: (batch, KV heads, tokens, head_dim). Raises CheckFailed.
+    """
+    tokens = ORACLE_PAGES * PAGE_TOKENS
+    k, v = (x[:1, :CODEC_HEADS, :tokens].contiguous() for x in (k, v))
+    stores = [KVStore(spec, backend) for backend in ("cpu", "reference")]
+    for store in stores:
+        store.append(k, v)
+        store.seal()
+    ours, reference = (b"".join(buffer.tobytes() for buffer in store.owners[0][:1]) for store in stores)
+    if ours != reference:
+        raise CheckFailed("the encoder's bytes differ from the reference's: no time is given for it")
+    if not all(torch.equal(x, y) for x, y in zip(stores[0].dense(), stores[1].dense(), strict=True)):
+        raise CheckFailed("decompression differs from the reference's: no time is given for it")
+    if compare(stores[0], k, v).missed:
+        raise CheckFailed("values come back outside of their bound: no time is given for the codec")
+
+
+def _seen(store: KVStore, row: int) -> list[npt.NDArray[np.float32]]:
+    """K and V of a row as attention sees them, float32 (heads, tokens, channels)."""
+    count, sinks = int(store.count[row]), int(store.sink_count[row])
+    k, v = np.empty((2, store.heads, count * PAGE_TOKENS, store.channels), np.float32)
+    if count:
+        store.kernels.decompress(store.pages[row, :count].copy(), store.units, *store.books(row), k, v, store.steps)
+    tail = slice(int(store.tail_begin[row]) - store.tail_base, store.tokens - store.tail_base)
+    raw = ((store.sinks_k, store.tail_k), (store.sinks_v, store.tail_v))
+    return [
+        np.concatenate([first[row, :, :sinks].float().numpy(), middle, last[row, :, tail].float().numpy()], axis=1)
+        for middle, (first, last) in zip((k, v), raw, strict=True)
+    ]
+
+
+def _relative(ours: Tensor, expected: Tensor) -> float:
+    return float((ours - expected).abs().max() / expected.abs().max())
+
+
+def _tolerable(error: float, what: str) -> float:
+    if not error <= TOLERANCE:  # NaN is not tolerable
+        raise CheckFailed(
+            f"{what} is wrong: its error is {error:.1e} of the largest output, {TOLERANCE:.0e} is allowed; no time is given for it"
+        )
+    return error

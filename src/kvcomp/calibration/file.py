@@ -1,0 +1,333 @@
+"""Calibrations: what the preset ``kvcomp-klt`` must know of a model, and the .kvcal file that holds it.
+
+A calibration has, for each full-attention layer of a model, a transform of K and of V, and, for each quality level, the steps of its heads and two
+codebooks each for K and V: a narrow one for almost every block and a wide one for the rest. ``kvcomp calibrate`` makes one.
+
+The file is a safetensors file. Its metadata hold ``kvcomp_calibration``, a JSON object with the field ``version`` and those of ``About``.
+Layer i has the tensors ``i.key.matrix`` (i8, (heads, D, D)), ``i.key.scale`` (f32, (heads, D)) and ``i.key.mean`` (f32, (heads, D)), the same
+of ``value``, and for each level ``i.LEVEL.steps`` (f32, (2, heads)) and ``i.LEVEL.books`` (u8): the wide and the narrow book of K, then of V. Row r
+of A is ``matrix[r] * scale[r]``: eight bits are enough, as whatever A is, its exact inverse undoes it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import Tensor
+from xxhash import xxh3_128
+
+from kvcomp import disk
+from kvcomp.calibration.transform import Affine, Transform
+from kvcomp.codec import codebook
+from kvcomp.codec.block import check_channels
+from kvcomp.codec.codebook import Codebook
+from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedVersion
+from kvcomp.kernels import Books
+from kvcomp.spec import CodecSpec, TensorSpec
+
+VERSION = 1
+METADATA = "kvcomp_calibration"
+PRESET = "kvcomp-klt"
+LEVELS = ("near-lossless", "balanced", "aggressive")
+DEFAULT_LEVEL = "balanced"
+MAX_BYTES = 1 << 30
+MAX_LAYERS, MAX_HEADS, MAX_LEVELS = 1 << 12, 1 << 10, 64
+CLASSES = 4
+LEVEL_NAME = r"[a-z0-9][a-z0-9.-]{0,31}"
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class About:
+    """What a calibration says of itself.
+
+    model: the fingerprint of the model's configuration, which whoever uses the calibration compares. layers: of the model.
+    levels: for each level what was measured on the calibration text: ``kl`` and ``coded_bits``, and what it was to be as good as.
+    made: the text and the settings it was made with.
+    """
+
+    model: Mapping[str, Any]
+    layers: int
+    levels: Mapping[str, Mapping[str, Any]]
+    made: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LevelOfLayer:
+    """Steps of the heads and (wide, narrow) codebooks of one layer at one level, of K and V."""
+
+    steps: tuple[tuple[float, ...], tuple[float, ...]]
+    books: tuple[Books, Books]
+
+
+class LayerCalibration(NamedTuple):
+    """What a KVStore needs of a calibration, in the order in which it takes it. books: (wide, narrow) of K and of V."""
+
+    books: tuple[Books, Books]
+    transform: Transform
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A calibration. layers: the transform and the levels of each calibrated layer, by its index in the model.
+
+    fingerprint: 32 hexadecimal digits that tell this calibration from every other.
+    """
+
+    about: About
+    layers: Mapping[int, tuple[Transform, Mapping[str, LevelOfLayer]]]
+    content: bytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return str(xxh3_128(self.content).hexdigest())
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        return tuple(self.about.levels)
+
+    def nbytes(self, level: str) -> int:
+        """Bytes that decoding at a level takes from the file: transforms, means, steps and codebooks."""
+        size = 0
+        for transform, levels in self.layers.values():
+            affines = (transform.key, transform.value)
+            size += sum(x.matrix.numel() + 8 * x.mean.numel() for x in affines)
+            size += sum(4 * len(steps) for steps in levels[level].steps)
+            size += sum(len(book.to_bytes()) for pair in levels[level].books for book in pair if book)
+        return size
+
+    def spec(self, level: str = DEFAULT_LEVEL) -> CodecSpec:
+        """The spec of a level. Raises InvalidInput if there is no such level."""
+        if level not in self.about.levels:
+            raise InvalidInput(f"this calibration has no level {level!r}: use {', '.join(self.levels)}")
+        tensors: list[TensorSpec] = []
+        for kind in (0, 1):
+            heads = next(iter(self.layers.values()))[0].heads
+            steps = [(1.0,) * heads] * self.about.layers  # of layers that are not compressed: nobody reads them
+            for index, (_, levels) in self.layers.items():
+                steps[index] = levels[level].steps[kind]
+            tensors.append(TensorSpec("head", steps=tuple(steps), classes=CLASSES))
+        return CodecSpec(tensors[0], tensors[1], calibration=self.fingerprint)
+
+    def layer(self, index: int, spec: CodecSpec) -> LayerCalibration | None:
+        """Codebooks and transform of a layer of the model; None for a layer that is not compressed.
+
+        spec: that of the model, one of this calibration's, with any window and sinks. Raises InvalidInput if it is none.
+        """
+        level = self.level_of(spec)
+        if index not in self.layers:
+            return None
+        transform, levels = self.layers[index]
+        return LayerCalibration(levels[level].books, transform)
+
+    def level_of(self, spec: CodecSpec) -> str:
+        """The level that a spec is. Raises InvalidInput if it is none of this calibration."""
+        if spec.calibration != self.fingerprint:
+            raise InvalidInput(
+                f"this spec belongs to the calibration {spec.calibration}, and the one given is {self.fingerprint}: "
+                "give the file that the cache was compressed with"
+            )
+        for level in self.levels:
+            mine = self.spec(level)
+            if (mine.key, mine.value) == (spec.key, spec.value):
+                return level
+        raise InvalidInput("the steps of this spec are those of no level of the calibration")
+
+    def check_model(self, fingerprint: Mapping[str, Any]) -> None:
+        """Raise InvalidInput if this is the fingerprint of another model."""
+        for name in sorted({*self.about.model, *fingerprint}):
+            if self.about.model.get(name) != fingerprint.get(name):
+                raise InvalidInput(
+                    f"this calibration is of a model with {name} {self.about.model.get(name)!r}, "
+                    f"not {fingerprint.get(name)!r}: run kvcomp calibrate on this model"
+                )
+
+    def write(self, path: str | Path) -> None:
+        """Write the .kvcal file; it takes the place of what was there. Raises OSError."""
+        disk.write(path, [self.content])
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read and check a .kvcal file. Raises CorruptData, UnsupportedVersion, LimitExceeded or InvalidInput."""
+        try:
+            size = Path(path).stat().st_size
+            if size > MAX_BYTES:
+                raise LimitExceeded(f"{path} has {size} bytes, a calibration has at most {MAX_BYTES}")
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise InvalidInput(f"cannot read the calibration {path}: {error}") from None
+        return cls.from_bytes(content)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """Read and check the bytes of a .kvcal file; raises as ``read`` does."""
+        return cls(*_parse(content), content)
+
+    @classmethod
+    def build(
+        cls,
+        about: About,
+        transforms: Mapping[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
+        levels: Mapping[int, Mapping[str, LevelOfLayer]],
+    ) -> Self:
+        """A calibration from its parts. transforms: of each layer (A, mean) of K and of V, (heads, D, D) and (heads, D); as ``quantise_matrix``
+        gives A, else A is rounded once more."""
+        tensors: dict[str, Array] = {}
+        for index, parts in transforms.items():
+            for kind, (matrix, mean) in zip(("key", "value"), parts, strict=True):
+                rounded, scale = _eight_bits(matrix)
+                tensors[f"{index}.{kind}.matrix"], tensors[f"{index}.{kind}.scale"] = rounded, scale
+                tensors[f"{index}.{kind}.mean"] = mean.to(torch.float32).numpy()
+            for level, of_layer in levels[index].items():
+                tensors[f"{index}.{level}.steps"] = np.array(of_layer.steps, np.float32)
+                books = b"".join(book.to_bytes() for pair in of_layer.books for book in pair if book)
+                tensors[f"{index}.{level}.books"] = np.frombuffer(books, np.uint8)
+        text = json.dumps({"version": VERSION, **asdict(about)})
+        return cls.from_bytes(save(tensors, {METADATA: text}))
+
+
+def resolve(
+    spec: str | Path | CodecSpec, calibration: Calibration | str | Path | None = None
+) -> tuple[CodecSpec, Calibration | None]:
+    """A spec, and the calibration it needs if it needs one.
+
+    spec: as for ``CodecSpec.resolve``, or ``kvcomp-klt``, or ``kvcomp-klt:LEVEL``. Raises InvalidInput if the calibration is missing, not needed
+    or another one, and as ``Calibration.read`` does.
+    """
+    name, _, level = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+    resolved = None if name == PRESET else CodecSpec.resolve(spec)
+    if resolved is not None and resolved.calibration is None:
+        if calibration is not None:
+            raise InvalidInput(f"the spec {spec!s} needs no calibration: leave it out, or use {PRESET}")
+        return resolved, None
+    if calibration is None:
+        which = "" if resolved is None else f" with the fingerprint {resolved.calibration}"
+        raise InvalidInput(
+            f"{PRESET} needs a calibration of the model{which}: give calibration=, the file that "
+            "'kvcomp calibrate MODEL --text FILE -o model.kvcal' makes"
+        )
+    read = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
+    if resolved is None:
+        return read.spec(level or DEFAULT_LEVEL), read
+    read.level_of(resolved)
+    return resolved, read
+
+
+def quantise_matrix(matrix: Tensor) -> Tensor:
+    """A (heads, D, D) as the file keeps it, float32."""
+    rounded, scale = _eight_bits(matrix)
+    return torch.from_numpy(rounded * scale[..., None])
+
+
+def _eight_bits(matrix: Tensor) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    exact = matrix.to(torch.float32)
+    scale = (exact.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (exact / scale[..., None]).round().to(torch.int8).numpy(), scale.numpy()
+
+
+# Reading foreign bytes
+
+
+def _parse(content: bytes) -> tuple[About, dict[int, tuple[Transform, dict[str, LevelOfLayer]]]]:
+    try:
+        tensors = load(content)
+        about = _about(_metadata(content))
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError) as error:
+        raise CorruptData(f"this is no calibration: {error}") from None
+    layers: dict[int, tuple[Transform, dict[str, LevelOfLayer]]] = {}
+    for index in sorted({_layer_of(name, about.layers) for name in tensors}):
+        parts = [_affine(tensors, f"{index}.{kind}") for kind in ("key", "value")]
+        if parts[0].matrix.shape != parts[1].matrix.shape:
+            raise CorruptData(f"K and V of layer {index} have different shapes in the calibration")
+        heads = parts[0].matrix.shape[0]
+        levels = {level: _level(tensors, f"{index}.{level}", heads) for level in about.levels}
+        layers[index] = Transform(*parts), levels
+    if not layers or tensors:
+        raise CorruptData(f"the calibration has no layers, or more than it needs: {sorted(tensors)[:3]}")
+    return about, layers
+
+
+def _metadata(content: bytes) -> dict[str, Any]:
+    """What the file says of itself, from the metadata that ``load`` has checked but does not return."""
+    size = int.from_bytes(content[:8], "little")
+    found: dict[str, Any] = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][METADATA])
+    return found
+
+
+def _about(fields: dict[str, Any]) -> About:
+    version = fields.pop("version")
+    if version is True or version != VERSION:
+        raise UnsupportedVersion(f"this calibration has version {version!r}, this kvcomp reads {VERSION}")
+    about = About(**fields)
+    whole = isinstance(about.layers, int) and not isinstance(about.layers, bool)
+    if not whole or not all(isinstance(x, dict) for x in (about.model, about.levels, about.made)):
+        raise CorruptData("the calibration's description has a field of the wrong type")
+    if not 1 <= about.layers <= MAX_LAYERS or not 1 <= len(about.levels) <= MAX_LEVELS:
+        raise LimitExceeded(f"a calibration of {about.layers} layers and {len(about.levels)} levels is out of range")
+    for name, level in about.levels.items():
+        if not re.fullmatch(LEVEL_NAME, name) or name in ("key", "value") or not isinstance(level, dict):
+            raise CorruptData(f"the calibration has a level with the name {name!r}")
+    return about
+
+
+def _layer_of(name: str, layers: int) -> int:
+    match = re.fullmatch(r"(0|[1-9][0-9]{0,4})\..+", name)
+    if match is None or int(match[1]) >= layers:
+        raise CorruptData(f"the calibration has a tensor {name[:64]!r}, which belongs to no layer")
+    return int(match[1])
+
+
+def _take(tensors: dict[str, Array], name: str, dtype: str) -> Array:
+    array = tensors.pop(name, None)
+    if array is None or array.dtype != np.dtype(dtype):
+        raise CorruptData(f"the calibration needs a tensor {name} of {dtype}")
+    return array
+
+
+def _affine(tensors: dict[str, Array], name: str) -> Affine:
+    matrix = _take(tensors, f"{name}.matrix", "int8")
+    scale, mean = _take(tensors, f"{name}.scale", "float32"), _take(tensors, f"{name}.mean", "float32")
+    if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2] or not scale.shape == mean.shape == matrix.shape[:2]:
+        raise CorruptData(f"{name} in the calibration has shapes {matrix.shape}, {scale.shape} and {mean.shape}")
+    if not 1 <= matrix.shape[0] <= MAX_HEADS:
+        raise LimitExceeded(f"{name} in the calibration has {matrix.shape[0]} heads")
+    try:
+        check_channels(matrix.shape[1])
+        with np.errstate(all="ignore"):
+            return Affine.of(torch.from_numpy(matrix * scale[..., None]), torch.from_numpy(mean))
+    except InvalidInput as error:
+        raise CorruptData(f"{name} in the calibration: {error}") from None
+
+
+def _level(tensors: dict[str, Array], name: str, heads: int) -> LevelOfLayer:
+    steps, data = _take(tensors, f"{name}.steps", "float32"), _take(tensors, f"{name}.books", "uint8")
+    if steps.shape != (2, heads) or data.ndim != 1:
+        raise CorruptData(f"{name} in the calibration has shapes {steps.shape} and {data.shape}")
+    try:
+        key, value = (TensorSpec("head", steps=(tuple(map(float, row)),)).steps for row in steps)
+    except InvalidInput as error:
+        raise CorruptData(f"{name} in the calibration: {error}") from None
+    if key is None or value is None:
+        raise CorruptData(f"{name} in the calibration has no steps")
+    books: list[Codebook] = []
+    at, raw = 0, data.tobytes()
+    for _ in range(4):
+        book, at = codebook.read(raw, at)
+        if book.classes != CLASSES:
+            raise CorruptData(f"{name} in the calibration has a codebook of {book.classes} classes")
+        books.append(book)
+    if at != len(raw):
+        raise CorruptData(f"{name} in the calibration has more than four codebooks")
+    return LevelOfLayer((key[0], value[0]), ((books[0], books[1]), (books[2], books[3])))

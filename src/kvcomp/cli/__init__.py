@@ -1,0 +1,33 @@
+"""The command line. Each command is a function in a module of its subject."""
+
+from __future__ import annotations
+
+import typer
+
+from kvcomp.cli import bench, calibrate, evaluate, files, generate, report, tune
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Run language models from a compressed KV cache.\n\nStart here: [bold]kvcomp generate --compare[/bold]",
+)
+for _command in (
+    generate.generate,
+    evaluate.evaluate,
+    tune.tune,
+    calibrate.calibrate,
+    files.compress,
+    files.decompress,
+    files.inspect,
+    files.verify,
+    bench.bench,
+    report.report,
+):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Entry point of the command ``kvcomp``."""
+    app()

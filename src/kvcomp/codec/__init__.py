@@ -1,0 +1,1 @@
+"""Transform > quantise > codebook > block > page: numbers and bytes, without torch."""

@@ -1,0 +1,123 @@
+"""A page: K and V of 64 tokens, all heads of one layer and sequence (docs/format.md, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomp.codec.block import LEAST_LENGTHS, STREAMS, fixed_words, scales_from, scales_size
+from kvcomp.errors import CorruptData
+from kvcomp.spec import PAGE_TOKENS, Unit
+
+RAW, DEFAULT_BOOK, OWN_BOOK, FIXED = 0, 1, 2, 8
+MAX_WIDTH = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the sizes in a page depend on.
+
+    heads: KV heads. channels: of a head. units: of K and of V. value_bytes: of one value of the dtype. default_books: whether K
+    and V have default codebooks: without a calibration the unit ``head`` has none.
+    """
+
+    heads: int
+    channels: int
+    units: tuple[Unit, Unit]
+    value_bytes: int
+    default_books: tuple[bool, bool] = (True, True)
+
+    @property
+    def directory_bytes(self) -> int:
+        return ceil16(4 * (2 * self.heads + 1))
+
+    @property
+    def token_scale_offsets(self) -> tuple[int | None, int | None]:
+        """Offsets of the K and V token scales in the page; None where the unit is not ``token``."""
+        key, value = (unit == "token" for unit in self.units)
+        size = scales_size(PAGE_TOKENS)
+        return self.directory_bytes if key else None, self.directory_bytes + size * key if value else None
+
+    @property
+    def first_block(self) -> int:
+        return self.directory_bytes + scales_size(PAGE_TOKENS) * sum(unit == "token" for unit in self.units)
+
+    def block_scales(self, kind_index: int) -> int:
+        """How many scales stand at the head of a block of K (0) or V (1)."""
+        return {"block": 1, "channel": self.channels, "vector": PAGE_TOKENS, "token": 0, "head": 0}[
+            self.units[kind_index]
+        ]
+
+    def least_block_bytes(self, mode: int, kind_index: int) -> int:
+        """Bytes that a block of this mode needs at the least; raises CorruptData for a mode that does not exist."""
+        count = self.block_scales(kind_index)
+        scales = scales_size(count) if count else 0
+        if mode == RAW:
+            return PAGE_TOKENS * self.channels * self.value_bytes
+        if mode == OWN_BOOK or (mode == DEFAULT_BOOK and self.default_books[kind_index]):
+            return scales + LEAST_LENGTHS
+        if FIXED <= mode < FIXED + MAX_WIDTH:
+            return scales + 4 * STREAMS * fixed_words(self.channels, width_of(mode))
+        if mode == DEFAULT_BOOK:
+            raise CorruptData("a block needs the default codebook, and there is none")
+        raise CorruptData(f"a page has a block of the unknown mode {mode}")
+
+
+def fixed_mode(width: int) -> int:
+    """The mode of a block of codes of a fixed width, 1 to 8."""
+    return FIXED + width % MAX_WIDTH
+
+
+def width_of(mode: int) -> int:
+    """Inverse of ``fixed_mode``."""
+    return mode - FIXED or MAX_WIDTH
+
+
+def fixed_zero(width: int) -> int:
+    """The zero of a block of this fixed width where the unit is ``head``."""
+    return -(1 << (width - 1))
+
+
+def ceil16(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def assemble(layout: Layout, token_scales: Iterable[bytes], blocks: Iterable[tuple[int, bytes]]) -> bytes:
+    """The bytes of a page from its token scales (those that exist) and its blocks as (mode, bytes), K heads first."""
+    directory, offset, body = [], layout.first_block, b""
+    for mode, block in blocks:
+        directory.append(offset | mode)
+        body += block.ljust(ceil16(len(block)), b"\0")
+        offset = layout.first_block + len(body)
+    directory.append(offset)
+    head = np.array(directory, "<u4").tobytes().ljust(layout.directory_bytes, b"\0")
+    return head + b"".join(token_scales) + body
+
+
+def blocks_of(page: bytes, layout: Layout) -> list[tuple[int, bytes]]:
+    """(mode, bytes) of every block, K heads first, after the checks of section 5. Raises CorruptData."""
+    words = 2 * layout.heads + 1
+    if len(page) < layout.first_block:
+        raise CorruptData("a page is shorter than its directory")
+    directory = np.frombuffer(page, "<u4", words).astype(np.int64)
+    modes, offsets = directory & 15, directory & ~15
+    if modes[-1] or offsets[-1] > len(page) or offsets[0] != layout.first_block:
+        raise CorruptData("a page's directory does not fit the page")
+    blocks = []
+    for index in range(words - 1):
+        begin, end, mode = int(offsets[index]), int(offsets[index + 1]), int(modes[index])
+        if end - begin < layout.least_block_bytes(mode, index // layout.heads):
+            raise CorruptData("a page's block is too short for its contents")
+        blocks.append((mode, page[begin:end]))
+    return blocks
+
+
+def token_scales_of(
+    page: bytes, layout: Layout, kind_index: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]] | None:
+    """Token scales and zeros of K (0) or V (1), 64 each; None where the unit is not ``token``."""
+    offset = layout.token_scale_offsets[kind_index]
+    return None if offset is None else scales_from(page[offset:], PAGE_TOKENS)

@@ -1,0 +1,305 @@
+"""The container: compressed layers <-> the bytes of a .kvc file (docs/format.md, section 7).
+
+Pages are in a file what they are in memory, so reading one is checking it. Everything that a header claims is checked against the
+size of the file before memory is allocated for it, and every page before a kernel sees it: what ``Container.layer`` gives back can be
+decoded without another check.
+
+Checksums are XXH3: zlib's CRC-32 alone takes longer than ``cat`` needs for the whole file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64
+
+from kvcomp.codec import codebook
+from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.page import Layout
+from kvcomp.codec.quantise import MAX_CODES
+from kvcomp.errors import CorruptData, LimitExceeded
+from kvcomp.files.check import check_pages
+from kvcomp.files.header import (
+    ALIGNMENT,
+    DTYPES,
+    MAX_HEADER,
+    PREFIX,
+    ROW_FIELDS,
+    Header,
+    LayerHeader,
+    header_text,
+    padded,
+    read_header,
+    seal,
+)
+from kvcomp.spec import PAGE_TOKENS, CodecSpec
+
+FREE_PLACES = 1 << 22  # places in a page table that need no pages to fill them
+
+Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One compressed layer as arrays.
+
+    layer: its index in the model. dtype: a name in ``DTYPES``; bfloat16 values travel as their bits in uint16.
+    start, sink_count, page_count: int64 (rows,): position of the first real token, sinks and pages of each row.
+    offsets, valid: int64 and int32 (entries,): of each row's pages in turn, where they begin in the arena and how many tokens count.
+    arena: uint8 pieces that follow each other: the pages without gaps, then D spare bytes; nothing at all without pages.
+    books, row_books: own codebooks, and int64 (rows, 2) which of them K and V of a row have, -1 for none.
+    counts: for each row the pair counts of K and V, uint32 (classes, n, n), where no book is trained yet.
+    sinks, tail: (2, rows, heads, tokens, D), K then V; the tail holds the last tokens of all rows.
+    """
+
+    layer: int
+    heads: int
+    channels: int
+    dtype: str
+    start: npt.NDArray[np.int64]
+    sink_count: npt.NDArray[np.int64]
+    page_count: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    valid: npt.NDArray[np.int32]
+    arena: Sequence[Bytes]
+    books: Sequence[Codebook]
+    row_books: npt.NDArray[np.int64]
+    counts: Sequence[Sequence[npt.NDArray[np.uint32] | None]]
+    sinks: Array
+    tail: Array
+
+
+# Writing
+
+
+def pack(
+    spec: CodecSpec,
+    model: Mapping[str, Any] | None,
+    model_layers: int,
+    rows: int,
+    tokens: int,
+    layers: Sequence[LayerParts],
+) -> list[memoryview]:
+    """The bytes of a file, in pieces that follow each other; those of the pages are not copied. Raises LimitExceeded for what could not be read."""
+    described, body, at = [], [], 0
+    for parts in layers:
+        table = {}
+        for name, pieces in _sections(parts).items():
+            size, digest = sum(piece.nbytes for piece in pieces), xxh3_64()
+            for piece in pieces:
+                digest.update(piece)
+            table[name] = [at, size, digest.hexdigest()]
+            body += [*pieces, memoryview(bytes(-size % ALIGNMENT))]
+            at += size + -size % ALIGNMENT
+        described.append(
+            {
+                "layer": parts.layer,
+                "heads": parts.heads,
+                "channels": parts.channels,
+                "dtype": parts.dtype,
+                "sinks": parts.sinks.shape[3],
+                "recent": parts.tail.shape[3],
+                "entries": parts.offsets.size,
+                "books": len(parts.books),
+                "sections": table,
+            }
+        )
+    if body:
+        body.pop()  # nothing follows that would need the padding
+    content = {
+        "spec": json.loads(spec.to_json()),
+        "model": model,
+        "model_layers": model_layers,
+        "rows": rows,
+        "tokens": tokens,
+        "layers": described,
+    }
+    text = json.dumps(content, separators=(",", ":")).encode()
+    if len(text) > MAX_HEADER:
+        raise LimitExceeded(f"the header of {len(layers)} layers takes {len(text)} bytes, at most {MAX_HEADER} can be")
+    header = read_header(text, sum(piece.nbytes for piece in body))  # what would be refused when read is not written
+    for head, parts in zip(header.layers, layers, strict=True):
+        _check_rows(header, head, parts.start, parts.sink_count, parts.page_count, parts.valid)
+    return [memoryview(seal(text)), *body]
+
+
+def _sections(parts: LayerParts) -> dict[str, list[memoryview]]:
+    rows = [parts.start, parts.sink_count, parts.page_count, *parts.row_books.T]
+    rows += [np.array([0 if pair[i] is None else pair[i].shape[1] for pair in parts.counts]) for i in (0, 1)]  # type: ignore[union-attr]
+    books = [np.frombuffer(book.to_bytes(), np.uint8) for book in parts.books]
+    pieces: dict[str, Sequence[Array]] = {
+        "pages": parts.arena,
+        "table": [parts.offsets.astype("<i8"), parts.valid.astype("<i4")],
+        "rows": [np.stack(rows, axis=1).astype("<i8")],
+        "books": books,
+        "counts": [counts.astype("<u4") for pair in parts.counts for counts in pair if counts is not None],
+        "sinks": [parts.sinks],
+        "tail": [parts.tail],
+    }
+    return {name: [np.ascontiguousarray(x).data.cast("B") for x in of if x.size] for name, of in pieces.items()}
+
+
+# Reading
+
+
+class Container:
+    """The bytes of a file with its header read. A layer's sections are checked when the layer is asked for.
+
+    data: uint8; it must not change as long as pages of it are in use.
+    Raises UnsupportedVersion for a newer file, CorruptData and LimitExceeded for bytes that are wrong.
+    """
+
+    def __init__(self, data: Bytes) -> None:
+        self.data = data
+        text = header_text(data)
+        self.begin = padded(PREFIX.size + len(text))
+        _check_padding(data, PREFIX.size + len(text), self.begin)
+        self.header = read_header(text, data.size - self.begin)
+
+    def layers(self) -> Iterator[LayerParts]:
+        """All layers, each checked when its turn comes. Raises CorruptData or LimitExceeded."""
+        return (self.layer(index) for index in range(len(self.header.layers)))
+
+    def layer(self, index: int) -> LayerParts:
+        """The layer at this place in the file, after all checks; its pages stay where they are. Raises CorruptData or LimitExceeded."""
+        header, head = self.header, self.header.layers[index]
+        spec = header.spec.layer(head.layer, header.model_layers)
+        start, sink_count, page_count, k_book, v_book, k_side, v_side = (
+            self._section(index, "rows").view("<i8").reshape(header.rows, ROW_FIELDS).T
+        )
+        row_books, sides = np.stack([k_book, v_book], axis=1), np.stack([k_side, v_side], axis=1)
+        table = self._section(index, "table")
+        offsets, valid = table[: 8 * head.entries].view("<i8"), table[8 * head.entries :].view("<i4")
+        _check_rows(header, head, start, sink_count, page_count, valid)
+        classes = spec.key.classes, spec.value.classes
+        books = _read_books(self._section(index, "books").tobytes(), head.books)
+        _check_books(books, row_books, classes)
+        counts = _read_counts(self._section(index, "counts"), sides, classes)
+        dtype = DTYPES[head.dtype]
+        units = spec.key.unit, spec.value.unit
+        calibrated = spec.calibration is not None
+        defaults = units[0] != "head" or calibrated, units[1] != "head" or calibrated
+        layout = Layout(head.heads, head.channels, units, dtype.itemsize, defaults)
+        arena, digest = self._bytes(index, "pages"), xxh3_64()
+        begin, which = np.unique(offsets, return_inverse=True)
+        try:
+            own = check_pages(arena, begin, layout, digest.update)[which]
+        finally:  # if the checksum is wrong, that is what there is to say
+            self._verify(index, "pages", digest.hexdigest())
+        missing = own & (row_books < 0)[np.repeat(np.arange(header.rows), page_count)]
+        if missing.any() and spec.calibration is None:  # a calibration has the books of all rows
+            raise CorruptData("a block needs the sequence's own codebook, and there is none")
+        shape = 2, header.rows, head.heads, -1, head.channels
+        return LayerParts(
+            head.layer,
+            head.heads,
+            head.channels,
+            head.dtype,
+            start,
+            sink_count,
+            page_count,
+            offsets,
+            valid,
+            [arena],
+            books,
+            row_books,
+            counts,
+            *(
+                self._section(index, name).view(dtype).reshape(*shape[:3], tokens, shape[4])
+                for name, tokens in (("sinks", head.sinks), ("tail", head.recent))
+            ),
+        )
+
+    def _section(self, index: int, name: str) -> Bytes:
+        """A copy of the checked bytes of a section: nobody can change it after it was checked."""
+        data = self._bytes(index, name).copy()
+        self._verify(index, name, xxh3_64(data.data).hexdigest())
+        return data
+
+    def _bytes(self, index: int, name: str) -> Bytes:
+        section = self.header.layers[index].sections[name]
+        begin = self.begin + section.offset
+        return self.data[begin : begin + section.size]
+
+    def _verify(self, index: int, name: str, digest: str) -> None:
+        """Raise CorruptData if this is not the checksum of a section, or what follows it is not zero."""
+        layer = self.header.layers[index]
+        section = layer.sections[name]
+        if digest != section.digest:
+            raise CorruptData(
+                f"the checksum of the section {name!r} of layer {layer.layer} is wrong: the file is damaged"
+            )
+        end = self.begin + section.offset + section.size
+        _check_padding(self.data, end, min(padded(end), self.data.size))
+
+
+def _check_padding(data: Bytes, begin: int, end: int) -> None:
+    if data[begin:end].any():
+        raise CorruptData("bytes between sections are not zero: the file is damaged")
+
+
+def _check_rows(
+    header: Header,
+    head: LayerHeader,
+    start: npt.NDArray[np.int64],
+    sink_count: npt.NDArray[np.int64],
+    page_count: npt.NDArray[np.int64],
+    valid: npt.NDArray[np.int32],
+) -> None:
+    """Check that each row's tokens are its sinks, pages and part of the tail, so that whoever reads them stays in range."""
+    wrong = (start < 0) | (start > header.tokens) | (sink_count < 0) | (sink_count > head.sinks)
+    wrong |= (page_count < 0) | (page_count > head.entries)
+    wrong |= (page_count > 0) & (sink_count != header.spec.sinks)
+    if wrong.any() or page_count.sum() != head.entries:
+        raise CorruptData(f"a row of layer {head.layer} has a start, sinks or pages that cannot be")
+    if ((valid < 1) | (valid > PAGE_TOKENS)).any():
+        raise CorruptData(f"a page of layer {head.layer} counts other than 1 to {PAGE_TOKENS} tokens")
+    before = np.concatenate([[0], np.cumsum(valid, dtype=np.int64)])
+    last = np.cumsum(page_count)
+    tail_begin = start + sink_count + before[last] - before[last - page_count]
+    if ((tail_begin > header.tokens) | (tail_begin < header.tokens - head.recent)).any():
+        raise CorruptData(f"the sinks, pages and recent tokens of a row of layer {head.layer} are not its tokens")
+    if header.rows * int(page_count.max()) > 4 * head.entries + FREE_PLACES:
+        raise LimitExceeded(f"a page table of {header.rows} rows and {page_count.max()} pages is mostly empty")
+
+
+def _read_books(data: bytes, count: int) -> list[Codebook]:
+    """Books one after the other."""
+    books, at = [], 0
+    for _ in range(count):
+        book, at = codebook.read(data, at)
+        books.append(book)
+    if at != len(data):
+        raise CorruptData("the section of codebooks is longer than the codebooks")
+    return books
+
+
+def _check_books(books: Sequence[Codebook], row_books: npt.NDArray[np.int64], classes: tuple[int, int]) -> None:
+    if ((row_books < -1) | (row_books >= len(books))).any():
+        raise CorruptData("a row names a codebook that does not exist")
+    for kind in range(2):
+        if any(books[index].classes != classes[kind] for index in np.unique(row_books[:, kind]) if index >= 0):
+            raise CorruptData("a codebook has another number of classes than the spec")
+
+
+def _read_counts(
+    data: Bytes, sides: npt.NDArray[np.int64], classes: tuple[int, int]
+) -> list[list[npt.NDArray[np.uint32] | None]]:
+    """Pair counts (classes, n, n) of the rows and kinds whose n is not 0, one after the other."""
+    if ((sides < 0) | (sides > MAX_CODES)).any() or int((sides**2 * np.array(classes)).sum()) * 4 != data.size:
+        raise CorruptData("the section of pair counts has another size than the rows say")
+    values, at = data.view("<u4"), 0
+    counts: list[list[npt.NDArray[np.uint32] | None]] = []
+    for row in sides.tolist():
+        counts.append([])
+        for n, of_kind in zip(row, classes, strict=True):
+            size = of_kind * n * n
+            counts[-1].append(values[at : at + size].reshape(of_kind, n, n) if n else None)
+            at += size
+    return counts

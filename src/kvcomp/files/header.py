@@ -1,0 +1,224 @@
+"""The header of a .kvc file: what lies where, as JSON behind a short prefix (docs/format.md, section 7).
+
+Reading one allocates nothing but the parsed JSON: all that it claims is checked against the size of the file first.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64
+
+from kvcomp.codec.block import check_channels
+from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedVersion
+from kvcomp.spec import CodecSpec
+
+MAGIC = b"\x89KVC\r\n\x1a\n"
+VERSION = 1
+PREFIX = struct.Struct("<8sHHIQ")  # magic, version, flags, bytes of the header, checksum
+ALIGNMENT = 64
+SECTIONS = "pages", "table", "rows", "books", "counts", "sinks", "tail"
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+ROW_FIELDS = 7
+ENTRY_BYTES = 12
+
+MAX_HEADER = 1 << 20  # parsed JSON takes some twenty times its bytes
+MAX_DEPTH = 16
+LIMITS = {"model_layers": 1 << 12, "rows": 1 << 16, "tokens": 1 << 27, "heads": 1 << 16}
+ROW_OBJECTS, BOOK_OBJECTS, FREE_OBJECTS = 1 << 10, 1 << 11, 1 << 26  # memory of Python's objects, in bytes, upwards
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Where a part of a layer lies: ``offset`` from the end of the padded header, ``size`` and ``digest``, XXH3 of 64 bits in hex."""
+
+    offset: int
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class LayerHeader:
+    """What the header says of a layer. sinks, recent: tokens in its section ``sinks`` and ``tail``. entries: of the page table."""
+
+    layer: int
+    heads: int
+    channels: int
+    dtype: str
+    sinks: int
+    recent: int
+    entries: int
+    books: int
+    sections: Mapping[str, Section]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    model: None for tensors without a model, else its fingerprint, an object that whoever made it compares.
+    model_layers: layers of the model, of which the file holds some. rows, tokens: of every layer, left padding included.
+    """
+
+    spec: CodecSpec
+    model: Mapping[str, Any] | None
+    model_layers: int
+    rows: int
+    tokens: int
+    layers: tuple[LayerHeader, ...]
+
+
+def seal(text: bytes) -> bytes:
+    """A header behind its prefix, padded."""
+    plain = PREFIX.pack(MAGIC, VERSION, 0, len(text), 0)[:-8]
+    head = plain + xxh3_64(plain + text).intdigest().to_bytes(8, "little") + text
+    return head + bytes(-len(head) % ALIGNMENT)
+
+
+def padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def header_text(data: Bytes) -> bytes:
+    """The header's JSON, with its checksum verified."""
+    if data.size < PREFIX.size:
+        raise CorruptData(f"{data.size} bytes are too few for a .kvc file: it is cut off, or something else")
+    prefix = data[: PREFIX.size].tobytes()
+    magic, version, flags, length, digest = PREFIX.unpack(prefix)
+    if magic != MAGIC:
+        raise CorruptData("this is no .kvc file: it does not begin with the bytes that one begins with")
+    if version != VERSION:
+        raise UnsupportedVersion(
+            f"this .kvc file has version {version}, this kvcomp reads {VERSION}: use a newer kvcomp"
+        )
+    if flags:
+        raise UnsupportedVersion(f"this .kvc file has the unknown flags {flags:#x}: use a newer kvcomp")
+    if length > MAX_HEADER:
+        raise LimitExceeded(f"the header claims {length} bytes, at most {MAX_HEADER} can be")
+    if padded(PREFIX.size + length) > data.size:
+        raise CorruptData("the file ends in its header: it is cut off")
+    text = data[PREFIX.size : PREFIX.size + length].tobytes()
+    if xxh3_64(prefix[:-8] + text).intdigest() != digest:
+        raise CorruptData("the checksum of the header is wrong: the file is damaged")
+    return text
+
+
+def read_header(text: bytes, available: int) -> Header:
+    """available: bytes behind the header."""
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise CorruptData(f"the header is no JSON: {error}") from None
+    if not _is_flat(content, MAX_DEPTH):
+        raise CorruptData(f"the header is nested more than {MAX_DEPTH} deep")
+    _check_fields(content, ("spec", "model", "model_layers", "rows", "tokens", "layers"), "the header")
+    try:
+        spec = CodecSpec.from_json(json.dumps(content["spec"]))
+    except (InvalidInput, RecursionError, OverflowError) as error:
+        raise CorruptData(f"the spec in the header is wrong: {error}") from None
+    model, layers = content["model"], content["layers"]
+    if not isinstance(model, dict | None) or not isinstance(layers, list) or not layers:
+        raise CorruptData("the header needs a model, an object or null, and a list of layers")
+    model_layers = _number(content, "model_layers", 1)
+    rows, tokens = _number(content, "rows", 1), _number(content, "tokens", 0)
+    found: list[LayerHeader] = []
+    at = 0
+    for entry in layers:
+        layer, at = _read_layer(entry, spec, rows, tokens, at)
+        if not (found[-1].layer if found else -1) < layer.layer < model_layers:
+            raise CorruptData(f"layer {layer.layer} is not in order among {model_layers} layers")
+        found.append(layer)
+    try:
+        for layer in found:
+            of_layer = spec.layer(layer.layer, model_layers)
+            for tensor in (of_layer.key, of_layer.value):
+                if tensor.heads is not None and len(tensor.heads) != layer.heads:
+                    raise CorruptData(f"the spec has steps for {len(tensor.heads)} heads, a layer has {layer.heads}")
+    except InvalidInput as error:
+        raise CorruptData(f"the spec in the header does not fit its layers: {error}") from None
+    objects = sum(rows * ROW_OBJECTS + layer.books * BOOK_OBJECTS for layer in found)
+    end = max(section.offset + section.size for section in found[-1].sections.values())
+    if end != available:
+        raise CorruptData(
+            f"the sections end at byte {end} behind the header, the file at {available}: it is cut off or damaged"
+        )
+    if objects > FREE_OBJECTS + available:
+        raise LimitExceeded(
+            f"{rows} rows in {len(found)} layers with their codebooks are too many for a file of this size"
+        )
+    return Header(spec, model, model_layers, rows, tokens, tuple(found))
+
+
+def _read_layer(entry: Any, spec: CodecSpec, rows: int, tokens: int, at: int) -> tuple[LayerHeader, int]:
+    """The header of a layer whose first section must begin at ``at``, and where the next layer must begin."""
+    names = "layer", "heads", "channels", "dtype", "sinks", "recent", "entries", "books", "sections"
+    _check_fields(entry, names, "a layer in the header")
+    heads, channels = _number(entry, "heads", 1), _number(entry, "channels", 1)
+    sinks, recent = _number(entry, "sinks", 0), _number(entry, "recent", 0)
+    entries, books = _number(entry, "entries", 0), _number(entry, "books", 0)
+    try:
+        check_channels(channels)
+    except InvalidInput as error:
+        raise CorruptData(f"a layer in the header is wrong: {error}") from None
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise CorruptData(f"a layer in the header has the unknown dtype {entry['dtype']!r}")
+    if sinks > spec.sinks or recent > tokens:
+        raise CorruptData(
+            f"a layer has {sinks} sinks and {recent} recent tokens, of {spec.sinks} and {tokens} possible"
+        )
+    token = 2 * rows * heads * channels * DTYPES[entry["dtype"]].itemsize
+    exact = {
+        "table": entries * ENTRY_BYTES,
+        "rows": 8 * ROW_FIELDS * rows,
+        "sinks": sinks * token,
+        "tail": recent * token,
+    }
+    _check_fields(entry["sections"], SECTIONS, "the sections of a layer")
+    sections: dict[str, Section] = {}
+    for name in SECTIONS:
+        place = entry["sections"][name]
+        if not isinstance(place, list) or len(place) != 3 or not isinstance(place[2], str):
+            raise CorruptData(f"the section {name!r} needs an offset, a size and a checksum")
+        offset, size = (_number({"offset": place[0], "size": place[1]}, field, 0) for field in ("offset", "size"))
+        at = padded(at)
+        if offset != at or size != exact.get(name, size):
+            raise CorruptData(f"the section {name!r} does not lie where it must, or has another size than its contents")
+        sections[name] = Section(offset, size, place[2])
+        at += size
+    layer = _number(entry, "layer", 0)
+    return LayerHeader(layer, heads, channels, entry["dtype"], sinks, recent, entries, books, sections), at
+
+
+def _is_flat(content: Any, depth: int) -> bool:
+    """Whether lists and objects are in each other at most so deep: what is deeper, Python can read but not print."""
+    inside = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return not inside or (depth > 0 and all(_is_flat(part, depth - 1) for part in inside))
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a field is there twice")
+    return content
+
+
+def _check_fields(content: Any, names: Sequence[str], what: str) -> None:
+    if not isinstance(content, dict) or set(content) != set(names):
+        raise CorruptData(f"{what} must be an object with the fields {', '.join(names)}")
+
+
+def _number(content: Mapping[str, Any], name: str, least: int) -> int:
+    value = content[name]
+    if type(value) is not int or value < least:
+        raise CorruptData(f"{name} in the header must be a whole number from {least}, not {str(value)[:40]}")
+    if value > LIMITS.get(name, (1 << 63) - 1):
+        raise LimitExceeded(f"the header claims {name} = {value}, at most {LIMITS.get(name, (1 << 63) - 1)} can be")
+    return value

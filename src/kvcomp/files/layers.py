@@ -1,0 +1,236 @@
+"""Compressed layers <-> .kvc files.
+
+A cache that was read from a file uses its pages where they are mapped, so nobody may write into the file as long as the cache lives;
+kvcomp never does, it puts a new file in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvcomp.calibration import Calibration, LayerCalibration, resolve
+from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.page import Layout
+from kvcomp.disk import read, write
+from kvcomp.errors import InvalidInput
+from kvcomp.files.container import Container, LayerParts, pack
+from kvcomp.spec import CodecSpec
+from kvcomp.store import KVStore
+from kvcomp.store.join import first_of_tail, last_tokens
+from kvcomp.store.tensors import as_array, as_tensor
+
+TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+Bytes = npt.NDArray[np.uint8]
+
+
+# Layers <-> files
+
+
+def save(
+    path: str | Path,
+    stores: Mapping[int, KVStore],
+    spec: CodecSpec,
+    model_layers: int,
+    model: Mapping[str, Any] | None = None,
+    rows: Sequence[int] | None = None,
+) -> None:
+    """Write layers to a file that takes the place of what was there.
+
+    stores: the layers by their index among ``model_layers``; all with the same rows and tokens. spec: that of the whole model.
+    model: its fingerprint, plain JSON. rows: the rows to write, all if None.
+    Raises InvalidInput, LimitExceeded or OSError; a file that was there before is then still there, whole.
+    """
+    write(path, pack_stores(stores, spec, model_layers, model, rows))
+
+
+def pack_stores(
+    stores: Mapping[int, KVStore],
+    spec: CodecSpec,
+    model_layers: int,
+    model: Mapping[str, Any] | None = None,
+    rows: Sequence[int] | None = None,
+) -> list[memoryview]:
+    """The bytes of a file, as ``save`` writes it, in pieces that follow each other; those of the pages are not copied.
+
+    Raises InvalidInput or LimitExceeded.
+    """
+    if rows is not None:
+        stores = {layer: deepcopy(store) for layer, store in stores.items()}
+        for store in stores.values():
+            store.select(torch.tensor(list(rows), dtype=torch.int64))
+    shapes = {(store.batch, store.tokens) for store in stores.values()}
+    if len(shapes) != 1 or (0, 0) in shapes:
+        raise InvalidInput(
+            "only layers that hold the same rows and tokens, at least one, can be saved: fill the cache first"
+        )
+    ((batch, tokens),) = shapes
+    parts = [parts_of(store, layer) for layer, store in sorted(stores.items())]
+    return pack(spec, model, model_layers, batch, tokens, parts)
+
+
+def open_container(path: str | Path) -> Container:
+    """Map a file and read its header. Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError."""
+    return Container(read(path))
+
+
+def load(
+    container: Container,
+    backend: str = "cpu",
+    layers: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    tokens: int | None = None,
+    calibration: Calibration | None = None,
+) -> dict[int, KVStore]:
+    """The layers of a file by their index in the model, ready to go on; only those asked for are read and checked.
+
+    layers, rows: which ones, all if None. tokens: how many to keep of the first, all if None; they are not compressed anew.
+    calibration: the one that the file's spec names, if it names one.
+    Raises CorruptData or LimitExceeded, and InvalidInput if the file does not hold what is asked for, or the calibration is missing or another.
+    """
+    header = container.header
+    _, calibration = resolve(header.spec, calibration)
+    places = {layer.layer: place for place, layer in enumerate(header.layers)}
+    wanted = list(places) if layers is None else list(layers)
+    if not set(wanted) <= set(places):
+        raise InvalidInput(f"the file holds the layers {', '.join(map(str, places))}, not all of {wanted}")
+    stores = {}
+    for layer in wanted:
+        calibrated = calibration.layer(layer, header.spec) if calibration else None
+        spec = header.spec.layer(layer, header.model_layers)
+        store = store_of(container.layer(places[layer]), spec, header.tokens, backend, calibrated)
+        if rows is not None:
+            store.select(torch.tensor(list(rows), dtype=torch.int64))
+        if tokens is not None:
+            store.crop(tokens)
+        stores[layer] = store
+    return stores
+
+
+def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
+    """A store of which only the last tokens are known, raw; the positions before them count as padding.
+
+    k, v: (batch, KV heads, last tokens, head_dim). tokens: positions in all. spec: that of the layer. Raises InvalidInput.
+    """
+    store = KVStore(spec)
+    store.append(k, v)
+    before = tokens - store.tokens
+    store.tokens, store.tail_base = tokens, before
+    store.starts[:] = store.tail_begin[:] = before
+    return store
+
+
+# Stores <-> parts
+
+
+def parts_of(store: KVStore, layer: int) -> LayerParts:
+    """What a file holds of a layer: pages that rows share once, nothing that no token needs. Pages are not copied."""
+    arena, offsets = _arena(store)
+    books: dict[int, Codebook] = {}
+    row_books = np.full((store.batch, 2), -1, np.int64)
+    places: dict[int, int] = {}
+    for row, pair in enumerate(store.own_books):
+        for kind, book in enumerate(pair):
+            if book is not None and store.given_books is None:
+                books[id(book)] = book
+                row_books[row, kind] = places.setdefault(id(book), len(places))
+    recent = store.tokens - first_of_tail(store)
+    held = [as_array(x) for x in (store.sinks_k, store.sinks_v)]
+    sinks = np.zeros((2, store.batch, store.heads, int(store.sink_count.max()), store.channels), held[0].dtype)
+    for row, count in enumerate(store.sink_count.tolist()):
+        for kind in (0, 1):
+            sinks[kind, row, :, :count] = held[kind][row, :, :count]
+    entries = [store.valid[row, :count] for row, count in enumerate(store.count.tolist())]
+    return LayerParts(
+        layer=layer,
+        heads=store.heads,
+        channels=store.channels,
+        dtype=NAMES[store.dtype],
+        start=store.starts,
+        sink_count=store.sink_count,
+        page_count=store.count,
+        offsets=offsets,
+        valid=np.concatenate(entries),
+        arena=arena,
+        books=list(books.values()),
+        row_books=row_books,
+        counts=store.pair_counts,
+        sinks=sinks,
+        tail=last_tokens(store, recent),
+    )
+
+
+@torch.inference_mode(False)
+def store_of(
+    parts: LayerParts,
+    spec: CodecSpec,
+    tokens: int,
+    backend: str = "cpu",
+    calibrated: LayerCalibration | None = None,
+) -> KVStore:
+    """A store of parts that ``Container.layer`` has checked, whose arrays become the store's.
+
+    spec: that of the layer. tokens: positions that the layer holds. calibrated: what the layer's calibration has, if the spec has one.
+    Raises InvalidInput if the calibration is of layers of another shape.
+    """
+    store = KVStore(spec, backend, *(calibrated or ()))
+    store.check_shape(parts.heads, parts.channels)
+    rows = parts.start.size
+    store.batch, store.heads, store.channels, store.tokens = rows, parts.heads, parts.channels, tokens
+    store.dtype = TYPES[parts.dtype]
+    store.layout = Layout(parts.heads, parts.channels, store.units, store.dtype.itemsize)
+    store.starts, store.sink_count, store.count = (x.copy() for x in (parts.start, parts.sink_count, parts.page_count))
+    capacity = int(store.count.max())
+    used = np.arange(capacity) < store.count[:, None]
+    arena = parts.arena[0] if parts.arena else np.zeros(0, np.uint8)
+    store.pages, store.valid = np.zeros((rows, capacity), np.int64), np.zeros((rows, capacity), np.int32)
+    store.pages[used] = arena.ctypes.data + parts.offsets
+    store.valid[used] = parts.valid
+    store.tail_begin = store.starts + store.sink_count + store.valid.sum(axis=1, dtype=np.int64)
+    store.tail_base = tokens - parts.tail.shape[3]
+    store.tail_k, store.tail_v = (as_tensor(x, store.dtype) for x in parts.tail)
+    sinks = np.zeros((*parts.sinks.shape[:3], spec.sinks, parts.channels), parts.sinks.dtype)
+    sinks[:, :, :, : parts.sinks.shape[3]] = parts.sinks
+    store.sinks_k, store.sinks_v = (as_tensor(x, store.dtype) for x in sinks)
+    store.owners = [[arena] * count for count in store.count.tolist()]
+    given = (None, None) if store.given_books is None else [narrow for _, narrow in store.given_books]
+    store.own_books = [
+        [book if index < 0 else parts.books[index] for index, book in zip(row, given, strict=True)]
+        for row in parts.row_books.tolist()
+    ]
+    store.pair_counts = [list(pair) for pair in parts.counts]
+    return store
+
+
+def _arena(store: KVStore) -> tuple[list[Bytes], npt.NDArray[np.int64]]:
+    """The pages of all rows without repetition, in as few pieces as they lie in, and where each entry's page begins."""
+    places: dict[int, int] = {}
+    bases: dict[int, tuple[int, memoryview]] = {}
+    runs: list[tuple[Bytes, int, int]] = []
+    offsets, at, last = [], 0, 8 * store.heads
+    for owners, addresses, count in zip(store.owners, store.pages.tolist(), store.count.tolist(), strict=True):
+        for buffer, address in zip(owners, addresses[:count], strict=True):
+            if address not in places:
+                if id(buffer) not in bases:
+                    bases[id(buffer)] = buffer.ctypes.data, buffer.data
+                base, content = bases[id(buffer)]
+                begin = address - base
+                size = int.from_bytes(content[begin + last : begin + last + 4], "little")
+                if runs and runs[-1][0] is buffer and runs[-1][2] == begin:
+                    runs[-1] = buffer, runs[-1][1], begin + size
+                else:
+                    runs.append((buffer, begin, begin + size))
+                places[address] = at
+                at += size
+            offsets.append(places[address])
+    pieces = [buffer[begin:end] for buffer, begin, end in runs]
+    return [*pieces, np.zeros(store.channels if pieces else 0, np.uint8)], np.array(offsets, np.int64)

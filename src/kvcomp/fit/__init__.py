@@ -1,0 +1,1 @@
+"""What is made for one model from text: calibrations and tuned specs."""

@@ -1,0 +1,355 @@
+"""Making a calibration: transforms from statistics, and steps from what each head's K and V cost in quality.
+
+Each tensor, the K or V of one head, is coded alone at some steps, which gives its share of the KL and its bits at each. For a price of KL every
+tensor then takes the step of least bits + price * KL (Shoham & Gersho, 1988), and a level is the lowest price at which the model, with all of
+them coded, is as good as with KIVI-style quantisation at 4, 3 or 2 bits.
+
+Quality is measured on two kinds of windows: text that goes on, and text that repeats a part of the prompt word for word. Most text can be
+predicted without looking far back; what a cache is needed for, finding things again, shows in the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy, deepcopy
+from dataclasses import asdict, dataclass
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+from xxhash import xxh3_64
+
+from kvcomp.calibration import CLASSES, LEVELS, About, Calibration, LevelOfLayer, quantise_matrix
+from kvcomp.calibration.transform import Affine, metric_klt
+from kvcomp.errors import InvalidInput
+from kvcomp.evaluate.fidelity import attend_plainly
+from kvcomp.fit.codebooks import fit_books
+from kvcomp.fit.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
+from kvcomp.fit.windows import Settings, Tell, draw_windows, write
+from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, position_limit, setting, text_config
+from kvcomp.kernels import Books, load_backend
+from kvcomp.results.journal import Journal
+from kvcomp.spec import PAGE_TOKENS
+
+# Steps tried, over the root mean square of a tensor in its coordinates.
+FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
+EVERY = 2  # windows of which one is used for a tensor alone
+FINER = 8  # steps tried between two measured ones
+GROUP = 32
+KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))
+PRICES = 0.1, 1e6  # bits a value for a nat
+HALVINGS = 9
+UNSEEN_KL = 1e-9  # less is rounding
+
+Tensors = tuple[int, int, int]  # layer, K (0) or V (1), head
+
+
+@dataclass(frozen=True)
+class Window:
+    """A prompt's cache and what the model says of the text after it. text: int64 (1, tokens). log_probs: float32 (tokens, vocabulary)."""
+
+    layers: list[Any]
+    text: Tensor
+    log_probs: Tensor
+    repeats: bool
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Mean KL in nats a token on text that goes on and on text that repeats."""
+
+    text: float
+    repeated: float
+
+    def reaches(self, other: Quality) -> bool:
+        return self.text <= other.text and self.repeated <= other.repeated
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A tensor coded alone: step, bits a value and KL at each of some steps, ascending."""
+
+    steps: npt.NDArray[np.float64]
+    bits: npt.NDArray[np.float64]
+    kl: npt.NDArray[np.float64]
+
+
+class Calibrator:
+    """The steps of a calibration, each of which goes on where it was interrupted.
+
+    model: in float32, as the noise of narrower types hides what small errors do. ids: int64, the text. journal: what has been measured.
+    """
+
+    def __init__(
+        self, model: Any, ids: npt.NDArray[np.int64], settings: Settings, journal: Journal, tell: Tell | None = None
+    ) -> None:
+        self.model, self.settings, self.journal = model, settings, journal
+        self.tell: Tell = tell or (lambda what, done, total: None)
+        self.config = text_config(model.config)
+        check_rope(self.config)
+        self.layers = compressed_layers(self.config)
+        for index in self.layers:
+            check_layer(self.config, index)
+        limit = position_limit(self.config)
+        if limit is not None and limit < settings.length:
+            raise InvalidInput(f"the model's positions end at {limit} tokens: give a shorter --prompt-tokens")
+        pages = (settings.prompt - settings.window - settings.sinks) // PAGE_TOKENS
+        if pages < 1 or settings.prompt < 2 * settings.scored + settings.window + settings.sinks:
+            raise InvalidInput(f"prompts of {settings.prompt} tokens are too short for {settings.scored} scored ones")
+        self.coded = slice(settings.sinks, settings.sinks + pages * PAGE_TOKENS)
+        if settings.windows < 2 * EVERY:
+            raise InvalidInput(f"{settings.windows} windows are too few: give at least {2 * EVERY}")
+        if ids.size < 2 * settings.length:
+            raise InvalidInput(
+                f"the text has {ids.size} tokens, and {2 * settings.length} is the least: give a longer --text"
+            )
+        self.text = ids
+        self.drawn = draw_windows(ids, settings.windows, settings)
+        self.affines: dict[tuple[int, int], Affine] = {}
+        self.windows: list[Window] = []
+        self.coordinates: dict[tuple[int, int], Tensor] = {}
+
+    # Statistics and windows
+
+    def write(self) -> None:
+        """Let the model write some windows more."""
+        rows = self.settings.written
+        if "written" not in self.journal:
+            attend_plainly(self.model)
+            self.journal.record("written", write(self.model, self.text, rows, self.settings.length, self.tell).tolist())
+        written = np.array(self.journal["written"], np.int64).reshape(-1)
+        self.drawn += draw_windows(written, rows, self.settings)
+
+    def observe(self, saved: Path) -> None:
+        """Gather the statistics, from what is saved where there is such a file, and make the transforms."""
+        statistics = Statistics.load(saved) if saved.exists() else Statistics()
+        try:
+            for done in range(statistics.prompts, len(self.drawn)):
+                self.tell("statistics", done, len(self.drawn))
+                observe(self.model, self.drawn[done][0][:, : self.settings.prompt], self.settings.sinks, statistics)
+        finally:
+            if statistics.prompts:
+                statistics.save(saved)
+        centred = not setting(self.config, "attn_logit_softcapping")  # a soft cap would notice q.mean
+        for index, sums in statistics.layers.items():
+            self.affines[index, 0] = _affine(sums, True, centred)
+            self.affines[index, 1] = _affine(sums, False, True)
+
+    @torch.inference_mode()
+    def read(self) -> None:
+        """Read the windows into caches."""
+        attend_plainly(self.model)
+        prompt = self.settings.prompt
+        for done, (ids, repeats) in enumerate(self.drawn):
+            self.tell("reading", done, len(self.drawn))
+            cache = DynamicCache(config=self.model.config)
+            self.model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+            layers: list[Any] = list(cache.layers)
+            log_probs = self._predict(layers, ids[:, prompt:])
+            self.windows.append(Window(layers, ids[:, prompt:], log_probs, repeats))
+        for (index, kind), affine in self.affines.items():
+            x = torch.cat([_values(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
+            self.coordinates[index, kind] = affine.apply(x)
+
+    def _predict(self, layers: Sequence[Any], text: Tensor) -> Tensor:
+        """Log probabilities of a text after these cache layers, which stay as they are."""
+        cache = Cache(layers=[copy(x) if type(x) is DynamicLayer else deepcopy(x) for x in layers])
+        log_probs: Tensor = self.model(text, past_key_values=cache).logits[0].float().log_softmax(-1)
+        return log_probs
+
+    @torch.inference_mode()
+    def quality(self, coded: Mapping[tuple[int, int], Tensor], every: int = 1) -> Quality:
+        """Quality with these values, (windows, KV heads, coded tokens, D), in place of the K (0) or V (1) of layers.
+
+        every: 1 for all windows, 2 for every second one; coded then has those.
+        """
+        kls: tuple[list[float], list[float]] = ([], [])
+        for number, window in enumerate(self.windows[::every]):
+            layers = [copy(layer) for layer in window.layers]
+            for (index, kind), values in coded.items():
+                whole = _values(layers[index], kind).clone()
+                whole[:, :, self.coded] = values[number]
+                setattr(layers[index], "values" if kind else "keys", whole)
+            log_probs = self._predict(layers, window.text)
+            kls[window.repeats].append(
+                float((window.log_probs.exp() * (window.log_probs - log_probs)).sum(-1).mean().clamp_min(0))
+            )
+        return Quality(*(float(np.mean(kl)) for kl in kls))
+
+    # Steps
+
+    def tensors(self) -> list[Tensors]:
+        return [(i, kind, head) for (i, kind), affine in self.affines.items() for head in range(len(affine.mean))]
+
+    def curves(self) -> dict[Tensors, Curve]:
+        """Every tensor alone at every step. KL is the mean of both kinds of windows, and never falls as the step grows."""
+        tensors, found = self.tensors(), {}
+        for done, (index, kind, head) in enumerate(tensors):
+            self.tell("each head alone", done, len(tensors))
+            key = f"{index}.{kind}.{head}"
+            if key not in self.journal:
+                self.journal.record(key, self._curve(index, kind, head))
+            steps, bits, kl = np.array(self.journal[key]).T
+            found[index, kind, head] = Curve(steps, bits, np.maximum.accumulate(np.maximum(kl, UNSEEN_KL)))
+        return found
+
+    def _curve(self, index: int, kind: int, head: int) -> list[tuple[float, float, float]]:
+        x, affine = self.coordinates[index, kind][::EVERY, head], self.affines[index, kind]
+        size = float(x.square().mean().sqrt()) or 1.0
+        windows = self.windows[::EVERY]
+        whole = torch.cat([_values(window.layers[index], kind)[:, :, self.coded] for window in windows])
+        points = []
+        for step in (factor * size for factor in FACTORS):
+            codes = (x / step).round()
+            whole[:, head] = (codes * step) @ affine.inverse[head].mT + affine.mean[head]
+            quality = self.quality({(index, kind): whole}, EVERY)
+            points.append((step, _bits(codes, kind), (quality.text + quality.repeated) / 2))
+        return points
+
+    def coded_values(self, steps: Mapping[Tensors, float]) -> dict[tuple[int, int], Tensor]:
+        """All K and V as they come back with these steps."""
+        found = {}
+        for (index, kind), x in self.coordinates.items():
+            step = torch.tensor([steps[index, kind, head] for head in range(x.shape[1])])[:, None, None]
+            found[index, kind] = self.affines[index, kind].undo((x / step).round() * step)
+        return found
+
+    def kivi(self, bits: int) -> Quality:
+        """Quality of KIVI-style quantisation of the same tokens."""
+        key = f"kivi.{bits}"
+        if key not in self.journal:
+            coded = {}
+            for index, kind in self.coordinates:
+                x = torch.cat([_values(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
+                coded[index, kind] = rounded_in_groups(x, bits, kind)
+            self.journal.record(key, asdict(self.quality(coded)))
+        return Quality(**self.journal[key])
+
+    def at_price(self, curves: Mapping[Tensors, Curve], price: float) -> tuple[dict[Tensors, float], Quality]:
+        """The steps at a price, and their quality together."""
+        steps = allocate(curves, price)
+        key = f"price.{price:.6g}"
+        if key not in self.journal:
+            self.journal.record(key, asdict(self.quality(self.coded_values(steps))))
+        return steps, Quality(**self.journal[key])
+
+    def level(self, curves: Mapping[Tensors, Curve], bits: int) -> tuple[dict[Tensors, float], dict[str, Any]]:
+        """Steps as good as KIVI-style quantisation of so many bits, at the lowest price, and what was measured."""
+        wanted = self.kivi(bits)
+        low, high = np.log(PRICES)
+        for done in range(HALVINGS):
+            self.tell(f"as good as {bits} bits", done, HALVINGS)
+            middle = (low + high) / 2
+            _, quality = self.at_price(curves, float(np.exp(middle)))
+            low, high = (low, middle) if quality.reaches(wanted) else (middle, high)
+        price = float(np.exp(high))
+        steps, quality = self.at_price(curves, price)
+        about = {
+            "price": price,
+            "kl": asdict(quality),
+            "kl_of": asdict(wanted),
+            "as_good_as": f"KIVI-style, {bits} bits",
+        }
+        return steps, {**about, "reached": quality.reaches(wanted)}
+
+    # The calibration
+
+    def level_of_layer(self, index: int, steps: Mapping[Tensors, float]) -> LevelOfLayer:
+        """Steps and codebooks of a layer."""
+        heads = len(self.affines[index, 0].mean)
+        chosen = [tuple(steps[index, kind, head] for head in range(heads)) for kind in (0, 1)]
+        books = [self._books(index, kind, chosen[kind]) for kind in (0, 1)]
+        return LevelOfLayer((chosen[0], chosen[1]), (books[0], books[1]))
+
+    def _books(self, index: int, kind: int, steps: tuple[float, ...]) -> Books:
+        x = self.coordinates[index, kind]
+        heads = np.ascontiguousarray(x.transpose(0, 1).flatten(1, 2).numpy())
+        coded = load_backend("cpu").quantise(heads, "head", steps)
+        return fit_books(coded.codes[~coded.raw].reshape(-1, PAGE_TOKENS, CLASSES, x.shape[-1] // CLASSES), kind)
+
+    def build(self, levels: Mapping[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]], text: str) -> Calibration:
+        """The calibration with these levels. text: what to call the text."""
+        transforms = {
+            index: (
+                (self.affines[index, 0].matrix, self.affines[index, 0].mean),
+                (self.affines[index, 1].matrix, self.affines[index, 1].mean),
+            )
+            for index in self.layers
+        }
+        of_layers = {
+            index: {name: self.level_of_layer(index, steps) for name, (steps, _) in levels.items()}
+            for index in self.layers
+        }
+        digest = xxh3_64(b"".join(ids.numpy().tobytes() for ids, _ in self.drawn)).hexdigest()
+        about = About(
+            fingerprint_of(self.config),
+            len(DynamicCache(config=self.config).layers),
+            {name: dict(measured) for name, (_, measured) in levels.items()},
+            {
+                "text": text,
+                "tokens_digest": digest,
+                "written": len(self.drawn) - self.settings.windows,
+                **asdict(self.settings),
+            },
+        )
+        return Calibration.build(about, transforms, of_layers)
+
+
+def allocate(curves: Mapping[Tensors, Curve], price: float) -> dict[Tensors, float]:
+    """For each tensor the step of least bits a value + price * KL, between the measured steps too. price: bits of the mean value for a nat."""
+    steps = {}
+    for tensor, curve in curves.items():
+        place = np.linspace(0, len(curve.steps) - 1, FINER * (len(curve.steps) - 1) + 1)
+        at = np.arange(len(curve.steps))
+        kl = np.exp(np.interp(place, at, np.log(curve.kl)))
+        best = np.argmin(np.interp(place, at, curve.bits) / len(curves) + price * kl)
+        steps[tensor] = float(np.exp(np.interp(place[best], at, np.log(curve.steps))))
+    return steps
+
+
+def rounded_in_groups(x: Tensor, bits: int, kind: int) -> Tensor:
+    """x (windows, KV heads, tokens, D) as KIVI-style quantisation gives it back (arXiv 2402.02750): K in groups of 32 tokens, V of 32 channels, or
+    of as many as divide D, with a float16 scale and zero for each."""
+    axis, size = (3, gcd(GROUP, x.shape[3])) if kind else (2, GROUP)
+    groups = x.float().unflatten(axis, (-1, size))
+    zero = groups.amin(axis + 1, keepdim=True).half().float()
+    step = ((groups.amax(axis + 1, keepdim=True) - zero) / (2**bits - 1)).half().float()
+    codes = ((groups - zero) / torch.where(step == 0, 1.0, step)).round().clamp(0, 2**bits - 1)
+    back: Tensor = (codes * step + zero).flatten(axis, axis + 1)
+    return back
+
+
+def _affine(sums: LayerSums, key: bool, centred: bool) -> Affine:
+    mean, covariance = sums.moments(key, centred)
+    metric = sums.qq if key else sums.output
+    matrix = torch.stack([metric_klt(c, m) for c, m in zip(covariance, metric, strict=True)])
+    return Affine.of(quantise_matrix(matrix), mean)
+
+
+def _values(layer: Any, kind: int) -> Tensor:
+    """K or V of a cache layer, (1, KV heads, tokens, D)."""
+    values: Tensor = layer.values if kind else layer.keys
+    return values
+
+
+def _bits(codes: Tensor, kind: int) -> float:
+    """Bits a value that pairs of codes (windows, tokens, D) need: none where all are the same, else at least half; 16 where a code fits no byte."""
+    pairs = codes.unflatten(1, (-1, 2)).transpose(1, 2) if kind else codes.unflatten(2, (-1, 2)).permute(0, 3, 1, 2)
+    a, b = pairs[:, 0], pairs[:, 1]  # V: (windows, token pairs, D); K: (windows, tokens, D/2)
+    total = 0.0
+    for of_class in range(CLASSES):
+        width = a.shape[-1] // CLASSES
+        part = slice(of_class * width, (of_class + 1) * width)
+        symbol = (a[..., part].long() * 65536 + b[..., part].long()).flatten()
+        share = symbol.unique(return_counts=True)[1].double() / symbol.numel()
+        if len(share) > 1:
+            total += max(1.0, float(-(share * share.log2()).sum())) / 2
+    raw = codes.unflatten(1, (-1, PAGE_TOKENS)).abs().amax((2, 3)) > 127
+    share_raw = float(raw.double().mean())
+    return (1 - share_raw) * total / CLASSES + share_raw * 16

@@ -1,0 +1,159 @@
+"""What a calibration needs to know of a model's K, V and queries, gathered as text passes through the model.
+
+Sums are kept, not tokens: memory does not grow with the text. K is taken as it enters the cache, so rotary positions, scaled, partial or none,
+are in it; only frequencies that change with the length of the sequence are not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import sdpa_mask
+
+from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.evaluate.fidelity import attend_plainly
+from kvcomp.integrations.transformers.attention import kvcomp_attention
+from kvcomp.integrations.transformers.models import setting
+
+NAME = "kvcomp_observe"
+OUTPUT_PROJECTIONS = "o_proj", "out_proj", "dense", "c_proj", "wo"
+CHANGING_ROPE = "dynamic", "longrope"
+
+
+@dataclass
+class LayerSums:
+    """Sums over tokens for each KV head, float64: of k and v (heads, D), of k k^T, v v^T and, over the queries of the head's group, q q^T
+    (heads, D, D). tokens: how many. output: W_o^T W_o of the head's part of the output projection, over its group (heads, D, D)."""
+
+    tokens: int
+    k: Tensor
+    kk: Tensor
+    v: Tensor
+    vv: Tensor
+    qq: Tensor
+    output: Tensor
+
+    def moments(self, key: bool, centred: bool = True) -> tuple[Tensor, Tensor]:
+        """Mean (heads, D) and covariance (heads, D, D) of K or V; around 0 unless ``centred``."""
+        first, second = (self.k, self.kk) if key else (self.v, self.vv)
+        mean = first / self.tokens if centred else torch.zeros_like(first)
+        return mean, second / self.tokens - mean[:, :, None] * mean[:, None, :]
+
+
+class Statistics:
+    """Sums of every full-attention layer. prompts: how many texts have been added."""
+
+    def __init__(self) -> None:
+        self.prompts = 0
+        self.layers: dict[int, LayerSums] = {}
+
+    def save(self, path: Path) -> None:
+        """Write everything, so that ``load`` can go on."""
+        tensors = {
+            f"{index}.{name}": torch.tensor(value) if isinstance(value, int) else value.contiguous()
+            for index, sums in self.layers.items()
+            for name, value in vars(sums).items()
+        }
+        save_file({**tensors, "prompts": torch.tensor(self.prompts)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What ``save`` wrote."""
+        tensors = load_file(path)
+        found = cls()
+        found.prompts = int(tensors.pop("prompts"))
+        for index in sorted({int(name.partition(".")[0]) for name in tensors}):
+            parts: dict[str, Any] = {name: tensors[f"{index}.{name}"] for name in LayerSums.__dataclass_fields__}
+            found.layers[index] = LayerSums(**{**parts, "tokens": int(parts["tokens"])})
+        return found
+
+
+def check_rope(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModel if the model's rotary frequencies change with the length of the sequence."""
+    rope = setting(config, "rope_parameters") or {}
+    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        kind = part.get("rope_type")
+        if kind in CHANGING_ROPE:
+            raise UnsupportedModel(
+                f"{config.model_type} with rotary positions of the type {kind!r} cannot be calibrated: their frequencies change with "
+                "the length of the sequence, and with them the keys; use the preset kvcomp"
+            )
+
+
+def compressed_layers(config: PreTrainedConfig) -> list[int]:
+    """The full-attention layers, which are those that are compressed."""
+    layers: list[Any] = DynamicCache(config=config).layers
+    return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+
+@torch.inference_mode()
+def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics) -> None:
+    """Pass a text, int64 (1, tokens), through a model and add its K, V and queries. skip: first tokens, sinks, that do not count.
+
+    Raises UnsupportedModel if the model's attention cannot be observed, InvalidInput if it gives what is not finite.
+    """
+    wanted = set(compressed_layers(model.config.get_text_config(decoder=True)))
+    seen: set[int] = set()
+
+    def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        index = getattr(module, "layer_idx", None)
+        if index in wanted:
+            seen.add(index)
+            _add(statistics, index, module, query[0, :, skip:], key[0, :, skip:], value[0, :, skip:])
+        return kvcomp_attention(module, query, key, value, *args, **kwargs)
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    try:
+        model(ids, use_cache=False, logits_to_keep=1)
+    finally:
+        attend_plainly(model)
+    if seen != wanted:
+        raise UnsupportedModel(
+            f"{model.config.model_type} cannot be calibrated: its attention does not go through transformers' AttentionInterface"
+        )
+    statistics.prompts += 1
+
+
+def _add(
+    statistics: Statistics, index: int, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor
+) -> None:
+    """query: (heads, tokens, D). key, value: (KV heads, tokens, D)."""
+    k, v = key.double(), value.double()
+    q = query.double().reshape(k.shape[0], -1, k.shape[2])  # the queries of a group follow one another
+    if not (k.isfinite().all() and v.isfinite().all() and q.isfinite().all()):
+        raise InvalidInput(
+            f"layer {index} gives keys, values or queries that are not finite: this model cannot be used"
+        )
+    new = LayerSums(k.shape[1], k.sum(1), k.mT @ k, v.sum(1), v.mT @ v, q.mT @ q, torch.empty(0))
+    sums = statistics.layers.get(index)
+    if sums is None:
+        new.output = _output_metric(module, query.shape[0], k.shape[0], k.shape[2])
+        statistics.layers[index] = new
+        return
+    sums.tokens += new.tokens
+    for name in ("k", "kk", "v", "vv", "qq"):
+        setattr(sums, name, getattr(sums, name) + getattr(new, name))
+
+
+def _output_metric(module: torch.nn.Module, heads: int, kv_heads: int, channels: int) -> Tensor:
+    """W_o^T W_o for each KV head. Of an unknown projection every direction is taken to count alike."""
+    projection = next(
+        (found for name in OUTPUT_PROJECTIONS if (found := getattr(module, name, None)) is not None), None
+    )
+    if projection is None:
+        return torch.eye(channels, dtype=torch.float64).repeat(kv_heads, 1, 1)
+    parameter = next(projection.parameters(), torch.empty(0))
+    unit = torch.eye(heads * channels, dtype=parameter.dtype, device=parameter.device)
+    images = projection(unit).double() - projection(torch.zeros_like(unit[:1])).double()  # whatever kind of layer it is
+    parts = images.view(kv_heads, -1, channels, images.shape[1])
+    metric: Tensor = (parts @ parts.mT).sum(1)
+    return metric

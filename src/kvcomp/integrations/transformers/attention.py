@@ -1,0 +1,172 @@
+"""The attention function "kvcomp", which reads compressed layers where they lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.integrations.transformers.layer import Handle, MaskPlan, Source, uncompiled
+from kvcomp.store import KVStore
+from kvcomp.store.attention import FUSED_QUERIES, attend, attend_tiled
+from kvcomp.store.gpu.store import GPUStore
+
+NAME = "kvcomp"
+SCORES = 1 << 24  # scores held at a time by attention with a soft cap
+
+
+@uncompiled
+def kvcomp_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, over a KVCompCache or over plain tensors.
+
+    query: (batch, heads, new tokens, head_dim). key, value: what ``update`` returned, or (batch, KV heads, tokens, head_dim).
+    attention_mask: None for causal, or (batch, 1 or heads, new tokens, tokens), boolean or additive.
+    Returns (batch, new tokens, heads, head_dim) in the query's dtype, and no weights.
+    Raises UnsupportedModel or InvalidInput for what it cannot do; a KVCompCache layer is then as it was before its update.
+    """
+    source = key.source if isinstance(key, Handle) else None
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    try:
+        if s_aux is not None or position_bias is not None:
+            what = "attention sink parameters" if s_aux is not None else "a position bias"
+            raise UnsupportedModel(f'the attention "{NAME}" does not know {what}: use another attn_implementation')
+        if output_attentions:
+            raise InvalidInput(
+                f'the attention "{NAME}" computes no weights: use attn_implementation="eager" for output_attentions'
+            )
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if source is None:
+            out = _dense(module, query, key, value, attention_mask, scaling, softcap, causal, dropout, **kwargs)
+            return out, None
+        source.check()
+        if dropout or (module.training and query.requires_grad and torch.is_grad_enabled()):
+            raise InvalidInput("a KVCompCache is for inference, and this model is training: call model.eval()")
+        config = getattr(module, "config", None)
+        session = source.layer.session
+        if session.config() is not config and config is not None:
+            session.check_model(config)
+        out = _over_store(module, query, source, attention_mask, scaling, softcap, causal)
+    except Exception as error:
+        if source is not None and source.tokens == source.layer.store.tokens:
+            refused = isinstance(error, InvalidInput | UnsupportedModel)
+            if source.layer.unsealed or not refused:
+                source.layer.session.failed = True
+            if source.layer.unsealed and refused:
+                source.layer.undo(query.shape[2])
+        raise
+    return out, None
+
+
+def _over_store(
+    module: torch.nn.Module,
+    query: Tensor,
+    source: Source,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    causal: bool,
+) -> Tensor:
+    """Attention over a compressed layer, which may compress the new tokens afterwards."""
+    layer, store = source.layer, source.layer.store
+    batch, heads, queries, _ = query.shape
+    tokens = store.tokens
+    if mask is None and queries > 1 and not causal:
+        mask = torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=query.device)
+    if layer.session.recording and mask is not None:
+        raise UnsupportedModel("a step with an attention mask cannot be recorded: use the model's forward pass")
+    plain = mask is None or _is_plain(store, layer.session.plan_for(mask, batch, queries, tokens), queries)
+    fresh, source.fresh = source.fresh, None
+    if fresh is None and plain and queries * heads // store.heads <= FUSED_QUERIES:
+        out = attend(store, query, scaling, softcap or 0.0).transpose(1, 2).contiguous()
+    elif fresh is not None or not store.compressed:
+        if mask is None and 1 < queries < tokens:
+            mask = torch.ones((queries, tokens), dtype=torch.bool, device=query.device).tril(tokens - queries)[
+                None, None
+            ]
+        out = _dense(module, query, *(fresh or store.dense()), mask, scaling, softcap, causal)
+    else:
+        out = attend_tiled(store, query, scaling, softcap or 0.0, None if plain else mask).transpose(1, 2).contiguous()
+    del fresh  # not needed while the layer is compressed
+    layer.seal()
+    return out
+
+
+def _is_plain(store: KVStore | GPUStore, plan: MaskPlan, queries: int) -> bool:
+    """Whether causal attention over the store is what the mask asks for. Tells the store where its rows begin.
+
+    A row can only begin later as long as it holds nothing but padding. What came in as padding stays invisible.
+    """
+    empty = store.starts >= store.tokens - queries
+    if empty.any():
+        store.set_starts(np.where(empty, plan.starts, store.starts).tolist())
+    return plan.causal and bool((plan.starts <= store.starts).all())
+
+
+def _dense(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    causal: bool,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention over plain tensors, (batch, new tokens, heads, head_dim): sdpa, or by hand with a soft cap.
+
+    Without a mask causal queries are the first tokens, as for sdpa: a static cache is longer than what it holds.
+    """
+    queries = query.shape[2]
+    if softcap:
+        if mask is None and causal and queries > 1:
+            mask = torch.ones((queries, key.shape[2]), dtype=torch.bool, device=query.device).tril()[None, None]
+        return _softcapped(query, key, value, mask, scaling, softcap, dropout)
+    out: Tensor = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
+    )[0]
+    return out
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float, dropout: float
+) -> Tensor:
+    """softmax(softcap tanh(scaling q.K / softcap)) V, some queries at a time."""
+    batch, heads, queries, channels = query.shape
+    kv_heads, tokens = key.shape[1], key.shape[2]
+    step = max(1, SCORES // (batch * heads * tokens))
+    parts = []
+    for first in range(0, queries, step):
+        part = query[:, :, first : first + step]
+        new = part.shape[2]
+        grouped = part.reshape(batch, kv_heads, -1, channels)
+        score = (grouped @ key.mT).view(batch, heads, new, tokens) * scaling
+        score = softcap * torch.tanh(score / softcap)
+        if mask is not None:
+            seen = mask.expand(-1, -1, queries, -1)[:, :, first : first + step]
+            hidden = torch.finfo(score.dtype).min
+            score = score.masked_fill(~seen, hidden) if mask.dtype == torch.bool else score + seen
+        weight = score.softmax(-1, dtype=torch.float32).to(query.dtype)
+        weight = torch.nn.functional.dropout(weight, dropout)
+        out = weight.view(batch, kv_heads, -1, tokens) @ value
+        parts.append(out.view(batch, heads, new, -1).transpose(1, 2))
+    return torch.cat(parts, dim=1).contiguous()

@@ -1,0 +1,299 @@
+"""Hugging Face transformers: a compressed ``Cache`` and attention on its compressed bytes.
+
+    from kvcomp.integrations.transformers import KVCompCache    # registers the attention function "kvcomp"
+
+    cache = KVCompCache(model.config)
+    model.set_attn_implementation("kvcomp")
+    model.generate(**inputs, past_key_values=cache)
+    print(cache.memory())
+
+A prompt is attended exactly and then compressed; decoding reads the compressed pages where they lie. Under another attention
+implementation (sdpa, eager) results are as right, but each layer's cache is decompressed whole for its turn, tokens are compressed
+one forward pass late, and left padding is stored as tokens are.
+
+Works with transformers 5.14 to 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.masking_utils import sdpa_mask
+
+from kvcomp import files
+from kvcomp.calibration import Calibration, resolve
+from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
+from kvcomp.integrations.transformers import files as transformers_files
+from kvcomp.integrations.transformers.attention import NAME, kvcomp_attention
+from kvcomp.integrations.transformers.files import weights_id
+from kvcomp.integrations.transformers.layer import CompressedLayer, Session, uncompiled
+from kvcomp.integrations.transformers.models import check_layer, check_origin, text_config
+from kvcomp.kernels import load_backend
+from kvcomp.spec import CodecSpec
+from kvcomp.store import KVStore, Memory
+from kvcomp.store import join as joining
+from kvcomp.store.gpu import join as gpu_joining
+from kvcomp.store.gpu.store import GPUStore
+
+
+class KVCompCache(Cache):
+    """A transformers cache that keeps the K and V of full-attention layers compressed.
+
+    config: the configuration of the model (``model.config``); of a multi-modal model the text part is taken. Sliding-window,
+        chunked and linear-attention layers, which are small, get the cache layers that transformers gives them.
+    spec: a CodecSpec, a preset's name or the path of a spec.json.
+    calibration: of the model, for the preset ``kvcomp-klt`` with its quality level, as in ``kvcomp-klt:balanced``: the path of a .kvcal file, which
+        ``kvcomp calibrate`` makes, or what ``Calibration.read`` read from it.
+    backend: ``cpu``, ``gpu`` for a model on NVIDIA GPUs, each layer's cache where the layer is, or ``reference`` to check against it.
+
+    Raises UnsupportedModel if the model's cache cannot be held, and InvalidInput or BackendUnavailable for the other arguments.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        spec: str | Path | CodecSpec = "kvcomp",
+        *,
+        calibration: Calibration | str | Path | None = None,
+        backend: str = "cpu",
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise InvalidInput(f"config must be a model's configuration (model.config), not {type(config).__name__}")
+        config = text_config(config)
+        self.spec, self.calibration = resolve(spec, calibration)
+        if backend != "gpu":  # which is found where the first tokens are
+            load_backend(backend)
+        self.session = Session(config)
+        if self.calibration is not None:
+            self.calibration.check_model(self.session.fingerprint)
+        layers: list[Any] = DynamicCache(config=config).layers
+        for index, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                check_layer(config, index)
+                calibrated = self.calibration.layer(index, self.spec) if self.calibration else None
+                layers[index] = CompressedLayer(self.spec.layer(index, len(layers)), backend, self.session, calibrated)
+        self.first = next((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)
+        super().__init__(layers=layers)
+
+    def save(
+        self,
+        path: str | Path,
+        model_id: str | nn.Module | None = None,
+        rows: Sequence[int] | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        """Write a .kvc file from which ``load`` goes on as if nothing had happened; it takes the place of what was there.
+
+        model_id: the model itself, whose weights are hashed, or a name for them, such as a commit; ``load`` must then be given the same.
+        The configuration is always compared; with None nothing else is, so that a model with other weights of the same shape passes.
+        rows: which of the batch to write, all if None. layers: which ones, all if None; ``kvcomp.load`` reads single layers.
+        Raises InvalidInput for an empty cache, UnsupportedModel if a layer is neither full attention nor a sliding window, and OSError.
+        """
+        stores = transformers_files.stores_of(self.layers, self.spec)
+        chosen = sorted(stores) if layers is None else list(layers)
+        if not chosen or not set(chosen) <= set(stores):
+            raise InvalidInput(f"layers must be some of the {len(stores)} that the cache has, not {chosen}")
+        model = {"id": weights_id(model_id), "configuration": self.session.fingerprint}
+        files.save(path, {index: stores[index] for index in chosen}, self.spec, len(stores), model, rows)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | Sequence[str | Path],
+        config: PreTrainedConfig,
+        model_id: str | nn.Module | None = None,
+        tokens: int | None = None,
+        rows: Sequence[int] | None = None,
+        *,
+        calibration: Calibration | str | Path | None = None,
+        backend: str = "cpu",
+    ) -> Self:
+        """The cache that ``save`` wrote, without decoding anything; nobody may write into the file as long as the cache lives.
+
+        path: a file, or several whose rows become one batch, padded on the left. model_id: as it was given to ``save``.
+        tokens: how many of the first to keep, all if None; past a sliding window there is no prefix to cut.
+        rows: which of each file, all if None. calibration: the one that the cache was compressed with, if with any. Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError, and InvalidInput or
+        UnsupportedModel for a file of another model or without what is asked for.
+        """
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        if not paths:
+            raise InvalidInput("there is no file to load: give at least one path")
+        containers = [files.open_container(one) for one in paths]
+        cache = cls(config, containers[0].header.spec, calibration=calibration, backend=backend)
+        transformers_files.check_layers(cache.layers)
+        identity = weights_id(model_id)
+        for container in containers:
+            header = container.header
+            check_origin(header.model, cache.session.fingerprint, identity)
+            if header.spec != cache.spec or [layer.layer for layer in header.layers] != list(range(len(cache.layers))):
+                raise InvalidInput(
+                    f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
+                )
+            cache._check_limit(max(1, header.tokens if tokens is None else tokens), 0)
+        host = "reference" if backend == "gpu" else backend  # to a GPU when it is known which
+        read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
+        for index, layer in enumerate(cache.layers):
+            store = joining.join([stores[index] for stores in read]) if len(read) > 1 else read[0][index]
+            transformers_files.give(layer, store)
+        return cache
+
+    @property
+    def compressed_layers(self) -> list[CompressedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    def memory(self) -> Memory:
+        """Bytes by part, over all layers. Those of layers that are not compressed count as ``other``, and as much as ``dense``."""
+        parts = [layer.store.memory() if isinstance(layer, CompressedLayer) else _stock(layer) for layer in self.layers]
+        return reduce(add, parts, Memory())
+
+    @uncompiled
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the K and V of a layer, both (batch, KV heads, new tokens, head_dim); returns all of both.
+
+        Raises InvalidInput if they are not of the model that the cache was made for, LimitExceeded for more tokens than the model's
+        positions allow; the cache is then as it was.
+        """
+        if layer_idx == self.first:
+            self._level()
+            self.session.plan = None
+            self.session.before = self.get_seq_length(layer_idx)
+            self._check_limit(key_states.shape[-2], self.session.before)
+        elif layer_idx >= len(self.layers):
+            self.crop(-key_states.shape[-2])
+            raise InvalidInput(f"this cache was made for a model of {len(self.layers)} layers, and this one has more")
+        layer: Any = self.layers[layer_idx]
+        first: Any = self.layers[self.first]
+        try:
+            both: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        except Exception:  # the layers before have the tokens already
+            self.session.failed |= layer.get_seq_length() < first.get_seq_length()
+            raise
+        return both
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held, padding included."""
+        self._level()
+        return super().get_seq_length(layer_idx)
+
+    def _level(self) -> None:
+        """After a forward pass that failed, take its tokens from the layers that have them. Raises InvalidInput if one cannot."""
+        if not self.session.failed:
+            return
+        before = self.session.before
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                if layer.store.tokens > before:
+                    layer.undo(layer.store.tokens - before)
+            elif isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > before:
+                raise InvalidInput(
+                    "the last forward pass failed in its middle, and a sliding window cannot go back: make a new cache"
+                )
+        self.session.failed = False
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the mask for this many new tokens. Raises LimitExceeded if the model's positions do not allow them."""
+        self._level()
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        self._check_limit(query_length, length + offset - query_length)
+        return length, offset
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as it was in older transformers."""
+        layers: list[Any] = list(self.layers)
+        layers.sort(key=lambda layer: isinstance(layer, CompressedLayer))  # those that may refuse go first
+        for layer in layers:
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Make the rows those of these indices, which may repeat; compressed pages are shared."""
+        if beam_idx.tolist() != list(range(self._batch())):
+            super().reorder_cache(beam_idx)
+
+    def join(self, other: KVCompCache) -> None:
+        """Add the rows of another cache of the same model and spec, behind those that there are; nothing is compressed anew.
+
+        All rows end at the same position: the shorter ones get padding on the left, and padding that every row has goes. The next forward
+        pass needs ``attention_mask``, and positions that follow from it. Rows leave with ``batch_select_indices``. The other cache stays as it is.
+        Raises InvalidInput for a cache of another model, spec or backend or without tokens, UnsupportedModel if a layer's cache is not
+        kvcomp's, and LimitExceeded if memory ends; the cache is then as it was.
+        """
+        self.session.check_fingerprint(other.session)
+        for cache in (self, other):
+            cache._level()
+        layers = self.compressed_layers
+        if len(layers) != len(self.layers):
+            raise UnsupportedModel("rows join only where every layer's cache is compressed: not with sliding windows")
+        pairs = list(zip(layers, other.compressed_layers, strict=True))
+        for layer in (layer for pair in pairs for layer in pair if layer.unsealed):
+            layer.seal()
+        for layer, beside in (*pairs, *((theirs, mine) for mine, theirs in pairs)):
+            if isinstance(beside.store, GPUStore) and beside.store.batch:
+                layer.upload(beside.store.device)
+        stores = [(mine.store, theirs.store) for mine, theirs in pairs]
+        tokens = max((store.tokens - int(store.starts.min()) for store in stores[0] if store.batch), default=0)
+        joined: list[KVStore | GPUStore] = []
+        for mine, theirs in stores:
+            if isinstance(mine, GPUStore) and isinstance(theirs, GPUStore):
+                joined.append(gpu_joining.join([mine, theirs], tokens))
+            elif isinstance(mine, KVStore) and isinstance(theirs, KVStore):
+                joined.append(joining.join([mine, theirs], tokens))
+            else:
+                raise InvalidInput("a cache on a GPU and one in main memory cannot be joined: use one backend")
+        for layer, store in zip(layers, joined, strict=True):
+            layer.store = store
+
+    def attention_mask(self, new: int = 1) -> Tensor:
+        """The mask that a forward pass with so many new tokens needs: int64 (batch, tokens held + new), 0 where a row has padding."""
+        store = self.compressed_layers[0].store
+        start = torch.from_numpy(store.starts).to(store.device)
+        position = torch.arange(store.tokens + new, device=store.device)
+        return (position >= start[:, None]).to(torch.int64)
+
+    def __repr__(self) -> str:
+        compressed = self.compressed_layers
+        tokens = compressed[0].store.tokens if compressed else 0
+        stock = len(self.layers) - len(compressed)
+        return (
+            f"KVCompCache({len(compressed)} compressed layers{f', {stock} others' if stock else ''}, "
+            f"{tokens} tokens, batch of {self._batch()})"
+        )
+
+    def _batch(self) -> int:
+        return next((layer.store.batch for layer in self.compressed_layers), 0)
+
+    def _check_limit(self, new: int, seen: int) -> None:
+        if new < 1:
+            raise InvalidInput("there are no new tokens: give at least one")
+        limit = self.session.limit
+        if limit is not None and seen + new > limit:
+            raise LimitExceeded(
+                f"the model's positions end at {limit} tokens: the cache holds {seen}, so {new} more do not fit"
+            )
+
+
+def _stock(layer: Any) -> Memory:
+    """The memory of one of transformers' own cache layers."""
+    found: list[Tensor] = []
+    for value in vars(layer).values():
+        inside = value.values() if isinstance(value, dict) else [value]
+        found += [x for x in inside if isinstance(x, Tensor) and x.is_floating_point()]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
+    return Memory(
+        other=sum(storages.values()),
+        values=sum(x.numel() for x in found),
+        dense=sum(x.numel() * x.itemsize for x in found),
+    )
+
+
+AttentionInterface.register(NAME, kvcomp_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,513 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
+"""Fused decode attention on compressed pages (KVComp, arXiv 2509.00579, "Fetch").
+
+One task is one KV head of one part of a sequence: sixteen pages, or the raw sinks and tail. A block is decoded into a few
+kilobytes of scratch, used at once and forgotten. Scales are folded into q (K) and into the weights (V), zeros into one
+number for each query, so the products run on bare codes. The parts do not depend on the number of threads, so neither does
+the result.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kvcomp.codec.quantise import HEAD_ZERO
+from kvcomp.kernels.cpu.bits import (
+    FAST,
+    FLOAT32,
+    address_of,
+    compiled,
+    floats_at,
+    integers_at,
+    load_f32,
+    prefetch,
+    row_address,
+    take_next,
+)
+from kvcomp.kernels.cpu.decode import (
+    CLASSES,
+    EMPTY,
+    FIRST,
+    FIXED,
+    FORM,
+    MOST_CLASSES,
+    NARROW,
+    RAW,
+    STREAMS,
+    WIDE,
+    K,
+    V,
+    class_of,
+    of_class,
+    pair_offsets,
+)
+from kvcomp.kernels.cpu.page import (
+    CHANNEL,
+    HEAD,
+    MAX_CHANNELS,
+    NO_BOOK,
+    TOKEN,
+    TOKENS,
+    block_at,
+    book_at,
+    code_masks,
+    decode_block,
+    fixed_width,
+    load_scales,
+    prefetch_block,
+    prefetch_token_scales,
+    table_places,
+    token_scales_at,
+)
+from kvcomp.kernels.cpu.products import accumulate, add_multiple, add_raw_values, fold, rescale, score_raw_keys
+from kvcomp.kernels.cpu.softmax import LOG2_E, LOWEST, soften, weigh
+
+PART_PAGES = 16
+PART_TAIL = 512  # tail tokens of a part
+FACTORS = MAX_CHANNELS // 2  # room for the factors of a query's pairs
+SLOTS, KEY_SLOTS = 5, 3
+
+f32, i64 = np.float32, np.int64
+
+
+class Scratch(NamedTuple):
+    """What a task runner works in, by address; float32 where nothing is said. Addresses, as passing arrays on counts references.
+
+    A *slot* is one of a row's four books, or ``NO_BOOK``; for K there are three: 0 the default, 1 the own book, 2 fixed width.
+    """
+
+    queries: int
+    channels: int
+    padded: int  # channels of a row of q, a multiple of 32
+    q: int  # [queries, padded], scaled
+    q_sum: int  # [queries]
+    key_a: int  # [slots of K, queries, FACTORS]: q for the first code of each pair, where no channel has its own scale
+    key_b: int  # and for the second
+    key_bias: int  # [slots of K, queries]: what the first codes of the classes add to every score
+    key_ready: int  # int64 [slots of K]
+    of_a: int  # [queries, FACTORS]: the factors for a block
+    of_b: int
+    score: int  # [queries, tokens], then weights
+    part: int  # [queries, channels]
+    rest: int  # [queries]: what every channel of the output gets
+    seen: int  # int64 [queries]: tokens of the block that a query sees
+    scale: int  # [units of a block]
+    zero: int
+    ones: int
+    unit: int  # [slots, channels]: what brings masked codes of K back, see ``code_masks``
+    narrow_unit: int  # [channels]: the same for a class, by the parity of channel or token
+    wide_unit: int
+    first: int  # [slots, channels]: the first code of the class of each channel, plus a zero that is always the same
+    form: int  # int64 [slots]: whether the two are there, and (2) whether any ``first`` is not 0
+    values: int  # [tokens, channels]: raw values
+    pairs: int  # uint16 [tokens * channels / 2]: decoded codes
+    low: int  # uint16 [tokens * channels / 2]: their low bits, where these are apart
+    streams: int  # int64 [streams]
+    offsets: int  # int64 [K or V, pairs of a stream]
+    begin: int  # int64 [books, classes]: where the tables lie
+    built: int  # int64 [books]
+    tables: int
+    end: int
+
+
+@compiled
+def lay_out(base, queries, channels, table_bytes):
+    """Scratch from an address on."""
+    padded = (channels + 31) & ~31
+    line = 64
+    q = (base + line - 1) & ~i64(line - 1)
+    q_sum = q + 4 * queries * padded
+    key_a = q_sum + 4 * ((queries + 15) & ~15)
+    key_b = key_a + 4 * KEY_SLOTS * queries * FACTORS
+    key_bias = key_b + 4 * KEY_SLOTS * queries * FACTORS
+    key_ready = key_bias + 4 * KEY_SLOTS * ((queries + 15) & ~15)
+    of_a = key_ready + line
+    of_b = of_a + 4 * queries * FACTORS
+    score = of_b + 4 * queries * FACTORS
+    part = score + 4 * queries * TOKENS
+    rest = part + 4 * queries * padded
+    seen = rest + 4 * ((queries + 15) & ~15)
+    scale = seen + 8 * ((queries + 7) & ~7)
+    zero = scale + 4 * MAX_CHANNELS
+    ones = zero + 4 * MAX_CHANNELS
+    unit = ones + 4 * MAX_CHANNELS
+    narrow_unit = unit + 4 * SLOTS * MAX_CHANNELS
+    wide_unit = narrow_unit + 4 * MAX_CHANNELS
+    first = wide_unit + 4 * MAX_CHANNELS
+    form = first + 4 * SLOTS * MAX_CHANNELS
+    values = form + line
+    pairs = values + 4 * TOKENS * channels
+    low = pairs + TOKENS * channels
+    streams = low + TOKENS * channels
+    offsets = streams + 8 * STREAMS
+    begin = offsets + 8 * channels
+    built = begin + 2 * line
+    tables = built + line
+    end = tables + table_bytes
+    return Scratch(
+        queries, channels, padded, q, q_sum, key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen,
+        scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, low, streams, offsets, begin, built, tables, end,
+    )  # fmt: skip
+
+
+@compiled
+def prepare(s):
+    """Fill what does not change."""
+    floats_at(s.q, (s.queries, s.padded))[:] = f32(0)
+    floats_at(s.ones, MAX_CHANNELS)[:] = f32(1)
+    for form, place in ((NARROW, s.narrow_unit), (WIDE, s.wide_unit)):
+        units = floats_at(place, MAX_CHANNELS)
+        _, _, units[::2], units[1::2] = code_masks(form)
+    floats_at(s.scale, MAX_CHANNELS)[:] = f32(1)
+    floats_at(s.zero, MAX_CHANNELS)[:] = f32(0)
+    offsets = integers_at(s.offsets, (2, s.channels // 2))
+    pair_offsets(K, s.channels, offsets[K])
+    pair_offsets(V, s.channels, offsets[V])
+
+
+@compiled
+def take_books(books, s):
+    """Make room for the tables of a row's books, which lie at an address; they are built when first needed."""
+    begin = integers_at(s.begin, (4, MOST_CLASSES))
+    table_places(books, begin)
+    for slot in range(4):
+        for index in range(MOST_CLASSES):
+            begin[slot, index] += s.tables
+    integers_at(s.built, 4)[:] = 0
+    integers_at(s.form, SLOTS)[:] = 0
+
+
+@compiled
+def set_form(kind, value_unit, slot, books, s):
+    """Fill ``unit`` and ``first`` of a slot; of the unit ``head``, whose zero is always the same, ``first`` takes in the zero."""
+    form = integers_at(s.form, SLOTS)
+    if form[slot]:
+        return
+    form[slot] = 1
+    unit, first = floats_at(s.unit, (SLOTS, MAX_CHANNELS))[slot], floats_at(s.first, (SLOTS, MAX_CHANNELS))[slot]
+    narrow_unit, wide_unit = floats_at(s.narrow_unit, MAX_CHANNELS), floats_at(s.wide_unit, MAX_CHANNELS)
+    for c in range(MAX_CHANNELS):
+        form_of_class, lowest = i64(WIDE), i64(0)
+        if slot != NO_BOOK:
+            book = book_at(books, slot)
+            index = class_of(kind, s.channels, book[CLASSES], min(c, s.channels - 1))
+            form_of_class, lowest = of_class(book, index, FORM), of_class(book, index, FIRST)
+            if value_unit == HEAD:
+                lowest += HEAD_ZERO
+        unit[c] = wide_unit[c] if form_of_class == WIDE else narrow_unit[c]
+        first[c] = f32(lowest)
+        if lowest:
+            form[slot] = 2
+
+
+@compiled
+def add_first(slot, s):
+    """Add the first codes to the zeros of the channels."""
+    if integers_at(s.form, SLOTS)[slot] == 2:
+        add_multiple(s.zero, s.first + 4 * MAX_CHANNELS * slot, f32(1), s.channels)
+
+
+@compiled
+def score_coded_keys(unit, slot, books, s):
+    """score[g, t] = sum over channels of q * (code + zero) * scale, from pairs [channel pair][token]."""
+    score = floats_at(s.score, (s.queries, TOKENS))
+    pitch = i64(4 * FACTORS)
+    units = s.unit + 4 * MAX_CHANNELS * slot
+    if unit == CHANNEL:
+        add_first(slot, s)
+        key_a, key_b = s.of_a, s.of_b
+        for g in range(s.queries):
+            q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
+            score[g] = fold(q, s.scale, s.zero, units, s.channels, of_a, of_b)
+    else:
+        place = min(slot, i64(2))
+        key_a, key_b = s.key_a + place * s.queries * pitch, s.key_b + place * s.queries * pitch
+        ready, q_sum = integers_at(s.key_ready, KEY_SLOTS), floats_at(s.q_sum, s.queries)
+        bias = floats_at(s.key_bias, (KEY_SLOTS, s.queries))[place]
+        if not ready[place]:
+            ready[place] = 1
+            for g in range(s.queries):
+                q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
+                q_sum[g] = fold(q, s.ones, s.ones, units, s.channels, of_a, of_b)
+                bias[g] = fold(q, s.ones, s.first + 4 * MAX_CHANNELS * slot, units, s.channels, of_a, of_b)
+        for g in range(s.queries):
+            score[g] = bias[g]
+    step = i64(4 * TOKENS)
+    for index in range(MOST_CLASSES):
+        begin, end, form = run_of_form(index, slot, books, s.channels // 2)
+        if end > begin and form != EMPTY:
+            mask_a, mask_b, _, _ = code_masks(form)
+            pairs, key = s.pairs + 2 * TOKENS * begin, 4 * begin
+            accumulate(
+                pairs,
+                2 * TOKENS,
+                TOKENS,
+                end - begin,
+                mask_a,
+                mask_b,
+                key_a + key,
+                key_b + key,
+                pitch,
+                s.queries,
+                s.score,
+                step,
+            )
+    if unit != CHANNEL:
+        sums = floats_at(s.q_sum, s.queries)
+        for g in range(s.queries):
+            rescale(s.score + g * step, s.scale, s.zero, sums[g], TOKENS)
+
+
+@compiled
+def run_of_form(index, slot, books, count):
+    """Of ``count`` channels, or channel pairs, those from a class on whose classes have pairs of the same form: (begin, end, form).
+
+    None for a class that the run from an earlier one takes in.
+    """
+    if slot == NO_BOOK:
+        return i64(0), count if index == 0 else i64(0), i64(WIDE)
+    book = book_at(books, slot)
+    form = of_class(book, index, FORM)
+    if index and of_class(book, index - 1, FORM) == form:
+        return i64(0), i64(0), form
+    end = index + 1
+    while end < MOST_CLASSES and of_class(book, end, FORM) == form:
+        end += 1
+    return count // 4 * index, count // 4 * end, form
+
+
+@compiled(fastmath=FAST)
+def add_coded_values(unit, slot, books, s, out):
+    """out[g, c] += sum over tokens of weight * (code + zero) * scale, from pairs [token pair][channel]; in part through ``rest``."""
+    pitch, rows, step = i64(4 * FACTORS), TOKENS // 2, 4 * s.channels
+    rest, zero, scale = floats_at(s.rest, s.queries), floats_at(s.zero, s.channels), floats_at(s.scale, s.channels)
+    part, sums = floats_at(s.part, (s.queries, s.channels)), floats_at(out, (s.queries, s.channels))
+    first = s.first + 4 * MAX_CHANNELS * slot
+    from_zero = integers_at(s.form, SLOTS)[slot] == 1
+    to, scales, zeros = out, s.scale, s.zero
+    if unit == CHANNEL:
+        add_first(slot, s)
+        to, scales, zeros = s.part, s.ones, s.ones
+    elif unit == HEAD:
+        zeros = s.ones
+    for index in range(MOST_CLASSES):
+        begin, end, form = run_of_form(index, slot, books, s.channels)
+        if end == begin or (begin and form == EMPTY):
+            continue
+        mask_a, mask_b, _, _ = code_masks(form)
+        units = s.narrow_unit if form == NARROW else s.wide_unit
+        for g in range(s.queries):
+            weights, of_a, of_b = s.score + 4 * g * TOKENS, s.of_a + g * pitch, s.of_b + g * pitch
+            total = fold(weights, scales, zeros, units, TOKENS, of_a, of_b)
+            if begin:  # the sum is that of the run before
+                continue
+            if unit == CHANNEL:
+                for c in range(s.channels):
+                    part[g, c] = total * zero[c]
+            elif unit == HEAD:
+                rest[g] += total * zero[0]
+                add_multiple(out + g * step, first, total, s.channels)
+            else:
+                rest[g] += total
+                if not from_zero:
+                    total = fold(weights, scales, s.ones, units, TOKENS, of_a, of_b)
+                    add_multiple(out + g * step, first, total, s.channels)
+        if form == EMPTY:
+            continue
+        pairs = s.pairs + 2 * begin
+        accumulate(
+            pairs,
+            2 * s.channels,
+            end - begin,
+            rows,
+            mask_a,
+            mask_b,
+            s.of_a,
+            s.of_b,
+            pitch,
+            s.queries,
+            to + 4 * begin,
+            step,
+        )
+    if unit == CHANNEL:
+        for g in range(s.queries):
+            for c in range(s.channels):
+                sums[g, c] += part[g, c] * scale[c]
+
+
+@compiled
+def decode_coded(page, block, mode, kind, head, heads, k_unit, v_unit, books, steps, s):
+    """Scales, zeros and pairs of a coded block to scratch; zeros that are not in ``first``. Returns the slot of the book.
+
+    steps: address of float32 [K or V, heads].
+    """
+    unit = k_unit if kind == K else v_unit
+    if unit == TOKEN:
+        load_scales(token_scales_at(page, heads, k_unit, kind), TOKEN, s.channels, s.scale, s.zero)
+    elif unit == HEAD:
+        zero = 0 if mode < FIXED else -(1 << (fixed_width(mode) - 1))
+        floats_at(s.scale, TOKENS)[:] = load_f32(steps + 4 * (kind * heads + head))
+        floats_at(s.zero, TOKENS)[:] = f32(zero)
+    else:
+        block += load_scales(block, unit, s.channels, s.scale, s.zero)
+    offsets = s.offsets + kind * 4 * s.channels
+    slot = decode_block(block, mode, kind, s.channels, books, s.begin, s.built, offsets, s.streams, s.pairs, s.low)
+    set_form(kind, unit, slot, books, s)
+    return slot
+
+
+@compiled
+def soften_and_weigh(tokens, softcap, s, peak, total, out):
+    """Scores to weights."""
+    if softcap:
+        soften(floats_at(s.score, (s.queries, TOKENS)), tokens, f32(softcap))
+    weigh(s.score, s.queries, s.seen, peak, total, s.rest, out, s.channels)
+
+
+@compiled
+def score_raw(keys, step, tokens, dtype, s):
+    q, score = floats_at(s.q, (s.queries, s.padded)), floats_at(s.score, (s.queries, TOKENS))
+    score_raw_keys(q, keys, step, tokens, dtype, floats_at(s.values, (TOKENS, s.channels)), score)
+
+
+@compiled
+def add_raw(values, step, tokens, dtype, s, out):
+    weights, seen = floats_at(s.score, (s.queries, TOKENS)), integers_at(s.seen, s.queries)
+    sums, scratch = floats_at(out, (s.queries, s.channels)), floats_at(s.values, (TOKENS, s.channels))
+    add_raw_values(weights, seen, values, step, tokens, dtype, scratch, sums)
+
+
+@compiled
+def attend_page(
+    page, following, tokens, head, heads, k_unit, v_unit, books, steps, dtype, softcap, s, peak, total, out
+):
+    """One step of the online softmax over the first tokens of a page; ``following`` is the next page, or 0."""
+    row_bytes = s.channels * (4 if dtype == FLOAT32 else 2)
+    integers_at(s.seen, s.queries)[:] = tokens
+
+    prefetch_block(page, heads + head)
+    if following:
+        prefetch(following + 4 * head)
+    block, mode = block_at(page, head)
+    if mode == RAW:
+        score_raw(block, row_bytes, tokens, dtype, s)
+    else:
+        slot = decode_coded(page, block, mode, K, head, heads, k_unit, v_unit, books, steps, s)
+        score_coded_keys(k_unit, slot, books, s)
+
+    soften_and_weigh(tokens, softcap, s, peak, total, out)
+
+    if following:
+        prefetch_block(following, head)
+        prefetch(following + 4 * (heads + head))
+        prefetch_token_scales(following, heads, k_unit, v_unit)
+    block, mode = block_at(page, heads + head)
+    if mode == RAW:
+        add_raw(block, row_bytes, tokens, dtype, s, out)
+    else:
+        slot = decode_coded(page, block, mode, V, head, heads, k_unit, v_unit, books, steps, s)
+        add_coded_values(v_unit, slot, books, s, out)
+
+
+@compiled
+def attend_raw(keys, key_step, values, value_step, begin, end, ends, dtype, softcap, s, peak, total, out):
+    """Online softmax over the raw tokens ``begin`` to ``end``, ``step`` bytes apart; query g sees those before ends[g]."""
+    seen = integers_at(s.seen, s.queries)
+    for token in range(begin, end, TOKENS):
+        tokens = min(TOKENS, end - token)
+        for g in range(s.queries):
+            seen[g] = max(0, min(tokens, ends[g] - token))
+        score_raw(keys + token * key_step, key_step, tokens, dtype, s)
+        soften_and_weigh(tokens, softcap, s, peak, total, out)
+        add_raw(values + token * value_step, value_step, tokens, dtype, s, out)
+
+
+@compiled(entry=True)
+def attend_tasks(
+    counter, first_part, q, pages, valid, count, units, books, steps, dtype,
+    sinks, sink_strides, sink_count, tail, tail_strides, tail_begin, tail_end,
+    scaling, softcap, partial_out, partial_peak, partial_total,
+):  # fmt: skip
+    """Take tasks (row, part, KV head) until none is left.
+
+    first_part: (rows + 1,), number of the first part of each row; a row's parts are its pages by sixteen, then its tail by 512 tokens,
+    the sinks with the first of these. sinks, tail: addresses of K and of V; their strides: bytes between rows, heads, tokens.
+    partial_out (parts, heads, queries, channels), partial_peak, partial_total (parts, heads, queries): unnormalised sums.
+    """
+    rows, heads, queries, channels = q.shape
+    table_bytes, begin = i64(0), np.empty((4, MOST_CLASSES), i64)
+    for row in range(rows):
+        table_bytes = max(table_bytes, table_places(row_address(books, row), begin))
+    memory = np.empty(lay_out(i64(0), queries, channels, table_bytes).end + 64, np.uint8)
+    s = lay_out(address_of(memory), queries, channels, table_bytes)
+    prepare(s)
+    scaled, rest = floats_at(s.q, (queries, s.padded)), floats_at(s.rest, queries)
+    factor = f32(scaling) if softcap else f32(scaling) * LOG2_E
+    k_unit, v_unit, steps_at = units[0], units[1], row_address(steps, 0)
+    row, tables_of = 0, -1
+    while True:
+        task = take_next(address_of(counter))
+        if task >= first_part[rows] * heads:
+            break
+        number, head = task // heads, task % heads
+        while first_part[row + 1] <= number:
+            row += 1
+        books_of_row = row_address(books, row)
+        if tables_of != row:
+            tables_of = row
+            take_books(books_of_row, s)
+        for g in range(queries):
+            for c in range(channels):
+                scaled[g, c] = q[row, head, g, c] * factor
+        integers_at(s.key_ready, KEY_SLOTS)[:] = 0
+        sums = partial_out[number, head]
+        sums[:], rest[:] = f32(0), f32(0)
+        partial_peak[number, head], partial_total[number, head] = LOWEST, f32(0)
+        out = address_of(sums)
+        peak, total = address_of(partial_peak[number, head]), address_of(partial_total[number, head])
+
+        part = number - first_part[row]
+        page_parts = (count[row] + PART_PAGES - 1) // PART_PAGES
+        if part < page_parts:
+            last = min((part + 1) * PART_PAGES, count[row])
+            for index in range(part * PART_PAGES, last):
+                tokens = i64(valid[row, index])
+                following = pages[row, index + 1] if index + 1 < last else i64(0)
+                if tokens > 0:
+                    page = pages[row, index]
+                    attend_page(
+                        page,
+                        following,
+                        tokens,
+                        head,
+                        heads,
+                        k_unit,
+                        v_unit,
+                        books_of_row,
+                        steps_at,
+                        dtype,
+                        softcap,
+                        s,
+                        peak,
+                        total,
+                        out,
+                    )
+        else:
+            for source, strides, is_tail in ((sinks, sink_strides, False), (tail, tail_strides, True)):
+                keys = source[0] + row * strides[0, 0] + head * strides[0, 1]
+                values = source[1] + row * strides[1, 0] + head * strides[1, 1]
+                if is_tail:
+                    first = tail_begin[row] + (part - page_parts) * PART_TAIL
+                    end, ends = min(first + PART_TAIL, tail_end.max()), tail_end
+                else:
+                    first, end = i64(0), sink_count[row] if part == page_parts else i64(0)
+                    ends = np.full(queries, end)
+                attend_raw(
+                    keys, strides[0, 2], values, strides[1, 2], first, end, ends, dtype, softcap, s, peak, total, out
+                )
+        for g in range(queries):
+            for c in range(channels):
+                sums[g, c] += rest[g]
+    return memory.size + steps.size  # mentioned here, so that Numba keeps it until here

@@ -1,0 +1,306 @@
+"""The CPU backend: the functions of ``kvcomp.kernels.reference``, compiled with Numba.
+
+The first call of each function compiles it, once for a machine (the cache is on disk); the logger "kvcomp" says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba.core import event
+
+from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, SCALE_BITS, Quantised, check_scale
+from kvcomp.errors import InvalidInput
+from kvcomp.kernels import NO_STEPS, Array, Books, Steps
+from kvcomp.kernels.cpu.attention import PART_PAGES, PART_TAIL, attend_tasks
+from kvcomp.kernels.cpu.bits import BFLOAT16, FLOAT16, FLOAT32
+from kvcomp.kernels.cpu.decode import COLUMNS
+from kvcomp.kernels.cpu.decompress import decompress_pages
+from kvcomp.kernels.cpu.encode import count_blocks, encode_blocks
+from kvcomp.kernels.cpu.quantise import quantise_blocks, quantise_heads
+from kvcomp.kernels.cpu.softmax import merge
+from kvcomp.kernels.cpu.tables import describe_books
+from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
+
+__all__ = ["attend", "count_pairs", "decompress", "encode_pages", "quantise"]
+
+DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "uint16": BFLOAT16}
+UNITS: dict[Unit, int] = {"block": 0, "channel": 1, "vector": 2, "token": 3, "head": 4}
+THREAD_VALUES = 300_000  # values in pages that make a thread worth waking: about 80 microseconds of work
+
+
+_pool: ThreadPoolExecutor | None = None
+_pool_threads = 0
+
+
+class _CompileNotice(event.Listener):
+    """Says once that kernels are being compiled; Numba fires the event only if its disk cache has nothing."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def on_start(self, event: Any) -> None:
+        dispatcher = event.data.get("dispatcher")
+        if not self.said and getattr(dispatcher, "__module__", "").startswith("kvcomp.kernels.cpu"):
+            self.said = True
+            logging.getLogger("kvcomp").warning(
+                "compiling the CPU kernels, once on this machine (about half a minute) ..."
+            )
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _CompileNotice())  # type: ignore[no-untyped-call]
+
+
+def attend(
+    q: npt.NDArray[np.float32],
+    pages: npt.NDArray[np.int64],
+    valid: npt.NDArray[np.int32],
+    count: npt.NDArray[np.int64],
+    units: tuple[Unit, Unit],
+    books: Sequence[tuple[Books, Books]],
+    sinks_k: Array,
+    sinks_v: Array,
+    sink_count: npt.NDArray[np.int64],
+    tail_k: Array,
+    tail_v: Array,
+    tail_begin: npt.NDArray[np.int64],
+    tail_end: npt.NDArray[np.int64],
+    scaling: float,
+    softcap: float = 0.0,
+    threads: int = 1,
+    steps: Steps = NO_STEPS,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """softmax(cap(scaling q.K)) V over a cache of sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579).
+
+    q: float32 (rows, KV heads, queries of a head, channels).
+    pages, valid: int64 and int32 (rows, capacity), addresses of pages and how many of their tokens count; count: (rows,), entries
+    used. The caller keeps the pages alive, with ``channels`` readable bytes behind each run of them.
+    books: for every row the codebooks of K and of V.
+    sinks_k, sinks_v: (rows, heads, sinks, channels), of which sink_count[row] count; tail_k, tail_v: (rows, heads, tokens,
+    channels), of which query i sees tail_begin[row] to tail_end[i]; float32, float16 or bfloat16 as uint16 bits, as in the pages.
+    softcap: cap(x) = softcap tanh(x / softcap), 0 for none. threads: most threads to use; the result does not depend on it.
+    steps: the heads' steps of K and of V, where the unit is ``head``.
+
+    Returns the output (as q) and the natural log of the softmax denominators (rows, heads, queries); a query that sees no
+    token gets 0 and -inf. Raises InvalidInput if the dtype is none of the three.
+    """
+    rows, heads, queries, channels = q.shape
+    tail_k, tail_v, sinks_k, sinks_v = (_rows_of_values(x) for x in (tail_k, tail_v, sinks_k, sinks_v))
+    tail_end = np.ascontiguousarray(tail_end, np.int64)
+    tail_tokens = np.maximum(tail_end.max(initial=0) - tail_begin, 0)
+    first_part = np.zeros(rows + 1, np.int64)
+    np.cumsum(-(-count // PART_PAGES) + np.maximum(1, -(-tail_tokens // PART_TAIL)), out=first_part[1:])
+    parts = int(first_part[-1])
+    partial = np.empty((parts, heads, queries, channels), np.float32)
+    peak, total = np.empty((2, parts, heads, queries), np.float32)
+    out, lse = np.empty(q.shape, np.float32), np.empty(q.shape[:3], np.float32)
+    counter = np.zeros(1, np.int64)
+    arguments: tuple[Any, ...] = (
+        counter,
+        first_part,
+        np.ascontiguousarray(q),
+        np.ascontiguousarray(pages, np.int64),
+        np.ascontiguousarray(valid, np.int32),
+        np.ascontiguousarray(count, np.int64),
+        np.array([UNITS[unit] for unit in units]),
+        describe_books([of_kind for of_row in books for of_kind in of_row], channels).reshape(rows, 4, COLUMNS),
+        _steps(steps, heads),
+        _dtype(tail_k),
+        _addresses(sinks_k, sinks_v),
+        np.array([sinks_k.strides, sinks_v.strides]),
+        np.ascontiguousarray(sink_count, np.int64),
+        _addresses(tail_k, tail_v),
+        np.array([tail_k.strides, tail_v.strides]),
+        np.ascontiguousarray(tail_begin, np.int64),
+        tail_end,
+        float(scaling),
+        float(softcap),
+        partial,
+        peak,
+        total,
+    )
+    work = int(count.sum()) * PAGE_TOKENS * heads * channels * 2
+    others = min(threads, parts * heads, work // THREAD_VALUES) - 1
+    running = [_workers(others).submit(attend_tasks, *arguments) for _ in range(others)] if others > 0 else []
+    try:
+        attend_tasks(*arguments)
+    finally:
+        for future in running:
+            if not future.cancel():  # one that has not started is not waited for: no task is left
+                future.result()
+    merge(first_part, partial, peak, total, out, lse)
+    return out, lse
+
+
+def decompress(
+    pages: npt.NDArray[np.int64],
+    units: tuple[Unit, Unit],
+    k_books: Books,
+    v_books: Books,
+    out_k: Array,
+    out_v: Array,
+    steps: Steps = NO_STEPS,
+) -> None:
+    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels) of the dtype, with the pages at these addresses.
+
+    steps: the heads' steps of K and of V, where the unit is ``head``.
+    """
+    heads, _, channels = out_k.shape
+    results = [x if x.strides[-1] == x.itemsize else np.empty(x.shape, x.dtype) for x in (out_k, out_v)]
+    decompress_pages(
+        np.ascontiguousarray(pages, np.int64),
+        np.array([UNITS[unit] for unit in units]),
+        describe_books([k_books, v_books], channels),
+        _steps(steps, heads),
+        heads,
+        channels,
+        _dtype(out_k),
+        _addresses(*results),
+        np.array([x.strides for x in results]),
+    )
+    for out, result in zip((out_k, out_v), results, strict=True):
+        if out is not result:
+            out[...] = result
+
+
+def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised:
+    """Quantise whole pages so that every value of a block that is not raw comes back within its bound (docs/format.md, section 3).
+
+    x: (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits. scale: the relative scale, or, for the unit ``head``,
+        the step of each head.
+    Raises InvalidInput for another shape or type, or if ``scale`` does not fit the unit and the heads.
+    """
+    if x.ndim != 3 or x.shape[1] % PAGE_TOKENS or x.shape[2] % 16 or x.dtype.name not in DTYPES:
+        raise InvalidInput(
+            "quantise takes (heads, 64*pages, channels) of float32, float16 or bfloat16 bits in uint16, "
+            f"not {x.shape} of {x.dtype}"
+        )
+    check_scale(x, unit, scale)
+    x = _rows_of_values(x)
+    heads, tokens, channels = x.shape
+    pages = tokens // PAGE_TOKENS
+    codes = np.empty((pages, heads, PAGE_TOKENS, channels), np.uint8)
+    raw = np.empty((pages, heads), np.bool_)
+    address, strides = x.__array_interface__["data"][0], np.array(x.strides)
+    if isinstance(scale, tuple):
+        steps = np.array(scale, np.float32)
+        quantise_heads(address, strides, _dtype(x), steps, codes, raw)
+        shape = 1, heads, 1, 1
+        return Quantised(codes, steps.reshape(shape), np.full(shape, HEAD_ZERO, np.int32), raw)
+    shapes = {
+        "block": (heads, 1, 1),
+        "channel": (heads, 1, channels),
+        "vector": (heads, PAGE_TOKENS, 1),
+        "token": (1, PAGE_TOKENS, 1),
+    }
+    scales, zeros = np.empty((pages, *shapes[unit]), np.float32), np.empty((pages, *shapes[unit]), np.int32)
+    quantise_blocks(
+        address,
+        strides,
+        _dtype(x),
+        UNITS[unit],
+        float(scale),
+        SCALE_BITS[unit],
+        codes,
+        _by_block(scales),  # the same memory
+        _by_block(zeros),
+        raw,
+    )
+    return Quantised(codes, scales, zeros, raw)
+
+
+def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
+    """How often each pair of codes occurs in the blocks that are not raw: uint64 (classes, 256, 256)."""
+    counts = np.zeros((classes, MAX_CODES, MAX_CODES), np.uint64)
+    count_blocks(np.ascontiguousarray(q.codes), np.ascontiguousarray(q.raw), 0 if kind == "K" else 1, counts)
+    return counts
+
+
+def encode_pages(
+    k: Array,
+    v: Array,
+    kq: Quantised,
+    vq: Quantised,
+    coding: tuple[Coding, Coding],
+    units: tuple[Unit, Unit],
+    k_books: Books,
+    v_books: Books,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Pages of K and V.
+
+    k, v: the values, (heads, 64*pages, channels); kq, vq: the same, quantised.
+    Returns the bytes, with D spare bytes after the last page, and the offset of each page and of the end.
+    """
+    k, v = _rows_of_values(k), _rows_of_values(v)
+    heads, tokens, channels = k.shape
+    pages = tokens // PAGE_TOKENS
+    offsets = np.zeros(pages + 1, np.int64)
+    # No block is larger than raw values, or 9 bits a code with scales and lengths.
+    block_bytes = PAGE_TOKENS * channels * max(k.itemsize, 2) + 4 * channels + 6 * PAGE_TOKENS
+    buffer = np.empty(pages * heads * 2 * (block_bytes + 8) + pages * 1024 + channels + 64, np.uint8)
+    encode_blocks(
+        _addresses(k, v),
+        np.array([k.strides, v.strides]),
+        k.itemsize,
+        (np.ascontiguousarray(kq.codes), np.ascontiguousarray(vq.codes)),
+        (np.ascontiguousarray(kq.raw), np.ascontiguousarray(vq.raw)),
+        (_by_block(kq.scale).view(np.uint32), _by_block(vq.scale).view(np.uint32)),
+        (_by_block(kq.zero), _by_block(vq.zero)),
+        np.array([UNITS[unit] for unit in units]),
+        np.array([code == "fixed" for code in coding]),
+        describe_books([k_books, v_books], channels),
+        buffer,
+        offsets,
+    )
+    total = int(offsets[-1])
+    return np.append(buffer[:total], np.zeros(channels, np.uint8)), offsets
+
+
+def _steps(steps: Steps, heads: int) -> npt.NDArray[np.float32]:
+    """Steps of K and V, (2, heads); 1 where the unit is not ``head``."""
+    return np.array([(1.0,) * heads if of_kind is None else of_kind for of_kind in steps], np.float32)
+
+
+def _by_block(x: Array) -> Array:
+    """Scales or zeros as (pages, heads or 1, units of a block)."""
+    return np.ascontiguousarray(x).reshape(*x.shape[:2], x.shape[2] * x.shape[3])
+
+
+def _dtype(x: Array) -> int:
+    if x.dtype.name not in DTYPES:
+        raise InvalidInput(f"values must be float32, float16 or bfloat16 bits in uint16, not {x.dtype}")
+    return DTYPES[x.dtype.name]
+
+
+def _addresses(first: Array, second: Array) -> npt.NDArray[np.int64]:
+    return np.array([first.__array_interface__["data"][0], second.__array_interface__["data"][0]], np.int64)
+
+
+def _rows_of_values(x: Array) -> Array:
+    """An array whose last axis is contiguous; the others may have any stride."""
+    return x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
+
+
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """A pool of at least so many threads, made when first needed."""
+    global _pool, _pool_threads
+    if _pool is None or _pool_threads < threads:
+        _pool, _pool_threads = ThreadPoolExecutor(threads, thread_name_prefix="kvcomp"), threads
+    return _pool
+
+
+def _forget_workers() -> None:
+    global _pool
+    _pool = None  # threads do not survive a fork
+
+
+os.register_at_fork(after_in_child=_forget_workers)

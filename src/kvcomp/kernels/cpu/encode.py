@@ -1,0 +1,408 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
+"""Codes -> pages (docs/format.md, sections 2, 4 and 5), and the pair counts that codebooks are made from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvcomp.codec.quantise import MAX_CODES
+from kvcomp.kernels.cpu.bits import (
+    address_of,
+    clear_bytes,
+    compiled,
+    copy_bytes,
+    load_u32,
+    move_bytes,
+    store_u16,
+    store_u32,
+    store_u64,
+)
+from kvcomp.kernels.cpu.decode import (
+    BITS,
+    CLASSES,
+    DEFAULT_BOOK,
+    FIRST,
+    FIXED,
+    LENGTHS,
+    LEVELS,
+    MOST_CLASSES,
+    OWN_BOOK,
+    RAW,
+    SPLIT,
+    STREAMS,
+    SYMBOLS,
+    K,
+    canonical_words,
+    class_of,
+    of_class,
+)
+from kvcomp.kernels.cpu.page import BLOCK, HEAD, TOKEN, TOKENS
+
+i64, u64 = np.int64, np.uint64
+PAIR_BITS = 18  # most bits of a pair: 12 of its code word and 3 low bits of each code
+PAIR_MASK = (1 << PAIR_BITS) - 1
+MOST_LENGTHS = 4 + 8 * 9  # bytes that the lengths of a block's streams can take
+
+
+@compiled
+def pair_words(kind, codes, words):
+    """codes [64, D] -> pairs ``a | b << 8``: K [token, channel pair], V [token pair, channel]."""
+    if kind == K:
+        for t in range(TOKENS):
+            for i in range(words.shape[1]):
+                words[t, i] = np.uint16(codes[t, 2 * i]) | np.uint16(codes[t, 2 * i + 1]) << np.uint16(8)
+    else:
+        for t in range(TOKENS // 2):
+            for c in range(words.shape[1]):
+                words[t, c] = np.uint16(codes[2 * t, c]) | np.uint16(codes[2 * t + 1, c]) << np.uint16(8)
+
+
+@compiled(entry=True)
+def count_blocks(codes, raw, kind, counts):
+    """counts[class, a, b] += how often the pair (a, b) occurs in the blocks (pages, heads, 64, channels) that are not raw."""
+    pages, heads, _, channels = codes.shape
+    classes = counts.shape[0]
+    shape = (TOKENS, channels // 2) if kind == K else (TOKENS // 2, channels)
+    words = np.empty(shape, np.uint16)
+    # Two tables in turn: equal pairs often follow each other, and adding to the same place twice waits for memory.
+    partial = np.zeros((classes, 2, MAX_CODES * MAX_CODES), np.uint32)  # [.., b << 8 | a]
+    of_column = np.empty(shape[1], i64)
+    for column in range(shape[1]):
+        of_column[column] = class_of(kind, channels, classes, 2 * column if kind == K else column)
+    low, high = np.empty(channels, np.uint8), np.empty(channels, np.uint8)
+    least, most = MAX_CODES, -1  # of all codes: memory outside their range is never touched
+    for page in range(pages):
+        for head in range(heads):
+            if raw[page, head]:
+                continue
+            pair_words(kind, codes[page, head], words)
+            code_range(codes[page, head], low, high)
+            for c in range(channels):
+                least, most = min(least, i64(low[c])), max(most, i64(high[c]))
+            for row in range(shape[0]):
+                for column in range(0, shape[1], 2):  # a class begins at an even column
+                    table = partial[of_column[column]]
+                    table[0, words[row, column]] += np.uint32(1)
+                    table[1, words[row, column + 1]] += np.uint32(1)
+    for index in range(classes):
+        for b in range(least, most + 1):
+            for a in range(least, most + 1):
+                pair = b << 8 | a
+                counts[index, a, b] += u64(partial[index, 0, pair]) + u64(partial[index, 1, pair])
+
+
+@compiled
+def code_range(codes, low, high):
+    """Least and greatest code of each channel of [64, D]."""
+    low[:], high[:] = codes[0], codes[0]
+    for t in range(1, TOKENS):
+        row = codes[t]
+        for c in range(row.size):
+            low[c] = min(low[c], row[c])
+            high[c] = max(high[c], row[c])
+
+
+@compiled
+def order_streams(kind, words, streams):
+    """Pairs as ``pair_words`` has them -> [64 streams, D/2 pairs] (section 4)."""
+    pairs = streams.shape[1]
+    for stream in range(STREAMS):
+        s, g, j = stream >> 5, (stream & 31) >> 2, stream & 3
+        if kind == K:
+            run = pairs // 4
+            for t in range(4):
+                for i in range(run):
+                    streams[stream, t * run + i] = words[8 * (t + 4 * s) + g, j * run + i]
+        else:
+            tiles = pairs // 8
+            for i in range(tiles):
+                channel = 8 * (i + s * tiles) + g
+                for m in range(8):
+                    streams[stream, 8 * i + m] = words[4 * m + j, channel]
+
+
+@compiled
+def build_words(book, words):
+    """word[b << 8 | a] = code word with the split bits, and its length << 18; words: for each class the address of the word of (0, 0)."""
+    canonical = np.empty(MAX_CODES * MAX_CODES, np.uint16)
+    for index in range(book[CLASSES]):
+        split, levels, symbols = (
+            of_class(book, index, SPLIT),
+            of_class(book, index, LEVELS),
+            of_class(book, index, SYMBOLS),
+        )
+        lengths, first = of_class(book, index, LENGTHS), of_class(book, index, FIRST)
+        lengths_of = code_lengths(lengths, symbols * symbols)
+        canonical_words(lengths, symbols * symbols, of_class(book, index, BITS), canonical)
+        low = (1 << split) - 1
+        for a in range(levels):
+            for b in range(levels):
+                symbol = (a >> split) * symbols + (b >> split)
+                length = i64(lengths_of[symbol])
+                word = i64(canonical[symbol]) | (a & low | (b & low) << split) << length
+                at = words[index] + 4 * ((b + first) << 8 | a + first)
+                store_u32(at, np.uint32(word | (length + 2 * split) << PAIR_BITS))
+
+
+@compiled
+def covers(book, kind, low, high):
+    """Whether a book has the codes of a block, whose channels reach from ``low`` to ``high``, each in its class."""
+    channels = low.size
+    if book[CLASSES] == 0:
+        return False
+    for c in range(channels):
+        index = class_of(kind, channels, book[CLASSES], c)
+        first = of_class(book, index, FIRST)
+        if low[c] < first or high[c] >= first + of_class(book, index, LEVELS):
+            return False
+    return True
+
+
+@compiled
+def code_lengths(lengths, count):
+    """The bytes at an address as an array."""
+    copy = np.empty(count, np.uint8)
+    fill_bytes(lengths, copy)
+    return copy
+
+
+@compiled
+def fill_bytes(source, array):
+    copy_bytes(source, address_of(array), i64(array.size))
+
+
+def _packer(pairs_a_flush: int) -> Any:
+    """``pack(streams, of_pair, tables, to, unit, lengths)``: Huffman streams at an address, and their lengths in units. Returns their end.
+
+    tables: int64, for each class the address where the words of ``build_words`` would begin if ``first`` were 0. A flush leaves at most 7
+    bits, so ``pairs_a_flush`` pairs may have 57 bits.
+    """
+
+    @compiled
+    def pack(streams, of_pair, tables, to, unit, lengths):
+        waiting, held = u64(0), u64(0)  # bits, and how many
+        for stream in range(STREAMS):
+            begin = to * 8 + i64(held)
+            for pair in range(0, streams.shape[1], pairs_a_flush):
+                table = tables[of_pair[stream, pair]]
+                for i in range(pairs_a_flush):
+                    entry = u64(load_u32(table + 4 * i64(streams[stream, pair + i])))
+                    waiting |= (entry & u64(PAIR_MASK)) << held
+                    held += entry >> u64(PAIR_BITS)
+                store_u64(to, waiting)
+                to += i64(held >> u64(3))
+                waiting >>= held & u64(0x38)
+                held &= u64(7)
+            bits = to * 8 + i64(held) - begin
+            units = (bits + unit - 1) // unit
+            lengths[stream] = units
+            held += u64(units * unit - bits)
+            store_u64(to, waiting)
+            to += i64(held >> u64(3))
+            waiting >>= held & u64(0x38)
+            held &= u64(7)
+        store_u64(to, waiting)
+        return to + (1 if held else 0)
+
+    return pack
+
+
+_pack_4, _pack_2 = _packer(4), _packer(2)
+
+
+@compiled
+def store_lengths(kind, lengths, to):
+    """The lengths of 64 streams in units to an address (section 5). Returns the end."""
+    head, differences = i64(0), i64(0)
+    for group in range(4):
+        base = i64(127)
+        most = i64(0)
+        for i in range(STREAMS // 4):
+            length = lengths[4 * i + group if kind == K else 16 * group + i]
+            base, most = min(base, length), max(most, length)
+        head |= base << (4 + 7 * group)
+        differences |= most - base
+    width = i64(0)
+    while differences >> width:
+        width += 1
+    store_u32(to, np.uint32(head | width))
+    to += 4
+    waiting, held = u64(0), u64(0)
+    for stream in range(STREAMS):
+        group = stream & 3 if kind == K else stream >> 4
+        waiting |= u64(lengths[stream] - (head >> (4 + 7 * group) & 127)) << held
+        held += u64(width)
+        if held >= u64(32):
+            store_u32(to, np.uint32(waiting & u64(0xFFFFFFFF)))
+            to += 4
+            waiting >>= u64(32)
+            held -= u64(32)
+    return to
+
+
+@compiled
+def pack_fixed(streams, width, least, to):
+    """Codes of a fixed width, from ``least`` on: word i of stream x to 4 (64 i + x) bytes behind an address. Returns the end."""
+    size = u64(width)
+    rows = (2 * streams.shape[1] * width + 31) // 32
+    for stream in range(STREAMS):
+        waiting, held, place = u64(0), u64(0), to + 4 * stream
+        for pair in range(streams.shape[1]):
+            word = u64(streams[stream, pair])
+            waiting |= ((word & u64(255)) - u64(least) | (word >> u64(8)) - u64(least) << size) << held
+            held += u64(2) * size
+            if held >= u64(32):
+                store_u32(place, np.uint32(waiting & u64(0xFFFFFFFF)))
+                place += 4 * STREAMS
+                waiting >>= u64(32)
+                held -= u64(32)
+        if held:
+            store_u32(place, np.uint32(waiting & u64(0xFFFFFFFF)))
+    return to + 4 * STREAMS * rows
+
+
+@compiled
+def store_scales(unit, scale_bits, zero, to):
+    """Scales, as the bits of float32, and zeros to an address. Returns the end."""
+    if unit == BLOCK:
+        store_u32(to, scale_bits[0])
+        store_u32(to + 4, np.uint32(zero[0]))
+        return to + 8
+    count = scale_bits.size
+    for i in range(count):
+        store_u16(to + 2 * i, np.uint16(scale_bits[i] >> np.uint32(16)))
+        store_u16(to + 2 * count + 2 * i, np.uint16(zero[i] & 0xFFFF))
+    return to + 4 * count
+
+
+@compiled
+def pad(to, begin):
+    """Zero bytes up to a multiple of 16 from ``begin``. Returns the end."""
+    end = begin + ((to - begin + 15) & ~i64(15))
+    clear_bytes(to, end - to)
+    return end
+
+
+@compiled
+def place_words(books, tables):
+    """Byte offsets of the words of each book's classes, rows of 256 words, as if ``first`` were 0. Returns the words of all."""
+    total = 0
+    for slot in range(4):
+        for index in range(books[slot, CLASSES]):
+            first = of_class(books[slot], index, FIRST)
+            tables[slot, index] = 4 * (total - (first << 8 | first))
+            total += of_class(books[slot], index, LEVELS) << 8
+    return total
+
+
+@compiled
+def longest_pair(book):
+    """Bits that a pair of codes takes at most."""
+    longest = 0
+    for index in range(book[CLASSES]):
+        longest = max(longest, of_class(book, index, BITS) + 2 * of_class(book, index, SPLIT))
+    return longest
+
+
+@compiled
+def fixed_codes(unit, low, high):
+    """Width of a block whose codes have a fixed width, and the code that is stored as 0."""
+    width = 1
+    if unit == HEAD:
+        while low.min() < 128 - (1 << (width - 1)) or high.max() >= 128 + (1 << (width - 1)):
+            width += 1
+        return width, 128 - (1 << (width - 1))
+    while high.max() >> width:
+        width += 1
+    return width, 0
+
+
+@compiled(entry=True)
+def encode_blocks(
+    values, value_strides, value_bytes, codes, raws, scale_bits, zeros, units, fixed, books, buffer, offsets
+):  # fmt: skip
+    """Pages to ``buffer``, large enough; offsets[i] is where page i begins.
+
+    values: addresses of K and V (heads, 64*pages, channels), value_strides: their bytes between heads and tokens. codes, raws,
+    scale_bits, zeros: pairs of arrays, of K and of V. fixed: whether their codes have a fixed width. books: K default, K own, V default, V own, as ``cpu_decode`` describes them.
+    """
+    pages, heads, _, channels = codes[0].shape
+    pairs = channels // 2
+    streams = np.empty((STREAMS, pairs), np.uint16)
+    columns = np.empty(TOKENS * pairs, np.uint16)
+    low, high = np.empty(channels, np.uint8), np.empty(channels, np.uint8)
+    tables = np.empty((4, MOST_CLASSES), i64)  # where the words of each book's classes would begin if ``first`` were 0
+    memory = np.empty(place_words(books, tables), np.uint32)
+    tables += address_of(memory)
+    built = np.zeros(4, np.bool_)
+    lengths = np.empty(STREAMS, i64)
+    of_pair = np.empty((4, STREAMS, pairs), np.uint8)
+    unit = 4 if channels <= 128 else 8
+    to = address_of(buffer)
+    for page in range(pages):
+        begin = to
+        offsets[page] = begin - address_of(buffer)
+        directory = 4 * (2 * heads + 1)
+        to = pad(begin + directory, begin)
+        for kind in range(2):
+            if units[kind] == TOKEN:
+                to = store_scales(TOKEN, scale_bits[kind][page, 0], zeros[kind][page, 0], to)
+        for number in range(2 * heads):
+            kind, head = number // heads, number % heads
+            at = to
+            if raws[kind][page, head]:
+                mode = RAW
+                row = values[kind] + head * value_strides[kind, 0] + page * TOKENS * value_strides[kind, 1]
+                for _ in range(TOKENS):
+                    copy_bytes(row, to, channels * value_bytes)
+                    row += value_strides[kind, 1]
+                    to += channels * value_bytes
+            else:
+                block = codes[kind][page, head]
+                if units[kind] != TOKEN and units[kind] != HEAD:
+                    to = store_scales(units[kind], scale_bits[kind][page, head], zeros[kind][page, head], to)
+                code_range(block, low, high)
+                shaped = columns.reshape(TOKENS, pairs) if kind == K else columns.reshape(TOKENS // 2, channels)
+                pair_words(kind, block, shaped)
+                order_streams(kind, shaped, streams)
+                slot = 2 * kind + 1
+                while slot >= 2 * kind and (fixed[kind] or not covers(books[slot], kind, low, high)):
+                    slot -= 1
+                if slot < 2 * kind:
+                    width, least = fixed_codes(units[kind], low, high)
+                    mode = FIXED + (width & 7)
+                    to = pack_fixed(streams, width, least, to)
+                else:
+                    mode = OWN_BOOK if slot == 2 * kind + 1 else DEFAULT_BOOK
+                    book = books[slot]
+                    if not built[slot]:
+                        built[slot] = True
+                        build_words(book, tables[slot])
+                        pair_classes(kind, channels, book[CLASSES], of_pair[slot])
+                    begin_streams = to + MOST_LENGTHS
+                    if longest_pair(book) <= 14:
+                        end = _pack_4(streams, of_pair[slot], tables[slot], begin_streams, unit, lengths)
+                    else:
+                        end = _pack_2(streams, of_pair[slot], tables[slot], begin_streams, unit, lengths)
+                    to = store_lengths(kind, lengths, to)
+                    move_bytes(begin_streams, to, end - begin_streams)
+                    to += end - begin_streams
+                to = pad(to, begin)
+            store_u32(begin + 4 * number, np.uint32((at - begin) | mode))
+        store_u32(begin + 8 * heads, np.uint32(to - begin))
+    offsets[pages] = to - address_of(buffer)
+    return memory.size  # mentioned here, so that Numba keeps it until here
+
+
+@compiled
+def pair_classes(kind, channels, classes, of_pair):
+    """Codebook class of every pair of every stream (section 4)."""
+    for stream in range(STREAMS):
+        for pair in range(channels // 2):
+            if kind == K:
+                channel = (stream & 3) * (channels // 4)
+            else:
+                channel = 8 * (pair // 8 + (stream >> 5) * (channels // 16))
+            of_pair[stream, pair] = class_of(kind, channels, classes, channel)

@@ -1,0 +1,157 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
+"""What a page holds, by address (docs/format.md, sections 2 and 3), and its blocks as pairs of codes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvcomp.kernels.cpu.bits import (
+    compiled,
+    floats_at,
+    halves_at,
+    integers_at,
+    load_f32,
+    load_i16,
+    load_i32,
+    load_u16,
+    load_u32,
+    prefetch,
+    words_at,
+)
+from kvcomp.kernels.cpu.decode import (
+    BITS,
+    CLASSES,
+    COLUMNS,
+    EMPTY,
+    FIXED,
+    FORM,
+    LENGTHS,
+    MOST_CLASSES,
+    NARROW,
+    NARROW_A,
+    NARROW_B,
+    OWN_BOOK,
+    SYMBOLS,
+    K,
+    V,
+    build_table,
+    decode_fixed,
+    decode_huffman,
+    of_class,
+)
+from kvcomp.spec import PAGE_TOKENS as TOKENS
+
+BLOCK, CHANNEL, VECTOR, TOKEN, HEAD = 0, 1, 2, 3, 4  # units
+MAX_CHANNELS = 256
+
+f32, i64 = np.float32, np.int64
+NO_BOOK = i64(4)  # slot of codes of fixed width, behind the four books
+
+
+@compiled
+def load_scales(address, unit, channels, scale, zero):
+    """Scales and zeros at an address as float32 to two others, one for each token or, if the unit is that, channel. Returns their bytes."""
+    if unit == BLOCK:
+        floats_at(scale, TOKENS)[:] = load_f32(address)
+        floats_at(zero, TOKENS)[:] = f32(load_i32(address + 4))
+        return 8
+    count = channels if unit == CHANNEL else TOKENS
+    bits, zeros = words_at(scale, count), floats_at(zero, count)
+    for i in range(count):
+        bits[i] = np.uint32(load_u16(address + 2 * i)) << np.uint32(16)
+        zeros[i] = f32(load_i16(address + 2 * count + 2 * i))
+    return 4 * count
+
+
+@compiled
+def block_at(page, index):
+    """Address and mode of a block, by its place in the directory."""
+    word = i64(load_u32(page + 4 * index))
+    return page + (word & ~i64(15)), word & 15
+
+
+@compiled
+def prefetch_block(page, index):
+    """Ask for the cache lines of a block while another is decoded: streams are not read in order, so the hardware does not guess."""
+    begin, end = i64(load_u32(page + 4 * index)), i64(load_u32(page + 4 * index + 4))
+    for offset in range(begin & ~i64(15), end & ~i64(15), 64):
+        prefetch(page + offset)
+
+
+@compiled
+def token_scales_at(page, heads, k_unit, kind):
+    """Address of the token scales of K or V in a page."""
+    directory = (4 * (2 * heads + 1) + 15) & ~15
+    return page + directory + (4 * TOKENS if kind == V and k_unit == TOKEN else 0)
+
+
+@compiled
+def prefetch_token_scales(page, heads, k_unit, v_unit):
+    """Ask for the token scales of K and V, which lie side by side."""
+    begin = token_scales_at(page, heads, k_unit, K)
+    size = 4 * TOKENS * ((1 if k_unit == TOKEN else 0) + (1 if v_unit == TOKEN else 0))
+    for offset in range(0, size, 64):
+        prefetch(begin + offset)
+
+
+@compiled
+def book_at(books, slot):
+    """Description of one of a row's four books (K default, K own, V default, V own), which lie at an address."""
+    return integers_at(books + 8 * COLUMNS * slot, COLUMNS)
+
+
+@compiled
+def table_places(books, begin):
+    """Where the tables of four books begin in scratch, [4 books, 4 classes]. Returns the bytes of all."""
+    total = i64(0)
+    for slot in range(4):
+        book = book_at(books, slot)
+        for index in range(book[CLASSES]):
+            begin[slot, index] = total
+            total += i64(2) << of_class(book, index, BITS)
+    return total
+
+
+@compiled
+def build_tables(book, places):
+    """The decode tables of a book's classes, to addresses."""
+    for index in range(book[CLASSES]):
+        if of_class(book, index, FORM) == EMPTY:
+            continue
+        bits, place = of_class(book, index, BITS), places[index]
+        table = halves_at(place, i64(1) << bits)
+        build_table(of_class(book, index, LENGTHS), of_class(book, index, SYMBOLS), bits, table)
+
+
+@compiled
+def decode_block(codes, mode, kind, channels, books, begin, built, offsets, streams, pairs, low):
+    """Codes of a coded block to pairs. Returns the slot of its book, ``NO_BOOK`` where codes have a fixed width.
+
+    All but mode, kind and channels are addresses; begin: int64 [4, 4], where the tables of each book's classes lie; built: int64 [4], whether
+    they are there: they are built when first needed.
+    """
+    if mode >= FIXED:
+        decode_fixed(codes, kind, channels, fixed_width(mode), offsets, pairs)
+        return NO_BOOK
+    slot = 2 * kind + (1 if mode == OWN_BOOK else 0)
+    book, is_built = book_at(books, slot), integers_at(built, 4)
+    tables = begin + 8 * MOST_CLASSES * slot
+    if not is_built[slot]:
+        is_built[slot] = 1
+        build_tables(book, integers_at(tables, MOST_CLASSES))
+    decode_huffman(codes, kind, channels, book, tables, offsets, streams, pairs, low)
+    return slot
+
+
+@compiled
+def fixed_width(mode):
+    """Bits of a code in a block of fixed width."""
+    return mode - FIXED if mode > FIXED else 8
+
+
+@compiled
+def code_masks(form):
+    """Masks of a and b in a pair, and what brings the masked values back to codes."""
+    if form == NARROW:
+        return 31 << NARROW_A, 31 << NARROW_B, f32(1 / (1 << NARROW_A)), f32(1 / (1 << NARROW_B))
+    return 0xFF, 0xFF00, f32(1), f32(1 / 256)

@@ -1,0 +1,74 @@
+"""Codebooks as the decoding kernels want them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import finalize
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomp.codec.codebook import Codebook
+from kvcomp.errors import InvalidInput
+from kvcomp.kernels import Books
+from kvcomp.kernels.cpu.decode import COLUMNS, EMPTY, MOST_CLASSES, NARROW, WIDE
+
+FAST_MEAN = {NARROW: 4.8, WIDE: 10.5}  # bits of a pair up to which twice as many pairs fit a window often enough
+
+
+_descriptions: dict[tuple[int, bool], npt.NDArray[np.int64]] = {}
+
+
+def describe_books(books: Sequence[Books], channels: int) -> npt.NDArray[np.int64]:
+    """The books of K and of V, in turn, as ``decode`` wants them, (4 for each two, columns)."""
+    return np.array(
+        [
+            _description(book, kind % 2 == 0 or channels % 64 == 0)
+            for kind, of_kind in enumerate(books)
+            for book in of_kind
+        ]
+    )
+
+
+def _description(book: Codebook | None, mixed: bool) -> npt.NDArray[np.int64]:
+    """``_describe``, once for each book: it takes longer than the attention over some pages."""
+    key = id(book), mixed
+    if key not in _descriptions:
+        _descriptions[key] = np.array(_describe(book, mixed), np.int64)
+        if book is not None:
+            finalize(book, _descriptions.pop, key, None).atexit = False
+    return _descriptions[key]
+
+
+def _describe(book: Codebook | None, mixed: bool) -> tuple[int, ...]:
+    """A codebook as the columns of ``decode``; the caller keeps the book alive.
+
+    mixed: whether classes may differ in the form of their pairs: not those of V whose channels are no whole vectors.
+    """
+    if book is None:
+        return (0,) * COLUMNS
+    if not book.lengths.flags.c_contiguous:
+        raise InvalidInput("a codebook's lengths must be contiguous")
+    lengths_of = [book.lengths_of(index) for index in range(book.classes)]
+    forms = [WIDE if split else NARROW if of.any() else EMPTY for split, of in zip(book.split, lengths_of, strict=True)]
+    if not mixed:
+        forms = [WIDE if any(book.split) else NARROW] * book.classes
+    columns: list[int] = []
+    for index, (lengths, form) in enumerate(zip(lengths_of, forms, strict=True)):
+        columns += (
+            lengths.__array_interface__["data"][0],
+            book.first[index],
+            book.levels[index],
+            book.split[index],
+            book.symbols(index),
+            int(lengths.max()),
+            form,
+            _mean_bits(lengths) + 2 * book.split[index] < FAST_MEAN.get(form, 0),
+        )
+    return book.classes, *columns * (MOST_CLASSES // book.classes)
+
+
+def _mean_bits(lengths: npt.NDArray[np.uint8]) -> float:
+    """Bits of a code word of these lengths where each occurs as often as it is made for."""
+    bits = lengths.astype(np.float64)
+    return float(bits @ np.exp2(-bits))

@@ -1,0 +1,111 @@
+"""NVIDIA GPUs: which there are, and how a kernel is loaded and launched on one. Memory and streams are the caller's.
+
+Kernels are compiled when first needed, for the GPU at hand, and kept on disk (gpu_compile.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from kvcomp.errors import BackendUnavailable, LimitExceeded
+from kvcomp.kernels.cuda.compile import compile_kernel
+from kvcomp.kernels.cuda.launch import Grid
+from kvcomp.kernels.cuda.layout import Machine, machine
+
+DEFAULT_SHARED = 48 << 10  # more needs the kernel's consent
+
+
+class Gpu:
+    """One GPU. stream: gives the address of the stream that launches go to, in whose context the caller is.
+
+    Raises BackendUnavailable if there is no such GPU, no driver, or the kernels are not built for it.
+    """
+
+    machine: Machine
+
+    def __init__(self, index: int, stream: Callable[[], int]) -> None:
+        self._driver = _driver()
+        self._stream = stream
+        device = self._check(self._driver.cuDeviceGet(index))
+        of = self._driver.CUdevice_attribute
+        major, minor, processors, shared = (
+            int(self._check(self._driver.cuDeviceGetAttribute(attribute, device)))
+            for attribute in (
+                of.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                of.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                of.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+                of.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )
+        )
+        known = machine(10 * major + minor, processors)
+        self.machine = Machine(known.architecture, min(known.shared, shared), processors)
+        self._context = self._check(self._driver.cuDevicePrimaryCtxRetain(device))  # that of torch
+        self._modules: dict[tuple[Any, ...], Any] = {}
+        self._functions: dict[tuple[str, str, int], tuple[Mapping[str, int], Any]] = {}
+
+    def launch(
+        self,
+        source: str,
+        kernel: str,
+        defines: Mapping[str, int],
+        grid: Grid,
+        threads: int,
+        shared: int,
+        arguments: ctypes.Structure,
+        extra: int | None = None,
+    ) -> None:
+        """See ``gpu_launch.Launcher``."""
+        second = ctypes.c_int32(extra or 0)
+        parameters = (ctypes.c_void_p * 2)(ctypes.addressof(arguments), ctypes.addressof(second))
+        self._check(self._driver.cuCtxPushCurrent(self._context))  # a model's layers may lie on several GPUs
+        try:
+            function = self._function(source, kernel, defines, shared)
+            where = ctypes.addressof(parameters)
+            self._check(self._driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, self._stream(), where, 0))
+        finally:
+            self._driver.cuCtxPopCurrent()
+
+    def _function(self, source: str, kernel: str, defines: Mapping[str, int], shared: int) -> Any:
+        found = self._functions.get((source, kernel, id(defines)))
+        if found is not None:
+            return found[1]
+        key = source, *sorted(defines.items())
+        if key not in self._modules:
+            cubin = compile_kernel(f"{source}.cu", defines, self.machine.architecture)
+            self._modules[key] = self._check(self._driver.cuModuleLoadData(cubin))
+        function = self._check(self._driver.cuModuleGetFunction(self._modules[key], kernel.encode()))
+        if shared > DEFAULT_SHARED:
+            most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(self._driver.cuFuncSetAttribute(function, most, shared))
+        self._functions[source, kernel, id(defines)] = defines, function  # which keeps the id from being another's
+        return function
+
+    def _check(self, result: tuple[Any, ...]) -> Any:
+        """The value of a driver call. Raises LimitExceeded if memory is short, or BackendUnavailable with the driver's name for what is wrong."""
+        codes = self._driver.CUresult
+        if result[0] == codes.CUDA_ERROR_OUT_OF_MEMORY:
+            raise LimitExceeded("the device has no memory left for a kernel: use a smaller batch or a shorter context")
+        if result[0] != codes.CUDA_SUCCESS:
+            raise BackendUnavailable(
+                f"the CUDA driver fails: {result[0].name}. A kernel that failed before it, or a driver older than the CUDA of cuda-bindings, "
+                "can be the reason; backend='cpu' needs neither"
+            )
+        return result[1] if len(result) > 1 else None
+
+
+@lru_cache(maxsize=1)
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+
+        (result,) = driver.cuInit(0)
+    except ImportError:
+        raise BackendUnavailable("the GPU backend needs cuda-bindings: pip install 'kvcomp[cuda]'") from None
+    except RuntimeError as error:
+        raise BackendUnavailable(f"there is no NVIDIA driver on this machine ({error}): use backend='cpu'") from None
+    if result != driver.CUresult.CUDA_SUCCESS:
+        raise BackendUnavailable(f"the NVIDIA driver does not start ({result.name}): use backend='cpu'")
+    return driver

@@ -1,0 +1,1 @@
+"""What a measurement leaves: JSON, journals of interrupted runs, plots, one page of all."""

@@ -1,0 +1,1 @@
+"""Values under keys, in a folder or Redis, for engines that serve."""

@@ -1,0 +1,151 @@
+"""Values in Redis or Valkey. Every call has one deadline for all it does, retries included.
+
+A socket's own time-out is for each piece that arrives: a server that sends a byte now and then would hold a caller for ever. So the client
+is redis-py's asynchronous one, on a thread of its own, and a call is cancelled as a whole when its time is up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import RedisError, ResponseError
+
+from kvcomp.errors import InvalidInput, StoreUnavailable
+from kvcomp.serve.blobs.values import Buffer, check_keys
+
+RETRIES = 2
+GRACE = 2.0  # seconds after a deadline in which a cancelled call must have ended
+
+T = TypeVar("T")
+
+
+class RedisBlobs:
+    """The values of ``kvcomp.serve.blobs.Blobs`` as Redis strings; the server keeps its memory in bounds (maxmemory, allkeys-lru).
+
+    url: as redis-py takes it. timeout: seconds of one call in all, whatever it moves.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.url, self.timeout = url, timeout
+        parts = urlsplit(url)
+        self.name = parts.hostname or parts.path  # not the URL, which may hold a password
+        self.lock = threading.Lock()
+        self.process, self.checked = 0, False
+        try:
+            self._client()
+        except (ValueError, TypeError) as error:
+            raise InvalidInput(f"this is no URL of a Redis: {error}") from None
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        check_keys(keys)
+
+        async def action(client: Any) -> Any:
+            async with client.pipeline(transaction=False) as pipeline:
+                for key in keys:
+                    pipeline.strlen(key)
+                return await pipeline.execute(raise_on_error=False)
+
+        found = self._call(action, len(keys))
+        return [size if isinstance(size, int) and size > 0 else None for size in found]
+
+    def get(self, keys: Sequence[str]) -> list[Buffer | None]:
+        check_keys(keys)
+        found = self._call(lambda client: client.mget(keys), len(keys)) if keys else []
+        return [value if isinstance(value, bytes) and value else None for value in found]
+
+    def touch(self, keys: Sequence[str]) -> None:
+        check_keys(keys)
+        if keys:
+            self._call(lambda client: client.touch(*reversed(keys)))
+
+    def put(self, items: Sequence[tuple[str, Sequence[Buffer]]]) -> None:
+        check_keys([key for key, _ in items])
+        values = [(key, b"".join(pieces)) for key, pieces in items]
+
+        async def action(client: Any) -> Any:
+            if not self.checked:
+                self.checked = True
+                await _advise(client)
+            async with client.pipeline(transaction=False) as pipeline:
+                for key, value in values:
+                    pipeline.set(key, value)
+                return await pipeline.execute()
+
+        self._call(action, len(values))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        check_keys(keys)
+        if keys:
+            self._call(lambda client: client.delete(*keys))
+
+    def close(self) -> None:
+        with self.lock:
+            if self.process == os.getpid():
+                asyncio.run_coroutine_threadsafe(self.client.aclose(), self.loop).result(self.timeout + GRACE)
+                self.loop.call_soon_threadsafe(self.loop.stop)
+                self.thread.join(GRACE)
+                self.loop.close()
+            self.process = 0
+
+    def _client(self) -> Any:
+        return redis.asyncio.Redis.from_url(
+            self.url,
+            socket_timeout=self.timeout,
+            socket_connect_timeout=self.timeout,
+            retry=Retry(ExponentialBackoff(cap=self.timeout / 4, base=0.02), RETRIES),
+            protocol=2,
+        )
+
+    def _connected(self) -> tuple[asyncio.AbstractEventLoop, Any]:
+        """The event loop and the client of this process: a fork has neither the thread nor may it share connections."""
+        with self.lock:
+            if self.process != os.getpid():
+                self.loop, self.client = asyncio.new_event_loop(), self._client()
+                self.thread = threading.Thread(target=self.loop.run_forever, name="kvcomp-redis", daemon=True)
+                self.thread.start()
+                self.process = os.getpid()
+            return self.loop, self.client
+
+    def _call(self, action: Callable[[Any], Awaitable[T]], answers: int | None = None) -> Any:
+        """The result of an action, a list of so many answers if a number is given. Raises StoreUnavailable."""
+        loop, client = self._connected()
+
+        async def bounded() -> T:
+            async with asyncio.timeout(self.timeout):
+                return await action(client)
+
+        future = asyncio.run_coroutine_threadsafe(bounded(), loop)
+        try:
+            found = future.result(self.timeout + GRACE)
+        except (TimeoutError, asyncio.CancelledError):
+            raise StoreUnavailable(f"Redis at {self.name} took longer than {self.timeout} s: is it up?") from None
+        except ResponseError as error:
+            raise StoreUnavailable(f"Redis at {self.name} refuses: {error}") from error
+        except (RedisError, OSError, EOFError, ValueError) as error:
+            raise StoreUnavailable(f"Redis at {self.name} cannot be used: {error}") from error
+        finally:
+            future.cancel()
+        if answers is not None and (not isinstance(found, list) or len(found) != answers):
+            raise StoreUnavailable(f"Redis at {self.name} gives other answers than Redis does")
+        return found
+
+
+async def _advise(client: Any) -> None:
+    """Say it if this Redis would fill up and then refuse. What may not be asked is not said."""
+    try:
+        about = await client.info("memory")
+    except RedisError:
+        return
+    if isinstance(about, dict) and (not about.get("maxmemory") or about.get("maxmemory_policy") == "noeviction"):
+        logging.getLogger("kvcomp").warning(
+            "this Redis has no limit or does not evict: set maxmemory, and maxmemory-policy allkeys-lru, or it fills up"
+        )

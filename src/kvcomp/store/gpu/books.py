@@ -1,0 +1,104 @@
+"""The codebooks of a batch's rows, where the kernels of a device find them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvcomp.codec.codebook import Codebook
+from kvcomp.kernels.cuda.layout import (
+    BOOKS,
+    Book,
+    Encoder,
+    describe_book,
+    describe_encoder,
+    encoder_words,
+    index_bits,
+    table_entries,
+)
+from kvcomp.spec import TensorSpec
+from kvcomp.store.gpu.arena import staged
+
+
+class DeviceBooks:
+    """Four books of each row: of K the default and the own, of V the same.
+
+    decoding, encoding: uint8 (rows, bytes), what ``Book`` and ``Encoder`` say of the four, which point to tables that are kept here.
+    """
+
+    def __init__(self, rows: int, tensors: tuple[TensorSpec, TensorSpec], device: torch.device) -> None:
+        self._bits = tuple(index_bits(tensor) for tensor in tensors)
+        self.decoding = torch.zeros((rows, BOOKS * ctypes.sizeof(Book)), dtype=torch.uint8, device=device)
+        self.encoding = torch.zeros((rows, BOOKS * ctypes.sizeof(Encoder)), dtype=torch.uint8, device=device)
+        self._tables: list[list[Tensor | None]] = [[None] * (2 * BOOKS) for _ in range(rows)]
+
+    def enter(self, rows: Sequence[int], kind: int, own: int, book: Codebook | None) -> None:
+        """Put a book of K (0) or V (1), the default (0) or the own (1), where the kernels find it for these rows: whole or not at all."""
+        if book is None:
+            return
+        table = self._upload(table_entries(book, self._bits[kind]).view("i4"))
+        described = self._described(describe_book(book, table.data_ptr()))
+        self.enter_encoder(rows, kind, own, book)
+        self._write(rows, self.decoding, 2 * kind + own, described)
+        for row in rows:
+            self._tables[row][4 * kind + 2 * own] = table
+
+    def enter_encoder(self, rows: Sequence[int], kind: int, own: int, book: Codebook) -> None:
+        """The same for encoding alone."""
+        words = self._upload(encoder_words(book).view("i4"))
+        self._write(rows, self.encoding, 2 * kind + own, self._described(describe_encoder(book, words.data_ptr())))
+        for row in rows:
+            self._tables[row][4 * kind + 2 * own + 1] = words
+
+    def _upload(self, content: npt.NDArray[Any]) -> Tensor:
+        return staged(content, self.decoding.device).to(self.decoding.device, non_blocking=True)
+
+    def _described(self, described: Book | Encoder) -> Tensor:
+        return self._upload(np.frombuffer(bytearray(bytes(described)), np.uint8))
+
+    def _write(self, rows: Sequence[int], to: Tensor, index: int, content: Tensor) -> None:
+        size = content.numel()
+        for row in rows:
+            to[row, size * index : size * (index + 1)] = content
+
+    def alone(self, row: int) -> DeviceBooks:
+        """A copy of one row's books, without a word to the host."""
+        copied = object.__new__(DeviceBooks)
+        copied._bits = self._bits
+        copied.decoding, copied.encoding = self.decoding[row : row + 1].clone(), self.encoding[row : row + 1].clone()
+        copied._tables = [list(self._tables[row])]
+        return copied
+
+    @torch.inference_mode(False)
+    def select(self, rows: Sequence[int]) -> DeviceBooks:
+        """The books of these rows, which may repeat."""
+        chosen = object.__new__(DeviceBooks)
+        index = torch.tensor(rows, device=self.decoding.device)
+        chosen._bits = self._bits
+        chosen.decoding, chosen.encoding = self.decoding.index_select(0, index), self.encoding.index_select(0, index)
+        chosen._tables = [list(self._tables[row]) for row in rows]
+        return chosen
+
+    @classmethod
+    def joined(cls, books: Sequence[DeviceBooks]) -> DeviceBooks:
+        """The books of all rows of several batches."""
+        made = object.__new__(cls)
+        made._bits = books[0]._bits
+        made.decoding, made.encoding = (
+            torch.cat([of.decoding for of in books]),
+            torch.cat([of.encoding for of in books]),
+        )
+        made._tables = [list(row) for of in books for row in of._tables]
+        return made
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables, each counted once, and of what is said of them."""
+        tables = {id(table): table.nbytes for row in self._tables for table in row if table is not None}
+        return sum(tables.values()) + self.decoding.nbytes + self.encoding.nbytes

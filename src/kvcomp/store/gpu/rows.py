@@ -1,0 +1,107 @@
+"""What the rows of a batch hold: as the host knows it, and where the kernels of a device find it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvcomp.codec.codebook import Codebook
+from kvcomp.store.gpu.arena import Chunk, staged
+
+LEAST_PAGES = 16  # for which a table has room
+
+
+@dataclass
+class Row:
+    """What the host knows of a sequence. books: of K and of V the row's own; counts: pair counts until there is one."""
+
+    start: int = 0
+    sinks: int = 0
+    tail_begin: int = 0
+    valid: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    books: list[Codebook | None] = field(default_factory=lambda: [None, None])
+    counts: list[npt.NDArray[np.uint64] | None] = field(default_factory=lambda: [None, None])
+
+    def copy(self) -> Row:
+        """An independent row; chunks, books and counts are shared."""
+        return replace(
+            self,
+            valid=list(self.valid),
+            chunks=list(self.chunks),
+            books=list(self.books),
+            counts=list(self.counts),
+        )
+
+    def crop(self, tokens: int) -> None:
+        """Keep what is before this position."""
+        if self.tail_begin <= tokens:
+            return
+        self.start = min(self.start, tokens)
+        self.sinks = min(self.sinks, tokens - self.start)
+        left, kept = tokens - self.start - self.sinks, []
+        for valid in self.valid:
+            if left <= 0:
+                break
+            kept.append(min(valid, left))
+            left -= valid
+        self.valid, self.tail_begin = kept, tokens
+
+
+class Table:
+    """Rows and pages as the attention kernel reads them.
+
+    pages: int64 (rows, capacity), addresses. numbers: int32, for each row the count of its pages, its sinks and where its tail begins, then
+    (rows, capacity) how many of a page's tokens count. Both stay where they are until the table grows.
+    """
+
+    def __init__(self, pages: Tensor) -> None:
+        self.pages = pages
+        self.numbers = torch.zeros(pages.numel() + 3 * pages.shape[0], dtype=torch.int32, device=pages.device)
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> Table:
+        return cls(torch.zeros((rows, LEAST_PAGES), dtype=torch.int64, device=device))
+
+    @property
+    def capacity(self) -> int:
+        """Pages of a row for which there is room."""
+        return self.pages.shape[1]
+
+    @property
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Of what the kernel takes as ``valid``, ``count``, ``sink_count`` and ``tail_begin``."""
+        at, step = self.numbers.data_ptr(), 4 * self.pages.shape[0]
+        return at + 3 * step, at, at + step, at + 2 * step
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages.nbytes + self.numbers.nbytes
+
+    def grown(self, pages: int) -> Table:
+        """A table with room for so many pages of a row at least, which must be published anew."""
+        rows, capacity = self.pages.shape
+        larger = self.pages.new_zeros((rows, max(pages, 2 * capacity)))
+        larger[:, :capacity] = self.pages
+        return Table(larger)
+
+    @classmethod
+    def joined(cls, tables: Sequence[Table]) -> Table:
+        """The rows of several tables, which must be published anew."""
+        capacity = max(table.capacity for table in tables)
+        padded = [torch.nn.functional.pad(table.pages, (0, capacity - table.capacity)) for table in tables]
+        return cls(torch.cat(padded))
+
+    def publish(self, rows: Sequence[Row], tail_base: int) -> None:
+        """Tell the device what the host knows of the rows."""
+        host = np.zeros((len(rows), 3 + self.capacity), np.int32)
+        for numbers, row in zip(host, rows, strict=True):
+            numbers[:3] = len(row.valid), row.sinks, row.tail_begin - tail_base
+            numbers[3 : 3 + len(row.valid)] = row.valid
+        content = np.concatenate([host[:, :3].T.ravel(), host[:, 3:].ravel()])
+        self.numbers.copy_(staged(content, self.numbers.device), non_blocking=True)

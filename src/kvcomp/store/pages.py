@@ -1,0 +1,122 @@
+"""What the pages of a store cost, head by head, and whether they keep their bound, value by value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from kvcomp.codec.quantise import error_bound, to_float32
+from kvcomp.errors import InvalidInput
+from kvcomp.spec import PAGE_TOKENS, Kind, TensorSpec
+from kvcomp.store import KVStore
+from kvcomp.store.tensors import as_array
+
+SIGNIFICAND_BITS = {"float32": 24, "float16": 11, "uint16": 8}  # uint16 holds bfloat16
+
+
+def bits_by_head(store: KVStore) -> npt.NDArray[np.float64]:
+    """Bits for each value in the blocks of K and V of each head, (2, heads); pages that rows share count once. NaN without pages."""
+    sizes = np.zeros(2 * store.heads, np.int64)
+    seen: set[int] = set()
+    for owners, addresses, count in zip(store.owners, store.pages.tolist(), store.count.tolist(), strict=True):
+        for buffer, address in zip(owners, addresses[:count], strict=True):
+            if address not in seen:
+                seen.add(address)
+                at = address - buffer.ctypes.data
+                directory = buffer[at : at + 4 * (2 * store.heads + 1)].view("<u4").astype(np.int64)
+                sizes += np.diff(directory & ~15)
+    values = len(seen) * PAGE_TOKENS * store.channels
+    bits: npt.NDArray[np.float64] = np.full(sizes.shape, np.nan) if not values else 8 * sizes / values
+    return bits.reshape(2, store.heads)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Values compared, those that miss their bound or, kept raw, differ, and the largest error over its bound."""
+
+    values: int
+    missed: int
+    worst: float
+
+    def __add__(self, other: Comparison) -> Comparison:
+        return Comparison(self.values + other.values, self.missed + other.missed, max(self.worst, other.worst))
+
+
+def compare(store: KVStore, k: Tensor, v: Tensor) -> Comparison:
+    """Hold what a store gives back against what went in, each value with the bound of its unit.
+
+    k, v: (batch, KV heads, tokens, head_dim) of the store's dtype; left padding is of no account.
+    Raises InvalidInput for tensors of another shape or dtype, and for a store whose pages were cropped: their bounds depend on tokens
+    that it no longer has.
+    """
+    shape = store.batch, store.heads, store.tokens, store.channels
+    for x in (k, v):
+        if tuple(x.shape) != shape or x.dtype != store.dtype:
+            raise InvalidInput(
+                f"the cache holds {shape} of {store.dtype}, the tensors to compare are {tuple(x.shape)} of {x.dtype}"
+            )
+    total = Comparison(0, 0, 0.0)
+    for given, back, tensor in zip(_held(store, k, v), store.held(), (store.spec.key, store.spec.value), strict=True):
+        for row in range(store.batch):
+            start, begin = int(store.starts[row]), int(store.tail_begin[row])
+            if (store.valid[row, : store.count[row]] < PAGE_TOKENS).any():
+                raise InvalidInput("the cache was cropped within a page, whose bounds can no longer be known")
+            first = start + int(store.sink_count[row])
+            x, y = as_array(given)[row], as_array(back)[row]
+            for exact in (slice(start, first), slice(begin, None)):
+                total += _compare(x[:, exact], y[:, exact], np.zeros(1))
+            if first < begin:
+                bound = _bound(x[:, first:begin], y[:, first:begin], tensor)
+                total += _compare(_pages(x[:, first:begin]), _pages(y[:, first:begin]), bound)
+    return total
+
+
+def error_shares(store: KVStore, k: Tensor, v: Tensor) -> Iterator[tuple[Kind, npt.NDArray[np.float64]]]:
+    """Errors of what is sealed over their bounds, signed, of K and of V; without those of exact values. Arguments as in ``compare``."""
+    kinds: tuple[Kind, Kind] = ("K", "V")
+    tensors = store.spec.key, store.spec.value
+    for kind, given, back, tensor in zip(kinds, _held(store, k, v), store.held(), tensors, strict=True):
+        for row in range(store.batch):
+            first, begin = int(store.starts[row] + store.sink_count[row]), int(store.tail_begin[row])
+            if first < begin:
+                x, y = (as_array(values)[row, :, first:begin] for values in (given, back))
+                error = to_float32(_pages(y)).astype(np.float64) - to_float32(_pages(x))
+                share = error / np.maximum(_bound(x, y, tensor), np.finfo(np.float64).tiny)
+                yield kind, share[error != 0]
+
+
+def _held(store: KVStore, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V in the coordinates that the store holds and bounds them in."""
+    return (k, v) if store.transform is None else (store.transform.key.apply(k), store.transform.value.apply(v))
+
+
+def _bound(x: npt.NDArray[Any], y: npt.NDArray[Any], tensor: TensorSpec) -> npt.NDArray[np.float64]:
+    """The bound of each value, (pages, heads, 64 or 1, D or 1); the unit ``head`` keeps its own before the rounding to the type, so that half of the
+    type's spacing comes on top."""
+    bound = error_bound(x, tensor.unit, tensor.scale)
+    if tensor.unit != "head":
+        return bound
+    exponent = np.frexp(to_float32(_pages(y)).astype(np.float64))[1]
+    half_spacing: npt.NDArray[np.float64] = np.ldexp(0.5, exponent - SIGNIFICAND_BITS[y.dtype.name])
+    return bound + half_spacing
+
+
+def _pages(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(heads, 64*pages, D) -> (pages, heads, 64, D)."""
+    return x.reshape(x.shape[0], -1, PAGE_TOKENS, x.shape[2]).swapaxes(0, 1)
+
+
+def _compare(x: npt.NDArray[Any], y: npt.NDArray[Any], bound: npt.NDArray[np.float64]) -> Comparison:
+    """What is the same bit by bit, as raw blocks are, is right even where it is no number."""
+    bits = np.uint32 if x.dtype.itemsize == 4 else np.uint16
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        error = np.abs(to_float32(y).astype(np.float64) - to_float32(x).astype(np.float64))
+        same = np.ascontiguousarray(x).view(bits) == np.ascontiguousarray(y).view(bits)
+        missed = ~(same | (error <= bound))  # a NaN fails the comparison
+        share = np.where(same, 0, error / bound)
+    return Comparison(x.size, int(missed.sum()), float(np.nanmax(share, initial=0.0)))

@@ -1,0 +1,44 @@
+"""When a row's codebooks are trained, on which counts, and which are used before."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomp.codec import codebook
+from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.quantise import HEAD_ZERO
+from kvcomp.errors import InvalidInput
+from kvcomp.kernels import Books
+from kvcomp.spec import CodecSpec, TensorSpec
+
+
+def counted(tensor: TensorSpec, n: int) -> slice:
+    """The n codes whose pair counts are kept: the lowest, of the unit ``head`` those around 0."""
+    first = -HEAD_ZERO - n // 2 if tensor.unit == "head" else 0
+    return slice(first, first + n)
+
+
+def kept_counts(tensor: TensorSpec, counts: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+    """Pair counts (classes, 256, 256) cut down to (classes, n, n), the codes seen."""
+    seen = np.array(np.nonzero(counts)[1:])
+    if tensor.unit == "head":
+        n = 2 * int(np.max(np.maximum(seen + HEAD_ZERO + 1, -HEAD_ZERO - seen), initial=1))
+    else:
+        n = 1 + int(np.max(seen, initial=0))
+    some = counted(tensor, n)
+    return counts[:, some, some].astype(np.uint32)
+
+
+def default_book(tensor: TensorSpec) -> Codebook | None:
+    """The default book of a tensor with a relative scale."""
+    return codebook.default(tensor.scales[0], tensor.classes, tensor.limit) if tensor.scales else None
+
+
+def check_books(spec: CodecSpec, books: tuple[Books, Books]) -> None:
+    for tensor, of_kind in zip((spec.key, spec.value), books, strict=True):
+        for book in of_kind:
+            if book is not None and book.classes != tensor.classes:
+                raise InvalidInput(f"a codebook has {book.classes} classes, the spec {tensor.classes}")
+        if tensor.unit != "head":
+            raise InvalidInput(f"the unit {tensor.unit!r} has a default book by its relative scale: give no books")

@@ -1,0 +1,224 @@
+"""Calibrations: the file, what is refused, and the levels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
+
+import kvcomp
+from calibrating import STEPS, calibrated
+from kvcomp.calibration import LEVELS, Calibration, quantise_matrix, resolve
+from kvcomp.calibration.file import MAX_BYTES, METADATA
+from kvcomp.calibration.transform import Affine
+from kvcomp.errors import CorruptData, InvalidInput, KVCompError, LimitExceeded, UnsupportedVersion
+from kvcomp.spec import CodecSpec
+
+MADE = calibrated(2, channels=16)
+
+
+def rewritten(change: Callable[[dict[str, Any], dict[str, str]], None]) -> bytes:
+    """The bytes of a calibration file with tensors and metadata changed."""
+    tensors = {name: array.copy() for name, array in load(MADE.content).items()}
+    size = int.from_bytes(MADE.content[:8], "little")
+    metadata = json.loads(MADE.content[8 : 8 + size])["__metadata__"]
+    change(tensors, metadata)
+    return save(tensors, metadata)
+
+
+def test_a_file_gives_the_calibration_back(tmp_path: Path) -> None:
+    MADE.write(tmp_path / "model.kvcal")
+    read = Calibration.read(tmp_path / "model.kvcal")
+    assert read.fingerprint == MADE.fingerprint
+    assert read.about == MADE.about
+    assert read.levels == LEVELS
+    assert read.spec("aggressive") == MADE.spec("aggressive")
+    for index in range(2):
+        assert torch.equal(read.layers[index][0].key.matrix, MADE.layers[index][0].key.matrix)
+        assert read.layers[index][1] == MADE.layers[index][1]
+
+
+def test_the_same_calibration_has_the_same_bytes() -> None:
+    assert calibrated(2, channels=16).content == MADE.content
+    assert calibrated(2, channels=16, model={"model_type": "other"}).fingerprint != MADE.fingerprint
+
+
+def test_eight_bits_are_kept_as_they_are() -> None:
+    matrix = torch.randn(2, 16, 16)
+    once = quantise_matrix(matrix)
+    assert torch.equal(quantise_matrix(once), once)
+    assert (once - matrix).abs().amax() <= matrix.abs().amax() / 254 * (1 + 1e-5)
+    affine = Affine.of(once, torch.zeros(2, 16))
+    x = torch.randn(1, 2, 9, 16)
+    assert torch.allclose(affine.undo(affine.apply(x)), x, atol=1e-3)  # rounding A costs no accuracy
+
+
+def test_levels_are_specs_that_name_the_calibration() -> None:
+    spec = MADE.spec("balanced")
+    assert spec.calibration == MADE.fingerprint
+    assert spec.key.steps is not None
+    assert (len(spec.key.steps), len(spec.key.steps[0])) == (2, 2)
+    coarse = MADE.spec("aggressive").key.steps
+    assert coarse is not None
+    assert coarse[0][0] / spec.key.steps[0][0] == pytest.approx(STEPS["aggressive"] / STEPS["balanced"], rel=1e-3)
+    assert CodecSpec.from_json(spec.to_json()) == spec
+    with pytest.raises(InvalidInput, match="no level 'best'"):
+        MADE.spec("best")
+
+
+def test_bytes_that_decoding_needs() -> None:
+    matrices = sum(array.nbytes for name, array in load(MADE.content).items() if "matrix" in name)
+    assert matrices < MADE.nbytes("balanced") < len(MADE.content)
+
+
+def test_resolve_says_what_is_missing() -> None:
+    assert resolve("kvcomp") == (CodecSpec.resolve("kvcomp"), None)
+    assert resolve("kvcomp-klt", MADE) == (MADE.spec("balanced"), MADE)
+    assert resolve("kvcomp-klt:aggressive", MADE)[0] == MADE.spec("aggressive")
+    assert resolve(MADE.spec("aggressive"), MADE)[0] == MADE.spec("aggressive")
+    with pytest.raises(InvalidInput, match="kvcomp calibrate MODEL"):
+        resolve("kvcomp-klt")
+    with pytest.raises(InvalidInput, match=MADE.fingerprint):
+        resolve(MADE.spec())
+    with pytest.raises(InvalidInput, match="needs no calibration"):
+        resolve("kvcomp", MADE)
+    with pytest.raises(InvalidInput, match="no level"):
+        resolve("kvcomp-klt:fine", MADE)
+    with pytest.raises(InvalidInput, match="the one given is"):
+        resolve(MADE.spec(), calibrated(2, channels=16, model={"model_type": "other"}))
+    with pytest.raises(InvalidInput, match="no preset"):
+        resolve("kvcomp-kl", MADE)
+
+
+def test_another_model_is_told_apart() -> None:
+    MADE.check_model({"model_type": "none"})
+    with pytest.raises(InvalidInput, match="model_type 'none', not 'llama'"):
+        MADE.check_model({"model_type": "llama"})
+
+
+def test_tensors_of_another_shape_are_refused() -> None:
+    k = torch.randn(1, 3, 70, 16)
+    with pytest.raises(InvalidInput, match="KV heads"):
+        kvcomp.compress(k, k, "kvcomp-klt", calibration=MADE)
+    with pytest.raises(InvalidInput, match="channels"):
+        kvcomp.compress(torch.randn(1, 2, 70, 32), torch.randn(1, 2, 70, 32), "kvcomp-klt", calibration=MADE)
+    with pytest.raises(InvalidInput, match="no layer 5"):
+        kvcomp.compress(torch.randn(1, 2, 70, 16), torch.randn(1, 2, 70, 16), "kvcomp-klt", calibration=MADE, layer=5)
+
+
+def drop(name: str) -> Callable[[dict[str, Any], dict[str, str]], None]:
+    return lambda tensors, metadata: tensors.pop(name) is None
+
+
+def put(name: str, array: Any) -> Callable[[dict[str, Any], dict[str, str]], None]:
+    return lambda tensors, metadata: tensors.update({name: array})
+
+
+def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, str]], None]:
+    def change(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+        metadata[METADATA] = json.dumps({**json.loads(metadata[METADATA]), **fields})
+
+    return change
+
+
+MATRIX = load(MADE.content)["0.key.matrix"]
+BOOKS = load(MADE.content)["1.balanced.books"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (drop("0.key.matrix"), CorruptData),
+        (drop("1.value.mean"), CorruptData),
+        (drop("1.balanced.books"), CorruptData),
+        (put("more", np.zeros(3, np.float32)), CorruptData),
+        (put("2.key.mean", np.zeros((2, 16), np.float32)), CorruptData),
+        (put("0.key.more", np.zeros(3, np.float32)), CorruptData),
+        (put("0.key.matrix", np.zeros_like(MATRIX)), CorruptData),  # singular
+        (put("0.key.matrix", MATRIX.astype(np.float32)), CorruptData),
+        (put("0.key.matrix", MATRIX[:1]), CorruptData),
+        (put("0.key.matrix", MATRIX[:, :8]), CorruptData),
+        (put("0.key.matrix", MATRIX[0]), CorruptData),
+        (put("0.key.matrix", np.zeros((0, 16, 16), np.int8)), CorruptData),
+        (put("0.key.scale", np.full((2, 16), np.inf, np.float32)), CorruptData),
+        (put("0.key.scale", np.zeros((2, 16), np.float32)), CorruptData),
+        (put("0.key.mean", np.full((2, 16), np.nan, np.float32)), CorruptData),
+        (put("0.balanced.steps", np.zeros((2, 2), np.float32)), CorruptData),
+        (put("0.balanced.steps", np.full((2, 2), -1, np.float32)), CorruptData),
+        (put("0.balanced.steps", np.full((2, 2), np.nan, np.float32)), CorruptData),
+        (put("0.balanced.steps", np.ones((2, 3), np.float32)), CorruptData),
+        (put("1.balanced.books", BOOKS[:-1]), CorruptData),
+        (put("1.balanced.books", np.append(BOOKS, BOOKS[:1])), CorruptData),
+        (put("1.balanced.books", BOOKS[:0]), CorruptData),
+        (put("1.balanced.books", np.full_like(BOOKS, 255)), CorruptData),
+        (say(layers=1), CorruptData),
+        (say(layers="2"), CorruptData),
+        (say(layers=True), CorruptData),
+        (say(layers=0), LimitExceeded),
+        (say(layers=1 << 20), LimitExceeded),
+        (say(levels={}), LimitExceeded),
+        (say(levels={"Balanced!": {}}), CorruptData),
+        (say(levels={"fine": {}}), CorruptData),
+        (say(model=None), CorruptData),
+        (say(other=1), CorruptData),
+        (say(version=2), UnsupportedVersion),
+        (say(version=True), UnsupportedVersion),
+        (lambda tensors, metadata: metadata.update({METADATA: "[" * 100_000}), CorruptData),
+        (lambda tensors, metadata: metadata.update({METADATA: "3"}), CorruptData),
+        (lambda tensors, metadata: metadata.clear(), CorruptData),
+        (lambda tensors, metadata: tensors.clear(), CorruptData),
+    ],
+)
+def test_what_is_no_calibration_is_refused(change: Any, error: type[KVCompError]) -> None:
+    with pytest.raises(error):
+        Calibration.from_bytes(rewritten(change))
+
+
+def test_many_heads_are_refused_before_they_are_inverted() -> None:
+    heads = 2000
+    wide = put("0.key.matrix", np.zeros((heads, 16, 16), np.int8))
+
+    def change(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+        wide(tensors, metadata)
+        tensors["0.key.scale"] = tensors["0.key.mean"] = np.ones((heads, 16), np.float32)
+
+    with pytest.raises(LimitExceeded):
+        Calibration.from_bytes(rewritten(change))
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.kvcal"
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(LimitExceeded):
+        Calibration.read(path)
+    with pytest.raises(InvalidInput, match="cannot read"):
+        Calibration.read(tmp_path / "none.kvcal")
+    with pytest.raises(InvalidInput, match="cannot read"):
+        Calibration.read(tmp_path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_bytes_give_a_typed_error_or_a_calibration(data: st.DataObject) -> None:
+    content = bytearray(MADE.content)
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    for _ in range(data.draw(st.integers(1, 4))):
+        if content:
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        read = Calibration.from_bytes(bytes(content))
+    except KVCompError:
+        return
+    k = torch.randn(1, 2, 70, 16)
+    packed = kvcomp.compress(k, k, f"kvcomp-klt:{read.levels[0]}", calibration=read)
+    assert packed.attend(k[:, :, :1]).isfinite().all()

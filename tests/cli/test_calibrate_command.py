@@ -1,0 +1,80 @@
+"""``kvcomp calibrate`` as a user types it, on a model of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from typer.testing import CliRunner, Result
+
+from kvcomp.calibration import LEVELS, Calibration
+from kvcomp.cli import app
+from kvcomp.evaluate.models import shipped_model
+from kvcomp.fit.calibrate import Calibrator
+
+SMALL = "--windows", "4", "--prompt-tokens", "256", "--scored-tokens", "32"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024,
+    )  # fmt: skip
+    place = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    AutoTokenizer.from_pretrained(shipped_model()).save_pretrained(place)
+    return str(place)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    place = tmp_path / "text.txt"
+    place.write_text("\n".join(f"The square of {n} is {n * n}." for n in range(400)), encoding="utf-8")
+    return str(place)
+
+
+def test_calibrate_goes_on_after_a_stop_and_leaves_one_file(
+    model: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, output = tmp_path / "whole.kvcal", tmp_path / "model.kvcal"
+    finished = run("calibrate", model, "--text", text, "-o", str(whole), *SMALL)
+    assert finished.exit_code == 0, finished.output
+    assert "as good as" in finished.output
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Calibrator, "level", stop)
+        stopped = run("calibrate", model, "--text", text, "-o", str(output), *SMALL)
+    assert stopped.exit_code == 130
+    assert "--resume" in stopped.output
+    assert not output.exists()
+    assert Path(f"{output}.partial").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(Calibrator, "_curve", stop)  # everything before the levels is there
+        resumed = run("calibrate", model, "--text", text, "-o", str(output), *SMALL, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert output.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("*.kvcal*")) == ["model.kvcal", "whole.kvcal"]
+    calibration = Calibration.read(output)
+    assert calibration.levels == LEVELS
+    assert calibration.about.made["written"] == 1
+
+
+def test_calibrate_says_what_it_needs(model: str, text: str, tmp_path: Path) -> None:
+    output = str(tmp_path / "model.kvcal")
+    short = run("calibrate", model, "--text", text, "-o", output, "--prompt-tokens", "4000")
+    assert (short.exit_code, "positions end at 1024" in short.output) == (1, True)
+    nothing = run("calibrate", model, "--text", text, "-o", output, *SMALL, "--resume")
+    assert (nothing.exit_code, "run once without --resume" in nothing.output) == (1, True)
+    without = run("generate", model, "--spec", "kvcomp-klt", "--prompt", "a")
+    assert without.exit_code == 1
+    assert "kvcomp calibrate MODEL --text FILE -o model.kvcal" in " ".join(without.output.split())

@@ -1,0 +1,116 @@
+"""The command line as a user types it."""
+
+import json
+import logging.handlers
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from kvcomp.cli import app
+from redis_server import free_port
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def test_help_shows_a_first_command_that_can_be_typed() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "kvcomp generate --compare" in result.output
+
+
+def test_generate_compares_with_the_uncompressed_cache_and_writes_the_figures(tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    result = run("generate", "--compare", "-n", "12", "--json", str(output))
+    assert result.exit_code == 0, result.output
+    assert "total bits per value" in result.output
+    figures = json.loads(output.read_text())
+    assert figures["prompt_tokens"] >= 2000
+    assert len(figures["new_tokens"]) == 12
+    assert figures["ratio"] > 3
+    assert figures["top1_agreement"] > 0.8
+    assert 0 <= figures["mean_kl"] < 0.1
+    parts = {name: size for name, size in figures["memory"].items() if name not in NOT_PARTS}
+    assert sum(parts.values()) == figures["memory"]["total"]
+    assert figures["uncompressed"]["bytes"] > 3 * figures["memory"]["total"]
+
+
+NOT_PARTS = {"total", "table_entries", "sealed_values", "values", "dense"}
+
+
+def test_generate_continues_a_prompt_of_the_user_and_sampling_repeats_with_its_seed(tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("def add(a, b):\n    return", encoding="utf-8")
+    outputs = [tmp_path / "first.json", tmp_path / "second.json"]
+    for output in outputs:
+        options = ("-n", "8", "--temperature", "1.0", "--seed", "3", "--spec", "packed", "--json", str(output))
+        result = run("generate", "--prompt-file", str(prompt), *options)
+        assert result.exit_code == 0, result.output
+    first, second = (json.loads(output.read_text())["new_tokens"] for output in outputs)
+    assert first == second
+
+
+def test_generate_skips_the_prefill_of_a_system_prompt_the_second_time(tmp_path: Path) -> None:
+    """Two chats over a system prompt of some 2,000 tokens: the second loads it."""
+    system = tmp_path / "system.txt"
+    system.write_text(Path(logging.handlers.__file__).read_text(encoding="utf-8")[:7000], encoding="utf-8")
+    found = []
+    for question in ("import os\n", "class Other:\n"):
+        output = tmp_path / "figures.json"
+        options = ("-n", "4", "--prompt", question, "--prefix-store", str(tmp_path / "store"), "--json", str(output))
+        result = run("generate", "--prompt-file", str(system), *options)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(output.read_text()))
+    first, second = (figures["prefix_store"] for figures in found)
+    assert first["loaded_tokens"] == 0
+    assert first["first_token_seconds_without"] is None
+    assert first["stored_tokens"] >= second["loaded_tokens"] > found[1]["prompt_tokens"] - 400 > 1400
+    assert "first token without it" in result.output
+    assert second["first_token_seconds"] > second["loading_seconds"] > 0
+    assert second["first_token_seconds_without"] > second["first_token_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"), [("s3://bucket", "no store s3://"), ("redis://127.0.0.1:{port}", "Redis at 127.0.0.1")]
+)
+def test_a_prefix_store_that_is_none(url: str, message: str) -> None:
+    result = run("generate", "-n", "1", "--prefix-store", url.format(port=free_port()))
+    assert (result.exit_code, message in " ".join(result.output.split())) == (1, True)
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "some/model"), "needs --prompt"),
+        (("generate", "--spec", "none-such"), "no preset"),
+        (("generate", "--prompt", ""), "empty"),
+        (("generate", "-n", "0"), "max-new-tokens"),
+        (("generate", "--prompt-file", "no-such-file"), "does not exist"),
+    ],
+)
+def test_a_wrong_use_exits_with_2_and_says_why(arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_a_failure_exits_with_1_and_a_message_without_a_traceback(tmp_path: Path) -> None:
+    missing = run("generate", str(tmp_path), "--prompt", "a")
+    assert missing.exit_code == 1
+    assert "cannot load a model" in missing.output
+    too_long = run("generate", "--prompt", "word " * 6000)
+    assert too_long.exit_code == 1
+    assert "LimitExceeded" in too_long.output
+    for result in (missing, too_long):
+        assert "Traceback" not in result.output
+
+
+def test_a_prompt_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    noise = tmp_path / "noise"
+    noise.write_bytes(b"\xff\xfe\x00\x80")
+    result = run("generate", "--prompt-file", str(noise))
+    assert result.exit_code == 2
+    assert "UTF-8" in result.output

@@ -1,0 +1,201 @@
+"""Caches for the tests of the CUDA sources, on the emulator (tests/emulator) and on a GPU (tests/gpu): pages from the readable reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomp.codec import codebook
+from kvcomp.codec.quantise import Quantised, round_to, to_float32
+from kvcomp.kernels import Books, reference
+from kvcomp.spec import PAGE_TOKENS, CodecSpec, Coding, Kind, TensorSpec, Unit
+
+Array = npt.NDArray[Any]
+KINDS: tuple[Kind, Kind] = ("K", "V")
+NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a cache is like. pages: of each row. queries: of a KV head, of the last ``new`` tokens. value: dtype of the cache.
+
+    own: whether rows have their own books, trained on the first page only, so that some blocks need the default. raw: one raw block
+    of K and one of V in each row. partial: tokens that count of each row's last page.
+    """
+
+    channels: int = 128
+    queries: int = 4
+    new: int = 1
+    pages: tuple[int, ...] = (3, 0, 1)
+    heads: int = 2
+    units: tuple[Unit, Unit] = ("block", "token")
+    coding: tuple[Coding, Coding] = ("huffman", "huffman")
+    classes: tuple[int, int] = (1, 1)
+    limit: int = 12
+    value: str = "bfloat16"
+    scales: tuple[float, float] = (0.05, 0.1)
+    own: bool = True
+    raw: bool = False
+    partial: int = PAGE_TOKENS
+    sinks: int = 4
+    tail: int = 70
+    softcap: float = 0.0
+    seed: int = 0
+
+    @property
+    def spec(self) -> CodecSpec:
+        def tensor(unit: Unit, coding: Coding, classes: int, scale: float) -> TensorSpec:
+            if unit == "head":
+                return TensorSpec(unit, None, coding, self.limit, classes, steps=(self.steps(scale),))
+            return TensorSpec(unit, scale, coding, self.limit, classes)
+
+        key, value = (tensor(*of) for of in zip(self.units, self.coding, self.classes, self.scales, strict=True))
+        return CodecSpec(key, value, sinks=self.sinks)
+
+    def steps(self, scale: float) -> tuple[float, ...]:
+        """The heads' steps of the unit ``head``."""
+        return tuple(scale * (1 + head / 2) * 4 for head in range(self.heads))
+
+
+@dataclass
+class Cache:
+    """A built case, as the arrays that ``reference.attend`` takes. owners: for each row the buffer of its pages, addressed by ``pages``."""
+
+    case: Case
+    spec: CodecSpec
+    q: Array
+    pages: Array
+    valid: Array
+    count: Array
+    books: list[tuple[Books, Books]]
+    sinks: tuple[Array, Array]
+    sink_count: Array
+    tail: tuple[Array, Array]
+    tail_begin: Array
+    owners: list[Array]
+    steps: tuple[tuple[float, ...] | None, tuple[float, ...] | None]
+    scaling: float = field(default=0.0)
+
+    @property
+    def tail_end(self) -> Array:
+        """For each query the tail tokens it sees."""
+        case = self.case
+        return np.tile(np.arange(case.tail - case.new + 1, case.tail + 1), case.queries // case.new)
+
+    def attend(self) -> tuple[Array, Array]:
+        """What attention must give, and the natural log of the softmax denominators."""
+        return reference.attend(
+            self.q,
+            self.pages,
+            self.valid,
+            self.count,
+            self.case.units,
+            self.books,
+            *self.sinks,
+            self.sink_count,
+            *self.tail,
+            self.tail_begin,
+            self.tail_end,
+            self.scaling,
+            self.case.softcap,
+            steps=self.steps,
+        )
+
+
+def values_like(rng: np.random.Generator, heads: int, tokens: int, channels: int, value: str) -> Array:
+    """Values with a scale and some an offset for each channel."""
+    spread = np.exp(rng.normal(size=(heads, 1, channels)) / 2)
+    offset = np.where(rng.random((heads, 1, channels)) < 0.1, 4.0, 0.0)
+    x = rng.laplace(size=(heads, tokens, channels)) * spread + offset
+    return round_to(x.astype(np.float32), NUMPY[value])
+
+
+def make_raw(q: Quantised, page: int, head: int) -> None:
+    """Mark a block as raw, as the quantiser does where a bound fails."""
+    q.raw[page, head] = True
+    q.codes[page, head] = 0
+
+
+def build(case: Case) -> Cache:
+    rng = np.random.default_rng(case.seed)
+    spec = case.spec.layer(0, 1)
+    rows, capacity = len(case.pages), max(case.pages) + 1
+    addresses, valid = np.zeros((rows, capacity), np.int64), np.zeros((rows, capacity), np.int32)
+    books: list[tuple[Books, Books]] = []
+    owners: list[Array] = []
+    for row, count in enumerate(case.pages):
+        k, v = (values_like(rng, case.heads, PAGE_TOKENS * count, case.channels, case.value) for _ in "KV")
+        tensors = spec.key, spec.value
+        kq, vq = (reference.quantise(x, t.unit, t.scale) for x, t in zip((k, v), tensors, strict=True))
+        of_row: list[Books] = []
+        for q, kind, tensor in zip((kq, vq), KINDS, tensors, strict=True):
+            first = Quantised(q.codes[:1], q.scale[:1], q.zero[:1], q.raw[:1])
+            trains = case.own and count and tensor.coding == "huffman"
+            own = codebook.train(reference.count_pairs(first, kind, tensor.classes), tensor.limit) if trains else None
+            default = None if tensor.unit == "head" else codebook.default(tensor.scale, tensor.classes, tensor.limit)
+            of_row.append((default, own))
+        if case.raw and count:
+            make_raw(kq, count - 1, 0)
+            make_raw(vq, 0, case.heads - 1)
+        books.append((of_row[0], of_row[1]))
+        buffer, offsets = reference.encode_pages(k, v, kq, vq, case.coding, case.units, *books[-1])
+        owners.append(buffer)
+        addresses[row, :count] = buffer.ctypes.data + offsets[:-1]
+        valid[row, :count] = PAGE_TOKENS
+        if count:
+            valid[row, count - 1] = case.partial
+    sinks, tail = (
+        tuple(values_like(rng, rows * case.heads, tokens, case.channels, case.value) for _ in "KV")
+        for tokens in (case.sinks, case.tail)
+    )
+    shape = rows, case.heads, -1, case.channels
+    return Cache(
+        case=case,
+        spec=spec,
+        q=rng.normal(size=(rows, case.heads, case.queries, case.channels)).astype(np.float32),
+        pages=addresses,
+        valid=valid,
+        count=np.array(case.pages),
+        books=books,
+        sinks=(sinks[0].reshape(shape), sinks[1].reshape(shape)),
+        sink_count=np.array([max(0, case.sinks - row) for row in range(rows)]),
+        tail=(tail[0].reshape(shape), tail[1].reshape(shape)),
+        tail_begin=np.array([min(3 * row, case.tail // 2) for row in range(rows)]),
+        owners=owners,
+        steps=(_steps_of(spec.key), _steps_of(spec.value)),
+        scaling=case.channels**-0.5,
+    )
+
+
+def _steps_of(tensor: TensorSpec) -> tuple[float, ...] | None:
+    return tensor.scale if isinstance(tensor.scale, tuple) else None
+
+
+def scramble(cache: Cache, rng: np.random.Generator) -> None:
+    """Random bits in the first row's pages wherever a reader of foreign bytes does not look (docs/format.md, section 5): scales, streams
+    and fixed codes; directories and lengths stay."""
+    case, buffer = cache.case, cache.owners[0]
+    for page in cache.pages[0, : case.pages[0]] - cache.owners[0].ctypes.data:
+        directory = buffer[page : page + 4 * (2 * case.heads + 1)].view("<u4").tolist()
+        for index, word in enumerate(directory[:-1]):
+            begin, end, kind = page + (word & ~15), page + (directory[index + 1] & ~15), index // case.heads
+            bytes_of = {"block": 8, "channel": 4 * case.channels, "vector": 4 * PAGE_TOKENS}
+            codes = begin + bytes_of.get(case.units[kind], 0)
+            after = codes + (4 + 8 * (int(buffer[codes]) & 15) if word & 15 in (1, 2) else 0)
+            for first, last in ((begin, codes), (after, end)):
+                buffer[first:last] = rng.integers(0, 256, last - first, np.uint8)
+
+
+def relative_error(x: Array, expected: Array) -> float:
+    """Largest difference over the largest expected value; NaN and infinities must be where they are expected."""
+    if not np.array_equal(np.isfinite(x), np.isfinite(expected)):
+        return float("inf")
+    finite = np.isfinite(expected)
+    difference = np.abs(x[finite].astype(np.float64) - expected[finite])
+    return float(difference.max(initial=0) / max(1e-3, float(np.abs(expected[finite]).max(initial=0))))
+
+
+__all__ = ["NUMPY", "Cache", "Case", "build", "relative_error", "scramble", "to_float32", "values_like"]
