@@ -66,6 +66,28 @@ def quality(found: Any) -> str:
     return markdown([*header, "passkeys right"], rows)
 
 
+FRONT = "uncompressed", "kivi-4", "kvcomp", "kvcomp-klt:near-lossless", "kvcomp-klt:balanced", "kivi-2"
+
+
+def front(found: Any) -> str:
+    """The README's table: few methods, few columns."""
+    measured = {one["name"]: one for one in found["methods"]}
+    rows = []
+    for name in FRONT:
+        memory, fidelity = (measured[name][part]["teacher_forced"] for part in ("memory", "fidelity"))
+        rows.append(
+            [
+                label(name),
+                f"{memory['coded_bits']:.2f}" if memory["sealed_values"] else "",
+                f"{memory['total_bits']:.2f}",
+                f"{fidelity['kl']['mean']:.1e}" if fidelity["kl"]["mean"] else "0",
+                f"{100 * fidelity['top1']['mean']:.1f} %",
+                _right(measured[name]["retrieval"], "key-value"),
+            ]
+        )
+    return markdown(["method", "coded bits", "total bits", "KL, nats a token", "same top-1", "look-ups right"], rows)
+
+
 def _right(cells: list[Any], task: str) -> str:
     right, asked = (sum(cell[name] for cell in cells if cell["task"] == task) for name in ("right", "asked"))
     return f"{100 * right / asked:.1f} %" if asked else ""
@@ -293,6 +315,7 @@ def first_token(found: Any) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several with a comma between
+    "front": ("quality.json", front),
     "quality": ("quality.json", quality),
     "equal-quality": ("quality.json", equal_quality),
     "klt": ("klt.json", klt),
