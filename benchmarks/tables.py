@@ -139,6 +139,38 @@ def klt(found: Any) -> str:
     return markdown(header, rows)
 
 
+def klt_levels(found: Any, timings: Any) -> str:
+    """Level x (KL at equal raw tokens, look-ups, times over the paper preset's)."""
+
+    def over(part: str, level: str) -> str:
+        return " / ".join(f"{timings[part][n]['all'][level]['over_paper']['median']:.2f}x" for n in ("8192", "32768"))
+
+    rows = []
+    for level, bits in (("near-lossless", 4), ("balanced", 3), ("aggressive", 2)):
+        kl, (low, high) = (found["same_window"][level][name] for name in ("value", "interval"))
+        lost = (found["lookups"][name]["points_lost"] for name in (f"klt {level}", f"kivi {bits}/{bits}"))
+        rows.append(
+            [f"`{level}`, beside KIVI-style {bits} bit", f"{kl:.2f} ({low:.2f} to {high:.2f})"]
+            + [f"{points:.2f}" for points in lost]
+            + [over("attend", level), over("encode", level)]
+        )
+    header = ["level", "KL over KIVI's", "points lost", "KIVI's", "attention, 8K / 32K", "compressing, 8K / 32K"]
+    return markdown(header, rows)
+
+
+def klt_shift(found: Any) -> str:
+    """Coded bits with a calibration on the other kind of text, over those with one on the same kind."""
+    rows = []
+    for kind in ("prose calibration on code", "code calibration on prose"):
+        cells = []
+        for bits in (4, 3, 2):
+            of = found["text_shift"][f"{kind}, KL of KIVI-{bits}: over"]
+            low, high = (100 * (x - 1) for x in of["interval"])
+            cells.append(f"{100 * (of['value'] - 1):+.0f} % ({low:+.0f} to {high:+.0f})")
+        rows.append([kind, *cells])
+    return markdown(["calibration", *(f"at the KL of KIVI-style {bits} bit" for bits in (4, 3, 2))], rows)
+
+
 def memory(found: Any) -> str:
     """What a cache occupies."""
     mib = 1024 * 1024
@@ -319,6 +351,8 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "quality": ("quality.json", quality),
     "equal-quality": ("quality.json", equal_quality),
     "klt": ("klt.json", klt),
+    "klt-levels": ("klt.json,klt_timings.json", klt_levels),
+    "klt-shift": ("klt.json", klt_shift),
     "memory": ("memory.json", memory),
     "attention": ("attention_cpu.json", attention),
     "attention-short-spin": ("attention_cpu_short_spin.json", attention),

@@ -87,3 +87,18 @@ def test_no_picture_asks_for_anything_from_elsewhere() -> None:
         text = picture.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert "http" not in text
         assert "<title" in text
+
+
+EXEMPT = {"format.md", "decisions.md"}  # a format needs its conditions in one sentence; decisions are notes
+LONGEST = 30  # words of a sentence
+
+
+@pytest.mark.parametrize("name", sorted({*TEXTS, "README.md"} - EXEMPT))
+def test_sentences_are_short(name: str) -> None:
+    text = TEXTS.get(name) or (ROOT / name).read_text(encoding="utf-8")
+    text = re.sub(r"```.*?```|<!--.*?-->", "", text, flags=re.DOTALL)  # code and markers
+    text = re.sub(r"^(\|.*|#.*|    .*)$", "\n", text, flags=re.MULTILINE)  # tables, headings, indented code
+    text = re.sub(r"`[^`]*`", "X", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text))
+    paragraphs = re.split(r"\n\s*\n|\n- |\n\d+\. ", text)
+    sentences = [one for part in paragraphs for one in re.split(r"(?<=[.!?:;])\s+", part)]
+    assert [one for one in sentences if len(one.split()) > LONGEST] == []
