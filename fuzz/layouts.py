@@ -8,10 +8,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from kvcomp import files
 from kvcomp.codec.codebook import Codebook
 from kvcomp.codec.page import Layout
 from kvcomp.files.container import LayerParts
+from kvcomp.files.layers import store_of
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
 
@@ -95,4 +95,4 @@ def _store(layout: Case, backend: str) -> KVStore:
         sinks=nothing,
         tail=nothing,
     )
-    return files.store_of(parts, layout.spec, 64, backend)
+    return store_of(parts, layout.spec, 64, backend)
