@@ -11,7 +11,7 @@ import torch
 from kvcomp.codec.codebook import Codebook
 from kvcomp.codec.page import Layout
 from kvcomp.files.container import LayerParts
-from kvcomp.files.layers import store_of
+from kvcomp.files.layers import NAMES, store_of
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
 
@@ -82,7 +82,7 @@ def _store(layout: Case, backend: str) -> KVStore:
         layer=0,
         heads=layout.heads,
         channels=layout.channels,
-        dtype=files.NAMES[layout.dtype],
+        dtype=NAMES[layout.dtype],
         start=np.zeros(1, np.int64),
         sink_count=np.zeros(1, np.int64),
         page_count=np.ones(1, np.int64),
