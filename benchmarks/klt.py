@@ -36,7 +36,7 @@ from klt_methods import (
     renamed,
     with_rates,
 )
-from kvcomp.calibration import LEVELS, Calibration
+from kvcomp.calibration import Calibration
 from kvcomp.evaluate import fidelity
 from kvcomp.evaluate.fidelity import Sample, bits_at
 from kvcomp.evaluate.methods import Method
@@ -47,6 +47,7 @@ from kvcomp.fit.calibrate import KIVI_BITS
 from kvcomp.results import plots
 from kvcomp.results import schema as results
 from kvcomp.results.journal import Journal
+from kvcomp.spec import LEVELS
 from kvcomp.store import KVStore, Memory
 from kvcomp.store.pages import bits_by_head
 

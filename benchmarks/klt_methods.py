@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from kvcomp.calibration import LEVELS, Calibration
+from kvcomp.calibration import Calibration
 from kvcomp.evaluate.methods import Compressed
 from kvcomp.evaluate.methods.baseline import BaselineLayer
 from kvcomp.evaluate.methods.kivi import Kivi
 from kvcomp.fit.calibrate import KIVI_BITS, Calibrator, Curve
 from kvcomp.fit.windows import Settings
 from kvcomp.results.journal import Journal
-from kvcomp.spec import PAGE_TOKENS, CodecSpec, Kind, TensorSpec
+from kvcomp.spec import LEVELS, PAGE_TOKENS, CodecSpec, Kind, TensorSpec
 
 PROMPT, SCORED = 2048, 256
 OURS = CodecSpec.resolve("kvcomp")

@@ -24,10 +24,10 @@ from transformers import DynamicCache
 
 from klt_methods import PROMPT
 from kvcomp.bench.timing import Rounds, in_rounds, quartiles
-from kvcomp.calibration import LEVELS, Calibration
+from kvcomp.calibration import Calibration
 from kvcomp.evaluate.models import CALIBRATION, held_out_ids, load_model, shipped_model
 from kvcomp.results import schema as results
-from kvcomp.spec import CodecSpec
+from kvcomp.spec import LEVELS, CodecSpec
 from kvcomp.store import KVStore
 from kvcomp.store.attention import attend
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from kvcomp.calibration import PRESET, Calibration
+from kvcomp.calibration import Calibration
 from kvcomp.cli.common import bar, partial
 from kvcomp.cli.evaluate import show
 from kvcomp.errors import InvalidInput
@@ -26,7 +26,7 @@ from kvcomp.evaluate.models import CALIBRATION, load_model, shipped_model, text_
 from kvcomp.results import plots
 from kvcomp.results import schema as results
 from kvcomp.results.journal import Journal
-from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.spec import CALIBRATED, CodecSpec, TensorSpec
 from setting import RESULTS
 
 KEY_SCALES = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2)
@@ -39,7 +39,7 @@ screen = Console()
 
 def methods(place: Path) -> list[Method]:
     """Everything that can be measured here; what lacks a package is named and left out."""
-    found = [baseline("uncompressed"), *klt(place), *(one for one in default_specs(place) if one.name != PRESET)]
+    found = [baseline("uncompressed"), *klt(place), *(one for one in default_specs(place) if one.name != CALIBRATED)]
     found.append(Compressed("packed"))
     for name in BASELINES:
         if name == found[0].name:
@@ -54,7 +54,7 @@ def methods(place: Path) -> list[Method]:
 def klt(place: Path) -> list[Method]:
     """The calibrated preset at each of its levels, from fine to coarse."""
     levels = Calibration.read(place / CALIBRATION).levels
-    return [named_spec(place, f"{PRESET}:{level}") for level in levels]
+    return [named_spec(place, f"{CALIBRATED}:{level}") for level in levels]
 
 
 def paper(ratio: int) -> list[Method]:
@@ -98,7 +98,7 @@ def plot(found: list[dict[str, Any]], curves: dict[str, list[dict[str, Any]]], s
         if (
             "teacher_forced" in one["fidelity"]
             and one["name"] not in ("uncompressed", "kvcomp")
-            and not one["name"].startswith(PRESET)
+            and not one["name"].startswith(CALIBRATED)
         ):
             families.setdefault(one["name"].split("-")[0], []).append(point(one))
     for family, points in families.items():
@@ -135,7 +135,7 @@ def main(
     measured = {one["name"]: one for one in curve.collected()[0]}
     curves = {name: [point(measured[one.name]) for one in family] for name, family in families.items()}
     by_name = {one["name"]: one for one in found}
-    curves[PRESET] = [point(by_name[one.name]) for one in klt(place)]
+    curves[CALIBRATED] = [point(by_name[one.name]) for one in klt(place)]
     equal = equal_quality(by_name, curves)
     results.write(output, "evaluate", about, partial=False, methods=found, curves=curves, equal_quality=equal)
     journal.close()

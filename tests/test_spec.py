@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedVersion
-from kvcomp.spec import CODINGS, PAGE_TOKENS, PRESETS, SPEC_VERSION, UNITS, CodecSpec, TensorSpec
+from kvcomp.spec import CODINGS, PAGE_TOKENS, PRESETS, SPEC_VERSION, UNITS, CodecSpec, TensorSpec, is_calibrated
 
 BLOCK = TensorSpec("block", 0.05)
 
@@ -305,3 +305,11 @@ def test_a_spec_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.json", binary):
         with pytest.raises(InvalidInput, match="cannot read"):
             CodecSpec.resolve(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("kvcomp-klt", True), ("kvcomp-klt:balanced", True), ("kvcomp", False), ("kvcomp-klt2", False), (None, False)],
+)
+def test_the_names_that_need_a_calibration(name: object, expected: bool) -> None:
+    assert is_calibrated(name) is expected

@@ -1,7 +1,7 @@
 """kvcomp: the KV cache of language models, error-bounded and entropy-coded, with attention on the compressed bits.
 
-    packed = kvcomp.compress(k, v)      # (batch, kv_heads, tokens, head_dim)
-    o = packed.attend(q)                # (batch, heads, 1, head_dim)
+    compressed = kvcomp.compress(k, v)  # (batch, kv_heads, tokens, head_dim)
+    o = compressed.attend(q)            # (batch, heads, 1, head_dim)
 
 For Hugging Face transformers see ``kvcomp.integrations.transformers``.
 """
@@ -23,7 +23,7 @@ from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 
 if TYPE_CHECKING:
     from kvcomp.calibration import Calibration
-    from kvcomp.packed import Packed, compress, load
+    from kvcomp.compressed import CompressedKV, compress, load
     from kvcomp.prefix import PrefixStore
     from kvcomp.store import Memory
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 _LAZY = {
     "Calibration": "kvcomp.calibration",
     "Memory": "kvcomp.store",
-    "Packed": "kvcomp.packed",
+    "CompressedKV": "kvcomp.compressed",
     "PrefixStore": "kvcomp.prefix",
-    "compress": "kvcomp.packed",
-    "load": "kvcomp.packed",
+    "compress": "kvcomp.compressed",
+    "load": "kvcomp.compressed",
 }
 
 __all__ = [
@@ -42,12 +42,12 @@ __all__ = [
     "BackendUnavailable",
     "Calibration",
     "CodecSpec",
+    "CompressedKV",
     "CorruptData",
     "InvalidInput",
     "KVCompError",
     "LimitExceeded",
     "Memory",
-    "Packed",
     "PrefixStore",
     "StoreUnavailable",
     "TensorSpec",

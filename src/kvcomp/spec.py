@@ -20,6 +20,8 @@ UNITS: tuple[Unit, ...] = ("block", "channel", "token", "vector", "head")
 CODINGS: tuple[Coding, ...] = ("huffman", "fixed")
 PAGE_TOKENS = 64
 SPEC_VERSION = 1
+CALIBRATED = "kvcomp-klt"  # the preset whose spec a calibration makes, alone or as kvcomp-klt:LEVEL
+LEVELS = ("near-lossless", "balanced", "aggressive")
 STEP_RANGE = (2.0**-100, 2.0**100)
 STEP_BITS = 16
 
@@ -210,6 +212,11 @@ class CodecSpec:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidInput(f"cannot read the spec file {path}: {error}") from None
+
+
+def is_calibrated(name: object) -> bool:
+    """Whether a name is that of the preset that needs a calibration."""
+    return isinstance(name, str) and name.partition(":")[0] == CALIBRATED
 
 
 T = TypeVar("T")

@@ -16,11 +16,11 @@ from safetensors.numpy import load, save
 
 import kvcomp
 from calibrating import STEPS, calibrated
-from kvcomp.calibration import LEVELS, Calibration, quantise_matrix, resolve
+from kvcomp.calibration import Calibration, quantise_matrix, resolve
 from kvcomp.calibration.file import MAX_BYTES, METADATA
 from kvcomp.calibration.transform import Affine
 from kvcomp.errors import CorruptData, InvalidInput, KVCompError, LimitExceeded, UnsupportedVersion
-from kvcomp.spec import CodecSpec
+from kvcomp.spec import LEVELS, CodecSpec
 
 MADE = calibrated(2, channels=16)
 

@@ -9,10 +9,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner, Result
 
-from kvcomp.calibration import LEVELS, Calibration
+from kvcomp.calibration import Calibration
 from kvcomp.cli import app
 from kvcomp.evaluate.models import shipped_model
 from kvcomp.fit.calibrate import Calibrator
+from kvcomp.spec import LEVELS
 
 SMALL = "--windows", "4", "--prompt-tokens", "256", "--scored-tokens", "32"
 

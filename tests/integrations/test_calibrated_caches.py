@@ -20,13 +20,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from kvcomp.calibration import LEVELS, Calibration
+from kvcomp.calibration import Calibration
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.fit.calibrate import KIVI_BITS, Calibrator
 from kvcomp.fit.statistics import Statistics, observe
 from kvcomp.fit.windows import Settings, write
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.results.journal import Journal
+from kvcomp.spec import LEVELS
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,

@@ -2,8 +2,6 @@
 
 from kvcomp.calibration.file import (
     CLASSES,
-    LEVELS,
-    PRESET,
     About,
     Calibration,
     LayerCalibration,
@@ -14,8 +12,6 @@ from kvcomp.calibration.file import (
 
 __all__ = [
     "CLASSES",
-    "LEVELS",
-    "PRESET",
     "About",
     "Calibration",
     "LayerCalibration",

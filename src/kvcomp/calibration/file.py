@@ -34,12 +34,10 @@ from kvcomp.codec.block import check_channels
 from kvcomp.codec.codebook import Codebook
 from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedVersion
 from kvcomp.kernels import Books
-from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.spec import CALIBRATED, CodecSpec, TensorSpec, is_calibrated
 
 VERSION = 1
 METADATA = "kvcomp_calibration"
-PRESET = "kvcomp-klt"
-LEVELS = ("near-lossless", "balanced", "aggressive")
 DEFAULT_LEVEL = "balanced"
 MAX_BYTES = 1 << 30
 MAX_LAYERS, MAX_HEADS, MAX_LEVELS = 1 << 12, 1 << 10, 64
@@ -206,21 +204,20 @@ def resolve(
     spec: as for ``CodecSpec.resolve``, or ``kvcomp-klt``, or ``kvcomp-klt:LEVEL``. Raises InvalidInput if the calibration is missing, not needed
     or another one, and as ``Calibration.read`` does.
     """
-    name, _, level = spec.partition(":") if isinstance(spec, str) else ("", "", "")
-    resolved = None if name == PRESET else CodecSpec.resolve(spec)
+    resolved = None if is_calibrated(spec) else CodecSpec.resolve(spec)
     if resolved is not None and resolved.calibration is None:
         if calibration is not None:
-            raise InvalidInput(f"the spec {spec!s} needs no calibration: leave it out, or use {PRESET}")
+            raise InvalidInput(f"the spec {spec!s} needs no calibration: leave it out, or use {CALIBRATED}")
         return resolved, None
     if calibration is None:
         which = "" if resolved is None else f" with the fingerprint {resolved.calibration}"
         raise InvalidInput(
-            f"{PRESET} needs a calibration of the model{which}: give calibration=, the file that "
+            f"{CALIBRATED} needs a calibration of the model{which}: give calibration=, the file that "
             "'kvcomp calibrate MODEL --text FILE -o model.kvcal' makes"
         )
     read = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
     if resolved is None:
-        return read.spec(level or DEFAULT_LEVEL), read
+        return read.spec(str(spec).partition(":")[2] or DEFAULT_LEVEL), read
     read.level_of(resolved)
     return resolved, read
 

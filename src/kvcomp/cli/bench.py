@@ -10,8 +10,8 @@ from rich import box
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvcomp.cli.common import CALIBRATED, errors, named_spec, partial, plain_errors, quiet_loading, screen
-from kvcomp.spec import PRESETS
+from kvcomp.cli.common import errors, named_spec, partial, plain_errors, quiet_loading, screen
+from kvcomp.spec import PRESETS, is_calibrated
 
 PARTS = "attention", "codec", "generate", "growth"
 
@@ -55,7 +55,7 @@ def bench(
     parts = [name for name in PARTS if part is None or name in part]
     if part and set(part) - set(PARTS):
         raise typer.BadParameter(f"the parts are {', '.join(PARTS)}", param_hint="--part")
-    if spec.partition(":")[0] != CALIBRATED:
+    if not is_calibrated(spec):
         named_spec(spec)
     given: dict[str, Any] = {
         "contexts": context,

@@ -16,9 +16,6 @@ from rich.text import Text
 from kvcomp.errors import KVCompError
 from kvcomp.spec import CodecSpec
 
-CALIBRATED = "kvcomp-klt"
-
-
 screen, errors = Console(), Console(stderr=True)
 
 

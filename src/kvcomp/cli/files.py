@@ -14,9 +14,9 @@ from typing import Annotated, Any, Self
 import typer
 from rich.table import Table
 
-from kvcomp.cli.common import CALIBRATED, named_spec, plain_errors, say, screen
+from kvcomp.cli.common import named_spec, plain_errors, say, screen
 from kvcomp.errors import InvalidInput, LimitExceeded
-from kvcomp.spec import PRESETS, TensorSpec
+from kvcomp.spec import PRESETS, TensorSpec, is_calibrated
 
 FREE_VALUES, MAX_EXPANSION = 1 << 28, 1 << 12  # bytes to decompress to: always allowed, and for each byte of a file
 PAGE_PARTS = "codes", "lengths", "scales", "directories", "raw_blocks"
@@ -41,7 +41,7 @@ def compress(
 
     Every whole page of 64 tokens is compressed; what is left at the end stays as it is.
     """
-    named = spec if spec.partition(":")[0] == CALIBRATED else named_spec(spec)
+    named = spec if is_calibrated(spec) else named_spec(spec)
     with plain_errors():
         from kvcomp import files
         from kvcomp.calibration import resolve

@@ -17,10 +17,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvcomp.cli.common import CALIBRATED, errors, named_spec, plain_errors, screen
+from kvcomp.cli.common import errors, named_spec, plain_errors, screen
 from kvcomp.cli.prefix import Prefixes
 from kvcomp.errors import InvalidInput
-from kvcomp.spec import PRESETS, CodecSpec
+from kvcomp.spec import PRESETS, CodecSpec, is_calibrated
 
 PROMPT_FILE, PROMPT_TOKENS = "logging/handlers.py", 2304  # of the held-out files, one that every Python has
 REFRESH_SECONDS = 0.2
@@ -63,7 +63,7 @@ def generate(
     """
     if model is not None and prompt is None and prompt_file is None:
         raise typer.BadParameter("a model of your own needs --prompt or --prompt-file")
-    if spec is not None and calibration is None and spec.partition(":")[0] != CALIBRATED:
+    if spec is not None and calibration is None and not is_calibrated(spec):
         named_spec(spec)
     with plain_errors():
         _generate(
@@ -97,10 +97,10 @@ def _generate(
         import torch
         from transformers.utils import logging as transformers_logging
 
+        from kvcomp.compressed import compress
         from kvcomp.evaluate import generation
         from kvcomp.evaluate.models import load_model, shipped_model, spec_for
         from kvcomp.integrations.transformers import KVCompCache
-        from kvcomp.packed import compress
 
         transformers_logging.disable_progress_bar()
         logging.getLogger("kvcomp").addHandler(_ToScreen())

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvcomp.calibration import Calibration
-from kvcomp.prefix import PrefixStore
 from kvcomp.spec import CodecSpec
+
+if TYPE_CHECKING:
+    from kvcomp.calibration import Calibration
 
 
 class Prefixes:
     """A prefix store around one generation, and its times. Attributes in seconds; ``without`` is None if nothing was loaded."""
 
     def __init__(self, url: str, ids: Any, model: Any, spec: CodecSpec, calibration: Calibration | None) -> None:
+        from kvcomp.prefix import PrefixStore
+
         self.store, self.ids, self.model, self.spec = PrefixStore(url), ids, model, spec
         self.calibration = calibration
         self.stored = 0

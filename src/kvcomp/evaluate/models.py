@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kvcomp.calibration import PRESET, Calibration, resolve
+from kvcomp.calibration import Calibration, resolve
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.evaluate.text import held_out_names, held_out_text, join, manual_text, training_text
-from kvcomp.spec import CodecSpec
+from kvcomp.spec import CodecSpec, is_calibrated
 
 TUNED_SPEC = "kvcomp.json"
 FITTING_CHARACTERS = 2_000_000
@@ -42,23 +42,17 @@ def load_model(name: str | Path) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def default_spec(model: str | Path) -> CodecSpec:
-    """The spec tuned for a model, ``kvcomp.json`` in its directory, or the preset ``kvcomp``."""
-    tuned = Path(model) / TUNED_SPEC
-    return CodecSpec.resolve(tuned if tuned.is_file() else "kvcomp")
-
-
 def spec_for(
     model: str | Path, spec: str | None = None, calibration: Path | None = None
 ) -> tuple[CodecSpec, Calibration | None]:
-    """A spec by its name, the model's own if None, with the calibration it needs: the one given, or ``model.kvcal`` in the model's directory.
+    """``resolve`` with what lies in the model's directory: ``kvcomp.json`` if no spec is named, ``model.kvcal`` for kvcomp-klt.
 
     Raises InvalidInput if there is no such spec or calibration.
     """
+    tuned, beside = Path(model) / TUNED_SPEC, Path(model) / CALIBRATION
     if spec is None:
-        return default_spec(model), None
-    beside = Path(model) / CALIBRATION
-    if calibration is None and spec.partition(":")[0] == PRESET and beside.is_file():
+        return resolve(tuned if tuned.is_file() else "kvcomp", calibration)
+    if calibration is None and is_calibrated(spec) and beside.is_file():
         calibration = beside
     return resolve(spec, calibration)
 

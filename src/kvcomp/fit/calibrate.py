@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from xxhash import xxh3_64
 
-from kvcomp.calibration import CLASSES, LEVELS, About, Calibration, LevelOfLayer, quantise_matrix
+from kvcomp.calibration import CLASSES, About, Calibration, LevelOfLayer, quantise_matrix
 from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.fidelity import attend_plainly
@@ -35,7 +35,7 @@ from kvcomp.fit.windows import Settings, Tell, draw_windows, write
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, position_limit, setting, text_config
 from kvcomp.kernels import Books, load_backend
 from kvcomp.results.journal import Journal
-from kvcomp.spec import PAGE_TOKENS
+from kvcomp.spec import LEVELS, PAGE_TOKENS
 
 # Steps tried, over the root mean square of a tensor in its coordinates.
 FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)

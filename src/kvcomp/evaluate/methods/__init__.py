@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvcomp.calibration import PRESET
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.methods.baseline import Baseline, Parts
 from kvcomp.evaluate.methods.compressed import Compressed
@@ -20,7 +19,7 @@ from kvcomp.evaluate.methods.quantized_cache import Quantized
 from kvcomp.evaluate.methods.turboquant import TurboQuant
 from kvcomp.evaluate.methods.uncompressed import Uncompressed
 from kvcomp.evaluate.models import CALIBRATION, TUNED_SPEC, spec_for
-from kvcomp.spec import PRESETS
+from kvcomp.spec import CALIBRATED, PRESETS, is_calibrated
 
 __all__ = ["BASELINES", "Baseline", "Compressed", "Method", "Pair", "Parts", "baseline", "default_specs", "named_spec"]
 
@@ -51,14 +50,14 @@ def named_spec(model: str | Path, name: str, calibration: Path | None = None) ->
     """kvcomp under a spec that a command's option names; its calibration is the one given, or that beside the model. Raises InvalidInput."""
     spec, read = spec_for(model, name, calibration)
     stem = Path(name).stem
-    return Compressed(spec, name if stem in PRESETS or name.partition(":")[0] == PRESET else stem, read)
+    return Compressed(spec, name if stem in PRESETS or is_calibrated(name) else stem, read)
 
 
 def default_specs(model: str | Path) -> list[Method]:
     """kvcomp as a model would use it: calibrated and tuned, if that was done for it, and the preset."""
     found: list[Method] = []
     if (Path(model) / CALIBRATION).is_file():
-        found.append(named_spec(model, PRESET))
+        found.append(named_spec(model, CALIBRATED))
     if (Path(model) / TUNED_SPEC).is_file():
         found.append(Compressed(Path(model) / TUNED_SPEC, "tuned"))
     return [*found, Compressed("kvcomp")]

@@ -1,0 +1,171 @@
+"""K and V tensors without a model: compress, decompress, attend, save, load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvcomp import files
+from kvcomp.calibration import Calibration, resolve
+from kvcomp.errors import InvalidInput
+from kvcomp.spec import CodecSpec
+from kvcomp.store import KVStore, Memory
+from kvcomp.store.attention import attend
+
+
+class Place(NamedTuple):
+    """Where in a model a layer is: the whole model's spec, the layer's index, and how many layers the model has."""
+
+    spec: CodecSpec
+    layer: int
+    layers: int
+
+
+class CompressedKV:
+    """Compressed K and V of one layer, made by ``compress`` or ``load``.
+
+    Examples
+    --------
+    >>> import torch, kvcomp
+    >>> compressed = kvcomp.compress(*torch.randn(2, 1, 2, 256, 64))
+    >>> compressed.attend(torch.randn(1, 8, 1, 64)).shape
+    torch.Size([1, 8, 1, 64])
+    """
+
+    def __init__(self, store: KVStore, place: Place | None = None) -> None:
+        self._store = store
+        self._place = place or Place(store.spec, 0, 1)
+
+    def decompress(self) -> tuple[Tensor, Tensor]:
+        """K and V, each (batch, KV heads, tokens, head_dim), in the dtype they came in and within the spec's bound."""
+        return self._store.dense()
+
+    def attend(self, q: Tensor, scaling: float | None = None, softcap: float = 0.0) -> Tensor:
+        """softmax(scaling q.K) V, decoding block by block (arXiv 2509.00579, "Fetch").
+
+        Parameters
+        ----------
+        q
+            (batch, heads, queries, head_dim): the queries of the last tokens. Each sees what is not after it.
+        scaling
+            Factor on q.K; head_dim^-0.5 if None.
+        softcap
+            Scores become softcap * tanh(score / softcap); 0 for none.
+
+        Returns
+        -------
+        Tensor
+            (batch, heads, queries, head_dim) in q's dtype.
+
+        Raises
+        ------
+        InvalidInput
+            If q does not fit.
+        """
+        return attend(self._store, q, self._store.channels**-0.5 if scaling is None else scaling, softcap)
+
+    def memory(self) -> Memory:
+        """Bytes by part."""
+        return self._store.memory()
+
+    def save(self, path: str | Path) -> None:
+        """Write a .kvc file for ``kvcomp.load``. It replaces what was there. Raises OSError."""
+        spec, layer, layers = self._place
+        files.save(path, {layer: self._store}, spec, layers)
+
+
+def compress(
+    k: Tensor,
+    v: Tensor,
+    spec: str | Path | CodecSpec = "kvcomp",
+    backend: str = "cpu",
+    calibration: Calibration | str | Path | None = None,
+    layer: int = 0,
+) -> CompressedKV:
+    """Compress K and V of one layer: every whole page of 64 tokens. What is left at the end stays raw.
+
+    Parameters
+    ----------
+    k, v
+        (batch, KV heads, tokens, head_dim) each, float32, float16 or bfloat16, on the CPU.
+    spec
+        A preset's name, the path of a JSON file, or a CodecSpec. Its window and sinks are not used.
+    backend
+        ``cpu``, or ``reference`` to check against it.
+    calibration
+        Of the model, for the preset ``kvcomp-klt``.
+    layer
+        With a calibration: which layer of the model K and V are of.
+
+    Raises
+    ------
+    InvalidInput
+        For tensors of another shape or dtype, an unknown spec, or a calibration that is missing or does not fit.
+    BackendUnavailable
+        If there is no such backend, or K and V are on another device.
+    """
+    resolved, read = resolve(spec, calibration)
+    bare = replace(resolved, window=0, sinks=0)
+    if read is not None:
+        place = Place(bare, layer, read.about.layers)
+        calibrated = read.layer(layer, bare)
+        if calibrated is None:
+            raise InvalidInput(f"the calibration has no layer {layer}: give layer=, the one that K and V are of")
+        return _sealed(k, v, KVStore(bare.layer(layer, place.layers), backend, *calibrated), place)
+    if not {resolved.key.layers, resolved.value.layers} <= {None, 1}:
+        raise InvalidInput(
+            "this spec has scales for each layer of a model: give CodecSpec.layer(i, layers) for one layer's tensors"
+        )
+    return _sealed(k, v, KVStore(bare, backend))
+
+
+def _sealed(k: Tensor, v: Tensor, store: KVStore, place: Place | None = None) -> CompressedKV:
+    store.append(k, v)
+    store.seal()
+    return CompressedKV(store, place)
+
+
+def load(
+    path: str | Path,
+    layer: int | None = None,
+    rows: Sequence[int] | None = None,
+    tokens: int | None = None,
+    backend: str = "cpu",
+    calibration: Calibration | str | Path | None = None,
+) -> CompressedKV:
+    """Read one layer of a .kvc file without decoding anything. Nobody may write into the file meanwhile.
+
+    Parameters
+    ----------
+    path
+        The file.
+    layer
+        Which layer; the only one if None.
+    rows
+        Which rows of the batch; all if None.
+    tokens
+        How many of the first tokens; all if None.
+    backend
+        As for ``compress``.
+    calibration
+        The one that the layer was compressed with, if with any.
+
+    Raises
+    ------
+    CorruptData, UnsupportedVersion, LimitExceeded, OSError
+        If the file is damaged, newer, too large, or cannot be read.
+    InvalidInput
+        If the file does not hold what is asked for.
+    """
+    container = files.open_container(path)
+    if layer is None:
+        if len(container.header.layers) != 1:
+            raise InvalidInput(f"the file holds {len(container.header.layers)} layers: say which one with layer=")
+        layer = container.header.layers[0].layer
+    spec, read = resolve(container.header.spec, calibration)
+    store = files.load(container, backend, [layer], rows, tokens, read)[layer]
+    return CompressedKV(store, Place(spec, layer, container.header.model_layers) if read else None)
