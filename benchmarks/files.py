@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from kvcomp import files
+from kvcomp.results.schema import environment
 from kvcomp.spec import PRESETS, CodecSpec
 from kvcomp.store import KVStore
-from setting import RESULTS, setting
 
+OUTPUT = Path(__file__).parent / "results" / "files.json"
 app = typer.Typer(pretty_exceptions_enable=False)
 screen = Console()
 
@@ -95,13 +96,13 @@ def measure(name: str, runs: int, shape: tuple[int, int, int, int], folder: Path
 def main(
     runs: Annotated[int, typer.Option(help="Runs of each kind that count")] = 9,
     tokens: Annotated[int, typer.Option(help="Tokens of the cache")] = 32768,
-    output: Annotated[Path, typer.Option(help="Where the results go")] = RESULTS / "files.json",
+    output: Annotated[Path, typer.Option(help="Where the results go")] = OUTPUT,
 ) -> None:
     """Measure and write the results."""
     shape = 4, 4, 128, tokens
     with tempfile.TemporaryDirectory() as folder:
         found = {name: measure(name, runs, shape, Path(folder)) for name in ("kvcomp", "packed")}
-    content = {"setting": setting(layers=4, heads=4, head_dim=128, tokens=tokens, runs=runs), "presets": found}
+    content = {"setting": environment(layers=4, heads=4, head_dim=128, tokens=tokens, runs=runs), "presets": found}
     output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     table = Table(
         "preset", "file, MB", "of the cache", "load, ms", "cat, ms", "ratio", "save, ms", "write, ms", "ratio"

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvcomp.results.schema import environment
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store.gpu.store import GPUStore
 
@@ -196,26 +195,6 @@ def measure_shape(batch: int, tokens: int) -> Iterator[dict[str, Any]]:
         del store
 
 
-def setting() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=False, capture_output=True, text=True).stdout.strip()
-    properties = torch.cuda.get_device_properties(0)
-    smi = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    return {
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "driver": smi.stdout.strip(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": sys.version.split()[0],
-        "commit": commit,
-    }
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: for each shape and group the fastest rival, and ours; encoding and decompression."""
     lines = [
@@ -268,7 +247,7 @@ def main() -> None:
                 break
         torch.cuda.empty_cache()
         RESULTS.write_text(
-            json.dumps({"setting": setting(), "complete": time.monotonic() <= end, "rows": rows}, indent=1) + "\n"
+            json.dumps({"setting": environment(), "complete": time.monotonic() <= end, "rows": rows}, indent=1) + "\n"
         )
         if time.monotonic() > end:
             print("out of time")

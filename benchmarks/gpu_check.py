@@ -150,13 +150,13 @@ def run_steps(
     return ended
 
 
-def write(setting: dict[str, Any], ended: Sequence[Ended], results: Path) -> None:
+def write(about: dict[str, Any], ended: Sequence[Ended], results: Path) -> None:
     """gpu_check.json and gpu_check.md, and gpu_counters.csv if there are counters."""
     results.mkdir(exist_ok=True)
-    content = {"setting": setting, "steps": [asdict(x) for x in ended]}
+    content = {"setting": about, "steps": [asdict(x) for x in ended]}
     (results / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
     lines = [
-        ", ".join(f"{name} {value}" for name, value in setting.items()),
+        ", ".join(f"{name} {value}" for name, value in about.items()),
         "",
         "| step | outcome | s |",
         "|---|---|---|",
@@ -169,15 +169,16 @@ def write(setting: dict[str, Any], ended: Sequence[Ended], results: Path) -> Non
 
 
 def main() -> int:
-    probe = "import sys; sys.path.insert(0, 'benchmarks'); import json, gpu_attention; print(json.dumps(gpu_attention.setting()))"
+    device = "torch.cuda.get_device_properties(0)"  # fails where there is none
+    probe = f"import json, torch; from kvcomp.results import schema; {device}; print(json.dumps(schema.environment()))"
     status, output = run_command([sys.executable, "-c", probe], 90)
     if status != 0:
         print(f"no GPU: torch of {sys.executable} sees none\n{output[-500:]}")
         return 1
-    setting = json.loads(output.splitlines()[-1])
-    print(setting)
+    about = json.loads(output.splitlines()[-1])
+    print(about)
     ended = run_steps(STEPS)
-    write(setting, ended, RESULTS)
+    write(about, ended, RESULTS)
     print((RESULTS / "gpu_check.md").read_text())
     return int(not all(x.fine for x in ended))
 

@@ -37,9 +37,9 @@ from gpu_model import (
     release,
     seconds_of,
     synchronise,
-    where,
 )
 from kvcomp.errors import LimitExceeded
+from kvcomp.results.schema import environment
 
 RESULTS = Path(__file__).parent / "results" / "gpu_generate.json"
 SHAPES = ("4x32768", "1x131072") if GPU else ("2x300",)
@@ -146,7 +146,7 @@ def main() -> None:
             rows.append({**what, "error": described(error)})
         print(rows[-1], flush=True)
         if arguments.output:
-            arguments.output.write_text(json.dumps({"setting": where(), "rows": rows}, indent=1) + "\n")
+            arguments.output.write_text(json.dumps({"setting": environment(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

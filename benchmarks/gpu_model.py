@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from gpu_attention import setting
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.graph import DecodeGraph, recorded
 from kvcomp.integrations.transformers.layer import CompressedLayer
@@ -38,10 +37,6 @@ FILLED_AT_ONCE = 1 << 17  # tokens of all rows, where a cache is filled without 
 SPECS = {"kvcomp": "kvcomp", "kvcomp packed": "packed"}
 STOCK = ("dynamic", "static")
 NAMES = ("dynamic", "static", "static, graph", "kvcomp", "kvcomp, graph", "kvcomp packed") if GPU else (*STOCK, *SPECS)
-
-
-def where() -> dict[str, Any]:
-    return setting() if GPU else {"device": "no GPU: the tiny model on the CPU", "torch": torch.__version__}
 
 
 def model_with_random_weights() -> Any:

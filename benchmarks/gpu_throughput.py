@@ -30,9 +30,9 @@ from gpu_model import (
     model_with_random_weights,
     release,
     seconds_of,
-    where,
 )
 from kvcomp.errors import LimitExceeded
+from kvcomp.results.schema import environment
 
 RESULTS = Path(__file__).parent / "results" / "gpu_throughput.json"
 WORK = 3 << 30  # bytes for what a step needs beside weights and cache
@@ -122,7 +122,7 @@ def main() -> None:
             rows.append({"cache": name, "error": described(error)})
         print(rows[-1], flush=True)
         if arguments.output:
-            found = {"setting": where() | {"budget_bytes": budget}, "rows": rows}
+            found = {"setting": environment(budget_bytes=budget), "rows": rows}
             arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     print(table(rows))
 

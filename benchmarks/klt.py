@@ -41,7 +41,7 @@ from kvcomp.evaluate import fidelity
 from kvcomp.evaluate.fidelity import Sample, bits_at
 from kvcomp.evaluate.methods import Method
 from kvcomp.evaluate.models import CALIBRATION, held_out_ids, load_model, shipped_model
-from kvcomp.evaluate.retrieval import answered, quiz_sample, quizzes
+from kvcomp.evaluate.retrieval import Quiz, answered, quiz_sample, quizzes
 from kvcomp.evaluate.text import held_out_names, join, manual_text, training_text
 from kvcomp.fit.calibrate import KIVI_BITS
 from kvcomp.results import plots
@@ -172,16 +172,17 @@ def sizes(model: Any, ids: np.ndarray[Any, Any], calibration: Calibration) -> di
 def lookups(model: Any, tokenizer: Any, methods: Mapping[str, Method], journal: Journal) -> dict[str, Any]:
     """Look-ups answered, each by every method: shares, and the difference to uncompressed with its 95 % interval over the lists."""
     drawn = quizzes(tokenizer, np.random.default_rng(SEED), LOOKUP_LISTS, PROMPT)
-    for number, quiz in enumerate(track(drawn, "look-ups", console=screen)):
-        if f"lookups.{number}" in journal:
-            continue
+
+    def ask(quiz: Quiz) -> dict[str, list[bool]]:
         each = quiz_sample(model, quiz)
         right = {"uncompressed": answered(quiz, each.log_probs)}
         for name, method in methods.items():
             cache = fidelity.fill(model, each, method)
             right[name] = answered(quiz, fidelity.predict(model, each.text, cache, method))
-        journal.record(f"lookups.{number}", right)
-    lists = [journal[f"lookups.{number}"] for number in range(len(drawn))]
+        return right
+
+    tracked = enumerate(track(drawn, "look-ups", console=screen))
+    lists = [journal.piece(f"lookups.{number}", partial(ask, quiz)) for number, quiz in tracked]
     exact = [np.mean(one["uncompressed"]) for one in lists]
     found: dict[str, Any] = {"asked": sum(len(one["uncompressed"]) for one in lists)}
     for name in lists[0]:
@@ -230,7 +231,7 @@ def main(
         {"prompts": prompts, "calibration": calibration.fingerprint, "rates": RATES, "splits": SPLITS, "paper": PAPER},
         resume,
     )
-    about = results.setting(prompts=prompts, prompt_tokens=PROMPT, scored_tokens=SCORED, seed=SEED)
+    about = results.environment(prompts=prompts, prompt_tokens=PROMPT, scored_tokens=SCORED, seed=SEED)
     content: dict[str, Any] = {"calibration": {"fingerprint": calibration.fingerprint, **vars(calibration.about)}}
 
     def keep(**parts: Any) -> None:
@@ -298,10 +299,8 @@ class Runner:
     ) -> dict[str, Scores]:
         found = {}
         for method in track(methods, mode, console=screen):
-            key = f"{mode}.{method.name}"
-            if key not in self.journal:
-                self.journal.record(key, scored(self.model, samples, method, streaming))
-            found[method.name] = self.journal[key]
+            score = partial(scored, self.model, samples, method, streaming)
+            found[method.name] = self.journal.piece(f"{mode}.{method.name}", score)
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from kvcomp.calibration import Calibration
-from kvcomp.evaluate.methods import Compressed
+from kvcomp.evaluate.methods import KVComp
 from kvcomp.evaluate.methods.baseline import BaselineLayer
 from kvcomp.evaluate.methods.kivi import Kivi
-from kvcomp.fit.calibrate import KIVI_BITS, Calibrator, Curve
+from kvcomp.fit.calibrate import Calibrator, Curve
 from kvcomp.fit.windows import Settings
 from kvcomp.results.journal import Journal
 from kvcomp.spec import LEVELS, PAGE_TOKENS, CodecSpec, Kind, TensorSpec
@@ -26,8 +27,8 @@ WINDOWS = 24  # of a calibration, as kvcomp calibrate has it by default
 RATES = (-0.5, 0.5, 1.5, 2.5, 3.0)  # 0, 1, 2 are near-lossless, balanced, aggressive: steps between and beyond
 
 
-def klt(calibration: Calibration, level: str) -> Compressed:
-    return Compressed(calibration.spec(level), f"klt {level}", calibration)
+def klt(calibration: Calibration, level: str) -> KVComp:
+    return KVComp(calibration.spec(level), f"klt {level}", calibration)
 
 
 class KiviSplit(Kivi):
@@ -72,8 +73,8 @@ class KiviAlike(KiviSplit):
         return torch.cat([parts["sinks"].float(), super().decode(parts, kind)], 2)
 
 
-def paper(key: float, value: float) -> Compressed:
-    return Compressed(CodecSpec(TensorSpec("block", key), TensorSpec("token", value)), f"paper {key}/{value}")
+def paper(key: float, value: float) -> KVComp:
+    return KVComp(CodecSpec(TensorSpec("block", key), TensorSpec("token", value)), f"paper {key}/{value}")
 
 
 def with_rates(calibrator: Calibrator, calibration: Calibration) -> Calibration:
@@ -109,27 +110,19 @@ def reader(
 
 def kivi_by_layer(calibrator: Calibrator, journal: Journal) -> list[KiviSplit]:
     """KIVI-style with bits for each layer's K and V: measured and allocated as our steps are, at three prices."""
+
+    def points(index: int, kind: int) -> list[tuple[int, float]]:
+        found = []
+        for bits in (8, 6, 4, 3, 2, 1):
+            quality = calibrator.quality({(index, kind): calibrator.rounded(Kivi(bits), index, kind)})
+            found.append((bits, (quality.text + quality.repeated) / 2))
+        return found
+
     curves = {}
-    for (index, kind), x in calibrator.coordinates.items():
-        key = f"kivi.layer.{index}.{kind}"
-        if key not in journal:
-            name: Kind = "V" if kind else "K"
-            raw = torch.cat(
-                [
-                    (window.layers[index].values if kind else window.layers[index].keys)[:, :, calibrator.coded]
-                    for window in calibrator.windows
-                ]
-            )
-            points = []
-            for bits in (8, 6, 4, 3, 2, 1):
-                method = Kivi(bits)
-                quality = calibrator.quality({(index, kind): method.decode(method.encode(raw, name), name)})
-                points.append((bits, (quality.text + quality.repeated) / 2))
-            journal.record(key, points)
-        bits, kl = np.array(journal[key]).T
+    for index, kind in calibrator.coordinates:
+        bits, kl = np.array(journal.piece(f"kivi.layer.{index}.{kind}", partial(points, index, kind))).T
         # the "step" of a curve is what is chosen: here 1/bits, and no bits between those that exist
         curves[index, kind] = Curve(1 / bits, bits + 1, np.maximum.accumulate(np.maximum(kl, 1e-9)))
-        del x
     found = []
     for price in (1000.0, 150.0, 20.0):
         chosen = {}
@@ -143,18 +136,13 @@ def kivi_by_layer(calibrator: Calibrator, journal: Journal) -> list[KiviSplit]:
     return found
 
 
-def renamed(method: Compressed, name: str) -> Compressed:
+def renamed(method: KVComp, name: str) -> KVComp:
     method.name = name
     return method
 
 
 def calibrated_on(model: Any, ids: np.ndarray[Any, Any], journal: Journal, statistics: Path) -> Calibration:
     """A calibration made as ``kvcomp calibrate`` makes one."""
-    maker = Calibrator(model, ids, Settings(WINDOWS, PROMPT, SCORED), journal)
-    maker.write()
-    maker.observe(statistics)
-    maker.read()
-    curves = maker.curves()
-    made = maker.build({name: maker.level(curves, bits) for name, bits in KIVI_BITS.items()}, "manual")
+    made = Calibrator(model, ids, Settings(WINDOWS, PROMPT, SCORED), journal).run(statistics, "manual")
     statistics.unlink()
     return made

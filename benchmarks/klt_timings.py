@@ -87,7 +87,7 @@ def main(
     model, tokenizer = load_model(place)
     calibration = Calibration.read(place / CALIBRATION)
     cache = tensors(model, np.asarray(held_out_ids(tokenizer, place)))
-    about = results.setting(rounds=rounds, budget=budget, lengths=LENGTHS, seed=SEED)
+    about = results.environment(rounds=rounds, budget=budget, lengths=LENGTHS, seed=SEED)
     q = torch.randn(
         (1, model.config.num_attention_heads, 1, cache[0][0].shape[3]), generator=torch.Generator().manual_seed(SEED)
     ).to(cache[0][0].dtype)

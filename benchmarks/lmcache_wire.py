@@ -40,9 +40,10 @@ from transformers import DynamicCache
 
 from kvcomp.calibration import Calibration
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
+from kvcomp.results.schema import environment
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
-from setting import RESULTS, setting
 
+OUTPUT = Path(__file__).parent / "results" / "lmcache_wire.json"
 CHUNK, SCORED = 256, 256
 WAIT = 300.0
 SHAPES = {"D=64": 64, "D=128": 128}
@@ -302,7 +303,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 def main(
     count: Annotated[int, typer.Option(help="Prompts")] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens of each, whole chunks of 256")] = 2048,
-    output: Annotated[Path, typer.Option(help="Where the results go")] = RESULTS / "lmcache_wire.json",
+    output: Annotated[Path, typer.Option(help="Where the results go")] = OUTPUT,
 ) -> None:
     """Measure and write the results."""
     path = shipped_model()
@@ -313,7 +314,7 @@ def main(
         for name, channels in SHAPES.items():
             found[name] = measure(client, model, path, texts, channels, Path(folder))
     left_out = {TURBOQUANT: "its kernels are Triton for CUDA: LMCache refuses it without a GPU"}
-    about = setting(
+    about = environment(
         prompts=count, prompt_tokens=tokens, chunk_tokens=CHUNK, scored_tokens=SCORED, lmcache=version("lmcache")
     )
     output.write_text(

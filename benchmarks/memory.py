@@ -23,8 +23,9 @@ from rich.table import Table
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvcomp.integrations.transformers import KVCompCache
-from setting import RESULTS, setting
+from kvcomp.results.schema import environment
 
+OUTPUT = Path(__file__).parent / "results" / "memory.json"
 MIB = 1024 * 1024
 CONFIG = LlamaConfig(
     vocab_size=1024,
@@ -97,7 +98,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Prompt tokens")] = 16384,
     new: Annotated[int, typer.Option(help="Generated tokens")] = 32,
     chunk: Annotated[int, typer.Option(help="Prompt tokens read at a time")] = 1024,
-    output: Annotated[Path, typer.Option(help="Where the results go")] = RESULTS / "memory.json",
+    output: Annotated[Path, typer.Option(help="Where the results go")] = OUTPUT,
 ) -> None:
     """Compare the caches and write the results."""
     if context.invoked_subcommand:
@@ -114,7 +115,7 @@ def main(
     for result in found.values():
         result["occupied_ratio"] = dense["occupied"] / result["occupied"]
         result["counted_ratio"] = dense["counted"] / result["counted"]
-    content = {"setting": setting(tokens=tokens, new_tokens=new, chunk=chunk), "caches": found}
+    content = {"setting": environment(tokens=tokens, new_tokens=new, chunk=chunk), "caches": found}
     output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     table = Table("cache", "occupied, MiB", "counted, MiB", "peak, MiB", "occupied ratio", "counted ratio")
     for kind, r in found.items():

@@ -21,14 +21,14 @@ from kvcomp.cli.evaluate import show
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.evaluation import Evaluation, Plan
 from kvcomp.evaluate.fidelity import bits_at
-from kvcomp.evaluate.methods import BASELINES, Compressed, Method, baseline, default_specs, named_spec
+from kvcomp.evaluate.methods import BASELINES, KVComp, Method, baseline, default_specs, named_spec
 from kvcomp.evaluate.models import CALIBRATION, load_model, shipped_model, text_ids
 from kvcomp.results import plots
 from kvcomp.results import schema as results
 from kvcomp.results.journal import Journal
 from kvcomp.spec import CALIBRATED, CodecSpec, TensorSpec
-from setting import RESULTS
 
+OUTPUT = Path(__file__).parent / "results" / "quality.json"
 KEY_SCALES = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2)
 VALUE_OVER_KEY = (2, 3, 5)
 SEED = 20261121
@@ -40,7 +40,7 @@ screen = Console()
 def methods(place: Path) -> list[Method]:
     """Everything that can be measured here; what lacks a package is named and left out."""
     found = [baseline("uncompressed"), *klt(place), *(one for one in default_specs(place) if one.name != CALIBRATED)]
-    found.append(Compressed("packed"))
+    found.append(KVComp("packed"))
     for name in BASELINES:
         if name == found[0].name:
             continue
@@ -61,7 +61,7 @@ def paper(ratio: int) -> list[Method]:
     """The paper's scheme from fine to coarse, V's scale so many times K's."""
     grid = [(key, min(0.9, key * ratio)) for key in KEY_SCALES]
     return [
-        Compressed(CodecSpec(TensorSpec("block", key), TensorSpec("token", value)), f"paper K {key:g} V {value:g}")
+        KVComp(CodecSpec(TensorSpec("block", key), TensorSpec("token", value)), f"paper K {key:g} V {value:g}")
         for key, value in grid
     ]
 
@@ -111,7 +111,7 @@ def main(
     streams: Annotated[int, typer.Option(help="Texts to stream")] = 4,
     lists: Annotated[int, typer.Option(help="Look-up lists of each length")] = 8,
     passkeys: Annotated[int, typer.Option(help="Passkeys of each length and depth")] = 4,
-    output: Annotated[Path, typer.Option(help="Where the results go")] = RESULTS / "quality.json",
+    output: Annotated[Path, typer.Option(help="Where the results go")] = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped")] = False,
 ) -> None:
     place = shipped_model()
@@ -120,7 +120,7 @@ def main(
     plan = Plan(prompts=prompts, streams=streams, lengths=(1024, 2048, 4096), lists=lists, passkeys=passkeys, seed=SEED)
     brief = Plan(prompts=prompts, streams=0, lists=0, passkeys=0, details=False, seed=SEED)
     families = {f"paper, V scale {ratio} x K's": paper(ratio) for ratio in VALUE_OVER_KEY}
-    about = results.setting(model="tiny-lm", text=source, **vars(plan))
+    about = results.environment(model="tiny-lm", text=source, **vars(plan))
     chosen = methods(place)
     identity = {"plan": vars(plan), "methods": {one.name: one.settings() for one in chosen}, "scales": KEY_SCALES}
     journal = Journal(partial(output), identity, resume)

@@ -365,7 +365,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "claims": ("quality.json,attention_cpu.json", claims),
     **{
         f"setting-{name}": (f"{name}.json", about)
-        for name in ("quality", "klt", "memory", "attention_cpu", "codec", "generate", "files", "latency", "transfer")
+        for name in ("quality", "klt", "memory", "attention_cpu", "codec", "generate", "files", "transfer")
     },
 }
 

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -42,13 +43,14 @@ from kvcomp.files.container import Container
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.prefix import PrefixStore
 from kvcomp.prefix.chain import CHUNK_TOKENS
+from kvcomp.results.schema import environment
 from kvcomp.serve.blobs import Blobs, open_blobs
 from kvcomp.spec import PRESETS, CodecSpec
 from kvcomp.store import KVStore
 from kvcomp.store.tensors import as_array
 from network import Bucket, connect, proxy, receive, send
-from setting import RESULTS, setting
 
+OUTPUT = Path(__file__).parent / "results" / "transfer.json"
 GBIT = 1e9 / 8
 LENGTH = struct.Struct("<Q")
 
@@ -349,7 +351,7 @@ def main(
     shape = {"layers": 16, "heads": 8, "tokens": tokens, "head_dim": 128}
     layers = tensors(*shape.values())
     found: dict[str, Any] = {
-        "setting": setting(
+        "setting": environment(
             layers=4, heads=4, head_dim=128, tokens=tokens, prompt=prompt, runs=runs, values="normal, bfloat16"
         )
     }
@@ -368,7 +370,7 @@ def main(
             first_tokens("4 layers of 8 KV heads x 128, random weights", wide, drawn, [0.1, 1, 10], runs),
         ]
     show(found)
-    (RESULTS / "transfer.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    OUTPUT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def show(found: dict[str, Any]) -> None:

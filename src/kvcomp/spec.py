@@ -15,6 +15,7 @@ from kvcomp.errors import InvalidInput, UnsupportedVersion
 Unit = Literal["block", "channel", "token", "vector", "head"]
 Coding = Literal["huffman", "fixed"]
 Kind = Literal["K", "V"]
+KINDS: tuple[Kind, Kind] = ("K", "V")
 
 UNITS: tuple[Unit, ...] = ("block", "channel", "token", "vector", "head")
 CODINGS: tuple[Coding, ...] = ("huffman", "fixed")

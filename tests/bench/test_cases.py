@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from kvcomp.bench import cases as bench
-from kvcomp.bench import checks as oracle
+from kvcomp.bench import checks
 from kvcomp.cli import app
 from kvcomp.kernels.cpu import backend as cpu
 from kvcomp.results import schema as results
@@ -51,7 +51,7 @@ def test_times_come_with_their_setting_their_spread_and_the_error(tmp_path: Path
     assert {"device", "torch", "commit", "date", "GOMP_SPINCOUNT"} <= set(found["setting"])
     assert [row["threads"] for row in found["attention"]] == [1, 2]
     for row in found["attention"]:
-        assert row["error"] < oracle.TOLERANCE
+        assert row["error"] < checks.TOLERANCE
         assert row["rounds"] == 5
         assert set(row["time_over"]) == {"sdpa_gqa", "sdpa_folded", "sdpa_repeated", "matmul"}
         for spread in (*row["time_over"].values(), *row["milliseconds"].values()):
@@ -81,7 +81,7 @@ def test_generation_is_timed_whole_with_both_caches(tmp_path: Path, spec: str) -
     assert result.exit_code == 0, result.output
     (row,) = written(output)["generate"]
     assert (row["prompt_tokens"], row["new_tokens"], row["batch"]) == (448, 4, 2)
-    assert row["error"] < oracle.TOLERANCE
+    assert row["error"] < checks.TOLERANCE
     assert row["total_bits"] < 16
     for times in (row["first_token_seconds"], row["milliseconds_per_token"]):
         assert set(times) == {"kvcomp", "uncompressed"}
@@ -144,10 +144,10 @@ def test_an_encoder_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) 
         return pages, offsets
 
     k, v = bench.tensors(1, 2, 320, 32)
-    oracle.check_codec(bench.bare(PRESETS["kvcomp"]), k, v)
+    checks.check_codec(bench.bare(PRESETS["kvcomp"]), k, v)
     monkeypatch.setattr(cpu, "encode_pages", wrong)
-    with pytest.raises(oracle.CheckFailed, match="encoder"):
-        oracle.check_codec(bench.bare(PRESETS["kvcomp"]), k, v)
+    with pytest.raises(checks.CheckFailed, match="encoder"):
+        checks.check_codec(bench.bare(PRESETS["kvcomp"]), k, v)
 
 
 def test_decompression_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +159,8 @@ def test_decompression_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatc
 
     k, v = bench.tensors(1, 2, 320, 32)
     monkeypatch.setattr(cpu, "decompress", wrong)
-    with pytest.raises(oracle.CheckFailed, match="decompression"):
-        oracle.check_codec(bench.bare(PRESETS["kvcomp"]), k, v)
+    with pytest.raises(checks.CheckFailed, match="decompression"):
+        checks.check_codec(bench.bare(PRESETS["kvcomp"]), k, v)
 
 
 def test_a_run_that_was_stopped_leaves_its_results_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,26 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from kvcomp.evaluate import sensitivity as damage
 from kvcomp.evaluate.fidelity import (
-    Coded,
     Sample,
     bits_at,
     compare,
     fill,
-    kvcomp_codec,
     measure,
     predict,
     predict_from,
     sample,
-    score,
 )
-from kvcomp.evaluate.methods import Compressed, baseline, named_spec
+from kvcomp.evaluate.methods import KVComp, baseline, named_spec
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
 from kvcomp.evaluate.retrieval import answered, lookup_quiz, passkey_quiz, quiz_sample
+from kvcomp.evaluate.sensitivity import errors_by_head
 from kvcomp.evaluate.text import LookupLists
-from kvcomp.spec import PRESETS
-from kvcomp.store import Memory
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +34,7 @@ def text(model_and_tokenizer: tuple[Any, Any]) -> Sample:
     return sample(model, torch.tensor([held_out_ids(tokenizer, shipped_model())[:640]]), 512)
 
 
-def exact(layer: int, k: torch.Tensor, v: torch.Tensor) -> Coded:
-    return Coded(k, v, Memory())
-
-
-def test_an_exact_codec_has_no_kl(model_and_tokenizer: tuple[Any, Any], text: Sample) -> None:
-    result = score(model_and_tokenizer[0], [text], exact)
-    assert result.kl == (0.0,)
-    assert result.top1 == (1.0,)
+def test_the_uncompressed_cache_has_no_kl(model_and_tokenizer: tuple[Any, Any], text: Sample) -> None:
     compared, memory = measure(model_and_tokenizer[0], text, baseline("uncompressed"))
     assert (compared.kl, compared.top1, compared.loss) == (0.0, 1.0, compared.loss_uncompressed)
     assert memory.total_bits == 16
@@ -60,21 +48,16 @@ def test_fewer_bits_cost_more_kl_and_sizes_are_counted_in_full(
     assert 0 < four.kl < two.kl
     assert of_four.coded_bits == 5.0  # 4 bits and a float16 scale and zero for 32 values
     assert of_two.coded_bits == 3.0
-    ours, of_ours = measure(model, text, Compressed("kvcomp"))
+    ours, of_ours = measure(model, text, KVComp("kvcomp"))
     assert ours.kl > 0
     assert of_ours.values == of_four.values == of_two.values
     assert of_ours.total_bits > of_ours.coded_bits
 
 
-def test_a_method_and_its_codec_are_the_same(model_and_tokenizer: tuple[Any, Any], text: Sample) -> None:
-    model = model_and_tokenizer[0]
-    layers = model.config.num_hidden_layers
-    by_codec = score(model, [text], kvcomp_codec(PRESETS["kvcomp"], layers))
-    compared, memory = measure(model, text, Compressed("kvcomp"))
-    assert by_codec.kl == (compared.kl,)
-    assert by_codec.memory.total == memory.total
-    method = Compressed("kvcomp")
+def test_a_cache_is_measured_as_the_values_it_gives_back(model_and_tokenizer: tuple[Any, Any], text: Sample) -> None:
+    model, method = model_and_tokenizer[0], KVComp("kvcomp")
     values = method.values(fill(model, text, method))
+    compared, _ = measure(model, text, method)
     assert compare(text, predict_from(model, text, values)) == compared
 
 
@@ -87,7 +70,7 @@ def test_the_calibrated_preset_keeps_more_in_fewer_bits_and_its_bound(
     four, of_four = measure(model, text, baseline("kivi-4"))
     assert 0 < ours.kl < 2 * four.kl
     assert of_ours.coded_bits < of_four.coded_bits / 2
-    found = damage.errors(model, text, method)
+    found = errors_by_head(model, text, method)
     assert found["missed"] == 0
     assert 0.9 < found["largest_over_bound"] <= 1
     assert found["values"] == of_ours.values
@@ -100,7 +83,7 @@ def test_streaming_by_the_methods_room_is_streaming_token_by_token(
 ) -> None:
     """What later tokens see is the same; the products of one token and of many differ in the last places of bfloat16."""
     model = model_and_tokenizer[0]
-    method = Compressed(name) if name == "kvcomp" else baseline(name)
+    method = KVComp(name) if name == "kvcomp" else baseline(name)
     by_room, one_by_one = fill(model, text, method), fill(model, text, method)
     in_chunks = predict(model, text.text, by_room, method, streaming=True)
     single = torch.cat([predict(model, text.text[:, i : i + 1], one_by_one, method) for i in range(text.text.shape[1])])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from kvcomp.errors import InvalidInput
-from kvcomp.evaluate.methods import BASELINES, Compressed, Method, baseline
+from kvcomp.evaluate.methods import BASELINES, KVComp, Method, baseline
 from kvcomp.evaluate.methods.bits import pack, unpack
+from kvcomp.evaluate.methods.kivi import Kivi
 from kvcomp.evaluate.methods.turboquant import levels, rotation
 
 CONFIG = LlamaConfig(
@@ -37,7 +39,7 @@ class Halves(Baseline):
 def made(name: str) -> Method:
     """The method of this name; a package that is not installed skips the test, saying which."""
     if name in ("kvcomp", "packed"):
-        return Compressed(name)
+        return KVComp(name)
     try:
         return baseline(name)
     except InvalidInput as error:
@@ -114,6 +116,30 @@ def test_kivi_counts_scales_and_keeps_its_residual(kv: list[tuple[torch.Tensor, 
     memory = method.memory(cache)
     assert memory.coded_bits == 3.0  # 2 bits and two float16 for 32 values
     assert memory.window == 2 * (2 * 64) * ((300 - 256) + 128) * 2  # layers, values a token, tokens, bytes
+
+
+@pytest.mark.parametrize("group", [32, 16])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_kivi_rounds_each_group_to_steps_from_its_least_to_its_largest_value(bits: int, group: int) -> None:
+    """The table of methods and the levels of a calibration both use these values."""
+    x = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(bits)) * 3 + 1
+    x[0, 0, :32, :16] = 0.7  # a group whose values are all alike
+    method, per_channel, per_token = Kivi(bits, group), torch.empty_like(x), torch.empty_like(x)
+    for head, channel, begin in np.ndindex(2, 64, 2):
+        along = np.s_[0, head, 32 * begin : 32 * begin + 32, channel]
+        per_channel[along] = stepped(x[along], bits)
+    for head, token, begin in np.ndindex(2, 64, 64 // group):
+        along = np.s_[0, head, token, group * begin : group * begin + group]
+        per_token[along] = stepped(x[along], bits)
+    assert torch.equal(method.decode(method.encode(x, "K"), "K"), per_channel)
+    assert torch.equal(method.decode(method.encode(x, "V"), "V"), per_token)
+
+
+def stepped(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Asymmetric rounding to nearest (KIVI, arXiv 2402.02750), with a zero and a step in float16."""
+    zero = values.min().half().float()
+    step = ((values.max() - zero) / (2**bits - 1)).half().float()
+    return zero + step * ((values - zero) / (step if step else 1)).round().clamp(0, 2**bits - 1)
 
 
 @given(st.integers(1, 7), st.integers(1, 9), st.data())

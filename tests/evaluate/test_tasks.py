@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kv
 
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate import tasks as tasks_module
-from kvcomp.evaluate.methods import Compressed, baseline
+from kvcomp.evaluate.methods import KVComp, baseline
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
 from kvcomp.evaluate.tasks import MethodLM, Tasks
 
@@ -96,11 +96,11 @@ def test_log_likelihoods_are_those_of_direct_scoring(model_and_tokenizer: tuple[
         exact, abs=0.5
     )  # of some 100 nats; bfloat16 sums differ by the shapes of the products
     four, two = (MethodLM(model, tokenizer, baseline(f"kivi-{bits}")).score(ids[:400], ids[400:])[0] for bits in (4, 2))
-    ours = MethodLM(model, tokenizer, Compressed("kvcomp")).score(ids[:400], ids[400:])[0]
+    ours = MethodLM(model, tokenizer, KVComp("kvcomp")).score(ids[:400], ids[400:])[0]
     assert ours != plain  # something was coded
     assert abs(ours - plain) < 3
     assert abs(four - plain) < abs(two - plain)
-    one, likeliest = MethodLM(model, tokenizer, Compressed("kvcomp")).score(ids[:1], ids[1:300])
+    one, likeliest = MethodLM(model, tokenizer, KVComp("kvcomp")).score(ids[:1], ids[1:300])
     assert one == pytest.approx(direct(model, ids[:1], ids[1:300]), rel=0.02)
     assert not likeliest
 
@@ -121,7 +121,7 @@ def test_local_tasks_run_under_every_kind_of_request(model_and_tokenizer: tuple[
     model, tokenizer = model_and_tokenizer
     chosen = Tasks(tasks)
     assert chosen.names == ["kvcomp_local_choice", "kvcomp_local_write"]
-    for method in (baseline("uncompressed"), Compressed("kvcomp")):
+    for method in (baseline("uncompressed"), KVComp("kvcomp")):
         choice, write = (chosen.run(name, model, tokenizer, method, None, 0) for name in chosen.names)
         assert choice["acc"]["mean"] == 1.0
         assert choice["acc"]["count"] == 2
@@ -132,7 +132,7 @@ def test_generation_runs_on_the_methods_cache(model_and_tokenizer: tuple[Any, An
     model, tokenizer = model_and_tokenizer
     made = []
 
-    class Watched(Compressed):
+    class Watched(KVComp):
         def cache(self, config: Any) -> Any:
             made.append(super().cache(config))
             return made[-1]

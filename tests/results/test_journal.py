@@ -13,14 +13,15 @@ from kvcomp.results.journal import Journal
 def test_pieces_are_there_again_after_a_stop(tmp_path: Path) -> None:
     path = tmp_path / "a.partial"
     first = Journal(path, {"model": "m", "seed": 1}, resume=False)
-    first.record("a", {"x": 1.5})
-    first.record("b", [1, 2])
+    first.piece("a", lambda: {"x": 1.5})
+    first.piece("b", lambda: (1, 2))
     with path.open("a") as file:
         file.write('["c", {"x"')  # stopped while it was being written
     again = Journal(path, {"model": "m", "seed": 1}, resume=True)
     assert "c" not in again
     assert again["a"] == {"x": 1.5}
-    again.record("c", 3)
+    assert again.piece("a", lambda: pytest.fail("it is there already")) == {"x": 1.5}
+    assert again.piece("c", lambda: 3) == 3
     assert Journal(path, {"model": "m", "seed": 1}, resume=True).some(["a", "b", "c", "d"]) == [{"x": 1.5}, [1, 2], 3]
     again.close()
     assert not path.exists()
@@ -28,7 +29,7 @@ def test_pieces_are_there_again_after_a_stop(tmp_path: Path) -> None:
 
 def test_without_resume_it_begins_anew(tmp_path: Path) -> None:
     path = tmp_path / "a.partial"
-    Journal(path, {}, resume=False).record("a", 1)
+    Journal(path, {}, resume=False).piece("a", lambda: 1)
     assert "a" not in Journal(path, {}, resume=False)
 
 
@@ -46,7 +47,7 @@ def test_pieces_of_another_measurement_are_refused(tmp_path: Path) -> None:
 
 def test_results_come_back_with_their_setting(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    results.write(path, "evaluate", results.setting(seed=3), methods=[])
+    results.write(path, "evaluate", results.environment(seed=3), methods=[])
     found = results.read(path, "evaluate")
     assert found["setting"]["seed"] == 3
     assert found["setting"]["torch"]

@@ -30,12 +30,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from kvcomp.bench import checks, dense
-from kvcomp.bench.timing import REST, fastest, in_rounds, quartiles, ratio, scaled
+from kvcomp.bench.timing import REST, clock_for, fastest, in_rounds, quartiles, ratio, scaled
 from kvcomp.calibration import Calibration
 from kvcomp.errors import InvalidInput
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.layer import CompressedLayer
-from kvcomp.results import schema as results
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore
 from kvcomp.store.attention import attend
@@ -67,9 +66,9 @@ class Grid:
         for name in ("contexts", "batches", "groups", "head_dims", "threads", "prompts"):
             if any(number < 1 for number in getattr(self, name)):
                 raise InvalidInput(f"{name} must be 1 or more, not {list(getattr(self, name))}")
-        if any(context < checks.ORACLE_PAGES * PAGE_TOKENS for context in self.contexts):
+        if any(context < checks.REFERENCE_PAGES * PAGE_TOKENS for context in self.contexts):
             raise InvalidInput(
-                f"a context has at least {checks.ORACLE_PAGES * PAGE_TOKENS} tokens, not {min(self.contexts)}: shorter ones are not compressed"
+                f"a context has at least {checks.REFERENCE_PAGES * PAGE_TOKENS} tokens, not {min(self.contexts)}: shorter ones are not compressed"
             )
 
 
@@ -124,10 +123,11 @@ class AttentionCase:
         grouped = q.view(self.batch, grid.kv_heads, self.group, self.head_dim).to(k.dtype)
         rivals = dense.dense_methods(k, v, grouped)
         methods: dict[str, Callable[[], Any]] = {"kvcomp": lambda: attend(store, q, scaling), **rivals}
-        taken = in_rounds(methods, grid.rounds, grid.budget, self.threads, REST if self.from_rest else 0.0)
+        clock = clock_for(self.threads)
+        taken = in_rounds(methods, grid.rounds, grid.budget, clock, REST if self.from_rest else 0.0)
         return {
             **about(self),
-            "clock": "process_time" if self.threads == 1 else "perf_counter",
+            "clock": clock.__name__,
             "rounds": len(taken),
             "error": error,
             "bits_per_value": store.memory().coded_bits,
@@ -206,13 +206,13 @@ class GenerateCase:
         def run(name: str) -> Callable[[], None]:
             def generate() -> None:
                 last[name] = caches[name]()
-                ticks[name].append(_generate(self.model, ids, last[name], grid.new_tokens))
+                ticks[name].append(_timed_generation(self.model, ids, last[name], grid.new_tokens))
 
             return generate
 
         run("kvcomp")()
         error = _model_error(last["kvcomp"])
-        taken = in_rounds({name: run(name) for name in caches}, grid.rounds, 4 * grid.budget, threads=2)
+        taken = in_rounds({name: run(name) for name in caches}, grid.rounds, 4 * grid.budget, time.perf_counter)
         steps = {name: np.diff(np.array(of[-len(taken) :])) for name, of in ticks.items()}
         ours: Any = last["kvcomp"]
         return {
@@ -255,7 +255,7 @@ class GrowthCase:
                 memory = cache.memory()
                 sizes.append((cache.get_seq_length(), memory.total, memory.dense))
 
-        _generate(self.model, ids, cache, self.tokens - GROWTH_PROMPT, note)
+        _timed_generation(self.model, ids, cache, self.tokens - GROWTH_PROMPT, note)
         tokens, ours, dense = (list(of) for of in zip(*sizes, strict=True))
         return {**about(self), "memory": {"tokens": tokens, "kvcomp": ours, "uncompressed": dense}}
 
@@ -308,19 +308,16 @@ def key(case: Any) -> str:
     return " ".join([case.part, *(f"{name}={value}" for name, value in about(case).items())])
 
 
-def setting(grid: Grid, spec: CodecSpec, backend: str = "cpu", **more: Any) -> dict[str, Any]:
-    """Device, versions and commit, the backend, and what was measured."""
-    return results.setting(
-        backend=backend,
-        llvm_cpu=get_host_cpu_name(),
-        torch_capability=torch.backends.cpu.get_cpu_capability(),
-        GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", "default"),
-        dense_dtype="bfloat16",
-        not_compared=dense.missing(),
-        spec=json.loads(spec.to_json()),
+def parameters(grid: Grid, spec: CodecSpec) -> dict[str, Any]:
+    """What a bench adds to its environment: the backend, what it is compared with, the spec and the grid."""
+    return {
+        "backend": "cpu",
+        "llvm_cpu": get_host_cpu_name(),
+        "dense_dtype": "bfloat16",
+        "not_compared": dense.missing(),
+        "spec": json.loads(spec.to_json()),
         **asdict(grid),
-        **more,
-    )
+    }
 
 
 def bare(spec: CodecSpec) -> CodecSpec:
@@ -357,7 +354,7 @@ def _page_seals(store: KVStore, k: Tensor, v: Tensor, count: int) -> Iterator[fl
         yield 1e6 * (time.perf_counter() - begin)
 
 
-class _Clock(LogitsProcessor):
+class _TokenTimes(LogitsProcessor):
     """The time of every token, as ``generate`` asks for it."""
 
     def __init__(self, note: Callable[[int], None]) -> None:
@@ -369,12 +366,12 @@ class _Clock(LogitsProcessor):
         return scores
 
 
-def _generate(
+def _timed_generation(
     model: Any, ids: Tensor, cache: Cache, new_tokens: int, note: Callable[[int], None] = lambda tokens: None
 ) -> list[float]:
     """The times of the beginning and of each token. note: called with the tokens there are, before each is chosen."""
     model.set_attn_implementation("kvcomp" if isinstance(cache, KVCompCache) else "sdpa")
-    clock = _Clock(note)
+    times = _TokenTimes(note)
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -383,9 +380,9 @@ def _generate(
         min_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=0,
-        logits_processor=LogitsProcessorList([clock]),
+        logits_processor=LogitsProcessorList([times]),
     )
-    return clock.ticks
+    return times.ticks
 
 
 def _model_error(cache: Cache) -> float:
@@ -395,5 +392,5 @@ def _model_error(cache: Cache) -> float:
     errors = []
     for store in stores:
         q = torch.randn(store.batch, store.heads, 1, store.channels)
-        errors.append(checks.oracle_error(store, q))
+        errors.append(checks.reference_error(store, q))
     return max(errors)

@@ -17,7 +17,7 @@ from kvcomp.store.attention import attend
 from kvcomp.store.pages import compare
 
 TOLERANCE = 1e-4  # of attention, relative to the largest output; both sides decode the same float32 values
-ORACLE_PAGES = 4  # the reference decodes a million values a second
+REFERENCE_PAGES = 4  # the reference decodes a million values a second
 CODEC_HEADS = 2
 
 
@@ -40,13 +40,13 @@ def attention_error(store: KVStore, q: Tensor) -> float:
             k, v = (torch.from_numpy(x[head]).double() for x in values)
             expected = torch.softmax(q[row].view(out.shape)[head].double() @ k.T * scaling, -1) @ v
             errors.append(_relative(out[head], expected))
-    return _tolerable(max(*errors, oracle_error(store, q)), "attention")
+    return _tolerable(max(*errors, reference_error(store, q)), "attention")
 
 
-def oracle_error(store: KVStore, q: Tensor) -> float:
+def reference_error(store: KVStore, q: Tensor) -> float:
     """The same against the float64 reference backend, on the first tokens alone: it decodes the bytes by itself. Raises CheckFailed."""
     twin = deepcopy(store)
-    twin.crop(min(store.tokens, store.spec.sinks + ORACLE_PAGES * PAGE_TOKENS))
+    twin.crop(min(store.tokens, store.spec.sinks + REFERENCE_PAGES * PAGE_TOKENS))
     scaling = store.channels**-0.5
     ours = attend(twin, q, scaling).double()
     twin.kernels = load_backend("reference")
@@ -58,7 +58,7 @@ def check_codec(spec: CodecSpec, k: Tensor, v: Tensor) -> None:
 
     k, v: (batch, KV heads, tokens, head_dim). Raises CheckFailed.
     """
-    tokens = ORACLE_PAGES * PAGE_TOKENS
+    tokens = REFERENCE_PAGES * PAGE_TOKENS
     k, v = (x[:1, :CODEC_HEADS, :tokens].contiguous() for x in (k, v))
     stores = [KVStore(spec, backend) for backend in ("cpu", "reference")]
     for store in stores:

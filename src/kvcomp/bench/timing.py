@@ -12,29 +12,40 @@ LEAST_ROUNDS = 5
 REST = 0.02  # seconds in which OpenMP's workers stop spinning
 
 Action = Callable[[], Any]
+Clock = Callable[[], float]
 Rounds = list[dict[str, float]]
 
 
-def seconds(action: Action, threads: int = 1, rest: float = 0.0) -> float:
-    """Time of a call after ``rest`` seconds of sleep: on one thread the processor's, which others do not lengthen, else the clock's."""
+def clock_for(threads: int) -> Clock:
+    """The clock that suits so many threads: the processor's for one, which other programs do not lengthen, else the wall's."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def seconds(action: Action, clock: Clock, rest: float = 0.0) -> float:
+    """Time of a call after ``rest`` seconds of sleep."""
     time.sleep(rest)
-    clock = time.process_time if threads == 1 else time.perf_counter
     begin = clock()
     action()
     return clock() - begin
 
 
-def in_rounds(actions: Mapping[str, Action], rounds: int, budget: float, threads: int = 1, rest: float = 0.0) -> Rounds:
+def in_rounds(
+    actions: Mapping[str, Action],
+    rounds: int,
+    budget: float,
+    clock: Clock = time.process_time,
+    rest: float = 0.0,
+) -> Rounds:
     """Seconds of each action in each round, after one that does not count.
 
-    rounds: how many, fewer (but LEAST_ROUNDS) if they take longer than ``budget`` seconds.
+    There are fewer rounds, but LEAST_ROUNDS, if they take longer than ``budget`` seconds.
     """
     for action in actions.values():
         action()
     taken: Rounds = []
     begin = time.perf_counter()
     while len(taken) < rounds and (len(taken) < LEAST_ROUNDS or time.perf_counter() - begin < budget):
-        taken.append({name: seconds(action, threads, rest) for name, action in actions.items()})
+        taken.append({name: seconds(action, clock, rest) for name, action in actions.items()})
     return taken
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,9 +96,11 @@ def _bench(
         coding = spec_for(place, *named)
     grid = replace(bench.FULL if full else bench.QUICK, **given)
     todo = bench.cases(grid, coding, parts, model, full)
-    setting = bench.setting(grid, coding[0], named_spec=named[0], model=Path(place).name, parts=parts)
+    about = results.environment(
+        **bench.parameters(grid, coding[0]), named_spec=named[0], model=Path(place).name, parts=parts
+    )
     fixed = {
-        name: setting[name]
+        name: about[name]
         for name in ("device", "kvcomp", "torch", "commit", "backend", "spec", "model", "parts", "threads")
     }
     journal = Journal(partial(output), {**fixed, **asdict(grid), "full": full}, resume)
@@ -112,25 +115,24 @@ def _bench(
         try:
             for case in todo:
                 progress.update(task, description=case.part, refresh=True)
-                if bench.key(case) not in journal:
-                    journal.record(bench.key(case), case.measure(grid))
+                journal.piece(bench.key(case), functools.partial(case.measure, grid))
                 progress.update(task, advance=case.cost, refresh=True)
         except KeyboardInterrupt:
             progress.stop()
-            results.write(output, "bench", setting, partial=True, **content())
+            results.write(output, "bench", about, partial=True, **content())
             show(content())
             errors.print(f"stopped: {output} holds what is measured; the same command with --resume goes on")
             raise typer.Exit(130) from None
-    results.write(output, "bench", setting, partial=False, **content())
+    results.write(output, "bench", about, partial=False, **content())
     journal.close()
     show(content())
-    if setting["load_average"] > 1:
+    if about["load_average"] > 1:
         screen.print(
-            f"[yellow]the load average was {setting['load_average']:.1f}: on a machine at rest the times are other ones[/yellow]"
+            f"[yellow]the load average was {about['load_average']:.1f}: on a machine at rest the times are other ones[/yellow]"
         )
-    device = f"{setting['device']}, {setting['llvm_cpu']}, torch {setting['torch']} with {setting['torch_capability']}"
-    screen.print(f"kvcomp's backend: {setting['backend']}; {device}", highlight=False)
-    for method, why in setting["not_compared"].items():
+    device = f"{about['device']}, {about['llvm_cpu']}, torch {about['torch']} with {about['torch_capability']}"
+    screen.print(f"kvcomp's backend: {about['backend']}; {device}", highlight=False)
+    for method, why in about["not_compared"].items():
         screen.print(f"{method}: {why}", style="dim")
     _draw(output, content())
 
@@ -138,11 +140,11 @@ def _bench(
 def show(found: dict[str, Any]) -> None:
     """Tables of the parts that were measured."""
     if rows := found.get("attention"):
-        screen.print(_attention(rows))
+        screen.print(_attention_table(rows))
     if rows := found.get("codec"):
-        screen.print(_codec(rows))
+        screen.print(_codec_table(rows))
     if rows := found.get("generate"):
-        screen.print(_generate(rows))
+        screen.print(_generation_table(rows))
     for row in found.get("growth", []):
         ours, dense = (row["memory"][name][-1] for name in ("kvcomp", "uncompressed"))
         screen.print(f"memory after {row['tokens']:,} tokens: {ours:,} bytes, uncompressed {dense:,}", highlight=False)
@@ -160,7 +162,7 @@ def _table(title: str, *headers: str) -> Table:
     return table
 
 
-def _attention(rows: list[dict[str, Any]]) -> Table:
+def _attention_table(rows: list[dict[str, Any]]) -> Table:
     headers = "context", "batch", "G", "D", "threads", "ms", "fastest dense", "time over it"
     table = _table("decode attention beside dense bfloat16 (below 1: kvcomp is faster)", *headers)
     for row in rows:
@@ -178,7 +180,7 @@ def _attention(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _codec(rows: list[dict[str, Any]]) -> Table:
+def _codec_table(rows: list[dict[str, Any]]) -> Table:
     headers = "tokens", "D", "bits", "encode, ns/value", "page, us", "decompress", "over a copy"
     table = _table("the codec on one thread; a copy is torch's, of the same bfloat16", *headers)
     for row in rows:
@@ -194,7 +196,7 @@ def _codec(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _generate(rows: list[dict[str, Any]]) -> Table:
+def _generation_table(rows: list[dict[str, Any]]) -> Table:
     headers = "prompt", "new", "batch", "bits", "first, s", "dense", "ms/token", "dense", "time over"
     table = _table("generate as a whole, beside transformers' own cache and SDPA (dense)", *headers)
     for row in rows:

@@ -32,7 +32,7 @@ def calibrate(
 def _calibrate(name: str, text: Path, output: Path, windows: int, prompt: int, scored: int, resume: bool) -> None:
     with quiet_loading():
         from kvcomp.evaluate.models import load_model, text_ids
-        from kvcomp.fit.calibrate import KIVI_BITS, Calibrator
+        from kvcomp.fit.calibrate import Calibrator
         from kvcomp.fit.windows import Settings
         from kvcomp.results.journal import Journal
 
@@ -54,12 +54,7 @@ def _calibrate(name: str, text: Path, output: Path, windows: int, prompt: int, s
                 journal,
                 lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
             )
-            calibrator.write()
-            calibrator.observe(statistics)
-            calibrator.read()
-            curves = calibrator.curves()
-            levels = {level: calibrator.level(curves, bits) for level, bits in KIVI_BITS.items()}
-            calibration = calibrator.build(levels, text.name)
+            calibration = calibrator.run(statistics, text.name)
     except KeyboardInterrupt:
         errors.print("stopped; the same command with --resume goes on from here")
         raise typer.Exit(130) from None

@@ -107,7 +107,7 @@ def _evaluate(
         plan = Plan.for_model(positions(model.config), **chosen)
         ids, source = text_ids(tokenizer, place, text)
         harness = _harness(tasks) if tasks else None
-    about = results.setting(model=SHIPPED if name is None else name, text=source, **vars(plan))
+    about = results.environment(model=SHIPPED if name is None else name, text=source, **vars(plan))
     identity = {key: about[key] for key in ("model", "text", *vars(plan))}
     identity["methods"] = {one.name: one.settings() for one in methods}
     identity["tasks"] = [tasks, task_limit]

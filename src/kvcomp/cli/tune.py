@@ -78,7 +78,7 @@ def _tune(
 
         from kvcomp import disk
         from kvcomp.evaluate.evaluation import Plan
-        from kvcomp.evaluate.methods import Compressed, baseline
+        from kvcomp.evaluate.methods import KVComp, baseline
         from kvcomp.evaluate.models import check_has_keys, load_model, positions, shipped_model, training_ids
         from kvcomp.evaluate.retrieval import quizzes
         from kvcomp.fit.advice import advise
@@ -89,7 +89,7 @@ def _tune(
         place = name if name is not None else str(shipped_model())
         model, tokenizer = load_model(place)
         check_has_keys(model.config)
-        base = Compressed(start)
+        base = KVComp(start)
         reference = None if goal["like"] is None else baseline(goal["like"])
         plan = Plan.for_model(positions(model.config), lengths=(), **size)
         ids, source = training_ids(tokenizer, place, text)
@@ -99,7 +99,7 @@ def _tune(
     rng = np.random.default_rng(plan.seed)
     begins = rng.integers(0, ids.size - need + 1, plan.prompts).tolist()
     asked = quizzes(tokenizer, rng, plan.lists, plan.prompt) if goal["keep"] is not None else []
-    about = results.setting(
+    about = results.environment(
         model=SHIPPED if name is None else name,
         text=source,
         goal=goal,
@@ -124,7 +124,7 @@ def _tune(
                 most = goal["max_kl"] if reference is None else tuner.figures(reference.name, reference)["kl"]
                 found = tuner.allocate(most)
             progress.update(task, description="advice")
-            advice = advise(model, tuner.sample(0), Compressed(found.spec, "tuned"))
+            advice = advise(model, tuner.sample(0), KVComp(found.spec, "tuned"))
     except KeyboardInterrupt:
         errors.print(f"stopped; what is done is in {partial(output)}: the same command with --resume goes on")
         raise typer.Exit(130) from None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from kvcomp.errors import InvalidInput, KVCompError
-from kvcomp.evaluate import sensitivity
 from kvcomp.evaluate.fidelity import Sample, fill, measure, predict, sample
 from kvcomp.evaluate.methods import Method
 from kvcomp.evaluate.models import attends_to_all
@@ -24,6 +24,7 @@ from kvcomp.evaluate.retrieval import (
     passkey_quiz,
     quiz_sample,
 )
+from kvcomp.evaluate.sensitivity import errors_by_head, sensitivity
 from kvcomp.evaluate.text import LookupLists, Tokenizer, Tokens
 from kvcomp.results import schema as results
 from kvcomp.results.journal import Journal
@@ -116,28 +117,19 @@ class Evaluation:
         self.pieces = list(self._all_pieces())
 
     def run(self, advance: Callable[[str, float], None]) -> None:
-        """Measure what the journal lacks. advance: told what was done, and its cost. A KeyboardInterrupt leaves what is done in the journal."""
+        """Measure what the journal lacks; a KeyboardInterrupt leaves what is done there. advance: told what is done and its cost."""
         for piece in self.pieces:
-            missing = [method for method in self.methods if self._key(piece, method) not in self.journal]
-            advance(piece.key, piece.cost * (len(self.methods) - len(missing)))
-            each = piece.make() if missing else None
-            for method in missing:
-                assert each is not None
-                try:
-                    found = piece.measure(each, method)
-                except FOREIGN as error:  # said in the results; the other methods go on
-                    found = {FAILED: f"{type(error).__name__}: {error}"}
-                self.journal.record(self._key(piece, method), found)
+            made = cache(piece.make)  # once for all methods, and only if one of them is missing
+            for method in self.methods:
+                self.journal.piece(f"{method.name}/{piece.key}", partial(_measured, piece, made, method))
                 advance(f"{method.name}: {piece.key}", piece.cost)
 
     def run_tasks(self, tasks: TaskRunner, limit: int | None) -> None:
         """Run the tasks that the journal lacks, method after method."""
         for method in self.methods:
             for name in tasks.names:
-                key = f"{method.name}/tasks/{name}"
-                if key not in self.journal:
-                    scores = tasks.run(name, self.model, self.tokenizer, method, limit, self.plan.seed)
-                    self.journal.record(key, scores)
+                run = partial(tasks.run, name, self.model, self.tokenizer, method, limit, self.plan.seed)
+                self.journal.piece(f"{method.name}/tasks/{name}", run)
 
     @property
     def cost(self) -> float:
@@ -150,10 +142,8 @@ class Evaluation:
             make = self._sampler(at, plan.prompt, plan.scored)
             yield Piece(f"teacher_forced/{index}", 1.0, make, self._fidelity(streaming=False))
             if index == 0 and plan.details and attends_to_all(self.model.config):
-                yield Piece("error", 0.5, make, lambda each, method: sensitivity.errors(self.model, each, method))
-                yield Piece(
-                    "suffering", 4.0, make, lambda each, method: sensitivity.suffering(self.model, each, method)
-                )
+                yield Piece("error", 0.5, make, lambda each, method: errors_by_head(self.model, each, method))
+                yield Piece("suffering", 4.0, make, lambda each, method: sensitivity(self.model, each, method))
         for index, at in enumerate(self._begins(plan.streams, plan.streaming_prompt + plan.streamed)):
             make = self._sampler(at, plan.streaming_prompt, plan.streamed)
             yield Piece(f"streaming/{index}", 20.0, make, self._fidelity(streaming=True))
@@ -213,9 +203,6 @@ class Evaluation:
 
         yield Piece(key, cost, lambda: quiz_sample(self.model, quiz), answer)
 
-    def _key(self, piece: Piece, method: Method) -> str:
-        return f"{method.name}/{piece.key}"
-
     def collected(self, tasks: Sequence[str] = ()) -> tuple[list[dict[str, Any]], bool]:
         """The methods' results, as in ``results``, and whether something is missing. tasks: those that were asked for."""
         keys = [*(piece.key for piece in self.pieces), *(f"tasks/{name}" for name in tasks)]
@@ -255,6 +242,14 @@ class Evaluation:
             "scored_tokens": plan.streamed if streaming else plan.scored,
             "samples": len(rows),
         }
+
+
+def _measured(piece: Piece, made: Callable[[], Sample], method: Method) -> Any:
+    """What a method gives on a piece, or why it fails: the other methods go on."""
+    try:
+        return piece.measure(made(), method)
+    except FOREIGN as error:
+        return {FAILED: f"{type(error).__name__}: {error}"}
 
 
 def _cells(have: dict[str, Any]) -> list[dict[str, Any]]:

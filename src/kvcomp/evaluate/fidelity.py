@@ -7,10 +7,8 @@ method's window moves over it and later tokens see earlier ones coded. All atten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -21,8 +19,7 @@ from transformers.cache_utils import Cache
 
 from kvcomp.evaluate.methods import Method, Pair
 from kvcomp.evaluate.models import attends_to_all
-from kvcomp.spec import CodecSpec
-from kvcomp.store import KVStore, Memory
+from kvcomp.store import Memory
 
 
 @dataclass(frozen=True)
@@ -114,49 +111,6 @@ def measure(model: Any, each: Sample, method: Method, streaming: bool = False) -
     memory = method.memory(cache)
     log_probs = predict(model, each.text, cache, method, streaming)
     return compare(each, log_probs), method.memory(cache) if streaming else memory
-
-
-@dataclass(frozen=True)
-class Coded:
-    """K and V of one layer as they come back, (1, KV heads, tokens, head_dim), and the bytes it took."""
-
-    k: Tensor
-    v: Tensor
-    memory: Memory
-
-
-Codec = Callable[[int, Tensor, Tensor], Coded]  # (layer, K, V) -> Coded: some layers one way, some another
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of each sample: mean KL(uncompressed || compressed) in nats and share of equal likeliest tokens. memory: of all samples."""
-
-    kl: tuple[float, ...]
-    top1: tuple[float, ...]
-    memory: Memory
-
-
-def score(model: Any, samples: Iterable[Sample], codec: Codec) -> Score:
-    """Code the caches of the samples layer by layer and compare the predictions, teacher-forced."""
-    found, memory = [], Memory()
-    for each in samples:
-        coded = [codec(layer, k, v) for layer, (k, v) in enumerate(each.cache)]
-        memory = reduce(add, (layer.memory for layer in coded), memory)
-        found.append(compare(each, predict_from(model, each, [(layer.k, layer.v) for layer in coded])))
-    return Score(tuple(one.kl for one in found), tuple(one.top1 for one in found), memory)
-
-
-def kvcomp_codec(spec: CodecSpec, layers: int) -> Codec:
-    """A KVStore for each layer, sealed, and read back."""
-
-    def code(layer: int, k: Tensor, v: Tensor) -> Coded:
-        store = KVStore(spec.layer(layer, layers))
-        store.append(k, v)
-        store.seal()
-        return Coded(*store.dense(), store.memory())
-
-    return code
 
 
 @torch.inference_mode()

@@ -10,23 +10,22 @@ import torch
 from torch import Tensor
 
 from kvcomp.evaluate.fidelity import Sample, compare, fill, predict_from
-from kvcomp.evaluate.methods import Compressed, Method, Pair
-from kvcomp.spec import Kind
+from kvcomp.evaluate.methods import KVComp, Method, Pair
+from kvcomp.spec import KINDS, Kind
 from kvcomp.store import KVStore
 from kvcomp.store.pages import bits_by_head, error_shares
 from kvcomp.store.pages import compare as compare_with_bound
 
-KINDS: tuple[Kind, Kind] = ("K", "V")
 EDGES = np.linspace(-1, 1, 41)
 WORST = 2  # tensors whose heads are looked at one by one
 
 
 @torch.inference_mode()
-def errors(model: Any, each: Sample, method: Method) -> dict[str, Any]:
+def errors_by_head(model: Any, each: Sample, method: Method) -> dict[str, Any]:
     """Error statistics of the prompt's K and V, as ``Error`` in ``results``."""
     cache = fill(model, each, method)
     values = method.values(cache)
-    held = method.stores(cache) if isinstance(method, Compressed) else {}
+    held = method.stores(cache) if isinstance(method, KVComp) else {}
     stores = {layer: store for layer, store in held.items() if isinstance(store, KVStore)}
     bits = {layer: bits_by_head(store).tolist() for layer, store in stores.items()}
     heads, shares = [], {kind: np.zeros(EDGES.size - 1, np.int64) for kind in KINDS}
@@ -64,7 +63,7 @@ def errors(model: Any, each: Sample, method: Method) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def suffering(model: Any, each: Sample, method: Method) -> list[dict[str, Any]]:
+def sensitivity(model: Any, each: Sample, method: Method) -> list[dict[str, Any]]:
     """The KL if one layer's K or V alone is coded, largest first; of the worst also head by head."""
     values = method.values(fill(model, each, method))
 

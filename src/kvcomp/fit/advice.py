@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from kvcomp.bench.dense import dense_methods
-from kvcomp.bench.timing import REST, fastest, in_rounds, ratio
+from kvcomp.bench.timing import REST, clock_for, fastest, in_rounds, ratio
 from kvcomp.evaluate.fidelity import Sample
-from kvcomp.evaluate.methods import Compressed
+from kvcomp.evaluate.methods import KVComp
 from kvcomp.evaluate.models import positions
 from kvcomp.store import Memory
 from kvcomp.store.attention import attend
@@ -38,7 +38,7 @@ class Advice:
     sentences: list[str]
 
 
-def advise(model: Any, each: Sample, method: Compressed) -> Advice:
+def advise(model: Any, each: Sample, method: KVComp) -> Advice:
     """Advice for a model on a sample of its text."""
     limit = min(positions(model.config), FURTHEST)
     heads = model.config.get_text_config(decoder=True).num_attention_heads
@@ -79,7 +79,7 @@ def advise(model: Any, each: Sample, method: Compressed) -> Advice:
     return Advice(size, size_from, speed, speed_from, sentences)
 
 
-def _sizes(model: Any, each: Sample, method: Compressed, limit: int) -> list[dict[str, Any]]:
+def _sizes(model: Any, each: Sample, method: KVComp, limit: int) -> list[dict[str, Any]]:
     """Total bits by context: measured on the sample's first tokens, then from the fixed bytes at its end."""
     prompt = each.prompt.shape[1]
     found, context = [], 64
@@ -95,14 +95,14 @@ def _sizes(model: Any, each: Sample, method: Compressed, limit: int) -> list[dic
     return found
 
 
-def _memory(model: Any, each: Sample, method: Compressed, tokens: int) -> Memory:
+def _memory(model: Any, each: Sample, method: KVComp, tokens: int) -> Memory:
     cache = method.cache(model.config)
     for layer, (k, v) in enumerate(each.cache):
         cache.update(k[:, :, :tokens], v[:, :, :tokens], layer)
     return method.memory(cache)
 
 
-def _time(model: Any, each: Sample, method: Compressed, heads: int, context: int) -> dict[str, Any]:
+def _time(model: Any, each: Sample, method: KVComp, heads: int, context: int) -> dict[str, Any]:
     """Attention of one new token on the first layer's K and V, repeated to this many tokens, against the fastest dense method."""
     k, v = (x.repeat(1, 1, -(-context // x.shape[2]), 1)[:, :, :context].contiguous() for x in each.cache[0])
     cache = method.cache(model.config)
@@ -112,6 +112,6 @@ def _time(model: Any, each: Sample, method: Compressed, heads: int, context: int
     scaling = k.shape[3] ** -0.5
     dense = dense_methods(k, v, q.view(1, k.shape[1], -1, k.shape[3]).to(k.dtype))
     methods = {"kvcomp": lambda: attend(store, q, scaling), **dense}
-    taken = in_rounds(methods, ROUNDS, BUDGET, torch.get_num_threads(), REST)
+    taken = in_rounds(methods, ROUNDS, BUDGET, clock_for(torch.get_num_threads()), REST)
     best = fastest(taken, list(dense))
     return {"context": context, "ratio": ratio(taken, "kvcomp", best), "fastest": best, "rounds": len(taken)}

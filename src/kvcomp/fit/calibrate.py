@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,19 @@ from kvcomp.calibration import CLASSES, About, Calibration, LevelOfLayer, quanti
 from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.fidelity import attend_plainly
+from kvcomp.evaluate.methods.kivi import GROUP, Kivi
 from kvcomp.fit.codebooks import fit_books
 from kvcomp.fit.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
 from kvcomp.fit.windows import Settings, Tell, draw_windows, write
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, position_limit, setting, text_config
 from kvcomp.kernels import Books, load_backend
 from kvcomp.results.journal import Journal
-from kvcomp.spec import LEVELS, PAGE_TOKENS
+from kvcomp.spec import KINDS, LEVELS, PAGE_TOKENS
 
 # Steps tried, over the root mean square of a tensor in its coordinates.
 FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
 EVERY = 2  # windows of which one is used for a tensor alone
 FINER = 8  # steps tried between two measured ones
-GROUP = 32
 KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))
 PRICES = 0.1, 1e6  # bits a value for a nat
 HALVINGS = 9
@@ -115,16 +116,24 @@ class Calibrator:
         self.windows: list[Window] = []
         self.coordinates: dict[tuple[int, int], Tensor] = {}
 
+    def run(self, statistics: Path, text: str) -> Calibration:
+        """The calibration. statistics: the file that those of an interrupted run are in. text: what to call the text."""
+        self.write()
+        self.observe(statistics)
+        self.read()
+        curves = self.curves()
+        return self.build({level: self.level(curves, bits) for level, bits in KIVI_BITS.items()}, text)
+
     # Statistics and windows
 
     def write(self) -> None:
         """Let the model write some windows more."""
         rows = self.settings.written
-        if "written" not in self.journal:
-            attend_plainly(self.model)
-            self.journal.record("written", write(self.model, self.text, rows, self.settings.length, self.tell).tolist())
-        written = np.array(self.journal["written"], np.int64).reshape(-1)
-        self.drawn += draw_windows(written, rows, self.settings)
+        attend_plainly(self.model)
+        written = self.journal.piece(
+            "written", lambda: write(self.model, self.text, rows, self.settings.length, self.tell).tolist()
+        )
+        self.drawn += draw_windows(np.array(written, np.int64).reshape(-1), rows, self.settings)
 
     def observe(self, saved: Path) -> None:
         """Gather the statistics, from what is saved where there is such a file, and make the transforms."""
@@ -192,10 +201,8 @@ class Calibrator:
         tensors, found = self.tensors(), {}
         for done, (index, kind, head) in enumerate(tensors):
             self.tell("each head alone", done, len(tensors))
-            key = f"{index}.{kind}.{head}"
-            if key not in self.journal:
-                self.journal.record(key, self._curve(index, kind, head))
-            steps, bits, kl = np.array(self.journal[key]).T
+            alone = partial(self._curve, index, kind, head)
+            steps, bits, kl = np.array(self.journal.piece(f"{index}.{kind}.{head}", alone)).T
             found[index, kind, head] = Curve(steps, bits, np.maximum.accumulate(np.maximum(kl, UNSEEN_KL)))
         return found
 
@@ -220,24 +227,28 @@ class Calibrator:
             found[index, kind] = self.affines[index, kind].undo((x / step).round() * step)
         return found
 
+    def rounded(self, method: Kivi, index: int, kind: int) -> Tensor:
+        """The coded tokens of a layer's K (0) or V (1), as this method gives them back."""
+        name = KINDS[kind]
+        raw = (_values(window.layers[index], kind)[:, :, self.coded] for window in self.windows)
+        return torch.cat([method.decode(method.encode(x, name), name) for x in raw])
+
     def kivi(self, bits: int) -> Quality:
         """Quality of KIVI-style quantisation of the same tokens."""
-        key = f"kivi.{bits}"
-        if key not in self.journal:
+
+        def run() -> dict[str, float]:
             coded = {}
-            for index, kind in self.coordinates:
-                x = torch.cat([_values(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
-                coded[index, kind] = rounded_in_groups(x, bits, kind)
-            self.journal.record(key, asdict(self.quality(coded)))
-        return Quality(**self.journal[key])
+            for (index, kind), x in self.coordinates.items():
+                coded[index, kind] = self.rounded(Kivi(bits, gcd(GROUP, x.shape[3])), index, kind)
+            return asdict(self.quality(coded))
+
+        return Quality(**self.journal.piece(f"kivi.{bits}", run))
 
     def at_price(self, curves: Mapping[Tensors, Curve], price: float) -> tuple[dict[Tensors, float], Quality]:
         """The steps at a price, and their quality together."""
         steps = allocate(curves, price)
-        key = f"price.{price:.6g}"
-        if key not in self.journal:
-            self.journal.record(key, asdict(self.quality(self.coded_values(steps))))
-        return steps, Quality(**self.journal[key])
+        together = self.journal.piece(f"price.{price:.6g}", lambda: asdict(self.quality(self.coded_values(steps))))
+        return steps, Quality(**together)
 
     def level(self, curves: Mapping[Tensors, Curve], bits: int) -> tuple[dict[Tensors, float], dict[str, Any]]:
         """Steps as good as KIVI-style quantisation of so many bits, at the lowest price, and what was measured."""
@@ -311,18 +322,6 @@ def allocate(curves: Mapping[Tensors, Curve], price: float) -> dict[Tensors, flo
         best = np.argmin(np.interp(place, at, curve.bits) / len(curves) + price * kl)
         steps[tensor] = float(np.exp(np.interp(place[best], at, np.log(curve.steps))))
     return steps
-
-
-def rounded_in_groups(x: Tensor, bits: int, kind: int) -> Tensor:
-    """x (windows, KV heads, tokens, D) as KIVI-style quantisation gives it back (arXiv 2402.02750): K in groups of 32 tokens, V of 32 channels, or
-    of as many as divide D, with a float16 scale and zero for each."""
-    axis, size = (3, gcd(GROUP, x.shape[3])) if kind else (2, GROUP)
-    groups = x.float().unflatten(axis, (-1, size))
-    zero = groups.amin(axis + 1, keepdim=True).half().float()
-    step = ((groups.amax(axis + 1, keepdim=True) - zero) / (2**bits - 1)).half().float()
-    codes = ((groups - zero) / torch.where(step == 0, 1.0, step)).round().clamp(0, 2**bits - 1)
-    back: Tensor = (codes * step + zero).flatten(axis, axis + 1)
-    return back
 
 
 def _affine(sums: LayerSums, key: bool, centred: bool) -> Affine:

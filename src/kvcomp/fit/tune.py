@@ -17,15 +17,14 @@ import torch
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.evaluate.fidelity import Sample, compare, fill, measure, predict_from, sample
-from kvcomp.evaluate.methods import Compressed, Method, Pair
+from kvcomp.evaluate.methods import KVComp, Method, Pair
 from kvcomp.evaluate.retrieval import Quiz, answered, quiz_sample
 from kvcomp.evaluate.text import Tokens
 from kvcomp.results.journal import Journal
-from kvcomp.spec import CodecSpec, Kind, TensorSpec
+from kvcomp.spec import KINDS, CodecSpec, TensorSpec
 from kvcomp.store import KVStore, Memory
 from kvcomp.store.pages import bits_by_head
 
-KINDS: tuple[Kind, Kind] = ("K", "V")
 STEPS = (0.33, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)  # multiples of the base's relative scales
 SCALES = tuple(round(0.01 * 2 ** (i / 2), 4) for i in range(13))  # 0.01 to 0.64
 PRICES = (1.0, 1e5)  # bits a value for a nat
@@ -89,11 +88,10 @@ class Tuner:
         return self._records[index]
 
     def piece(self, key: str, make: Callable[[], Any]) -> Any:
-        """What the journal has of this key, or what is measured now."""
-        if key not in self.journal:
-            self.journal.record(key, make())
+        """What the journal has of this key, or what is measured now, and the progress of it."""
+        found = self.journal.piece(key, make)
         self.advance(key, 1.0)
-        return self.journal[key]
+        return found
 
     def figures(self, key: str, method: Method) -> dict[str, Any]:
         """Mean KL, top-1 agreement and bits of a method on the samples."""
@@ -120,7 +118,7 @@ class Tuner:
         for halving in range(HALVINGS):
             price = float(np.exp((low + high) / 2))
             spec = self._with(np.take(STEPS, np.argmin(bits + price * kl, axis=2)))
-            found = self.figures(f"price/{most:.6g}/{halving}", Compressed(spec))
+            found = self.figures(f"price/{most:.6g}/{halving}", KVComp(spec))
             if found["kl"] <= most:
                 best, high = (spec, found | {"price": price}), np.log(price)
             else:
@@ -198,13 +196,13 @@ class Tuner:
             for tensor, scale in zip((self.base.key, self.base.value), scales, strict=True)
         )
         spec = replace(self.base, key=key, value=value)
-        both = self._kept("keep/both", lambda each: Compressed(spec).values(fill(self.model, each, Compressed(spec))))
-        return Found(spec, self.figures("keep/spec", Compressed(spec)) | {"kept": both, "tried": tried})
+        both = self._kept("keep/both", lambda each: KVComp(spec).values(fill(self.model, each, KVComp(spec))))
+        return Found(spec, self.figures("keep/spec", KVComp(spec)) | {"kept": both, "tried": tried})
 
     def _one_part(self, part: int, scale: float) -> Callable[[Sample], list[Pair]]:
         """K and V with only K (0) or V (1) coded, at this scale."""
         key, value = (replace(tensor, relative_scale=scale) for tensor in (self.base.key, self.base.value))
-        method = Compressed(replace(self.base, key=key, value=value))
+        method = KVComp(replace(self.base, key=key, value=value))
 
         def values(each: Sample) -> list[Pair]:
             coded = method.values(fill(self.model, each, method))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,14 @@ class Journal:
     def __getitem__(self, key: str) -> Any:
         return self.pieces[key]
 
-    def record(self, key: str, value: Any) -> None:
-        """Add a piece; it is on disk when this returns."""
-        self.pieces[key] = json.loads(json.dumps(value))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([key, value]) + "\n")
+    def piece(self, key: str, make: Callable[[], Any]) -> Any:
+        """The piece of this key, as JSON gives it back. One that is missing is made, and on disk when this returns."""
+        if key not in self.pieces:
+            line = json.dumps([key, make()])
+            self.pieces[key] = json.loads(line)[1]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        return self.pieces[key]
 
     def some(self, keys: Iterable[str]) -> list[Any]:
         """Those of these pieces that are there."""

@@ -56,20 +56,18 @@ PACKAGES = "kvcomp", "torch", "numpy", "numba", "transformers"
 PARTS = [f.name for f in fields(Memory) if f.name not in ("table_entries", "sealed_values", "values", "dense")]
 
 
-def setting(**parameters: Any) -> dict[str, Any]:
-    """Device, versions, commit, load and date, and the measurement's own parameters."""
-    source = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=source, capture_output=True, text=True, check=False
-    )
+def environment(**parameters: Any) -> dict[str, Any]:
+    """The machine, its load, the software, commit and date that something is measured with, and the measurement's own parameters."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        **(_gpu() if torch.cuda.is_available() else {"device": _processor()}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "default"),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **parameters,
     }
@@ -97,7 +95,7 @@ def size(memory: Memory) -> dict[str, Any]:
 
 
 def write(path: Path, kind: str, about: Mapping[str, Any], **content: Any) -> None:
-    """Write a results file whole or not at all. about: what ``setting`` returned. Raises OSError."""
+    """Write a results file whole or not at all. about: what ``environment`` returned. Raises OSError."""
     text = json.dumps({"kvcomp_results": VERSION, "kind": kind, "setting": about, **content}, indent=2)
     disk.write(path, [text.encode() + b"\n"])
 
@@ -119,6 +117,31 @@ def read(path: Path, kind: str | None = None) -> dict[str, Any]:
     if kind is not None and content.get("kind") != kind:
         raise InvalidInput(f"{path} holds results of kvcomp {content.get('kind')}, not of kvcomp {kind}")
     return content
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _commit() -> str:
+    """The commit, ``-dirty`` where more than results differs from it."""
+    changed = _output("git", "diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results")
+    return (_output("git", "rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where there is no such command."""
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
 
 
 def _version(name: str) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.methods.baseline import Baseline, Parts
-from kvcomp.evaluate.methods.compressed import Compressed
 from kvcomp.evaluate.methods.fp8 import Fp8
 from kvcomp.evaluate.methods.kivi import Kivi
+from kvcomp.evaluate.methods.kvcomp import KVComp
 from kvcomp.evaluate.methods.method import Method, Pair
 from kvcomp.evaluate.methods.quantized_cache import Quantized
 from kvcomp.evaluate.methods.turboquant import TurboQuant
@@ -21,7 +21,7 @@ from kvcomp.evaluate.methods.uncompressed import Uncompressed
 from kvcomp.evaluate.models import CALIBRATION, TUNED_SPEC, spec_for
 from kvcomp.spec import CALIBRATED, PRESETS, is_calibrated
 
-__all__ = ["BASELINES", "Baseline", "Compressed", "Method", "Pair", "Parts", "baseline", "default_specs", "named_spec"]
+__all__ = ["BASELINES", "Baseline", "KVComp", "Method", "Pair", "Parts", "baseline", "default_specs", "named_spec"]
 
 BASELINES: dict[str, Callable[[], Method]] = {
     "uncompressed": Uncompressed,
@@ -50,7 +50,7 @@ def named_spec(model: str | Path, name: str, calibration: Path | None = None) ->
     """kvcomp under a spec that a command's option names; its calibration is the one given, or that beside the model. Raises InvalidInput."""
     spec, read = spec_for(model, name, calibration)
     stem = Path(name).stem
-    return Compressed(spec, name if stem in PRESETS or is_calibrated(name) else stem, read)
+    return KVComp(spec, name if stem in PRESETS or is_calibrated(name) else stem, read)
 
 
 def default_specs(model: str | Path) -> list[Method]:
@@ -59,8 +59,8 @@ def default_specs(model: str | Path) -> list[Method]:
     if (Path(model) / CALIBRATION).is_file():
         found.append(named_spec(model, CALIBRATED))
     if (Path(model) / TUNED_SPEC).is_file():
-        found.append(Compressed(Path(model) / TUNED_SPEC, "tuned"))
-    return [*found, Compressed("kvcomp")]
+        found.append(KVComp(Path(model) / TUNED_SPEC, "tuned"))
+    return [*found, KVComp("kvcomp")]
 
 
 def _from_file(path: Path, wanted: str | None) -> Method:

@@ -28,11 +28,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.methods.method import Method, Pair
-from kvcomp.spec import Kind
+from kvcomp.spec import KINDS, Kind
 from kvcomp.store import Memory
 
 Parts = dict[str, Tensor]
-KINDS: tuple[Kind, Kind] = ("K", "V")
 FURTHEST = 1024  # tokens in one pass of a baseline that codes more rarely than that
 PARTS = {field.name for field in fields(Memory)} - {"table_entries", "sealed_values", "values", "dense"}
 

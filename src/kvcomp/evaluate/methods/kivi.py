@@ -1,4 +1,4 @@
-"""KIVI-style quantisation (Liu et al., arXiv 2402.02750): K along tokens, V along channels, asymmetric, groups of 32, residual 128.
+"""KIVI-style quantisation (Liu et al., arXiv 2402.02750): asymmetric, K along tokens, V along channels, the newest tokens raw.
 
 Of K whole groups of 128 tokens are coded, so 0 to 127 stay raw; of V the newest 128 tokens stay raw. Scale and zero are float16.
 """
@@ -19,17 +19,27 @@ GROUP, RESIDUAL = 32, 128
 
 
 class Kivi(Baseline):
-    def __init__(self, bits: int) -> None:
-        self.name, self.bits = f"kivi-{bits}", bits
+    """KIVI-style quantisation at some bits a code.
+
+    Parameters
+    ----------
+    bits
+        Of a code.
+    group
+        Channels of V that share a scale and a zero; a divisor of head_dim. Of K always 32 tokens share them.
+    """
+
+    def __init__(self, bits: int, group: int = GROUP) -> None:
+        self.name, self.bits, self.group = f"kivi-{bits}", bits, group
 
     def coded(self, tokens: int, kind: Kind) -> int:
         return tokens // RESIDUAL * RESIDUAL if kind == "K" else max(0, tokens - RESIDUAL)
 
     def encode(self, x: Tensor, kind: Kind) -> Parts:
-        if x.shape[3] % GROUP:
-            raise UnsupportedModel(f"{self.name} needs a head_dim that is a multiple of {GROUP}, not {x.shape[3]}")
-        axis = 2 if kind == "K" else 3
-        groups = x.float().unflatten(axis, (-1, GROUP))
+        if x.shape[3] % self.group:
+            raise UnsupportedModel(f"{self.name} needs a head_dim that is a multiple of {self.group}, not {x.shape[3]}")
+        axis, size = (2, GROUP) if kind == "K" else (3, self.group)
+        groups = x.float().unflatten(axis, (-1, size))
         zero = groups.amin(axis + 1, keepdim=True).half()
         scale = ((groups.amax(axis + 1, keepdim=True) - zero.float()) / (2**self.bits - 1)).half()
         step = torch.where(scale == 0, 1.0, scale.float())
@@ -37,11 +47,11 @@ class Kivi(Baseline):
         return {"codes": pack(codes.flatten(axis, axis + 1), self.bits), "scales": torch.stack([zero, scale])}
 
     def decode(self, parts: Parts, kind: Kind) -> Tensor:
-        axis = 2 if kind == "K" else 3
+        axis, size = (2, GROUP) if kind == "K" else (3, self.group)
         zero, scale = parts["scales"].float()
-        groups = unpack(parts["codes"], self.bits).float().unflatten(axis, (-1, GROUP))
+        groups = unpack(parts["codes"], self.bits).float().unflatten(axis, (-1, size))
         back: Tensor = (groups * scale + zero).flatten(axis, axis + 1)
         return back
 
     def settings(self) -> dict[str, Any]:
-        return {"bits": self.bits, "group": GROUP, "residual": RESIDUAL, "scales": "float16"}
+        return {"bits": self.bits, "group": self.group, "residual": RESIDUAL, "scales": "float16"}

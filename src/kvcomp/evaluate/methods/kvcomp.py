@@ -19,7 +19,7 @@ from kvcomp.store import KVStore, Memory
 from kvcomp.store.gpu.store import GPUStore
 
 
-class Compressed(Method):
+class KVComp(Method):
     attention = "kvcomp"
 
     def __init__(
