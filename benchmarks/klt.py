@@ -46,7 +46,7 @@ from kvcomp.evaluate.text import held_out_names, join, manual_text, training_tex
 from kvcomp.fit.calibrate import KIVI_BITS
 from kvcomp.results import plots
 from kvcomp.results import schema as results
-from kvcomp.results.journal import Journal
+from kvcomp.results.journal import Journal, pieces
 from kvcomp.spec import LEVELS
 from kvcomp.store import KVStore, Memory
 from kvcomp.store.pages import bits_by_head
@@ -227,7 +227,7 @@ def main(
     model, tokenizer = load_model(place)
     calibration = Calibration.read(place / CALIBRATION)
     journal = Journal(
-        output.with_name(output.name + ".partial"),
+        pieces(output),
         {"prompts": prompts, "calibration": calibration.fingerprint, "rates": RATES, "splits": SPLITS, "paper": PAPER},
         resume,
     )

@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 
 from kvcomp.calibration import Calibration
-from kvcomp.cli.common import bar, partial
-from kvcomp.cli.evaluate import show
+from kvcomp.cli.common import bar
+from kvcomp.cli.tables import show_evaluation
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.evaluation import Evaluation, Plan
 from kvcomp.evaluate.fidelity import bits_at
@@ -25,7 +25,7 @@ from kvcomp.evaluate.methods import BASELINES, KVComp, Method, baseline, default
 from kvcomp.evaluate.models import CALIBRATION, load_model, shipped_model, text_ids
 from kvcomp.results import plots
 from kvcomp.results import schema as results
-from kvcomp.results.journal import Journal
+from kvcomp.results.journal import Journal, pieces
 from kvcomp.spec import CALIBRATED, CodecSpec, TensorSpec
 
 OUTPUT = Path(__file__).parent / "results" / "quality.json"
@@ -123,7 +123,7 @@ def main(
     about = results.environment(model="tiny-lm", text=source, **vars(plan))
     chosen = methods(place)
     identity = {"plan": vars(plan), "methods": {one.name: one.settings() for one in chosen}, "scales": KEY_SCALES}
-    journal = Journal(partial(output), identity, resume)
+    journal = Journal(pieces(output), identity, resume)
     whole = Evaluation(model, tokenizer, ids, chosen, plan, journal)
     grid = [one for family in families.values() for one in family]
     curve = Evaluation(model, tokenizer, ids, grid, brief, journal)
@@ -140,7 +140,7 @@ def main(
     results.write(output, "evaluate", about, partial=False, methods=found, curves=curves, equal_quality=equal)
     journal.close()
     plot(found, curves, output.with_suffix(""))
-    show(found, plan.lengths)
+    show_evaluation(found)
     for row in equal:
         for name, bits in row["curves"].items():
             screen.print(

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvcomp.cli import app
+from kvcomp.evaluate.models import load_model, shipped_model
 from redis_server import free_port
 
 
@@ -25,9 +26,11 @@ def test_generate_compares_with_the_uncompressed_cache_and_writes_the_figures(tm
     output = tmp_path / "figures.json"
     result = run("generate", "--compare", "-n", "12", "--json", str(output))
     assert result.exit_code == 0, result.output
-    assert "total bits per value" in result.output
+    shown = " ".join(result.output.split())
+    assert shown.index("same likeliest token") < shown.index("cache, MiB")  # what it kept comes before what it saved
+    assert len(result.output.splitlines()) < 60
     figures = json.loads(output.read_text())
-    assert figures["prompt_tokens"] >= 2000
+    assert figures["prompt_tokens"] == 1800
     assert len(figures["new_tokens"]) == 12
     assert figures["ratio"] > 3
     assert figures["top1_agreement"] > 0.8
@@ -50,6 +53,24 @@ def test_generate_continues_a_prompt_of_the_user_and_sampling_repeats_with_its_s
         assert result.exit_code == 0, result.output
     first, second = (json.loads(output.read_text())["new_tokens"] for output in outputs)
     assert first == second
+
+
+def test_a_chat_template_is_applied_unless_the_prompt_is_raw(tmp_path: Path) -> None:
+    model, tokenizer = load_model(shipped_model())
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}answer:"
+    )
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    counts = []
+    for options in ((), ("--raw",)):
+        output = tmp_path / "figures.json"
+        result = run(
+            "generate", str(tmp_path / "chat"), "--prompt", "def add", "-n", "2", "--json", str(output), *options
+        )
+        assert result.exit_code == 0, result.output
+        counts.append(json.loads(output.read_text())["prompt_tokens"])
+    assert counts == [len(tokenizer("<user> def add\nanswer:")["input_ids"]), len(tokenizer("def add")["input_ids"])]
 
 
 def test_generate_skips_the_prefill_of_a_system_prompt_the_second_time(tmp_path: Path) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from kvcomp.cli.common import Resume, bar, errors, partial, plain_errors, quiet_loading, screen
-from kvcomp.errors import KVCompError
+from kvcomp.cli.common import Resume, bar, plain_errors, quiet_loading, resumable
+from kvcomp.cli.tables import show_calibration
 
 
 def calibrate(
@@ -26,60 +25,26 @@ def calibrate(
     The quality levels near-lossless, balanced and aggressive are then as good, in KL on this text, as KIVI-style quantisation at 4, 3 and 2 bits.
     """
     with plain_errors():
-        _calibrate(model, text, output, windows, prompt_tokens, scored_tokens, resume)
+        with quiet_loading():
+            from kvcomp.evaluate.models import load_model, text_ids
+            from kvcomp.fit.calibrate import Calibrator
+            from kvcomp.fit.windows import Settings
 
+            loaded, tokenizer = load_model(model)
+            ids, _ = text_ids(tokenizer, model, text)
+        settings = Settings(windows, prompt_tokens, scored_tokens)
+        identity = {"model": model, "text": str(text), "tokens": ids.size, **vars(settings)}
+        statistics = output.with_name(output.name + ".statistics")
+        if not resume:
+            statistics.unlink(missing_ok=True)
+        with resumable(output, identity, resume) as journal:
+            with bar() as progress:
+                task = progress.add_task("", total=None)
 
-def _calibrate(name: str, text: Path, output: Path, windows: int, prompt: int, scored: int, resume: bool) -> None:
-    with quiet_loading():
-        from kvcomp.evaluate.models import load_model, text_ids
-        from kvcomp.fit.calibrate import Calibrator
-        from kvcomp.fit.windows import Settings
-        from kvcomp.results.journal import Journal
+                def tell(what: str, done: int, total: int | None) -> None:
+                    progress.update(task, description=what, completed=done, total=total)
 
-        model, tokenizer = load_model(name)
-        ids, _ = text_ids(tokenizer, name, text)
-    settings = Settings(windows, prompt, scored)
-    identity = {"model": name, "text": str(text), "tokens": ids.size, **vars(settings)}
-    journal = Journal(partial(output), identity, resume)
-    statistics = output.with_name(output.name + ".statistics")
-    if not resume:
+                calibration = Calibrator(loaded.float(), ids, settings, journal, tell).run(statistics, text.name)
+            calibration.write(output)
         statistics.unlink(missing_ok=True)
-    try:
-        with bar() as progress:
-            task = progress.add_task("", total=None)
-            calibrator = Calibrator(
-                model.float(),
-                ids,
-                settings,
-                journal,
-                lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
-            )
-            calibration = calibrator.run(statistics, text.name)
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command with --resume goes on from here")
-        raise typer.Exit(130) from None
-    except KVCompError:
-        if not journal.pieces:
-            journal.close()  # refused before anything was measured
-        raise
-    calibration.write(output)
-    journal.close()
-    statistics.unlink(missing_ok=True)
-    table = Table(
-        "level",
-        "as good as",
-        "KL on the text",
-        "of that",
-        "reached",
-        title=f"{output}: {len(calibration.content)} bytes",
-    )
-    for level, about in calibration.about.levels.items():
-        kl, wanted = about["kl"], about["kl_of"]
-        table.add_row(
-            level,
-            about["as_good_as"],
-            f"{kl['text']:.2e}, repeated {kl['repeated']:.2e}",
-            f"{wanted['text']:.2e}, repeated {wanted['repeated']:.2e}",
-            "yes" if about["reached"] else "no: the best there is",
-        )
-    screen.print(table)
+        show_calibration(f"{output}: {len(calibration.content)} bytes", calibration.about.levels)

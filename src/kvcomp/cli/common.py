@@ -1,12 +1,12 @@
-"""What all commands share: where they print, how they fail, the options and bars of long ones."""
+"""What commands share: where they print, how they fail, and how long ones stop and go on."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,7 +14,30 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from kvcomp.errors import KVCompError
-from kvcomp.spec import CodecSpec
+from kvcomp.spec import CALIBRATED, PRESETS, CodecSpec, is_calibrated
+
+if TYPE_CHECKING:
+    from kvcomp.results.journal import Journal
+
+SHIPPED = "tiny-lm"
+SPEC_NAMES = f"{', '.join(PRESETS)}, {CALIBRATED}:LEVEL or a spec.json"
+
+Model = Annotated[str | None, typer.Argument(help="Model directory or hub name [default: the shipped one]")]
+TextFile = Annotated[
+    Path | None,
+    typer.Option("--text", help="UTF-8 text to score [default: text the shipped model never saw, or Python's manual]"),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help=f"The .kvcal file of {CALIBRATED} [default: model.kvcal beside the model]",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run with the same options was stopped")]
+Seed = Annotated[int, typer.Option(help="Seed of the look-ups")]
 
 screen, errors = Console(), Console(stderr=True)
 
@@ -40,27 +63,23 @@ def plain_errors() -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    screen.print(message, markup=False, highlight=False, soft_wrap=True)  # a path may hold anything
+    """Print a message as it is: a path may hold anything."""
+    screen.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def say_error(message: str) -> None:
+    """Print what went wrong to stderr."""
     errors.print(Text.assemble(("error: ", "bold red"), message), highlight=False, soft_wrap=True)
 
 
-def named_spec(name: str) -> CodecSpec:
-    """The spec that an option names; a name that is none is a wrong use of the command."""
+def check_spec(name: str | None) -> None:
+    """Refuse a name that is no spec as a wrong use of the command, before anything is loaded."""
+    if name is None or is_calibrated(name):
+        return
     try:
-        return CodecSpec.resolve(name)
+        CodecSpec.resolve(name)
     except KVCompError as error:
         raise typer.BadParameter(str(error), param_hint="--spec") from None
-
-
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run with the same options was stopped")]
-
-
-def partial(output: Path) -> Path:
-    """Where an interrupted run leaves its pieces."""
-    return output.with_name(output.name + ".partial")
 
 
 @contextmanager
@@ -74,22 +93,35 @@ def quiet_loading() -> Iterator[None]:
         yield
 
 
-def bar() -> Progress:
+def bar(**options: Any) -> Progress:
     """A progress bar with the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=screen, transient=True)
+    return Progress(*columns, console=screen, **{"transient": True, **options})
 
 
-SHIPPED = "tiny-lm"
+@contextmanager
+def resumable(
+    output: Path, identity: Mapping[str, Any], resume: bool, report: Callable[[bool], None] = lambda stopped: None
+) -> Iterator[Journal]:
+    """A run whose finished pieces outlive Ctrl-C.
 
+    ``identity`` tells runs apart: --resume takes the pieces of an equal one. ``report(stopped)`` writes what there is, at the end or
+    when stopped; then the command exits with 130 and says how to go on.
+    """
+    from kvcomp.results.journal import Journal, pieces
 
-Model = Annotated[str | None, typer.Argument(help="Model directory or hub name [default: the shipped one]")]
-
-
-TextFile = Annotated[
-    Path | None,
-    typer.Option("--text", help="UTF-8 text to score [default: text the shipped model never saw, or Python's manual]"),
-]
-
-
-Seed = Annotated[int, typer.Option(help="Seed of the look-ups")]
+    path = pieces(output)
+    journal, stopped = Journal(path, identity, resume), False
+    try:
+        yield journal
+    except KeyboardInterrupt:
+        stopped = True
+    except KVCompError:
+        if not journal.pieces:
+            journal.close()  # refused before anything was measured
+        raise
+    report(stopped)
+    if stopped:
+        errors.print(f"stopped; what is done is in {path}: the same command with --resume goes on", soft_wrap=True)
+        raise typer.Exit(130)
+    journal.close()

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Self
 import typer
 from rich.table import Table
 
-from kvcomp.cli.common import named_spec, plain_errors, say, screen
+from kvcomp.cli.common import SPEC_NAMES, CalibrationFile, check_spec, plain_errors, say, screen
 from kvcomp.errors import InvalidInput, LimitExceeded
-from kvcomp.spec import PRESETS, TensorSpec, is_calibrated
+from kvcomp.spec import TensorSpec
 
 FREE_VALUES, MAX_EXPANSION = 1 << 28, 1 << 12  # bytes to decompress to: always allowed, and for each byte of a file
 PAGE_PARTS = "codes", "lengths", "scales", "directories", "raw_blocks"
@@ -26,28 +26,25 @@ Tensors = Annotated[
     Path, typer.Argument(help="Tensors k and v, or layers.N.k and layers.N.v", exists=True, dir_okay=False)
 ]
 Compressed = Annotated[Path, typer.Argument(help="A .kvc file", exists=True, dir_okay=False)]
-Calibrated = Annotated[
-    Path | None, typer.Option("--calibration", help="The .kvcal file, for kvcomp-klt", exists=True, dir_okay=False)
-]
 
 
 def compress(
     source: Tensors,
     output: Annotated[Path, typer.Option("--output", "-o", help="The .kvc file to write")],
-    spec: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, a spec.json, or kvcomp-klt:LEVEL")] = "kvcomp",
-    calibration: Calibrated = None,
+    spec: Annotated[str, typer.Option(help=SPEC_NAMES)] = "kvcomp",
+    calibration: CalibrationFile = None,
 ) -> None:
     """Compress K and V, (batch, KV heads, tokens, head_dim) each, from a safetensors file.
 
     Every whole page of 64 tokens is compressed; what is left at the end stays as it is.
     """
-    named = spec if is_calibrated(spec) else named_spec(spec)
+    check_spec(spec)
     with plain_errors():
         from kvcomp import files
         from kvcomp.calibration import resolve
         from kvcomp.store import KVStore
 
-        resolved, calibrated = resolve(named, calibration)
+        resolved, calibrated = resolve(spec, calibration)
         chosen = replace(resolved, window=0, sinks=0)
         stores = {}
         with screen.status("compressing"), _Source(source) as tensors:
@@ -65,7 +62,7 @@ def compress(
 def decompress(
     source: Compressed,
     output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write")],
-    calibration: Calibrated = None,
+    calibration: CalibrationFile = None,
 ) -> None:
     """Write K and V of a .kvc file to a safetensors file, under the names that compress reads."""
     with plain_errors():
@@ -101,7 +98,7 @@ def inspect(
     source: Compressed,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON instead")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the bits of every layer and head to this file")] = None,
-    calibration: Calibrated = None,
+    calibration: CalibrationFile = None,
 ) -> None:
     """Say what a .kvc file holds: its spec, its size by part, and the bits of each layer and head."""
     with plain_errors():
@@ -125,7 +122,7 @@ def verify(
     against: Annotated[
         Path | None, typer.Option(help="The tensors it was made from: check every value", exists=True, dir_okay=False)
     ] = None,
-    calibration: Calibrated = None,
+    calibration: CalibrationFile = None,
 ) -> None:
     """Check the checksums and the structure of a .kvc file, and with --against the error bound of every value."""
     with plain_errors():

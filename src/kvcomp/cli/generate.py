@@ -4,49 +4,46 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
+from rich import box
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvcomp.cli.common import errors, named_spec, plain_errors, screen
+from kvcomp.cli.common import SPEC_NAMES, CalibrationFile, check_spec, errors, plain_errors, quiet_loading, screen
 from kvcomp.cli.prefix import Prefixes
 from kvcomp.errors import InvalidInput
-from kvcomp.spec import PRESETS, CodecSpec, is_calibrated
+from kvcomp.spec import CodecSpec
 
-PROMPT_FILE, PROMPT_TOKENS = "logging/handlers.py", 2304  # of the held-out files, one that every Python has
+if TYPE_CHECKING:
+    from kvcomp.calibration import Calibration
+    from kvcomp.evaluate.generation import Agreement, Generation
+
+PROMPT_FILE, PROMPT_TOKENS = "urllib/robotparser.py", 1800  # held out, and in every Python
 REFRESH_SECONDS = 0.2
 MIB = 1024 * 1024
 
 
 def generate(
     model: Annotated[str | None, typer.Argument(help="Model directory or hub name [default: the shipped one]")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue, or what to ask a chat model")] = None,
     prompt_file: Annotated[
         Path | None,
         typer.Option(help="File with the text to continue, or to put before --prompt", exists=True, dir_okay=False),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate")] = 128,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave out the model's chat template")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate")] = 96,
     spec: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(PRESETS)}, kvcomp-klt:LEVEL or a spec.json [default: kvcomp.json beside the model, else kvcomp]"
-        ),
+        str | None, typer.Option(help=f"{SPEC_NAMES} [default: kvcomp.json beside the model, else kvcomp]")
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="Calibration for kvcomp-klt [default: model.kvcal beside the model]", exists=True, dir_okay=False
-        ),
-    ] = None,
+    calibration: CalibrationFile = None,
     compare: Annotated[bool, typer.Option("--compare", help="Hold every token against the uncompressed cache")] = False,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sample at this temperature; 0 takes the likeliest token")
@@ -55,98 +52,60 @@ def generate(
     prefix_store: Annotated[
         str | None, typer.Option(help="Folder or redis:// URL: load what the prompt begins with, and store it")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file")] = None,
 ) -> None:
     """Generate text from a compressed KV cache and say what it cost.
 
-    Without a prompt the shipped model continues some 2,300 tokens of a file of Python's standard library that it never saw.
+    Without a prompt the shipped model continues 1,800 tokens of Python's standard library that it never saw.
     """
     if model is not None and prompt is None and prompt_file is None:
         raise typer.BadParameter("a model of your own needs --prompt or --prompt-file")
-    if spec is not None and calibration is None and not is_calibrated(spec):
-        named_spec(spec)
+    check_spec(spec)
     with plain_errors():
-        _generate(
-            model,
-            prompt,
-            prompt_file,
-            max_new_tokens,
-            (spec, calibration),
-            compare,
-            temperature,
-            seed,
-            prefix_store,
-            output,
-        )
+        loaded = _load(model, spec, calibration)
+        if prompt_file is not None:
+            prompt = _read_text(prompt_file) + (prompt or "")
+        ids = _own_prompt(loaded.tokenizer) if prompt is None else _prompt_ids(loaded.tokenizer, prompt, raw)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+        _generate(loaded, ids, max_new_tokens, seed, sampling, compare, prefix_store, output)
 
 
-def _generate(
-    name: str | None,
-    prompt: str | None,
-    prompt_file: Path | None,
-    max_new_tokens: int,
-    chosen: tuple[str | None, Path | None],
-    compare: bool,
-    temperature: float,
-    seed: int,
-    prefix_store: str | None,
-    output: Path | None,
-) -> None:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with screen.status("loading"):  # torch and transformers take seconds to import: only where they are needed
+class Loaded(NamedTuple):
+    """A model, and how its cache is coded."""
+
+    place: str
+    model: Any
+    tokenizer: Any
+    spec: CodecSpec
+    calibration: Calibration | None
+
+
+def _load(name: str | None, spec: str | None, calibration: Path | None) -> Loaded:
+    with quiet_loading():
         import torch
-        from transformers.utils import logging as transformers_logging
 
         from kvcomp.compressed import compress
-        from kvcomp.evaluate import generation
         from kvcomp.evaluate.models import load_model, shipped_model, spec_for
-        from kvcomp.integrations.transformers import KVCompCache
 
-        transformers_logging.disable_progress_bar()
         logging.getLogger("kvcomp").addHandler(_ToScreen())
         logging.getLogger("kvcomp").setLevel(logging.INFO)
         place = name if name is not None else shipped_model()
-        language_model, tokenizer = load_model(place)
-        tokens = torch.zeros(2, 1, 1, 65, 16, dtype=language_model.dtype)
+        model, tokenizer = load_model(place)
+        tokens = torch.zeros(2, 1, 1, 65, 16, dtype=model.dtype)
         compress(*tokens).attend(tokens[0, :, :, :1])  # loads the kernels, or compiles them
-        spec, calibration = spec_for(place, *chosen)
-    if prompt_file is not None:
-        prompt = _read_text(prompt_file) + (prompt or "")
-    ids = _own_prompt(tokenizer) if prompt is None else tokenizer(prompt)["input_ids"]
+        return Loaded(str(place), model, tokenizer, *spec_for(place, spec, calibration))
+
+
+def _prompt_ids(tokenizer: Any, text: str, raw: bool) -> list[int]:
+    """Token ids of a prompt, as the one message of a chat if the model has a template for chats."""
+    if text and tokenizer.chat_template and not raw:
+        chat = [{"role": "user", "content": text}]
+        ids: list[int] = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer(text)["input_ids"]
     if not ids:
         raise typer.BadParameter("the prompt is empty")
-    with screen.status("looking into the prefix store") if prefix_store else nullcontext():
-        prefixes = None
-        if prefix_store:
-            prefixes = Prefixes(prefix_store, torch.tensor([ids]), language_model, spec, calibration)
-    cache = prefixes.cache if prefixes else KVCompCache(language_model.config, spec, calibration=calibration)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    screen.print(
-        f"{place}: {len(ids)} prompt tokens, then {max_new_tokens} new ones from a compressed cache\n", style="dim"
-    )
-    new: list[int] = []
-    begin = shown = time.perf_counter()
-    with Live(console=screen, auto_refresh=False, vertical_overflow="visible") as live:
-
-        def show(token: int) -> None:
-            nonlocal shown
-            new.append(token)
-            if time.perf_counter() - shown < REFRESH_SECONDS and len(new) < max_new_tokens:
-                return  # walking the cache for its size at every token would slow the generation down
-            shown = time.perf_counter()
-            live.update(Group(Text(tokenizer.decode(new), style="cyan"), _status(cache, len(new), begin)), refresh=True)
-
-        run = generation.generate(language_model, torch.tensor([ids]), cache, max_new_tokens, show, **sampling)
-    against = None
-    if compare:
-        with screen.status("the same tokens from the uncompressed cache"):
-            against = generation.compare(language_model, torch.tensor([ids]), run)
-    if prefixes:
-        prefixes.keep(run.tokens)
-    screen.print(_table(run, against, prefixes))
-    if output is not None:
-        output.write_text(json.dumps(_figures(spec, run, against, prefixes), indent=2) + "\n", encoding="utf-8")
+    return ids
 
 
 def _own_prompt(tokenizer: Any) -> list[int]:
@@ -156,6 +115,68 @@ def _own_prompt(tokenizer: Any) -> list[int]:
     if not text:
         raise InvalidInput(f"this Python has no {PROMPT_FILE} to continue: give --prompt or --prompt-file")
     return [int(token) for token in join(tokenizer, text)[:PROMPT_TOKENS]]
+
+
+def _generate(
+    loaded: Loaded,
+    ids: list[int],
+    count: int,
+    seed: int,
+    sampling: dict[str, Any],
+    compare: bool,
+    prefix_store: str | None,
+    output: Path | None,
+) -> None:
+    import torch
+
+    from kvcomp.evaluate import generation
+    from kvcomp.integrations.transformers import KVCompCache
+
+    prompt, model = torch.tensor([ids]), loaded.model
+    with screen.status("looking into the prefix store") if prefix_store else nullcontext():
+        prefixes = Prefixes(prefix_store, prompt, model, loaded.spec, loaded.calibration) if prefix_store else None
+    cache = prefixes.cache if prefixes else KVCompCache(model.config, loaded.spec, calibration=loaded.calibration)
+    torch.manual_seed(seed)
+    screen.print(
+        f"{loaded.place}: {len(ids)} prompt tokens, then {count} new ones from a compressed cache\n", style="dim"
+    )
+    with Live(console=screen, auto_refresh=False, vertical_overflow="visible") as live:
+        show = _Shown(live, loaded.tokenizer, cache, count)
+        run = generation.generate(model, prompt, cache, count, show, **sampling)
+    against = None
+    if compare:
+        with screen.status("the same tokens from the uncompressed cache"):
+            against = generation.compare(model, prompt, run)
+    if prefixes:
+        prefixes.keep(run.tokens)
+    screen.print(_table(run, against, prefixes))
+    if output is not None:
+        output.write_text(json.dumps(_figures(loaded.spec, run, against, prefixes), indent=2) + "\n", encoding="utf-8")
+
+
+class _Shown:
+    """The text so far, and the cache's size, refreshed a few times a second: walking the cache at every token would slow it down."""
+
+    def __init__(self, live: Live, tokenizer: Any, cache: Any, count: int) -> None:
+        self.live, self.tokenizer, self.cache, self.count = live, tokenizer, cache, count
+        self.tokens: list[int] = []
+        self.begin = self.last = time.perf_counter()
+
+    def __call__(self, token: int) -> None:
+        self.tokens.append(token)
+        now, done = time.perf_counter(), len(self.tokens) == self.count
+        if done or now - self.last >= REFRESH_SECONDS:
+            self.last = now
+            text = Text(self.tokenizer.decode(self.tokens), style="cyan")
+            self.live.update(text if done else Group(text, self._status(now)), refresh=True)
+
+    def _status(self, now: float) -> Text:
+        memory = self.cache.memory()
+        return Text(
+            f"\n{len(self.tokens)} tokens in {now - self.begin:.1f} s; cache {memory.total / MIB:.2f} MiB, "
+            f"{memory.ratio:.2f}x smaller than dense\n",
+            style="dim",
+        )
 
 
 class _ToScreen(logging.Handler):
@@ -170,65 +191,31 @@ def _read_text(path: Path) -> str:
         raise typer.BadParameter(f"{path} is no UTF-8 text: {error}") from None
 
 
-def _status(cache: Any, tokens: int, begin: float) -> Text:
-    memory = cache.memory()
-    return Text(
-        f"\n{tokens} tokens in {time.perf_counter() - begin:.1f} s; cache {memory.total / MIB:.2f} MiB, "
-        f"dense {memory.dense / MIB:.2f} MiB: {memory.ratio:.2f}x smaller\n",
-        style="dim",
+def _table(run: Generation, against: Agreement | None, prefixes: Prefixes | None) -> Table:
+    """What the generation kept and cost, beside the uncompressed cache where that was run."""
+    memory, timing = run.memory, against.timing if against else None
+    table = Table(
+        title=f"\n{run.prompt} prompt + {len(run.tokens)} new tokens", title_justify="left", box=box.SIMPLE_HEAD
     )
-
-
-def _table(run: Any, against: Any, prefixes: Prefixes | None) -> Table:
-    """What the generation cost, by part, beside the uncompressed cache where that was run."""
-    memory = run.memory
-    table = Table(title=f"{run.prompt} prompt + {len(run.tokens)} new tokens", title_justify="left")
-    table.add_column("")
-    table.add_column("compressed", justify="right")
-    table.add_column("uncompressed", justify="right")
-
-    def row(label: str, ours: str, theirs: str = "") -> None:
-        table.add_row(label, ours, theirs)
-
-    timing = against.timing if against else None
-    row("cache, MiB", f"{memory.total / MIB:.3f}", f"{(against.dense if against else memory.dense) / MIB:.3f}")
-    row("smaller by", f"{memory.ratio:.2f}x", "1x")
-    row("total bits per value", f"{memory.total_bits:.2f}", f"{8 * memory.dense / max(1, memory.values):.2f}")
-    parts = (
-        "codes",
-        "lengths",
-        "scales",
-        "directories",
-        "raw_blocks",
-        "spare",
-        "table",
-        "books",
-        "window",
-        "sinks",
-        "other",
-    )
-    for part in parts:
-        size = getattr(memory, part)
-        if size:
-            row(f"  {part.replace('_', ' ')}", f"{8 * size / max(1, memory.values):.2f}")
-    row("coded bits per sealed value", f"{memory.coded_bits:.2f}")
-    row("first token, s", f"{run.timing.first:.2f}", f"{timing.first:.2f}" if timing else "")
-    row(
-        "tokens per second after it",
-        f"{run.timing.tokens_per_second:.1f}",
-        f"{timing.tokens_per_second:.1f}" if timing else "",
-    )
-    for label, value in prefixes.rows(run.timing.first) if prefixes else ():
-        row(label, value)
-    row("peak memory of the process, MiB", f"{run.peak / MIB:.0f}")
+    for header in ("", "compressed", "uncompressed"):
+        table.add_column(header, justify="right" if header else "left")
     if against:
-        row("same likeliest token", f"{100 * against.top1:.1f} %")
-        row("mean KL from uncompressed, nats", f"{against.kl:.2e}")
+        table.add_row("same likeliest token", f"{100 * against.top1:.1f} %", "100 %")
+        table.add_row("mean KL, nats a token", f"{against.kl:.1e}", "0")
+    dense = against.dense if against else memory.dense
+    table.add_row("cache, MiB", f"{memory.total / MIB:.2f}  ({memory.ratio:.2f}x smaller)", f"{dense / MIB:.2f}")
+    values = max(1, memory.values)
+    table.add_row("total bits per value", f"{memory.total_bits:.2f}", f"{8 * memory.dense / values:.2f}")
+    table.add_row("first token, s", f"{run.timing.first:.2f}", f"{timing.first:.2f}" if timing else "")
+    speed = run.timing.tokens_per_second
+    table.add_row("tokens per second", f"{speed:.0f}", f"{timing.tokens_per_second:.0f}" if timing else "")
+    for label, value in prefixes.rows(run.timing.first) if prefixes else ():
+        table.add_row(label, value, "")
     return table
 
 
-def _figures(spec: CodecSpec, run: Any, against: Any, prefixes: Prefixes | None) -> dict[str, Any]:
-    """The table's figures, in bytes, seconds, bits and nats."""
+def _figures(spec: CodecSpec, run: Generation, against: Agreement | None, prefixes: Prefixes | None) -> dict[str, Any]:
+    """All figures, in bytes, seconds, bits and nats."""
     memory = run.memory
     figures: dict[str, Any] = {
         "spec": json.loads(spec.to_json()),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from kvcomp.cli.common import (
     SHIPPED,
@@ -15,12 +15,12 @@ from kvcomp.cli.common import (
     Seed,
     TextFile,
     bar,
-    errors,
-    partial,
     plain_errors,
     quiet_loading,
+    resumable,
     screen,
 )
+from kvcomp.cli.tables import show_tuning
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import PRESETS
 
@@ -55,101 +55,77 @@ def tune(
         raise typer.BadParameter("give one of --keep, --max-kl and --like")
     if max_kl is not None and not max_kl > 0:
         raise typer.BadParameter("--max-kl must be above 0: nothing lossy has no KL")
-    goal = {"keep": keep, "max_kl": max_kl, "like": like if keep or max_kl or like else "kivi-4"}
-    size = {"prompts": prompts, "prompt": prompt_tokens, "scored": scored_tokens, "lists": lists, "seed": seed}
+    goal: dict[str, Any] = {"keep": keep, "max_kl": max_kl, "like": like if keep or max_kl or like else "kivi-4"}
+    size: dict[str, Any] = {
+        "prompts": prompts,
+        "prompt": prompt_tokens,
+        "scored": scored_tokens,
+        "lists": lists,
+        "seed": seed,
+    }
     with plain_errors():
-        _tune(model, goal, spec, text, size, output, figures, resume)
+        with quiet_loading():
+            from kvcomp import disk
+            from kvcomp.evaluate.evaluation import Plan
+            from kvcomp.evaluate.methods import KVComp, baseline
+            from kvcomp.evaluate.models import check_has_keys, load_model, positions, shipped_model, training_ids
+            from kvcomp.fit.advice import advise
+            from kvcomp.fit.tune import Tuner
+            from kvcomp.results import schema
+
+            place = model if model is not None else str(shipped_model())
+            loaded, tokenizer = load_model(place)
+            check_has_keys(loaded.config)
+            start, reference = KVComp(spec), None if goal["like"] is None else baseline(str(goal["like"]))
+            plan = Plan.for_model(positions(loaded.config), lengths=(), **size)
+            ids, source = training_ids(tokenizer, place, text)
+            begins, asked = _drawn(tokenizer, ids, plan, goal["keep"] is not None)
+        about = schema.environment(
+            model=SHIPPED if model is None else model,
+            text=source,
+            goal=goal,
+            start=start.settings(),
+            **{key: vars(plan)[key] for key in size},
+        )
+        identity = {key: about[key] for key in ("model", "text", "goal", "start", *size)}
+        with resumable(output, identity, resume) as journal:
+            with bar() as progress:
+                task = progress.add_task("")
+
+                def advance(what: str, cost: float) -> None:
+                    progress.update(task, description=what, advance=cost)
+
+                tuner = Tuner(loaded, ids, begins, plan.prompt, plan.scored, asked, start.spec, journal, advance)
+                if goal["keep"] is not None:
+                    progress.update(task, total=tuner.cost_of_turning_points())
+                    found = tuner.turning_points(goal["keep"])
+                else:
+                    progress.update(task, total=tuner.cost_of_allocation())
+                    most = goal["max_kl"] if reference is None else tuner.figures(reference.name, reference)["kl"]
+                    found = tuner.allocate(most)
+                progress.update(task, description="advice")
+                advice = advise(loaded, tuner.sample(0), KVComp(found.spec, "tuned"))
+            before = {start.name: tuner.figures(f"start/{start.name}", start)}
+            if reference is not None:
+                before[reference.name] = tuner.figures(reference.name, reference)
+            disk.write(output, [found.spec.to_json().encode() + b"\n"])
+            if figures is not None:
+                content = {"spec": found.spec.to_json(), "before": before, **found.figures, "advice": asdict(advice)}
+                schema.write(figures, "tune", about, **content)
+        show_tuning({f"tuned: {output}": found.figures, **before}, source)
+        for sentence in advice.sentences:
+            screen.print(sentence, highlight=False)
 
 
-def _tune(
-    name: str | None,
-    goal: dict[str, Any],
-    start: str,
-    text: Path | None,
-    size: dict[str, Any],
-    output: Path,
-    figures: Path | None,
-    resume: bool,
-) -> None:
-    with quiet_loading():
-        from dataclasses import asdict
+def _drawn(tokenizer: Any, ids: Any, plan: Any, with_lookups: bool) -> tuple[list[int], list[Any]]:
+    """Where the samples begin in the text, and the look-ups. Raises InvalidInput if the text is too short."""
+    import numpy as np
 
-        import numpy as np
+    from kvcomp.evaluate.retrieval import quizzes
 
-        from kvcomp import disk
-        from kvcomp.evaluate.evaluation import Plan
-        from kvcomp.evaluate.methods import KVComp, baseline
-        from kvcomp.evaluate.models import check_has_keys, load_model, positions, shipped_model, training_ids
-        from kvcomp.evaluate.retrieval import quizzes
-        from kvcomp.fit.advice import advise
-        from kvcomp.fit.tune import Tuner
-        from kvcomp.results import schema as results
-        from kvcomp.results.journal import Journal
-
-        place = name if name is not None else str(shipped_model())
-        model, tokenizer = load_model(place)
-        check_has_keys(model.config)
-        base = KVComp(start)
-        reference = None if goal["like"] is None else baseline(goal["like"])
-        plan = Plan.for_model(positions(model.config), lengths=(), **size)
-        ids, source = training_ids(tokenizer, place, text)
     need = plan.prompt + plan.scored
     if ids.size < need:
         raise InvalidInput(f"the text has {ids.size} tokens and {need} are needed: give a longer --text")
     rng = np.random.default_rng(plan.seed)
-    begins = rng.integers(0, ids.size - need + 1, plan.prompts).tolist()
-    asked = quizzes(tokenizer, rng, plan.lists, plan.prompt) if goal["keep"] is not None else []
-    about = results.environment(
-        model=SHIPPED if name is None else name,
-        text=source,
-        goal=goal,
-        start=base.settings(),
-        **{key: vars(plan)[key] for key in size},
-    )
-    identity = {key: about[key] for key in ("model", "text", "goal", "start", *size)}
-    journal = Journal(partial(output), identity, resume)
-    try:
-        with bar() as progress:
-            task = progress.add_task("")
-
-            def advance(what: str, cost: float) -> None:
-                progress.update(task, description=what, advance=cost)
-
-            tuner = Tuner(model, ids, begins, plan.prompt, plan.scored, asked, base.spec, journal, advance)
-            if goal["keep"] is not None:
-                progress.update(task, total=tuner.cost_of_turning_points())
-                found = tuner.turning_points(goal["keep"])
-            else:
-                progress.update(task, total=tuner.cost_of_allocation())
-                most = goal["max_kl"] if reference is None else tuner.figures(reference.name, reference)["kl"]
-                found = tuner.allocate(most)
-            progress.update(task, description="advice")
-            advice = advise(model, tuner.sample(0), KVComp(found.spec, "tuned"))
-    except KeyboardInterrupt:
-        errors.print(f"stopped; what is done is in {partial(output)}: the same command with --resume goes on")
-        raise typer.Exit(130) from None
-    before = {base.name: tuner.figures(f"start/{base.name}", base)}
-    if reference is not None:
-        before[reference.name] = tuner.figures(reference.name, reference)
-    disk.write(output, [found.spec.to_json().encode() + b"\n"])
-    if figures is not None:
-        results.write(
-            figures, "tune", about, spec=found.spec.to_json(), before=before, **found.figures, advice=asdict(advice)
-        )
-    journal.close()
-    table = Table(title=f"on {source}", title_justify="left")
-    for header in ("", "coded bits", "total bits", "KL, nats", "top-1"):
-        table.add_column(header, justify="left" if not header else "right")
-    for label, row in [(f"tuned: {output}", found.figures), *before.items()]:
-        numbers = (
-            f"{row['coded_bits']:.2f}",
-            f"{row['total_bits']:.2f}",
-            f"{row['kl']:.2e}",
-            f"{100 * row['top1']:.1f} %",
-        )
-        table.add_row(label, *numbers)
-    screen.print(table)
-    if "kept" in found.figures:
-        screen.print(f"together they keep {100 * found.figures['kept']:.1f} % of the score", highlight=False)
-    for sentence in advice.sentences:
-        screen.print(sentence, highlight=False)
+    begins: list[int] = rng.integers(0, ids.size - need + 1, plan.prompts).tolist()
+    return begins, quizzes(tokenizer, rng, plan.lists, plan.prompt) if with_lookups else []

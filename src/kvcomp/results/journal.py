@@ -11,6 +11,11 @@ from kvcomp import disk
 from kvcomp.errors import CorruptData, InvalidInput
 
 
+def pieces(output: Path) -> Path:
+    """Where an interrupted run leaves its pieces."""
+    return output.with_name(output.name + ".partial")
+
+
 class Journal:
     """Pieces of a measurement that are done, a JSON line each, so that a run that was stopped can go on.
 
