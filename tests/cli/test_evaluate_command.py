@@ -1,7 +1,9 @@
 """``kvcomp evaluate`` and ``kvcomp tune`` as a user types them, on the shipped model and little text."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import (
@@ -132,15 +134,16 @@ def test_tune_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     few = ("tune", "--max-kl", "0.02", "--prompts", "1", "--prompt-tokens", "300", "--scored-tokens", "32")
     measured: list[str] = []
     stop_at = 20
-    record = Journal.record
+    piece = Journal.piece
 
-    def record_until(journal: Journal, key: str, value: object) -> None:
-        if len(measured) == stop_at:
-            raise KeyboardInterrupt
-        measured.append(key)
-        record(journal, key, value)
+    def piece_until(journal: Journal, key: str, make: Callable[[], Any]) -> Any:
+        if key not in journal:
+            if len(measured) == stop_at:
+                raise KeyboardInterrupt
+            measured.append(key)
+        return piece(journal, key, make)
 
-    monkeypatch.setattr(Journal, "record", record_until)
+    monkeypatch.setattr(Journal, "piece", piece_until)
     stopped = run(*few, "-o", "stopped.json")
     assert stopped.exit_code == 130, stopped.output
     assert "--resume" in stopped.output
