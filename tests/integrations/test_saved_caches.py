@@ -287,7 +287,11 @@ def test_what_cannot_be_saved_or_loaded_is_said(llama: PreTrainedModel, tmp_path
     cache = KVCompCache(llama.config, LOSSY)
     run(llama, cache, prompt(1, 20))
     files.save(
-        path, {1: cache.compressed_layers[1].store}, LOSSY, 2, {"id": None, "configuration": cache.session.fingerprint}
+        path,
+        {1: cache.compressed_layers[1].store},
+        LOSSY,
+        2,
+        {"id": None, "configuration": cache.session.configuration},
     )
     with pytest.raises(InvalidInput, match="the file holds 1 layers"):
         KVCompCache.load(path, llama.config)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvcomp.integrations.transformers import KVCompCache
 
 CALL_BYTES = 1 << 24  # values of so many bytes travel in one call
+BY_LENGTH = "the model's rotary frequencies depend on the length of so long a prompt (dynamic, longrope): no prefix of it is stored or loaded"
 
 logger = logging.getLogger("kvcomp")
 
@@ -74,6 +75,9 @@ class PrefixStore:
         _check_layers(cache)
         origin = _origin(cache, model, model.dtype, model_id)
         tokens = _tokens(ids)
+        if cache.session.length_matters(len(tokens)):
+            logger.warning(BY_LENGTH)
+            return cache
         chunks = self._read(origin, tokens, origin.chunks(len(tokens) - 1), backend)
         if chunks:
             for index, layer in enumerate(cache.layers):
@@ -99,6 +103,9 @@ class PrefixStore:
                 f"the cache holds {first.batch} rows of {first.tokens} tokens: give one row without padding, and the tokens it was filled with"
             )
         origin = _origin(cache, model, first.dtype, model_id)
+        if cache.session.length_matters(cache.session.longest):
+            logger.warning(BY_LENGTH)
+            return 0
         count = storable(stores)
         if not count:
             return 0
@@ -193,9 +200,12 @@ def _check_layers(cache: KVCompCache) -> None:
 
 
 def _origin(cache: KVCompCache, model: Any, dtype: torch.dtype, model_id: str | None) -> Origin:
-    from kvcomp.integrations.transformers.files import weights_id
+    from kvcomp.integrations.transformers.identity import configuration_of, weights_id
+    from kvcomp.integrations.transformers.models import text_config
 
     if dtype not in NAMES:
         raise InvalidInput(f"the model has {dtype}: float32, float16 or bfloat16 are possible")
-    about = {"id": weights_id(model if model_id is None else model_id), "configuration": cache.session.fingerprint}
+    configuration = configuration_of(text_config(model.config))
+    cache.session.check_configuration(configuration)
+    about = {"id": weights_id(model if model_id is None else model_id), "configuration": configuration}
     return Origin(about, len(cache.layers), NAMES[dtype], cache.spec, cache.calibration)

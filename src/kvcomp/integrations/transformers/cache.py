@@ -33,9 +33,9 @@ from kvcomp.calibration import Calibration, resolve
 from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
 from kvcomp.integrations.transformers import files as transformers_files
 from kvcomp.integrations.transformers.attention import NAME, kvcomp_attention
-from kvcomp.integrations.transformers.files import weights_id
+from kvcomp.integrations.transformers.identity import check_origin, weights_id
 from kvcomp.integrations.transformers.layer import CompressedLayer, Session, uncompiled
-from kvcomp.integrations.transformers.models import check_layer, check_origin, text_config
+from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, text_config
 from kvcomp.kernels import load_backend
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, Memory
@@ -73,7 +73,7 @@ class KVCompCache(Cache):
             load_backend(backend)
         self.session = Session(config)
         if self.calibration is not None:
-            self.calibration.check_model(self.session.fingerprint)
+            self.calibration.check_model(fingerprint_of(config))
         layers: list[Any] = DynamicCache(config=config).layers
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
@@ -97,11 +97,12 @@ class KVCompCache(Cache):
         rows: which of the batch to write, all if None. layers: which ones, all if None; ``kvcomp.load`` reads single layers.
         Raises InvalidInput for an empty cache, UnsupportedModel if a layer is neither full attention nor a sliding window, and OSError.
         """
+        self.session.check_lengths(self.session.longest, self.get_seq_length())
         stores = transformers_files.stores_of(self.layers, self.spec)
         chosen = sorted(stores) if layers is None else list(layers)
         if not chosen or not set(chosen) <= set(stores):
             raise InvalidInput(f"layers must be some of the {len(stores)} that the cache has, not {chosen}")
-        model = {"id": weights_id(model_id), "configuration": self.session.fingerprint}
+        model = {"id": weights_id(model_id), "configuration": self.session.configuration}
         files.save(path, {index: stores[index] for index in chosen}, self.spec, len(stores), model, rows)
 
     @classmethod
@@ -132,12 +133,15 @@ class KVCompCache(Cache):
         identity = weights_id(model_id)
         for container in containers:
             header = container.header
-            check_origin(header.model, cache.session.fingerprint, identity)
+            check_origin(header.model, cache.session.configuration, identity)
             if header.spec != cache.spec or [layer.layer for layer in header.layers] != list(range(len(cache.layers))):
                 raise InvalidInput(
                     f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
                 )
-            cache._check_limit(max(1, header.tokens if tokens is None else tokens), 0)
+            kept = header.tokens if tokens is None else tokens
+            cache._check_limit(max(1, kept), 0)
+            cache.session.check_lengths(header.tokens, kept, containers[0].header.tokens)
+            cache.session.longest = header.tokens
         host = "reference" if backend == "gpu" else backend  # to a GPU when it is known which
         read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
         for index, layer in enumerate(cache.layers):
@@ -165,9 +169,9 @@ class KVCompCache(Cache):
         """
         if layer_idx == self.first:
             self._level()
-            self.session.plan = None
-            self.session.before = self.get_seq_length(layer_idx)
-            self._check_limit(key_states.shape[-2], self.session.before)
+            before = self.get_seq_length(layer_idx)
+            self._check_limit(key_states.shape[-2], before)
+            self.session.begin(key_states.shape[-2], before)
         elif layer_idx >= len(self.layers):
             self.crop(-key_states.shape[-2])
             raise InvalidInput(f"this cache was made for a model of {len(self.layers)} layers, and this one has more")
@@ -227,7 +231,8 @@ class KVCompCache(Cache):
         Raises InvalidInput for a cache of another model, spec or backend or without tokens, UnsupportedModel if a layer's cache is not
         kvcomp's, and LimitExceeded if memory ends; the cache is then as it was.
         """
-        self.session.check_fingerprint(other.session)
+        self.session.check_configuration(other.session.configuration)
+        self.session.check_lengths(self.session.longest, other.session.longest)
         for cache in (self, other):
             cache._level()
         layers = self.compressed_layers

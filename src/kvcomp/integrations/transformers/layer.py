@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, cast
 from weakref import ref
@@ -17,7 +17,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvcomp.calibration import LayerCalibration
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.integrations.transformers.models import fingerprint_of, identity_of, position_limit
+from kvcomp.integrations.transformers.identity import configuration_of, difference, rope_switch
+from kvcomp.integrations.transformers.models import identity_of, position_limit
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
 from kvcomp.store.gpu.copies import to_device
@@ -52,11 +53,13 @@ class Session:
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = ref(config)
         self.identity = identity_of(config)
-        self.fingerprint = fingerprint_of(config)
+        self.configuration = configuration_of(config)
+        self.rope_switch = rope_switch(config)
         self.limit = position_limit(config)
         self.plan: MaskPlan | None = None
         self.sealing: GPUStore | None = None
         self.before = 0  # tokens before the forward pass
+        self.longest = 0  # tokens at the end of the longest one
         self.failed = False  # it did: some layers may have its tokens, others not
         self.recording = False  # a step that a graph will repeat: what depends on its number is done outside
 
@@ -70,13 +73,29 @@ class Session:
                 )
         self.config = ref(config)
 
-    def check_fingerprint(self, other: Session) -> None:
-        """Raise InvalidInput if the other session is of a model whose K and V are of another kind."""
-        for name, mine in self.fingerprint.items():
-            if other.fingerprint[name] != mine:
-                raise InvalidInput(
-                    f"this cache is of a model with {name} {mine!r}, the other of one with {other.fingerprint[name]!r}"
-                )
+    def begin(self, new: int, before: int) -> None:
+        """A forward pass over so many new tokens begins, after those before."""
+        self.plan = None
+        self.before = before
+        self.longest = max(self.longest if before else 0, before + new)
+
+    def length_matters(self, tokens: int) -> bool:
+        """Whether the rotary frequencies of a forward pass that ends at so many tokens are others than those of a short one."""
+        return self.rope_switch is not None and tokens >= self.rope_switch
+
+    def check_lengths(self, *lengths: int) -> None:
+        """Raise InvalidInput if the K of sequences of different lengths would come together, and depend on the length."""
+        if len(set(lengths)) > 1 and self.length_matters(max(lengths)):
+            raise InvalidInput(
+                f"the model's rotary frequencies depend on the length from {self.rope_switch} tokens on, so K of {max(lengths)} tokens "
+                f"is not that of {min(lengths)}: compute it anew"
+            )
+
+    def check_configuration(self, configuration: Mapping[str, Any]) -> None:
+        """Raise InvalidInput if this is the configuration of a model whose K and V are others."""
+        other = difference(self.configuration, configuration)
+        if other:
+            raise InvalidInput(f"this cache is of {other}: make a KVCompCache for each model")
 
     def plan_for(self, mask: Tensor, batch: int, queries: int, tokens: int) -> MaskPlan:
         if self.plan is None or self.plan.mask() is not mask:

@@ -1,14 +1,15 @@
-"""Which models a compressed cache can hold, and how one model is told from another."""
+"""Which models a compressed cache can hold."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.errors import UnsupportedModel
+from kvcomp.integrations.transformers.identity import rope_parts
 
 ATTENTION_SINKS = {
     "deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash", "openai_privacy_filter",
@@ -68,32 +69,14 @@ def identity_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def fingerprint_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a file keeps of the configuration: that on which K and V depend, in the form in which JSON gives it back."""
+    """What a calibration keeps of the configuration, in the form in which JSON gives it back."""
     found: dict[str, Any] = json.loads(json.dumps({name: setting(config, name) for name in FINGERPRINT}, default=str))
     return found
-
-
-def check_origin(model: Mapping[str, Any] | None, fingerprint: Mapping[str, Any], model_id: str | None) -> None:
-    """Raise InvalidInput if a file's cache is not of the model with this fingerprint and id."""
-    if model is None:
-        raise InvalidInput("the file holds tensors without a model: read it with kvcomp.load")
-    theirs = model.get("configuration")
-    theirs = theirs if isinstance(theirs, dict) else {}
-    for name in sorted({*theirs, *fingerprint}):
-        if theirs.get(name) != fingerprint.get(name):
-            raise InvalidInput(
-                f"the file is of a model with {name} {theirs.get(name)!r}, not {fingerprint.get(name)!r}: give that model's configuration"
-            )
-    if model.get("id") != model_id:
-        raise InvalidInput(
-            f"the file is of the model_id {model.get('id')!r}, not {model_id!r}: give the one it was saved with"
-        )
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
     """Tokens the model's positions allow; None where rotary positions are stretched, which has no such limit."""
     limit = setting(config, "max_position_embeddings")
-    rope = setting(config, "rope_parameters") or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    parts = rope_parts(setting(config, "rope_parameters"))
     stretched = any(part.get("rope_type", "default") not in ("default", "proportional") for part in parts)
     return limit if isinstance(limit, int) and limit > 0 and not stretched else None
