@@ -13,7 +13,7 @@ from harness import instrumented
 with instrumented(
     "kvcomp.files.check", "kvcomp.files.container", "kvcomp.files.header", "kvcomp.serve.chunks", "kvcomp.prefix.chain"
 ):
-    from kvcomp.prefix import chain as prefix_chunks
+    from kvcomp.prefix import chain
     from kvcomp.serve import chunks
 
 import torch
@@ -25,7 +25,7 @@ from kvcomp.spec import CodecSpec, TensorSpec
 KEY = "kvcomp:chunk"
 SPEC = CodecSpec(TensorSpec("channel", 0.05), TensorSpec("token", 0.1), window=0, sinks=0)
 SHAPE = chunks.ChunkShape(layers=2, heads=1, tokens=68, channels=16, dtype=torch.bfloat16)
-ORIGIN = prefix_chunks.Origin({"id": "a", "configuration": {}}, 1, "bfloat16", CodecSpec(SPEC.key, SPEC.value, 0, 1))
+ORIGIN = chain.Origin({"id": "a", "configuration": {}}, 1, "bfloat16", CodecSpec(SPEC.key, SPEC.value, 0, 1))
 PREFIX_CHUNK = 0
 
 guarded = Guarded()
@@ -43,9 +43,9 @@ def check_chunk(value: memoryview) -> None:
 
 
 def check_prefix(value: memoryview) -> None:
-    _, stores = prefix_chunks.unpack(ORIGIN, value, PREFIX_CHUNK, KEY, "cpu")
+    _, stores = chain.unpack(ORIGIN, value, PREFIX_CHUNK, KEY, "cpu")
     for store in stores.values():
-        if prefix_chunks.chain([store]).dense()[0].shape[2] != ORIGIN.end(PREFIX_CHUNK):
+        if chain.join_chunks([store]).dense()[0].shape[2] != ORIGIN.end(PREFIX_CHUNK):
             raise AssertionError("a prefix of another length came back")
 
 

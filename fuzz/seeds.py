@@ -8,7 +8,7 @@ import torch
 
 from fuzz_value import KEY, ORIGIN, PREFIX_CHUNK, SHAPE, SPEC
 from kvcomp import files
-from kvcomp.prefix import chain as prefix_chunks
+from kvcomp.prefix import chain
 from kvcomp.serve.chunks import pack_chunk
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
@@ -49,7 +49,7 @@ def remote_values() -> dict[str, bytes]:
     store.seal()
     return {
         "chunk": b"".join(pack_chunk(KEY, SPEC, [(k, v) for k, v in pairs])),
-        "prefix": b"".join(prefix_chunks.pack(ORIGIN, {0: store}, PREFIX_CHUNK, KEY)),
+        "prefix": b"".join(chain.pack(ORIGIN, {0: store}, PREFIX_CHUNK, KEY)),
     }
 
 

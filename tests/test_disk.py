@@ -132,14 +132,19 @@ kinds = [bytes([kind]) * 300_000 for kind in (1, 2)]
 disk.write(path, [kinds[0]])
 seen = set()
 for _ in range(rounds):
+    begun, writing = os.pipe()
     child = os.fork()
     if child == 0:
         while True:
             for kind in kinds:
                 disk.write(path, [kind[:100_000], kind[100_000:]])
+            os.write(writing, b"x")
+    os.read(begun, 1)  # however busy the machine is
     time.sleep(draw.random() * 0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(begun)
+    os.close(writing)
     data = path.read_bytes()
     assert data in kinds, (len(data), set(data))
     seen.add(data[0])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from emulator import COMPILER, Emulator
+from kvcomp.prefix import PrefixStore
 from kvcomp.store.gpu import store as gpu_store
 
 transformers = pytest.importorskip("transformers")
@@ -72,6 +73,25 @@ def test_a_file_goes_on_where_the_cache_was(model: transformers.PreTrainedModel,
         assert isinstance(layer.store, gpu_store.GPUStore)
     again.save(tmp_path / "again.kvc")
     assert (tmp_path / "cache.kvc").read_bytes() == (tmp_path / "again.kvc").read_bytes()
+
+
+def test_prefixes_go_to_the_gpu_and_back(model: transformers.PreTrainedModel, tmp_path: Path) -> None:
+    prompt = torch.randint(1, 96, (1, 400), generator=torch.Generator().manual_seed(2))
+    values = []
+    for backend in ("gpu", "cpu"):
+        store = PrefixStore(tmp_path / backend)
+        cache = KVCompCache(model.config, backend=backend)
+        with torch.no_grad():
+            model(prompt[:, :-1], past_key_values=cache)
+        stored = store.save(prompt, cache, model)
+        assert stored > 0
+        values.append({path.name: path.read_bytes() for path in (tmp_path / backend).glob("*/*.kvc")})
+        loaded = [store.load(prompt, model, backend=on) for on in ("gpu", "cpu")]
+        with torch.no_grad():
+            first, second = (model(prompt[:, stored:], past_key_values=one).logits for one in loaded)
+        assert isinstance(loaded[0].layers[0].store, gpu_store.GPUStore)
+        torch.testing.assert_close(first, second)
+    assert values[0] == values[1]
 
 
 def test_rows_and_first_tokens_of_files_go_to_the_gpu(model: transformers.PreTrainedModel, tmp_path: Path) -> None:

@@ -15,11 +15,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from calibrating import calibrated
-from kvcomp.errors import InvalidInput, LimitExceeded, StoreUnavailable, UnsupportedModel
+from kvcomp.errors import (
+    BackendUnavailable,
+    InvalidInput,
+    KVCompError,
+    LimitExceeded,
+    StoreUnavailable,
+    UnsupportedModel,
+)
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.models import fingerprint_of
-from kvcomp.prefix import PrefixStore
-from kvcomp.prefix import chain as prefix_chunks
+from kvcomp.prefix import PrefixStore, chain
 from kvcomp.prefix.chain import CHUNK_TOKENS
 from kvcomp.serve.blobs import Buffer
 from kvcomp.spec import PRESETS, CodecSpec
@@ -255,7 +261,7 @@ def test_chunks_of_other_codebooks_are_not_mixed(model: PreTrainedModel, folder:
     ids = [torch.cat([prompt(SHARED + 20), prompt(400, seed=seed)], dim=1) for seed in (1, 2)]
     folder.save(ids[0], computed(model, ids[0]), model)
     books: list[bytes] = []
-    plain = prefix_chunks.books_of
+    plain = chain.books_of
     monkeypatch.setattr("kvcomp.prefix.store.books_of", lambda header: (books.append(plain(header)), books[0])[1])
     folder.load(ids[0], model, LOSSY)
     before = files_of(folder)
@@ -413,6 +419,67 @@ def test_values_under_right_checksums_that_are_no_chunks(
     assert folder.blobs.sizes([key]) == [len(newer)], "a newer kvcomp's value is not this one's to remove"
     folder.blobs.put([(key, [value])])
     assert folder.load(ids, model, LOSSY).get_seq_length() == stored
+
+
+# Values that are right, where they cannot be used
+
+
+def test_a_load_for_a_gpu_needs_none_and_removes_nothing(model: PreTrainedModel, folder: PrefixStore) -> None:
+    ids = prompt(700)
+    stored = folder.save(ids, computed(model, ids), model)
+    before = files_of(folder)
+    for backend in ("gpu", "reference"):
+        loaded = folder.load(ids, model, LOSSY, backend=backend)
+        assert same(loaded, folder.load(ids, model, LOSSY))
+        assert loaded.get_seq_length() == stored
+    with pytest.raises(BackendUnavailable, match="there is no backend 'tpu'"):
+        folder.load(ids, model, LOSSY, backend="tpu")
+    assert files_of(folder) == before
+
+
+def test_a_value_beyond_the_limits_is_a_miss_and_stays(model: PreTrainedModel, folder: PrefixStore) -> None:
+    ids = prompt(700)
+    stored = folder.save(ids, computed(model, ids), model)
+    for path in files_of(folder):
+        value = path.read_bytes()
+        path.write_bytes(edited(value, lambda header, sections: header.update(rows=1 << 20)))
+        assert folder.load(ids, model, LOSSY).get_seq_length() < stored
+        assert path.exists()
+        path.write_bytes(value)
+    assert folder.load(ids, model, LOSSY).get_seq_length() == stored
+
+
+@pytest.mark.parametrize("error", [InvalidInput, BackendUnavailable, UnsupportedModel])
+def test_an_error_that_is_not_the_values_is_raised_and_removes_nothing(
+    model: PreTrainedModel, folder: PrefixStore, monkeypatch: pytest.MonkeyPatch, error: type[KVCompError]
+) -> None:
+    ids = prompt(700)
+    folder.save(ids, computed(model, ids), model)
+    before = files_of(folder)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("the calibration is for 4 KV heads")
+
+    monkeypatch.setattr("kvcomp.files.load", fail)
+    with pytest.raises(error, match="4 KV heads"):
+        folder.load(ids, model, LOSSY)
+    assert files_of(folder) == before
+
+
+def test_another_calibration_is_refused_and_removes_nothing(model: PreTrainedModel, folder: PrefixStore) -> None:
+    made, other = (
+        calibrated(2, 2, 16, model=fingerprint_of(model.config), centred=centred) for centred in (True, False)
+    )
+    ids = prompt(700)
+    cache = folder.load(ids, model, made.spec("balanced"), calibration=made)
+    run(model, cache, ids)
+    folder.save(ids, cache, model)
+    before = files_of(folder)
+    with pytest.raises(InvalidInput, match="calibration"):
+        folder.load(ids, model, made.spec("balanced"), calibration=other)
+    with pytest.raises(InvalidInput, match="calibration"):
+        folder.load(ids, model, made.spec("balanced"))
+    assert files_of(folder) == before
 
 
 # Others at the same time

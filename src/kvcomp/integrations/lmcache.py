@@ -30,7 +30,7 @@ from kvcomp.calibration import resolve
 from kvcomp.errors import InvalidInput, KVCompError, StoreUnavailable, UnsupportedModel
 from kvcomp.integrations.lmcache_layout import heads_of, kv_views
 from kvcomp.serve.blobs import TIMEOUT, open_blobs
-from kvcomp.serve.breaker import Patience
+from kvcomp.serve.breaker import CircuitBreaker
 from kvcomp.serve.chunks import chunk_key, open_chunk, pack_chunk, unpack
 
 PARAMETERS = (
@@ -74,7 +74,7 @@ class KVCompL2Adapter(L2AdapterInterface):
             raise InvalidInput(f"workers must be 1 to 64 and capacity bytes from 0, not {workers!r} and {capacity!r}")
         super().__init__(capacity)
         self._blobs = open_blobs(params["url"], limit=params.get("limit"), timeout=params.get("timeout", TIMEOUT))
-        self._patience = Patience()
+        self._breaker = CircuitBreaker()
         self._events = {kind: create_event_notifier() for kind in ("store", "lookup", "load")}
         self._done: dict[str, dict[int, Any]] = {kind: {} for kind in self._events}
         self._sizes: dict[ObjectKey, int] = {}  # of what this adapter stored
@@ -118,7 +118,7 @@ class KVCompL2Adapter(L2AdapterInterface):
         name = self._name(key)
         _, kv = kv_views(memory, self._heads)
         pieces = pack_chunk(name, self._spec, kv, self._calibration)
-        self._patience.ask(lambda: self._blobs.put([(name, pieces)]))
+        self._breaker.ask(lambda: self._blobs.put([(name, pieces)]))
         return sum(piece.nbytes for piece in pieces)
 
     # Finding
@@ -132,7 +132,7 @@ class KVCompL2Adapter(L2AdapterInterface):
         return self._pop("lookup", task_id)
 
     def _look_up(self, keys: Sequence[ObjectKey]) -> Bitmap:
-        found = self._patience.ask(lambda: self._blobs.sizes([self._name(key) for key in keys]))
+        found = self._breaker.ask(lambda: self._blobs.sizes([self._name(key) for key in keys]))
         self._notify_keys_accessed([key for key, size in zip(keys, found, strict=True) if size is not None])
         return _bitmap([size is not None for size in found])
 
@@ -155,7 +155,7 @@ class KVCompL2Adapter(L2AdapterInterface):
         name = self._name(key)
         try:
             shape, kv = kv_views(memory, self._heads)
-            (data,) = self._patience.ask(lambda: self._blobs.get([name]))
+            (data,) = self._breaker.ask(lambda: self._blobs.get([name]))
             if data is None:
                 return False
             for store, (k, v) in zip(open_chunk(data, name, self._spec, shape, self._calibration), kv, strict=True):
@@ -164,7 +164,7 @@ class KVCompL2Adapter(L2AdapterInterface):
                 v.copy_(found_v)
         except KVCompError as error:
             self._complain(error)
-            self._patience.drop(self._blobs, name, error)
+            self._breaker.drop_damaged(self._blobs, name, error)
             return False
         return True
 
@@ -172,7 +172,7 @@ class KVCompL2Adapter(L2AdapterInterface):
 
     def delete(self, keys: list[ObjectKey]) -> None:
         try:
-            self._patience.ask(lambda: self._blobs.delete([self._name(key) for key in keys]))
+            self._breaker.ask(lambda: self._blobs.delete([self._name(key) for key in keys]))
         except StoreUnavailable as error:
             self._complain(error)
             return
@@ -182,7 +182,7 @@ class KVCompL2Adapter(L2AdapterInterface):
 
     def report_status(self) -> dict[str, Any]:
         return {
-            "is_healthy": not self._patience.lost,
+            "is_healthy": not self._breaker.open,
             "type": type(self).__name__,
             "stored": len(self._sizes),
         }

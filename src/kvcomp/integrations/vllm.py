@@ -31,7 +31,7 @@ from kvcomp.codec.block import check_channels
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.files import TYPES
 from kvcomp.serve.blobs import TIMEOUT, Buffer, open_blobs
-from kvcomp.serve.breaker import Patience
+from kvcomp.serve.breaker import CircuitBreaker
 from kvcomp.serve.chunks import ChunkShape, chunk_key, open_chunk, pack_chunk, unpack
 
 PARAMETERS = "url", "spec", "calibration", "chunk_tokens", "timeout", "limit", "model_id"
@@ -107,7 +107,7 @@ class KVCompConnector(KVConnectorBase_V1):
                 "kvcomp: a chunk that is gone when it is loaded fails its request: set kv_load_failure_policy to recompute"
             )
         self._blobs = open_blobs(extra["url"], limit=extra.get("limit"), timeout=extra.get("timeout", TIMEOUT))
-        self._patience = Patience()
+        self._breaker = CircuitBreaker()
         self._prompts: dict[str, _Prompt] = {}
         self._layers: list[Tensor] = []
         self._failed: set[int] = set()
@@ -183,7 +183,7 @@ class KVCompConnector(KVConnectorBase_V1):
     def _held(self, keys: Sequence[str]) -> int:
         """How many chunks from the first on the store has, of all ranks."""
         names = [self._name(key, rank) for key in keys for rank in range(self._ranks)]
-        sizes = self._patience.ask(lambda: self._blobs.sizes(names)) if names else []
+        sizes = self._breaker.ask(lambda: self._blobs.sizes(names)) if names else []
         there = [None not in sizes[first : first + self._ranks] for first in range(0, len(sizes), self._ranks)]
         return (*there, False).index(False)
 
@@ -213,7 +213,7 @@ class KVCompConnector(KVConnectorBase_V1):
         names = [self._name(load.key, self._rank) for load in loads]
         values: Sequence[Buffer | None] = [None] * len(loads)
         try:
-            values = self._patience.ask(lambda: self._blobs.get(names))
+            values = self._breaker.ask(lambda: self._blobs.get(names))
         except KVCompError as error:
             logger.error("kvcomp: %s", error)
         for load, name, value in zip(loads, names, values, strict=True):
@@ -225,7 +225,7 @@ class KVCompConnector(KVConnectorBase_V1):
             stores = open_chunk(value, name, self._spec, self._shape, self._calibration)
         except KVCompError as error:
             logger.error("kvcomp: %s", error)
-            self._patience.drop(self._blobs, name, error)
+            self._breaker.drop_damaged(self._blobs, name, error)
             return False
         blocks = torch.tensor(load.blocks[load.skip :])
         for store, layer in zip(stores, self._layers, strict=True):
@@ -256,7 +256,7 @@ class KVCompConnector(KVConnectorBase_V1):
                 both = pages.transpose(0, 1).reshape(self._shape.heads, self._shape.tokens, -1)
                 kv.append((both[..., : self._shape.channels], both[..., self._shape.channels :]))
             pieces = pack_chunk(name, self._spec, kv, self._calibration)
-            self._patience.ask(lambda: self._blobs.put([(name, pieces)]))
+            self._breaker.ask(lambda: self._blobs.put([(name, pieces)]))
         except KVCompError as error:
             logger.error("kvcomp: %s", error)
         except Exception:

@@ -75,6 +75,11 @@ class Backend(Protocol):
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]: ...
 
 
+def host_backend(name: str) -> str:
+    """The backend of stores in main memory, where those of the backend ``gpu`` wait until their device is known."""
+    return "reference" if name == "gpu" else name
+
+
 def load_backend(name: str) -> Backend:
     """The backend of this name, ``cpu`` or ``reference``. Raises BackendUnavailable for any other."""
     if name not in ("cpu", "reference"):

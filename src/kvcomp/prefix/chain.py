@@ -120,7 +120,7 @@ def unpack(origin: Origin, value: Buffer, chunk: int, key: str, backend: str) ->
     return header, stores
 
 
-def chain(chunks: Sequence[KVStore]) -> KVStore:
+def join_chunks(chunks: Sequence[KVStore]) -> KVStore:
     """One sequence of a layer's chunks, all with the codebooks of the first. Raises CorruptData if they do not fit each other."""
     whole = chunks[0]
     for chunk in chunks[1:]:

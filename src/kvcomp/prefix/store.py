@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from kvcomp.calibration import Calibration
-from kvcomp.errors import CorruptData, InvalidInput, KVCompError, UnsupportedModel, UnsupportedVersion
+from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedModel, UnsupportedVersion
 from kvcomp.files import NAMES
 from kvcomp.files.header import Header
-from kvcomp.prefix.chain import Origin, books_of, chain, header_of, key_of, pack, storable, unpack
+from kvcomp.kernels import host_backend
+from kvcomp.prefix.chain import Origin, books_of, header_of, join_chunks, key_of, pack, storable, unpack
 from kvcomp.serve.blobs import TIMEOUT, Buffer, open_blobs
+from kvcomp.serve.breaker import drop_damaged
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
 
@@ -78,10 +80,10 @@ class PrefixStore:
         if cache.session.length_matters(len(tokens)):
             logger.warning(BY_LENGTH)
             return cache
-        chunks = self._read(origin, tokens, origin.chunks(len(tokens) - 1), backend)
+        chunks = self._read(origin, tokens, origin.chunks(len(tokens) - 1), host_backend(backend))
         if chunks:
             for index, layer in enumerate(cache.layers):
-                give(layer, chain([stores[index] for stores in chunks]))
+                give(layer, join_chunks([stores[index] for stores in chunks]))
         return cache
 
     def save(self, ids: Tensor | Sequence[int], cache: KVCompCache, model: Any, *, model_id: str | None = None) -> int:
@@ -113,7 +115,8 @@ class PrefixStore:
         first_key = key_of(hashes[0])
         value = pack(origin, stores, 0, first_key)
         header = header_of(value)
-        there = self._open(origin, first_key, self.blobs.get([first_key])[0], 0, "cpu")
+        host = host_backend(cache.compressed_layers[0].backend)
+        there = self._open(origin, first_key, self.blobs.get([first_key])[0], 0, host)
         if there is None:
             self.blobs.put([(first_key, value)])
         elif books_of(there[0]) != books_of(header):
@@ -166,7 +169,7 @@ class PrefixStore:
     def _open(
         self, origin: Origin, key: str, value: Buffer | None, chunk: int, backend: str, books: bytes | None = None
     ) -> tuple[Header, dict[int, KVStore]] | None:
-        """A chunk; None if there is none, or what is there is not it, which is then removed. books: what it must have been coded with."""
+        """A chunk; None if there is none that can be used. What is damaged is deleted. books: what it must have been coded with."""
         if value is None:
             return None
         try:
@@ -174,11 +177,9 @@ class PrefixStore:
             if books is not None and books_of(header) != books:
                 raise CorruptData("the value has other codebooks than the chunks before it")
             return header, stores
-        except UnsupportedVersion:
-            return None
-        except KVCompError as error:
-            logger.warning("a stored prefix is not used and removed: %s", error)
-            self.blobs.delete([key])
+        except (CorruptData, UnsupportedVersion, LimitExceeded) as error:
+            logger.warning("a stored prefix is not used: %s", error)
+            drop_damaged(self.blobs, key, error)
             return None
 
 

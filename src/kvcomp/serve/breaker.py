@@ -1,4 +1,4 @@
-"""Asking a store that may be down, without waiting for its deadline at every question."""
+"""A store that may be down: stop asking it for a while, and delete from it only what is damaged."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ PAUSE = 1.0  # seconds in which a store that just did not answer is not asked ag
 T = TypeVar("T")
 
 
-class Patience:
-    """Lets calls to a store through unless it has just failed: a serving engine that waited for each deadline in turn would stand still."""
+class CircuitBreaker:
+    """Lets calls to a store through unless it has just failed. A serving engine cannot wait for every deadline in turn."""
 
     def __init__(self) -> None:
         self._until = 0.0
 
     @property
-    def lost(self) -> bool:
+    def open(self) -> bool:
         """Whether the store has just failed and is not asked."""
         return time.monotonic() < self._until
 
     def ask(self, call: Callable[[], T]) -> T:
         """The result of a call. Raises StoreUnavailable, also without a call."""
-        if self.lost:
+        if self.open:
             raise StoreUnavailable("the store did not answer just now, so it is not asked")
         try:
             return call()
@@ -36,8 +36,13 @@ class Patience:
             self._until = time.monotonic() + PAUSE
             raise
 
-    def drop(self, blobs: Blobs, key: str, error: Exception) -> None:
-        """Remove a value that is damaged, as an error says, so that whoever computes it anew finds its place empty."""
-        if isinstance(error, CorruptData):
-            with suppress(StoreUnavailable):
-                self.ask(lambda: blobs.delete([key]))
+    def drop_damaged(self, blobs: Blobs, key: str, error: Exception) -> None:
+        """The same as the function, but a store that does not answer is let be."""
+        with suppress(StoreUnavailable):
+            self.ask(lambda: drop_damaged(blobs, key, error))
+
+
+def drop_damaged(blobs: Blobs, key: str, error: Exception) -> None:
+    """Delete a value if reading it raised CorruptData. Any other error says nothing of the value, which others may be able to use."""
+    if isinstance(error, CorruptData):
+        blobs.delete([key])

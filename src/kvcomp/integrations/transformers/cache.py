@@ -36,7 +36,7 @@ from kvcomp.integrations.transformers.attention import NAME, kvcomp_attention
 from kvcomp.integrations.transformers.identity import check_origin, weights_id
 from kvcomp.integrations.transformers.layer import CompressedLayer, Session, uncompiled
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, text_config
-from kvcomp.kernels import load_backend
+from kvcomp.kernels import host_backend, load_backend
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, Memory
 from kvcomp.store import join as joining
@@ -142,7 +142,7 @@ class KVCompCache(Cache):
             cache._check_limit(max(1, kept), 0)
             cache.session.check_lengths(header.tokens, kept, containers[0].header.tokens)
             cache.session.longest = header.tokens
-        host = "reference" if backend == "gpu" else backend  # to a GPU when it is known which
+        host = host_backend(backend)
         read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
         for index, layer in enumerate(cache.layers):
             store = joining.join([stores[index] for stores in read]) if len(read) > 1 else read[0][index]
