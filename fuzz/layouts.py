@@ -11,9 +11,10 @@ import torch
 from kvcomp.codec.codebook import Codebook
 from kvcomp.codec.page import Layout
 from kvcomp.files.container import LayerParts
-from kvcomp.files.layers import NAMES, store_of
+from kvcomp.files.layers import store_of
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
+from kvcomp.store.tensors import NAMES
 
 
 @dataclass(frozen=True)

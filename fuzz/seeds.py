@@ -8,6 +8,7 @@ import torch
 
 from fuzz_value import KEY, ORIGIN, PREFIX_CHUNK, SHAPE, SPEC
 from kvcomp import files
+from kvcomp.codec.page import size_of
 from kvcomp.prefix import chain
 from kvcomp.serve.chunks import pack_chunk
 from kvcomp.spec import CodecSpec, TensorSpec
@@ -58,8 +59,8 @@ def pages() -> dict[str, bytes]:
     found = {}
     for number, layout in enumerate(LAYOUTS):
         store = filled(layout)
-        buffer, last = store.owners[0][0], 8 * layout.heads
-        page = buffer[: int(buffer[last : last + 4].view("<u4")[0])].tobytes()
+        buffer = store.owners[0][0]
+        page = buffer[: size_of(buffer, 0, layout.heads)].tobytes()
         found[f"layout{number}"] = bytes([number]) + page
     return found
 

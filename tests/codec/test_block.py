@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from kvcomp.codec import block
 from kvcomp.codec.codebook import Codebook, code_lengths, default
 from kvcomp.errors import CorruptData, InvalidInput
-from kvcomp.spec import Kind
+from kvcomp.spec import KINDS, Kind
 
 CHANNELS = list(range(16, 257, 16))
-KINDS: tuple[Kind, Kind] = ("K", "V")
 Codes = npt.NDArray[np.uint8]
 
 

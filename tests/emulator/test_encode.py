@@ -10,13 +10,14 @@ import pytest
 
 import emulator
 from emulator import COMPILER, Arena, Array, Emulator, address
-from gpu_cases import KINDS, Case, values_like
+from gpu_cases import Case, values_like
 from kvcomp.codec import codebook
 from kvcomp.codec.codebook import Codebook
 from kvcomp.codec.quantise import MAX_CODES
 from kvcomp.kernels import reference
 from kvcomp.kernels.cuda import launch as gpu_launch
 from kvcomp.kernels.cuda.layout import EncodeArguments, Encoder, describe_encoder, encoder_words, page_build
+from kvcomp.spec import KINDS
 
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
-import numpy as np
 import pytest
 import torch
 
 from emulator import COMPILER, Emulator
 from kvcomp.errors import LimitExceeded
+from kvcomp.kernels.reference import page_bytes
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
 from kvcomp.store.attention import attend
@@ -54,8 +52,7 @@ class Pair:
             for mine, theirs in zip(
                 self.gpu.table.pages[row].tolist(), self.cpu.pages[row, : self.cpu.count[row]].tolist(), strict=False
             ):
-                size = np.frombuffer(ctypes.string_at(theirs + 8 * HEADS, 4), "<u4")[0]
-                assert ctypes.string_at(mine, int(size)) == ctypes.string_at(theirs, int(size))
+                assert page_bytes(mine, HEADS) == page_bytes(theirs, HEADS)
 
 
 def test_a_prompt_and_what_follows() -> None:

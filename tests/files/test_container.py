@@ -18,10 +18,10 @@ from containers import BATCH, FILES, SMALL, open_bytes, packed, refused, reopene
 from kvcomp import files
 from kvcomp.codec import codebook
 from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.dtypes import DTYPES
 from kvcomp.codec.page import Layout
 from kvcomp.codec.quantise import round_to
 from kvcomp.errors import CorruptData, UnsupportedVersion
-from kvcomp.files.header import DTYPES
 from kvcomp.kernels import reference
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store import KVStore
@@ -132,7 +132,7 @@ def stranger_reads(data: bytes) -> list[np.ndarray[Any, Any]]:
     header, sections = unseal(data)
     spec, rows, tokens, found = header["spec"], header["rows"], header["tokens"], []
     for about, parts in zip(header["layers"], sections, strict=True):
-        heads, channels, dtype = about["heads"], about["channels"], DTYPES[about["dtype"]]
+        heads, channels, dtype = about["heads"], about["channels"], DTYPES[about["dtype"]].array
         layout = Layout(heads, channels, (spec["key"]["unit"], spec["value"]["unit"]), dtype.itemsize)
         books, raw = [], parts["books"]
         while raw:

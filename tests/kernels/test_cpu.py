@@ -14,13 +14,12 @@ from kvcomp.codec import codebook
 from kvcomp.codec.quantise import Quantised
 from kvcomp.errors import InvalidInput
 from kvcomp.kernels import NO_STEPS, Books, Steps, reference
-from kvcomp.spec import UNITS, Coding, Kind, Unit
+from kvcomp.spec import KINDS, UNITS, Coding, Unit
 
 cpu = pytest.importorskip("kvcomp.kernels.cpu.backend", exc_type=ImportError)
 
 Array = npt.NDArray[Any]
 DTYPES = ("uint16", "float32", "float16")  # uint16: the bits of bfloat16
-KINDS: tuple[Kind, Kind] = ("K", "V")
 UNIT_PAIRS: tuple[tuple[Unit, Unit], ...] = (
     ("block", "token"),
     ("channel", "vector"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcomp.kernels.reference import page_bytes
 from kvcomp.store import KVStore
 
 HEADS, CHANNELS, GROUP = 2, 64, 2
@@ -98,11 +98,6 @@ class Batch:
 def pages_of(store: KVStore) -> list[list[bytes]]:
     """Of each row the bytes of its pages."""
     return [
-        [page(address) for address in row[:count]]
+        [page_bytes(address, HEADS) for address in row[:count]]
         for row, count in zip(store.pages.tolist(), store.count.tolist(), strict=True)
     ]
-
-
-def page(address: int) -> bytes:
-    size = int(np.frombuffer(ctypes.string_at(address + 8 * HEADS, 4), "<u4")[0])
-    return ctypes.string_at(address, size)

@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp.codec import codebook
+from kvcomp.codec.dtypes import DEFAULT_BOOK, DTYPES, OWN_BOOK
+from kvcomp.codec.page import directory_of
 from kvcomp.codec.quantise import Quantised, round_to, to_float32
 from kvcomp.kernels import Books, reference
-from kvcomp.spec import PAGE_TOKENS, CodecSpec, Coding, Kind, TensorSpec, Unit
+from kvcomp.spec import KINDS, PAGE_TOKENS, CodecSpec, Coding, TensorSpec, Unit
 
 Array = npt.NDArray[Any]
-KINDS: tuple[Kind, Kind] = ("K", "V")
-NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+NUMPY = {name: dtype.array for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,12 @@ def scramble(cache: Cache, rng: np.random.Generator) -> None:
     and fixed codes; directories and lengths stay."""
     case, buffer = cache.case, cache.owners[0]
     for page in cache.pages[0, : case.pages[0]] - cache.owners[0].ctypes.data:
-        directory = buffer[page : page + 4 * (2 * case.heads + 1)].view("<u4").tolist()
-        for index, word in enumerate(directory[:-1]):
-            begin, end, kind = page + (word & ~15), page + (directory[index + 1] & ~15), index // case.heads
+        modes, offsets = directory_of(buffer, page, case.heads)
+        for index, mode in enumerate(modes[:-1].tolist()):
+            begin, end, kind = page + offsets[index], page + offsets[index + 1], index // case.heads
             bytes_of = {"block": 8, "channel": 4 * case.channels, "vector": 4 * PAGE_TOKENS}
             codes = begin + bytes_of.get(case.units[kind], 0)
-            after = codes + (4 + 8 * (int(buffer[codes]) & 15) if word & 15 in (1, 2) else 0)
+            after = codes + (4 + 8 * (int(buffer[codes]) & 15) if mode in (DEFAULT_BOOK, OWN_BOOK) else 0)
             for first, last in ((begin, codes), (after, end)):
                 buffer[first:last] = rng.integers(0, 256, last - first, np.uint8)
 

@@ -69,7 +69,7 @@ def decompress(
         from safetensors.torch import save
 
         from kvcomp import disk, files
-        from kvcomp.files.header import DTYPES
+        from kvcomp.codec.dtypes import DTYPES
 
         container = files.open_container(source)
         values = sum(

@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp.codec.block import LEAST_LENGTHS, STREAMS, fixed_words, scales_from, scales_size
+from kvcomp.codec.dtypes import DEFAULT_BOOK, FIXED, OWN_BOOK, RAW
 from kvcomp.errors import CorruptData
 from kvcomp.spec import PAGE_TOKENS, Unit
 
-RAW, DEFAULT_BOOK, OWN_BOOK, FIXED = 0, 1, 2, 8
 MAX_WIDTH = 8
+
+Buffer = bytes | memoryview | npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Layout:
 
     @property
     def directory_bytes(self) -> int:
-        return ceil16(4 * (2 * self.heads + 1))
+        return ceil16(words_bytes(self.heads))
 
     @property
     def token_scale_offsets(self) -> tuple[int | None, int | None]:
@@ -64,6 +66,23 @@ class Layout:
         if mode == DEFAULT_BOOK:
             raise CorruptData("a block needs the default codebook, and there is none")
         raise CorruptData(f"a page has a block of the unknown mode {mode}")
+
+
+def words_bytes(heads: int) -> int:
+    """Bytes of a directory without its padding: a word for each block and one for the end."""
+    return 4 * (2 * heads + 1)
+
+
+def directory_of(buffer: Buffer, at: int, heads: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Modes and offsets of the blocks of the page that begins at a place; the last offset is the size of the page."""
+    words = np.frombuffer(buffer, "<u4", words_bytes(heads) // 4, at).astype(np.int64)
+    return words & 15, words & ~15
+
+
+def size_of(buffer: Buffer, at: int, heads: int) -> int:
+    """Bytes of the page that begins at a place."""
+    end = at + words_bytes(heads)
+    return int.from_bytes(buffer[end - 4 : end], "little")
 
 
 def fixed_mode(width: int) -> int:
@@ -99,15 +118,13 @@ def assemble(layout: Layout, token_scales: Iterable[bytes], blocks: Iterable[tup
 
 def blocks_of(page: bytes, layout: Layout) -> list[tuple[int, bytes]]:
     """(mode, bytes) of every block, K heads first, after the checks of section 5. Raises CorruptData."""
-    words = 2 * layout.heads + 1
     if len(page) < layout.first_block:
         raise CorruptData("a page is shorter than its directory")
-    directory = np.frombuffer(page, "<u4", words).astype(np.int64)
-    modes, offsets = directory & 15, directory & ~15
+    modes, offsets = directory_of(page, 0, layout.heads)
     if modes[-1] or offsets[-1] > len(page) or offsets[0] != layout.first_block:
         raise CorruptData("a page's directory does not fit the page")
     blocks = []
-    for index in range(words - 1):
+    for index in range(2 * layout.heads):
         begin, end, mode = int(offsets[index]), int(offsets[index + 1]), int(modes[index])
         if end - begin < layout.least_block_bytes(mode, index // layout.heads):
             raise CorruptData("a page's block is too short for its contents")

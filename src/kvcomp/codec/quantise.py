@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvcomp.codec.dtypes import DType, dtype_of
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import PAGE_TOKENS, Unit
 
@@ -46,8 +47,6 @@ UNIT_AXES: dict[Unit, tuple[int, ...]] = {
 }
 # Stored significand bits of a scale: float32 for a block, bfloat16 else.
 SCALE_BITS: dict[Unit, int] = {"block": 24, "channel": 8, "vector": 8, "token": 8}
-# Significand bits and smallest normal exponent of the dtypes; bfloat16 travels through numpy as its bits in uint16.
-FLOAT_FORMAT: dict[str, tuple[int, int]] = {"float32": (24, -126), "float16": (11, -14), "uint16": (8, -126)}
 
 Array = npt.NDArray[Any]
 
@@ -114,6 +113,13 @@ def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantise
     return _quantise_heads(x, scale) if isinstance(scale, tuple) else _quantise_ranges(x, unit, scale)
 
 
+def check_values(x: Array) -> None:
+    """Raise InvalidInput unless these are whole pages of values, (heads, 64*pages, channels), in one of the dtypes."""
+    dtype_of(x.dtype)
+    if x.ndim != 3 or x.shape[1] % PAGE_TOKENS:
+        raise InvalidInput(f"quantise takes whole pages, (heads, 64*pages, channels), not {x.shape}")
+
+
 def check_scale(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> None:
     """Raise InvalidInput unless this is a relative scale, or, for the unit ``head``, a step for each head of x (heads, ..)."""
     if isinstance(scale, tuple) != (unit == "head") or (isinstance(scale, tuple) and len(scale) != x.shape[0]):
@@ -151,7 +157,7 @@ def _quantise_ranges(x: Array, unit: Unit, relative_scale: float) -> Quantised:
         lo = values.min(axes, keepdims=True).astype(np.float64)
         hi = values.max(axes, keepdims=True).astype(np.float64)
         bound = relative_scale * (hi - lo) / 2
-        scale, constant_zero, storable = _scales(lo, hi, bound, x.dtype, SCALE_BITS[unit])
+        scale, constant_zero, storable = _scales(lo, hi, bound, dtype_of(x.dtype), SCALE_BITS[unit])
         inverse = np.float32(1) / scale
         zero = np.where(lo == hi, constant_zero, np.rint(lo.astype(np.float32) * inverse))
         storable &= np.abs(zero) <= MAX_ZERO
@@ -177,11 +183,7 @@ def _quantise_ranges(x: Array, unit: Unit, relative_scale: float) -> Quantised:
 
 def _pages(x: Array) -> npt.NDArray[np.float32]:
     """(heads, 64*pages, channels) of any dtype -> (pages, heads, 64, channels) float32."""
-    if x.ndim != 3 or x.shape[1] % PAGE_TOKENS or x.dtype.name not in FLOAT_FORMAT:
-        raise InvalidInput(
-            "quantise takes (heads, 64*pages, channels) of float32, float16 or bfloat16 bits in uint16, "
-            f"not {x.shape} of {x.dtype}"
-        )
+    check_values(x)
     heads, tokens, channels = x.shape
     return to_float32(x).reshape(heads, tokens // PAGE_TOKENS, PAGE_TOKENS, channels).swapaxes(0, 1)
 
@@ -190,13 +192,12 @@ def _scales(
     lo: npt.NDArray[np.float64],
     hi: npt.NDArray[np.float64],
     bound: npt.NDArray[np.float64],
-    dtype: np.dtype[Any],
+    dtype: DType,
     bits: int,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Scale of each unit, zero of each constant unit, and whether the scale can be stored."""
-    significand, least_exponent = FLOAT_FORMAT[dtype.name]
     peak = np.maximum(np.abs(lo), np.abs(hi)) + bound
-    ulp = np.exp2(np.maximum(_floor_log2(peak), least_exponent) - (significand - 1))
+    ulp = np.exp2(np.maximum(_floor_log2(peak), dtype.least_exponent) - (dtype.significand - 1))
     fine = 2 * (bound - ulp / 2 - peak * ARITHMETIC_SLACK)
     even = np.exp2(_floor_log2(2 * bound))
     varying = np.maximum(_round_down(fine, bits), even)

@@ -20,13 +20,13 @@ from xxhash import xxh3_64
 
 from kvcomp.codec import codebook
 from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.dtypes import DTYPES
 from kvcomp.codec.page import Layout
 from kvcomp.codec.quantise import MAX_CODES
 from kvcomp.errors import CorruptData, LimitExceeded
 from kvcomp.files.check import check_pages
 from kvcomp.files.header import (
     ALIGNMENT,
-    DTYPES,
     MAX_HEADER,
     PREFIX,
     ROW_FIELDS,
@@ -181,7 +181,7 @@ class Container:
         books = _read_books(self._section(index, "books").tobytes(), head.books)
         _check_books(books, row_books, classes)
         counts = _read_counts(self._section(index, "counts"), sides, classes)
-        dtype = DTYPES[head.dtype]
+        dtype = DTYPES[head.dtype].array
         units = spec.key.unit, spec.value.unit
         calibrated = spec.calibration is not None
         defaults = units[0] != "head" or calibrated, units[1] != "head" or calibrated

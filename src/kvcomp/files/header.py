@@ -16,6 +16,7 @@ import numpy.typing as npt
 from xxhash import xxh3_64
 
 from kvcomp.codec.block import check_channels
+from kvcomp.codec.dtypes import DTYPES
 from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedVersion
 from kvcomp.spec import CodecSpec
 
@@ -24,7 +25,6 @@ VERSION = 1
 PREFIX = struct.Struct("<8sHHIQ")  # magic, version, flags, bytes of the header, checksum
 ALIGNMENT = 64
 SECTIONS = "pages", "table", "rows", "books", "counts", "sinks", "tail"
-DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 ROW_FIELDS = 7
 ENTRY_BYTES = 12
 

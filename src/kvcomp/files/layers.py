@@ -18,17 +18,14 @@ from torch import Tensor
 
 from kvcomp.calibration import Calibration, LayerCalibration, resolve
 from kvcomp.codec.codebook import Codebook
-from kvcomp.codec.page import Layout
+from kvcomp.codec.page import Layout, size_of
 from kvcomp.disk import read, write
 from kvcomp.errors import InvalidInput
 from kvcomp.files.container import Container, LayerParts, pack
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
 from kvcomp.store.join import first_of_tail, last_tokens
-from kvcomp.store.tensors import as_array, as_tensor
-
-TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in TYPES.items()}
+from kvcomp.store.tensors import NAMES, TYPES, as_array, as_tensor
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -216,7 +213,7 @@ def _arena(store: KVStore) -> tuple[list[Bytes], npt.NDArray[np.int64]]:
     places: dict[int, int] = {}
     bases: dict[int, tuple[int, memoryview]] = {}
     runs: list[tuple[Bytes, int, int]] = []
-    offsets, at, last = [], 0, 8 * store.heads
+    offsets, at = [], 0
     for owners, addresses, count in zip(store.owners, store.pages.tolist(), store.count.tolist(), strict=True):
         for buffer, address in zip(owners, addresses[:count], strict=True):
             if address not in places:
@@ -224,7 +221,7 @@ def _arena(store: KVStore) -> tuple[list[Bytes], npt.NDArray[np.int64]]:
                     bases[id(buffer)] = buffer.ctypes.data, buffer.data
                 base, content = bases[id(buffer)]
                 begin = address - base
-                size = int.from_bytes(content[begin + last : begin + last + 4], "little")
+                size = size_of(content, begin, store.heads)
                 if runs and runs[-1][0] is buffer and runs[-1][2] == begin:
                     runs[-1] = buffer, runs[-1][1], begin + size
                 else:

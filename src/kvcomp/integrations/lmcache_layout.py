@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.files import TYPES
 from kvcomp.serve.chunks import ChunkShape
+from kvcomp.store.tensors import TYPES
 
 FORMAT = "KV_2LTD"  # the name LMCache gives all of these, and all it allocates for caches
 

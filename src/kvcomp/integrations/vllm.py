@@ -29,10 +29,10 @@ from vllm.logger import init_logger
 from kvcomp.calibration import resolve
 from kvcomp.codec.block import check_channels
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
-from kvcomp.files import TYPES
 from kvcomp.serve.blobs import TIMEOUT, Buffer, open_blobs
 from kvcomp.serve.breaker import CircuitBreaker
 from kvcomp.serve.chunks import ChunkShape, chunk_key, open_chunk, pack_chunk, unpack
+from kvcomp.store.tensors import TYPES
 
 PARAMETERS = "url", "spec", "calibration", "chunk_tokens", "timeout", "limit", "model_id"
 CHUNK_TOKENS = 256

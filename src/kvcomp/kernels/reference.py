@@ -13,27 +13,24 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp.codec import block
+from kvcomp.codec.dtypes import DEFAULT_BOOK, FIXED, OWN_BOOK, RAW
 from kvcomp.codec.page import (
-    DEFAULT_BOOK,
-    FIXED,
-    OWN_BOOK,
-    RAW,
     Layout,
     assemble,
     blocks_of,
     fixed_mode,
     fixed_zero,
+    size_of,
     token_scales_of,
     width_of,
+    words_bytes,
 )
 from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, Array, Quantised, quantise, round_to, to_float32
 from kvcomp.errors import CorruptData
 from kvcomp.kernels import NO_STEPS, Books, Steps
-from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
+from kvcomp.spec import KINDS, PAGE_TOKENS, Coding, Kind, Unit
 
 __all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quantise"]
-
-KINDS: tuple[Kind, Kind] = ("K", "V")
 
 
 def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
@@ -100,8 +97,7 @@ def _encode_codes(
 
 def page_bytes(address: int, heads: int) -> bytes:
     """The bytes of the page at an address of this process."""
-    size = int(np.frombuffer(ctypes.string_at(address + 8 * heads, 4), "<u4")[0])
-    return ctypes.string_at(address, size)
+    return ctypes.string_at(address, size_of(ctypes.string_at(address, words_bytes(heads)), 0, heads))
 
 
 def decode_page(

@@ -24,6 +24,7 @@ from kvcomp.files.header import VERSION, Header
 from kvcomp.serve.blobs import Buffer
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore
+from kvcomp.store.tensors import NAMES
 
 CHUNK_PAGES = 4
 CHUNK_TOKENS = CHUNK_PAGES * PAGE_TOKENS
@@ -115,7 +116,7 @@ def unpack(origin: Origin, value: Buffer, chunk: int, key: str, backend: str) ->
     stores = files.load(container, backend, calibration=origin.calibration)
     for store in stores.values():
         full = store.valid[0, : store.count[0]] == PAGE_TOKENS
-        if full.tolist() != [True] * CHUNK_PAGES or files.NAMES[store.dtype] != origin.dtype:
+        if full.tolist() != [True] * CHUNK_PAGES or NAMES[store.dtype] != origin.dtype:
             raise CorruptData("the value holds other pages than a chunk has")
     return header, stores
 

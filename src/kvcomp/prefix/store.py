@@ -22,7 +22,6 @@ from torch import Tensor
 
 from kvcomp.calibration import Calibration
 from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedModel, UnsupportedVersion
-from kvcomp.files import NAMES
 from kvcomp.files.header import Header
 from kvcomp.kernels import host_backend
 from kvcomp.prefix.chain import Origin, books_of, header_of, join_chunks, key_of, pack, storable, unpack
@@ -30,6 +29,7 @@ from kvcomp.serve.blobs import TIMEOUT, Buffer, open_blobs
 from kvcomp.serve.breaker import drop_damaged
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
+from kvcomp.store.tensors import NAMES
 
 if TYPE_CHECKING:
     from kvcomp.integrations.transformers import KVCompCache

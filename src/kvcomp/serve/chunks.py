@@ -18,11 +18,12 @@ from torch import Tensor
 
 from kvcomp.calibration import Calibration
 from kvcomp.errors import CorruptData, InvalidInput
-from kvcomp.files import TYPES, load, pack_stores
+from kvcomp.files import load, pack_stores
 from kvcomp.files.container import Container
 from kvcomp.serve.blobs import Buffer
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
+from kvcomp.store.tensors import TYPES
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,14 @@ from kvcomp.calibration.transform import Transform
 from kvcomp.codec import codebook
 from kvcomp.codec.block import check_channels, scales_size
 from kvcomp.codec.codebook import TRAINING_TOKENS, Codebook
-from kvcomp.codec.page import FIXED, RAW, Layout
+from kvcomp.codec.dtypes import FIXED, RAW
+from kvcomp.codec.page import Layout, directory_of
 from kvcomp.errors import BackendUnavailable, InvalidInput
 from kvcomp.kernels import Books, Steps, load_backend
-from kvcomp.spec import PAGE_TOKENS, CodecSpec, Kind
+from kvcomp.spec import KINDS, PAGE_TOKENS, CodecSpec
 from kvcomp.store.memory import Memory
-from kvcomp.store.tensors import DTYPES, as_array
+from kvcomp.store.tensors import NAMES, as_array
 from kvcomp.store.training import check_books, counted, default_book, kept_counts
-
-KINDS: tuple[Kind, Kind] = ("K", "V")
 
 
 class KVStore:
@@ -276,7 +275,7 @@ class KVStore:
             raise InvalidInput(
                 f"K and V must both be (batch, KV heads, tokens, head_dim), not {tuple(k.shape)} and {tuple(v.shape)}"
             )
-        if k.dtype != v.dtype or k.dtype not in DTYPES:
+        if k.dtype != v.dtype or k.dtype not in NAMES:
             raise InvalidInput(f"K and V must both be float32, float16 or bfloat16, not {k.dtype} and {v.dtype}")
         if k.device.type != "cpu" or v.device.type != "cpu":
             raise BackendUnavailable(f"the kernels run on the CPU, K and V are on {k.device} and {v.device}")
@@ -397,16 +396,16 @@ class KVStore:
     def _measure_page(self, buffer: npt.NDArray[np.uint8], address: int, parts: dict[str, int]) -> None:
         """Add the bytes of a page to its parts."""
         at = address - buffer.ctypes.data
-        directory = buffer[at : at + 4 * (2 * self.heads + 1)].view("<u4").astype(np.int64)
+        modes, offsets = directory_of(buffer, at, self.heads)
         parts["directories"] += self.layout.directory_bytes
         parts["scales"] += self.layout.first_block - self.layout.directory_bytes
-        sizes = np.diff(directory & ~15)
-        for index, (mode, size) in enumerate(zip((directory[:-1] & 15).tolist(), sizes.tolist(), strict=True)):
+        sizes = np.diff(offsets).tolist()
+        for index, (mode, size) in enumerate(zip(modes.tolist(), sizes, strict=False)):
             count = self.layout.block_scales(index // self.heads)
             scales = scales_size(count) if count and mode != RAW else 0
             lengths = 0
             if RAW < mode < FIXED:
-                begin = at + int(directory[index] & ~15) + scales
+                begin = at + int(offsets[index]) + scales
                 lengths = 4 + 8 * int(buffer[begin] & 15)
             parts["scales"] += scales
             parts["lengths"] += lengths

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from kvcomp.codec.dtypes import dtype_of
+from kvcomp.codec.page import directory_of
 from kvcomp.codec.quantise import error_bound, to_float32
 from kvcomp.errors import InvalidInput
-from kvcomp.spec import PAGE_TOKENS, Kind, TensorSpec
+from kvcomp.spec import KINDS, PAGE_TOKENS, Kind, TensorSpec
 from kvcomp.store import KVStore
 from kvcomp.store.tensors import as_array
-
-SIGNIFICAND_BITS = {"float32": 24, "float16": 11, "uint16": 8}  # uint16 holds bfloat16
 
 
 def bits_by_head(store: KVStore) -> npt.NDArray[np.float64]:
@@ -27,9 +27,8 @@ def bits_by_head(store: KVStore) -> npt.NDArray[np.float64]:
         for buffer, address in zip(owners, addresses[:count], strict=True):
             if address not in seen:
                 seen.add(address)
-                at = address - buffer.ctypes.data
-                directory = buffer[at : at + 4 * (2 * store.heads + 1)].view("<u4").astype(np.int64)
-                sizes += np.diff(directory & ~15)
+                _, offsets = directory_of(buffer, address - buffer.ctypes.data, store.heads)
+                sizes += np.diff(offsets)
     values = len(seen) * PAGE_TOKENS * store.channels
     bits: npt.NDArray[np.float64] = np.full(sizes.shape, np.nan) if not values else 8 * sizes / values
     return bits.reshape(2, store.heads)
@@ -78,9 +77,8 @@ def compare(store: KVStore, k: Tensor, v: Tensor) -> Comparison:
 
 def error_shares(store: KVStore, k: Tensor, v: Tensor) -> Iterator[tuple[Kind, npt.NDArray[np.float64]]]:
     """Errors of what is sealed over their bounds, signed, of K and of V; without those of exact values. Arguments as in ``compare``."""
-    kinds: tuple[Kind, Kind] = ("K", "V")
     tensors = store.spec.key, store.spec.value
-    for kind, given, back, tensor in zip(kinds, _held(store, k, v), store.held(), tensors, strict=True):
+    for kind, given, back, tensor in zip(KINDS, _held(store, k, v), store.held(), tensors, strict=True):
         for row in range(store.batch):
             first, begin = int(store.starts[row] + store.sink_count[row]), int(store.tail_begin[row])
             if first < begin:
@@ -102,7 +100,7 @@ def _bound(x: npt.NDArray[Any], y: npt.NDArray[Any], tensor: TensorSpec) -> npt.
     if tensor.unit != "head":
         return bound
     exponent = np.frexp(to_float32(_pages(y)).astype(np.float64))[1]
-    half_spacing: npt.NDArray[np.float64] = np.ldexp(0.5, exponent - SIGNIFICAND_BITS[y.dtype.name])
+    half_spacing: npt.NDArray[np.float64] = np.ldexp(0.5, exponent - dtype_of(y.dtype).significand)
     return bound + half_spacing
 
 

@@ -9,7 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from kvcomp.codec.dtypes import DTYPES
+
+TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 def as_array(x: Tensor) -> npt.NDArray[Any]:

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvcomp.codec.block import STREAMS
+from kvcomp.codec.dtypes import CHANNEL, FIXED, FLOAT32, HEAD, RAW, TOKEN
 from kvcomp.codec.quantise import HEAD_ZERO
 from kvcomp.kernels.cpu.bits import (
     FAST,
-    FLOAT32,
     address_of,
     compiled,
     floats_at,
@@ -30,12 +31,9 @@ from kvcomp.kernels.cpu.decode import (
     CLASSES,
     EMPTY,
     FIRST,
-    FIXED,
     FORM,
     MOST_CLASSES,
     NARROW,
-    RAW,
-    STREAMS,
     WIDE,
     K,
     V,
@@ -44,11 +42,8 @@ from kvcomp.kernels.cpu.decode import (
     pair_offsets,
 )
 from kvcomp.kernels.cpu.page import (
-    CHANNEL,
-    HEAD,
     MAX_CHANNELS,
     NO_BOOK,
-    TOKEN,
     TOKENS,
     block_at,
     book_at,

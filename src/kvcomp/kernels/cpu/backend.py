@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from numba.core import event
 
-from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, SCALE_BITS, Quantised, check_scale
-from kvcomp.errors import InvalidInput
+from kvcomp.codec.block import check_channels
+from kvcomp.codec.dtypes import UNIT_NUMBERS, dtype_of
+from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, SCALE_BITS, Quantised, check_scale, check_values
 from kvcomp.kernels import NO_STEPS, Array, Books, Steps
 from kvcomp.kernels.cpu.attention import PART_PAGES, PART_TAIL, attend_tasks
-from kvcomp.kernels.cpu.bits import BFLOAT16, FLOAT16, FLOAT32
 from kvcomp.kernels.cpu.decode import COLUMNS
 from kvcomp.kernels.cpu.decompress import decompress_pages
 from kvcomp.kernels.cpu.encode import count_blocks, encode_blocks
@@ -30,8 +30,6 @@ from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
 
 __all__ = ["attend", "count_pairs", "decompress", "encode_pages", "quantise"]
 
-DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "uint16": BFLOAT16}
-UNITS: dict[Unit, int] = {"block": 0, "channel": 1, "vector": 2, "token": 3, "head": 4}
 THREAD_VALUES = 300_000  # values in pages that make a thread worth waking: about 80 microseconds of work
 
 
@@ -111,10 +109,10 @@ def attend(
         np.ascontiguousarray(pages, np.int64),
         np.ascontiguousarray(valid, np.int32),
         np.ascontiguousarray(count, np.int64),
-        np.array([UNITS[unit] for unit in units]),
+        _unit_numbers(units),
         describe_books([of_kind for of_row in books for of_kind in of_row], channels).reshape(rows, 4, COLUMNS),
         _steps(steps, heads),
-        _dtype(tail_k),
+        dtype_of(tail_k.dtype).number,
         _addresses(sinks_k, sinks_v),
         np.array([sinks_k.strides, sinks_v.strides]),
         np.ascontiguousarray(sink_count, np.int64),
@@ -158,12 +156,12 @@ def decompress(
     results = [x if x.strides[-1] == x.itemsize else np.empty(x.shape, x.dtype) for x in (out_k, out_v)]
     decompress_pages(
         np.ascontiguousarray(pages, np.int64),
-        np.array([UNITS[unit] for unit in units]),
+        _unit_numbers(units),
         describe_books([k_books, v_books], channels),
         _steps(steps, heads),
         heads,
         channels,
-        _dtype(out_k),
+        dtype_of(out_k.dtype).number,
         _addresses(*results),
         np.array([x.strides for x in results]),
     )
@@ -179,11 +177,8 @@ def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantise
         the step of each head.
     Raises InvalidInput for another shape or type, or if ``scale`` does not fit the unit and the heads.
     """
-    if x.ndim != 3 or x.shape[1] % PAGE_TOKENS or x.shape[2] % 16 or x.dtype.name not in DTYPES:
-        raise InvalidInput(
-            "quantise takes (heads, 64*pages, channels) of float32, float16 or bfloat16 bits in uint16, "
-            f"not {x.shape} of {x.dtype}"
-        )
+    check_values(x)
+    check_channels(x.shape[2])
     check_scale(x, unit, scale)
     x = _rows_of_values(x)
     heads, tokens, channels = x.shape
@@ -193,7 +188,7 @@ def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantise
     address, strides = x.__array_interface__["data"][0], np.array(x.strides)
     if isinstance(scale, tuple):
         steps = np.array(scale, np.float32)
-        quantise_heads(address, strides, _dtype(x), steps, codes, raw)
+        quantise_heads(address, strides, dtype_of(x.dtype).number, steps, codes, raw)
         shape = 1, heads, 1, 1
         return Quantised(codes, steps.reshape(shape), np.full(shape, HEAD_ZERO, np.int32), raw)
     shapes = {
@@ -206,8 +201,8 @@ def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantise
     quantise_blocks(
         address,
         strides,
-        _dtype(x),
-        UNITS[unit],
+        dtype_of(x.dtype).number,
+        UNIT_NUMBERS[unit],
         float(scale),
         SCALE_BITS[unit],
         codes,
@@ -255,7 +250,7 @@ def encode_pages(
         (np.ascontiguousarray(kq.raw), np.ascontiguousarray(vq.raw)),
         (_by_block(kq.scale).view(np.uint32), _by_block(vq.scale).view(np.uint32)),
         (_by_block(kq.zero), _by_block(vq.zero)),
-        np.array([UNITS[unit] for unit in units]),
+        _unit_numbers(units),
         np.array([code == "fixed" for code in coding]),
         describe_books([k_books, v_books], channels),
         buffer,
@@ -275,10 +270,8 @@ def _by_block(x: Array) -> Array:
     return np.ascontiguousarray(x).reshape(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
-def _dtype(x: Array) -> int:
-    if x.dtype.name not in DTYPES:
-        raise InvalidInput(f"values must be float32, float16 or bfloat16 bits in uint16, not {x.dtype}")
-    return DTYPES[x.dtype.name]
+def _unit_numbers(units: tuple[Unit, Unit]) -> npt.NDArray[np.int64]:
+    return np.array([UNIT_NUMBERS[unit] for unit in units])
 
 
 def _addresses(first: Array, second: Array) -> npt.NDArray[np.int64]:

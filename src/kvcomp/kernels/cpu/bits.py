@@ -17,8 +17,9 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kvcomp.codec.dtypes import BFLOAT16, FLOAT16, FLOAT32
+
 LANES = 16  # floats of a vector: a register of AVX-512; LLVM splits it where registers are smaller
-FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # dtypes of raw values, as the kernels name them
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()

@@ -1,4 +1,4 @@
-"""The checks that keep a decoder in range, compiled: what ``kvcomp.arena`` asks of every page of foreign bytes.
+"""The checks that keep a decoder in range, compiled: what ``kvcomp.files.check`` asks of every page of foreign bytes.
 
 No byte is read at a place that was not found to be within its page before, or within the spare bytes behind the last one.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvcomp.codec.block import LEAST_LENGTHS, MAX_BASE, MAX_DIFFERENCE_BITS, STREAMS
-from kvcomp.codec.page import DEFAULT_BOOK, OWN_BOOK, RAW
+from kvcomp.codec.dtypes import DEFAULT_BOOK, OWN_BOOK, RAW
 from kvcomp.codec.quantise import MAX_ZERO, SCALE_RANGE
 from kvcomp.kernels.cpu.bits import address_of, compiled, load_u32, load_u64
 from kvcomp.spec import PAGE_TOKENS

@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from kvcomp.codec.block import STREAMS
 from kvcomp.kernels.cpu.bits import (
     I1,
     I16,
@@ -33,7 +34,6 @@ from kvcomp.kernels.cpu.bits import (
 from kvcomp.spec import PAGE_TOKENS as TOKENS
 
 K, V = np.int64(0), np.int64(1)  # not int: Numba would compile for each of the two numbers
-RAW, DEFAULT_BOOK, OWN_BOOK, FIXED = 0, 1, 2, 8
 NARROW_A, NARROW_B = 6, 11  # first bits of a and b
 
 # A book's description (see ``_describe`` in cpu.py): how many classes it has, 0 for no book, and for each of four classes these columns.
@@ -42,7 +42,7 @@ LENGTHS, FIRST, LEVELS, SPLIT, SYMBOLS, BITS, FORM, FAST, OF_CLASS = 0, 1, 2, 3,
 COLUMNS = 1 + MOST_CLASSES * OF_CLASS
 WIDE, NARROW, EMPTY = 0, 1, 2  # forms; of a class of a single code, which takes no bits, no pairs are written
 
-STREAMS, TOGETHER = 64, 8  # TOGETHER streams are decoded at the same time: lanes j, j + 4, .. j + 28 of one s
+TOGETHER = 8  # TOGETHER streams are decoded at the same time: lanes j, j + 4, .. j + 28 of one s
 STREAM_STEP = 4 * 8  # bytes between their positions
 
 

@@ -11,11 +11,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from kvcomp.codec.dtypes import CHANNEL, FLOAT32, HEAD, RAW
 from kvcomp.codec.quantise import HEAD_ZERO
 from kvcomp.kernels.cpu.attention import decode_coded, lay_out, prepare, run_of_form, take_books
 from kvcomp.kernels.cpu.bits import (
     F32,
-    FLOAT32,
     I16,
     I32,
     I64,
@@ -41,7 +41,6 @@ from kvcomp.kernels.cpu.decode import (
     NARROW,
     NARROW_A,
     NARROW_B,
-    RAW,
     WIDE,
     K,
     V,
@@ -49,8 +48,6 @@ from kvcomp.kernels.cpu.decode import (
     of_class,
 )
 from kvcomp.kernels.cpu.page import (
-    CHANNEL,
-    HEAD,
     MAX_CHANNELS,
     NO_BOOK,
     TOKENS,

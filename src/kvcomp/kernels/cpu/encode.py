@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from kvcomp.codec.block import LEAST_LENGTHS, MAX_DIFFERENCE_BITS, STREAMS
+from kvcomp.codec.dtypes import BLOCK, DEFAULT_BOOK, FIXED, HEAD, OWN_BOOK, RAW, TOKEN
 from kvcomp.codec.quantise import MAX_CODES
 from kvcomp.kernels.cpu.bits import (
     address_of,
@@ -22,28 +24,23 @@ from kvcomp.kernels.cpu.bits import (
 from kvcomp.kernels.cpu.decode import (
     BITS,
     CLASSES,
-    DEFAULT_BOOK,
     FIRST,
-    FIXED,
     LENGTHS,
     LEVELS,
     MOST_CLASSES,
-    OWN_BOOK,
-    RAW,
     SPLIT,
-    STREAMS,
     SYMBOLS,
     K,
     canonical_words,
     class_of,
     of_class,
 )
-from kvcomp.kernels.cpu.page import BLOCK, HEAD, TOKEN, TOKENS
+from kvcomp.kernels.cpu.page import TOKENS
 
 i64, u64 = np.int64, np.uint64
 PAIR_BITS = 18  # most bits of a pair: 12 of its code word and 3 low bits of each code
 PAIR_MASK = (1 << PAIR_BITS) - 1
-MOST_LENGTHS = 4 + 8 * 9  # bytes that the lengths of a block's streams can take
+MOST_LENGTHS = LEAST_LENGTHS + 8 * MAX_DIFFERENCE_BITS  # bytes that the lengths of a block's streams can take
 
 
 @compiled

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvcomp.codec.dtypes import BLOCK, CHANNEL, FIXED, OWN_BOOK, TOKEN
 from kvcomp.kernels.cpu.bits import (
     compiled,
     floats_at,
@@ -23,14 +24,12 @@ from kvcomp.kernels.cpu.decode import (
     CLASSES,
     COLUMNS,
     EMPTY,
-    FIXED,
     FORM,
     LENGTHS,
     MOST_CLASSES,
     NARROW,
     NARROW_A,
     NARROW_B,
-    OWN_BOOK,
     SYMBOLS,
     K,
     V,
@@ -41,7 +40,6 @@ from kvcomp.kernels.cpu.decode import (
 )
 from kvcomp.spec import PAGE_TOKENS as TOKENS
 
-BLOCK, CHANNEL, VECTOR, TOKEN, HEAD = 0, 1, 2, 3, 4  # units
 MAX_CHANNELS = 256
 
 f32, i64 = np.float32, np.int64

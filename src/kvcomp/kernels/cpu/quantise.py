@@ -11,13 +11,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from kvcomp.codec.dtypes import BFLOAT16, BLOCK, CHANNEL, FLOAT16, FLOAT32, TOKEN, VECTOR
 from kvcomp.codec.quantise import HEAD_ZERO, LARGEST_FLOAT16, MAX_CODES, MAX_LEVELS, MAX_ZERO
 from kvcomp.kernels.cpu.bits import (
-    BFLOAT16,
     F16,
     F32,
-    FLOAT16,
-    FLOAT32,
     I1,
     I8,
     I16,
@@ -37,7 +35,7 @@ from kvcomp.kernels.cpu.bits import (
     vector,
     widen,
 )
-from kvcomp.kernels.cpu.page import BLOCK, CHANNEL, TOKEN, TOKENS, VECTOR
+from kvcomp.spec import PAGE_TOKENS as TOKENS
 
 F64 = ir.DoubleType()
 f32, f64, i64 = np.float32, np.float64, np.int64

@@ -6,10 +6,10 @@ import ctypes
 from collections.abc import Mapping
 from typing import Protocol
 
+from kvcomp.codec.dtypes import TOKEN
 from kvcomp.kernels.cuda.layout import (
     LANES,
     QUERIES,
-    UNITS,
     AttendArguments,
     AttendBuild,
     DecompressArguments,
@@ -67,7 +67,7 @@ def decompress(on: Launcher, build: PageBuild, a: DecompressArguments) -> None:
 def quantise(on: Launcher, build: PageBuild, a: EncodeArguments) -> None:
     """Values to codes, scales and zeros."""
     threads = LANES * build.warps
-    if UNITS["token"] in (build.k_unit, build.v_unit):
+    if TOKEN in (build.k_unit, build.v_unit):
         on.launch("encode", "measure_tokens", build.defines, (a.pages, 2, 1), threads, 0, a)
     on.launch("encode", "quantise", build.defines, (a.pages, a.heads, 2), threads, build.quantise_shared, a)
 

@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.dtypes import CHANNEL, DTYPES, TOKEN, UNIT_NUMBERS, VECTOR
 from kvcomp.errors import BackendUnavailable
-from kvcomp.spec import PAGE_TOKENS, CodecSpec, TensorSpec, Unit
+from kvcomp.spec import PAGE_TOKENS, CodecSpec, TensorSpec
 
 SOURCES: Final = Path(__file__).parent
-UNITS: Final[dict[Unit, int]] = {"block": 0, "channel": 1, "vector": 2, "token": 3, "head": 4}
-VALUES: Final = {"float32": 0, "float16": 1, "bfloat16": 2}
 QUERIES: Final = 8  # of a KV head that one pass takes
 LANES: Final = 32
 BFLOAT16_128: Final = 0x43004300
@@ -209,8 +208,8 @@ class AttendBuild:
 
     @property
     def warp_bytes(self) -> int:
-        scales = sum(4 * PAGE_TOKENS for unit in (self.k_unit, self.v_unit) if unit == UNITS["token"])
-        factors = 8 * PAGE_TOKENS if self.v_unit in (UNITS["token"], UNITS["vector"]) else 0
+        scales = sum(4 * PAGE_TOKENS for unit in (self.k_unit, self.v_unit) if unit == TOKEN)
+        factors = 8 * PAGE_TOKENS if self.v_unit in (TOKEN, VECTOR) else 0
         return scales + factors + 2 * self.stage + self.channels // 8 * LANES * 8
 
     @cached_property
@@ -279,10 +278,10 @@ class PageBuild:
 def page_build(spec: CodecSpec, channels: int, value: str) -> PageBuild:
     """The build for a layer's spec. Raises BackendUnavailable for a head_dim that no kernel is built for."""
     check_channels(channels)
-    units = UNITS[spec.key.unit], UNITS[spec.value.unit]
+    units = UNIT_NUMBERS[spec.key.unit], UNIT_NUMBERS[spec.value.unit]
     classes = spec.key.classes, spec.value.classes
     return PageBuild(
-        channels, VALUES[value], PAGE_WARPS, *units, *classes, index_bits(spec.key), index_bits(spec.value)
+        channels, DTYPES[value].number, PAGE_WARPS, *units, *classes, index_bits(spec.key), index_bits(spec.value)
     )
 
 
@@ -307,18 +306,18 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
     def build(warps: int, copies: int) -> AttendBuild:
         return AttendBuild(
             channels=channels,
-            value=VALUES[value],
-            query=VALUES[query],
+            value=DTYPES[value].number,
+            query=DTYPES[query].number,
             warps=warps,
-            k_unit=UNITS[spec.key.unit],
-            v_unit=UNITS[spec.value.unit],
+            k_unit=UNIT_NUMBERS[spec.key.unit],
+            v_unit=UNIT_NUMBERS[spec.value.unit],
             k_classes=spec.key.classes,
             v_classes=spec.value.classes,
             k_bits=index_bits(spec.key),
             v_bits=index_bits(spec.value),
             k_copies=copies if index_bits(spec.key) else 0,
             v_copies=copies if index_bits(spec.value) else 0,
-            stage=stage_bytes(channels, UNITS[spec.key.unit], UNITS[spec.value.unit]),
+            stage=stage_bytes(channels, UNIT_NUMBERS[spec.key.unit], UNIT_NUMBERS[spec.value.unit]),
             softcap=softcap,
             reserved=on.reserved,
         )
@@ -338,6 +337,6 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
 
 def stage_bytes(channels: int, k_unit: int, v_unit: int) -> int:
     """Bytes of a block at ``STAGED_BITS``, with its scales."""
-    scales = {UNITS["channel"]: 4 * channels, UNITS["vector"]: 4 * PAGE_TOKENS}
+    scales = {CHANNEL: 4 * channels, VECTOR: 4 * PAGE_TOKENS}
     size = int(PAGE_TOKENS * channels * STAGED_BITS / 8) + max(scales.get(k_unit, 0), scales.get(v_unit, 0))
     return -(-size // 16) * 16

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvcomp.codec.page import size_of
 from kvcomp.codec.quantise import MAX_CODES
 from kvcomp.kernels.cuda.launch import Launcher
 from kvcomp.store import KVStore
@@ -99,8 +100,7 @@ def _upload(of: KVStore, row: int, pages: list[int], device: torch.device) -> tu
     parts, offsets, end = [], [], 0
     for page in pages:
         at = page - buffers[page].ctypes.data
-        last = at + 8 * of.heads
-        parts.append(buffers[page][at : at + int(buffers[page][last : last + 4].view("<u4")[0])])
+        parts.append(buffers[page][at : at + size_of(buffers[page], at, of.heads)])
         offsets.append(end)
         end += parts[-1].size
     content = np.concatenate([*parts, np.zeros(of.channels, np.uint8)])

@@ -27,8 +27,7 @@ from kvcomp.store import Memory
 from kvcomp.store.gpu.books import DeviceBooks
 from kvcomp.store.gpu.rows import Row, Table
 from kvcomp.store.gpu.tail import Tail
-
-VALUES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+from kvcomp.store.tensors import NAMES
 
 
 class Held(ABC):
@@ -131,11 +130,11 @@ class Held(ABC):
             )
         self.settle()
         inner = (q.detach() if self.transform is None else self.transform.queries(q)).contiguous()
-        if inner.dtype not in VALUES or inner.device != self.device:
+        if inner.dtype not in NAMES or inner.device != self.device:
             raise InvalidInput(
                 f"queries must be float32, float16 or bfloat16 on {self.device}, not {q.dtype} on {q.device}"
             )
-        build = self._attend_build(VALUES[inner.dtype], bool(softcap))
+        build = self._attend_build(NAMES[inner.dtype], bool(softcap))
         queries = heads // self.heads * new
         most = PAGE_TOKENS * self.table.capacity + self.tail.room  # which changes only when the table or the tail moves
         splits = launch.splits_for(self._on, build, rows, self.heads, queries, most)
@@ -234,6 +233,6 @@ class Held(ABC):
         key = query, softcap
         if key not in self._builds:
             self._builds[key] = attend_build(
-                self.spec, self.channels, VALUES[self.dtype], query, softcap, self._on.machine
+                self.spec, self.channels, NAMES[self.dtype], query, softcap, self._on.machine
             )
         return self._builds[key]

@@ -32,9 +32,10 @@ from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store.gpu.arena import Arena, Chunk, Sent, enough_memory
 from kvcomp.store.gpu.books import DeviceBooks
 from kvcomp.store.gpu.encode import Encoding
-from kvcomp.store.gpu.held import VALUES, Held
+from kvcomp.store.gpu.held import Held
 from kvcomp.store.gpu.rows import Row, Table
 from kvcomp.store.gpu.tail import Tail
+from kvcomp.store.tensors import NAMES
 from kvcomp.store.training import default_book
 
 CHUNK_PAGES = 4  # pages of the largest size that a chunk for decoding has room for
@@ -192,7 +193,7 @@ class GPUStore(Held):
             raise InvalidInput(
                 f"K and V must both be (batch, KV heads, tokens, head_dim), not {tuple(k.shape)} and {tuple(v.shape)}"
             )
-        if k.dtype != v.dtype or k.dtype not in VALUES or k.device != v.device:
+        if k.dtype != v.dtype or k.dtype not in NAMES or k.device != v.device:
             raise InvalidInput(
                 f"K and V must both be float32, float16 or bfloat16 on one device, not {k.dtype} and {v.dtype}"
             )
@@ -209,7 +210,7 @@ class GPUStore(Held):
     def begin(self, k: Tensor) -> None:
         """Take batch, heads, channels, dtype and device from the first K, (batch, KV heads, tokens, head_dim)."""
         on = self._launcher(k.device)
-        page = page_build(self.spec, k.shape[3], VALUES[k.dtype])
+        page = page_build(self.spec, k.shape[3], NAMES[k.dtype])
         self._on, self._page_build, self._builds = on, page, dict[tuple[str, bool], AttendBuild]()
         self.batch, self.heads, _, self.channels = k.shape
         self.dtype, self.device = k.dtype, k.device
