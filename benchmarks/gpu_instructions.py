@@ -29,6 +29,7 @@ from kvcomp.spec import CodecSpec, TensorSpec
 from sass import Block, Instruction, blocks, listing, longest, loops
 
 RESULTS = Path(__file__).parent / "results" / "gpu_instructions.json"
+SOURCE = "decode_attention.cu"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 CHANNELS = (128, 64, 256, 96, 80, 192)
 BITS = 2.5
@@ -143,8 +144,8 @@ def page_of(lines: list[str | Instruction], build: AttendBuild, form: str) -> Pa
 
 def compiled(build: AttendBuild, architecture: int) -> tuple[list[str | Instruction], int, int]:
     """Listing, registers and spilled bytes of the kernel."""
-    options = (*options_for("decode_attention.cu", build.defines, architecture), "-lineinfo", "--ptxas-options=-v")
-    cubin, messages = compile_now("decode_attention.cu", options)
+    options = (*options_for(SOURCE, build.defines, architecture), "-lineinfo", "--ptxas-options=-v")
+    cubin, messages = compile_now(SOURCE, options)
     of_attend = messages[messages.index("'attend'") :]
     patterns = (r"Used (\d+) registers", r"(\d+) bytes spill stores")
     registers, spills = (int(re.search(x, of_attend).group(1)) for x in patterns)  # type: ignore[union-attr]
@@ -179,8 +180,8 @@ def measure(spec: str, channels: int, architecture: int) -> dict[str, Any]:
 def main() -> None:
     """Adds what is missing for the present sources; some minutes for all."""
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if (found.get("sources"), found.get("nvrtc")) != (sources_hash(), nvrtc_version()):
-        found = {"sources": sources_hash(), "nvrtc": nvrtc_version(), "builds": []}
+    if (found.get("sources"), found.get("nvrtc")) != (sources_hash(SOURCE), nvrtc_version()):
+        found = {"sources": sources_hash(SOURCE), "nvrtc": nvrtc_version(), "builds": []}
     rows = found["builds"]
     done = {(row["spec"], row["channels"], row["architecture"]) for row in rows}
     for channels, architecture, spec in product(CHANNELS, ARCHITECTURES, SPECS):

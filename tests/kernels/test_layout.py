@@ -19,7 +19,7 @@ OF_PYTHON = {
         "TOKENS": PAGE_TOKENS,
         "LANES": layout.LANES,
     },
-    "encode.cu": {
+    "encode.cuh": {
         "STREAMS": block.STREAMS,
         "MAX_BASE": block.MAX_BASE,
         **{name: getattr(quantise, name) for name in ("MAX_CODES", "MAX_LEVELS", "MAX_ZERO", "LARGEST_FLOAT16")},

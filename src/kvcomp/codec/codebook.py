@@ -6,7 +6,7 @@ Only the lengths are a codebook (docs/format.md, section 6); words and tables ar
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -46,6 +46,8 @@ class Codebook:
     split: tuple[int, ...]
     limit: int
     lengths: Lengths
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What kernels make of the book once, each under a key of its own; it lives as long as the book."""
 
     def __post_init__(self) -> None:
         if len(self.levels) not in (1, 4) or not len(self.first) == len(self.levels) == len(self.split):
@@ -79,6 +81,10 @@ class Codebook:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has lengths of its own at another address, so it begins with nothing derived."""
+        return Codebook, (self.first, self.levels, self.split, self.limit, self.lengths)
 
     @property
     def classes(self) -> int:

@@ -20,9 +20,10 @@ from kvcomp.codec.dtypes import UNIT_NUMBERS, dtype_of
 from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, SCALE_BITS, Quantised, check_scale, check_values
 from kvcomp.kernels import NO_STEPS, Array, Books, Steps
 from kvcomp.kernels.cpu.attention import PART_PAGES, PART_TAIL, attend_tasks
+from kvcomp.kernels.cpu.count import count_blocks
 from kvcomp.kernels.cpu.decode import COLUMNS
 from kvcomp.kernels.cpu.decompress import decompress_pages
-from kvcomp.kernels.cpu.encode import count_blocks, encode_blocks
+from kvcomp.kernels.cpu.encode import encode_blocks
 from kvcomp.kernels.cpu.quantise import quantise_blocks, quantise_heads
 from kvcomp.kernels.cpu.softmax import merge
 from kvcomp.kernels.cpu.tables import describe_books

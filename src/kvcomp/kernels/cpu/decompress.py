@@ -13,7 +13,6 @@ from numba.core import cgutils
 
 from kvcomp.codec.dtypes import CHANNEL, FLOAT32, HEAD, RAW
 from kvcomp.codec.quantise import HEAD_ZERO
-from kvcomp.kernels.cpu.attention import decode_coded, lay_out, prepare, run_of_form, take_books
 from kvcomp.kernels.cpu.bits import (
     F32,
     I16,
@@ -56,6 +55,7 @@ from kvcomp.kernels.cpu.page import (
     prefetch_block,
     table_places,
 )
+from kvcomp.kernels.cpu.scratch import decode_coded, lay_out, prepare, run_of_form, take_books
 
 f32, i64 = np.float32, np.int64
 FLOATS = vector(F32)

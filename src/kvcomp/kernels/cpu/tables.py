@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +13,7 @@ from kvcomp.kernels import Books
 from kvcomp.kernels.cpu.decode import COLUMNS, EMPTY, MOST_CLASSES, NARROW, WIDE
 
 FAST_MEAN = {NARROW: 4.8, WIDE: 10.5}  # bits of a pair up to which twice as many pairs fit a window often enough
-
-
-_descriptions: dict[tuple[int, bool], npt.NDArray[np.int64]] = {}
+NO_COLUMNS = np.zeros(COLUMNS, np.int64)
 
 
 def describe_books(books: Sequence[Books], channels: int) -> npt.NDArray[np.int64]:
@@ -32,21 +29,20 @@ def describe_books(books: Sequence[Books], channels: int) -> npt.NDArray[np.int6
 
 def _description(book: Codebook | None, mixed: bool) -> npt.NDArray[np.int64]:
     """``_describe``, once for each book: it takes longer than the attention over some pages."""
-    key = id(book), mixed
-    if key not in _descriptions:
-        _descriptions[key] = np.array(_describe(book, mixed), np.int64)
-        if book is not None:
-            finalize(book, _descriptions.pop, key, None).atexit = False
-    return _descriptions[key]
+    if book is None:
+        return NO_COLUMNS
+    key = "cpu", mixed
+    if key not in book.derived:
+        book.derived[key] = np.array(_describe(book, mixed), np.int64)
+    columns: npt.NDArray[np.int64] = book.derived[key]
+    return columns
 
 
-def _describe(book: Codebook | None, mixed: bool) -> tuple[int, ...]:
+def _describe(book: Codebook, mixed: bool) -> tuple[int, ...]:
     """A codebook as the columns of ``decode``; the caller keeps the book alive.
 
     mixed: whether classes may differ in the form of their pairs: not those of V whose channels are no whole vectors.
     """
-    if book is None:
-        return (0,) * COLUMNS
     if not book.lengths.flags.c_contiguous:
         raise InvalidInput("a codebook's lengths must be contiguous")
     lengths_of = [book.lengths_of(index) for index in range(book.classes)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -71,17 +72,20 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcomp" / "kernels"
 
 
-@lru_cache(maxsize=1)
-def sources_hash() -> str:
-    """Hash of all CUDA sources."""
-    digest = hashlib.sha256()
-    for path in sorted(SOURCES.glob("*.cu*")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+@lru_cache
+def sources_hash(source: str) -> str:
+    """Hash of a CUDA source and all that it includes."""
+    digest, names = hashlib.sha256(), [source]
+    for name in names:
+        content = (SOURCES / name).read_bytes()
+        digest.update(name.encode() + b"\0" + content)
+        included = (found.decode() for found in re.findall(rb'^#include [<"](\w+\.cuh)', content, re.MULTILINE))
+        names += [other for other in included if other not in names]
     return digest.hexdigest()
 
 
 def _key(source: str, options: tuple[str, ...]) -> str:
-    text = "\n".join((source, sources_hash(), nvrtc_version(), *options))
+    text = "\n".join((source, sources_hash(source), nvrtc_version(), *options))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

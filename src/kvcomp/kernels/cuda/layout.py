@@ -69,13 +69,13 @@ class DecompressArguments(ctypes.Structure):
 
 
 class Encoder(ctypes.Structure):
-    """A codebook for encoding (encode.cu)."""
+    """A codebook for encoding (encode.cuh)."""
 
     _fields_ = (("words", pointer), *((name, i32 * 4) for name in ("begin", "first", "levels", "split", "symbols")))
 
 
 class EncodeTensor(ctypes.Structure):
-    """``Tensor`` of encode.cu."""
+    """``Tensor`` of encode.cuh."""
 
     _fields_ = (
         ("values", pointer),
@@ -87,7 +87,7 @@ class EncodeTensor(ctypes.Structure):
 
 
 class EncodeArguments(ctypes.Structure):
-    """``Arguments`` of encode.cu."""
+    """``Arguments`` of encode.cuh."""
 
     _fields_ = (
         ("tensors", EncodeTensor * 2),

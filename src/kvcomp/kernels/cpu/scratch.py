@@ -1,0 +1,217 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
+"""Memory that a reader of pages works in, and blocks decoded into it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kvcomp.codec.block import STREAMS
+from kvcomp.codec.dtypes import FIXED, HEAD, TOKEN
+from kvcomp.codec.quantise import HEAD_ZERO
+from kvcomp.kernels.cpu.bits import (
+    compiled,
+    floats_at,
+    integers_at,
+    load_f32,
+)
+from kvcomp.kernels.cpu.decode import (
+    CLASSES,
+    FIRST,
+    FORM,
+    MOST_CLASSES,
+    NARROW,
+    WIDE,
+    K,
+    V,
+    class_of,
+    of_class,
+    pair_offsets,
+)
+from kvcomp.kernels.cpu.page import (
+    MAX_CHANNELS,
+    NO_BOOK,
+    TOKENS,
+    book_at,
+    code_masks,
+    decode_block,
+    fixed_width,
+    load_scales,
+    table_places,
+    token_scales_at,
+)
+
+FACTORS = MAX_CHANNELS // 2  # room for the factors of a query's pairs
+SLOTS, KEY_SLOTS = 5, 3
+
+f32, i64 = np.float32, np.int64
+
+
+class Scratch(NamedTuple):
+    """What a task runner works in, by address; float32 where nothing is said. Addresses, as passing arrays on counts references.
+
+    A *slot* is one of a row's four books, or ``NO_BOOK``; for K there are three: 0 the default, 1 the own book, 2 fixed width.
+    """
+
+    queries: int
+    channels: int
+    padded: int  # channels of a row of q, a multiple of 32
+    q: int  # [queries, padded], scaled
+    q_sum: int  # [queries]
+    key_a: int  # [slots of K, queries, FACTORS]: q for the first code of each pair, where no channel has its own scale
+    key_b: int  # and for the second
+    key_bias: int  # [slots of K, queries]: what the first codes of the classes add to every score
+    key_ready: int  # int64 [slots of K]
+    of_a: int  # [queries, FACTORS]: the factors for a block
+    of_b: int
+    score: int  # [queries, tokens], then weights
+    part: int  # [queries, channels]
+    rest: int  # [queries]: what every channel of the output gets
+    seen: int  # int64 [queries]: tokens of the block that a query sees
+    scale: int  # [units of a block]
+    zero: int
+    ones: int
+    unit: int  # [slots, channels]: what brings masked codes of K back, see ``code_masks``
+    narrow_unit: int  # [channels]: the same for a class, by the parity of channel or token
+    wide_unit: int
+    first: int  # [slots, channels]: the first code of the class of each channel, plus a zero that is always the same
+    form: int  # int64 [slots]: whether the two are there, and (2) whether any ``first`` is not 0
+    values: int  # [tokens, channels]: raw values
+    pairs: int  # uint16 [tokens * channels / 2]: decoded codes
+    low: int  # uint16 [tokens * channels / 2]: their low bits, where these are apart
+    streams: int  # int64 [streams]
+    offsets: int  # int64 [K or V, pairs of a stream]
+    begin: int  # int64 [books, classes]: where the tables lie
+    built: int  # int64 [books]
+    tables: int
+    end: int
+
+
+@compiled
+def lay_out(base, queries, channels, table_bytes):
+    """Scratch from an address on."""
+    padded = (channels + 31) & ~31
+    line = 64
+    q = (base + line - 1) & ~i64(line - 1)
+    q_sum = q + 4 * queries * padded
+    key_a = q_sum + 4 * ((queries + 15) & ~15)
+    key_b = key_a + 4 * KEY_SLOTS * queries * FACTORS
+    key_bias = key_b + 4 * KEY_SLOTS * queries * FACTORS
+    key_ready = key_bias + 4 * KEY_SLOTS * ((queries + 15) & ~15)
+    of_a = key_ready + line
+    of_b = of_a + 4 * queries * FACTORS
+    score = of_b + 4 * queries * FACTORS
+    part = score + 4 * queries * TOKENS
+    rest = part + 4 * queries * padded
+    seen = rest + 4 * ((queries + 15) & ~15)
+    scale = seen + 8 * ((queries + 7) & ~7)
+    zero = scale + 4 * MAX_CHANNELS
+    ones = zero + 4 * MAX_CHANNELS
+    unit = ones + 4 * MAX_CHANNELS
+    narrow_unit = unit + 4 * SLOTS * MAX_CHANNELS
+    wide_unit = narrow_unit + 4 * MAX_CHANNELS
+    first = wide_unit + 4 * MAX_CHANNELS
+    form = first + 4 * SLOTS * MAX_CHANNELS
+    values = form + line
+    pairs = values + 4 * TOKENS * channels
+    low = pairs + TOKENS * channels
+    streams = low + TOKENS * channels
+    offsets = streams + 8 * STREAMS
+    begin = offsets + 8 * channels
+    built = begin + 2 * line
+    tables = built + line
+    end = tables + table_bytes
+    return Scratch(
+        queries, channels, padded, q, q_sum, key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen,
+        scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, low, streams, offsets, begin, built, tables, end,
+    )  # fmt: skip
+
+
+@compiled
+def prepare(s):
+    """Fill what does not change."""
+    floats_at(s.q, (s.queries, s.padded))[:] = f32(0)
+    floats_at(s.ones, MAX_CHANNELS)[:] = f32(1)
+    for form, place in ((NARROW, s.narrow_unit), (WIDE, s.wide_unit)):
+        units = floats_at(place, MAX_CHANNELS)
+        _, _, units[::2], units[1::2] = code_masks(form)
+    floats_at(s.scale, MAX_CHANNELS)[:] = f32(1)
+    floats_at(s.zero, MAX_CHANNELS)[:] = f32(0)
+    offsets = integers_at(s.offsets, (2, s.channels // 2))
+    pair_offsets(K, s.channels, offsets[K])
+    pair_offsets(V, s.channels, offsets[V])
+
+
+@compiled
+def take_books(books, s):
+    """Make room for the tables of a row's books, which lie at an address; they are built when first needed."""
+    begin = integers_at(s.begin, (4, MOST_CLASSES))
+    table_places(books, begin)
+    for slot in range(4):
+        for index in range(MOST_CLASSES):
+            begin[slot, index] += s.tables
+    integers_at(s.built, 4)[:] = 0
+    integers_at(s.form, SLOTS)[:] = 0
+
+
+@compiled
+def set_form(kind, value_unit, slot, books, s):
+    """Fill ``unit`` and ``first`` of a slot; of the unit ``head``, whose zero is always the same, ``first`` takes in the zero."""
+    form = integers_at(s.form, SLOTS)
+    if form[slot]:
+        return
+    form[slot] = 1
+    unit, first = floats_at(s.unit, (SLOTS, MAX_CHANNELS))[slot], floats_at(s.first, (SLOTS, MAX_CHANNELS))[slot]
+    narrow_unit, wide_unit = floats_at(s.narrow_unit, MAX_CHANNELS), floats_at(s.wide_unit, MAX_CHANNELS)
+    for c in range(MAX_CHANNELS):
+        form_of_class, lowest = i64(WIDE), i64(0)
+        if slot != NO_BOOK:
+            book = book_at(books, slot)
+            index = class_of(kind, s.channels, book[CLASSES], min(c, s.channels - 1))
+            form_of_class, lowest = of_class(book, index, FORM), of_class(book, index, FIRST)
+            if value_unit == HEAD:
+                lowest += HEAD_ZERO
+        unit[c] = wide_unit[c] if form_of_class == WIDE else narrow_unit[c]
+        first[c] = f32(lowest)
+        if lowest:
+            form[slot] = 2
+
+
+@compiled
+def run_of_form(index, slot, books, count):
+    """Of ``count`` channels, or channel pairs, those from a class on whose classes have pairs of the same form: (begin, end, form).
+
+    None for a class that the run from an earlier one takes in.
+    """
+    if slot == NO_BOOK:
+        return i64(0), count if index == 0 else i64(0), i64(WIDE)
+    book = book_at(books, slot)
+    form = of_class(book, index, FORM)
+    if index and of_class(book, index - 1, FORM) == form:
+        return i64(0), i64(0), form
+    end = index + 1
+    while end < MOST_CLASSES and of_class(book, end, FORM) == form:
+        end += 1
+    return count // 4 * index, count // 4 * end, form
+
+
+@compiled
+def decode_coded(page, block, mode, kind, head, heads, k_unit, v_unit, books, steps, s):
+    """Scales, zeros and pairs of a coded block to scratch; zeros that are not in ``first``. Returns the slot of the book.
+
+    steps: address of float32 [K or V, heads].
+    """
+    unit = k_unit if kind == K else v_unit
+    if unit == TOKEN:
+        load_scales(token_scales_at(page, heads, k_unit, kind), TOKEN, s.channels, s.scale, s.zero)
+    elif unit == HEAD:
+        zero = 0 if mode < FIXED else -(1 << (fixed_width(mode) - 1))
+        floats_at(s.scale, TOKENS)[:] = load_f32(steps + 4 * (kind * heads + head))
+        floats_at(s.zero, TOKENS)[:] = f32(zero)
+    else:
+        block += load_scales(block, unit, s.channels, s.scale, s.zero)
+    offsets = s.offsets + kind * 4 * s.channels
+    slot = decode_block(block, mode, kind, s.channels, books, s.begin, s.built, offsets, s.streams, s.pairs, s.low)
+    set_form(kind, unit, slot, books, s)
+    return slot
