@@ -11,10 +11,11 @@ FUZZ := $(VENV)/.fuzz
 LMCACHE := $(VENV)/lmcache
 LMCACHE_PINS := tests/integrations/lmcache.txt
 BASELINES := $(VENV)/baselines
+ADAPTERS := $(VENV)/adapters
 # Some processes, each with one thread: workers of OpenMP that spin beside each other are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test check test-oldest test-lmcache fuzz lint types layers emulate gpu-compile gpu-check slow bench-quality bench-lmcache bench-attention bench-codec bench-generate tables docs clean
+.PHONY: demo test check test-oldest test-lmcache test-adapters fuzz lint types layers emulate gpu-compile gpu-check slow bench-quality bench-lmcache bench-attention bench-codec bench-generate tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -22,7 +23,7 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST)
 
-check: lint types layers docs test test-oldest test-lmcache emulate fuzz
+check: lint types layers docs test test-oldest test-lmcache test-adapters emulate fuzz
 
 # The integration under the oldest transformers that is supported; the constraints pin the newest.
 test-oldest: $(OLDEST)/.ready
@@ -31,6 +32,10 @@ test-oldest: $(OLDEST)/.ready
 # The adapter under LMCache, which brings so much that it gets a directory of its own.
 test-lmcache: $(LMCACHE)/.ready
 	KVCOMP_REQUIRE_LMCACHE=1 PYTHONPATH=$(LMCACHE) $(BIN)/pytest tests/integrations/test_lmcache.py
+
+# What a stored cache is bound to, under PEFT and torchao.
+test-adapters: $(ADAPTERS)/.ready
+	KVCOMP_REQUIRE_ADAPTERS=1 PYTHONPATH=$(ADAPTERS) $(PYTEST) tests/integrations/test_adapters.py tests/integrations/test_right_or_refused.py
 
 # Every target of fuzz/, two at a time, with checksums put right; fuzz/README.md has the longer run.
 fuzz: $(FUZZ)
@@ -111,6 +116,10 @@ $(FUZZ): $(READY)
 
 $(BASELINES)/.ready: $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(BASELINES) --constraint constraints.txt hqq optimum-quanto termcolor
+	@touch $@
+
+$(ADAPTERS)/.ready: $(READY)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(ADAPTERS) --constraint constraints.txt --group adapters
 	@touch $@
 
 $(LMCACHE)/.ready: $(READY) $(LMCACHE_PINS)

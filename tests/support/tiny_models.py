@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -30,6 +34,26 @@ TINY: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The model whose random weights belong to this seed, three times as large as usual, so that K and V depend on everything."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return model
+
+
+def exact(model: PreTrainedModel, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """K and V of each layer, uncompressed, of one forward pass."""
+    cache = DynamicCache(config=model.config)
+    model.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def run(

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from kvcomp.integrations.transformers import KVCompCache
 
 CALL_BYTES = 1 << 24  # values of so many bytes travel in one call
-BY_LENGTH = "the model's rotary frequencies depend on the length of so long a prompt (dynamic, longrope): no prefix of it is stored or loaded"
+BY_LENGTH = (
+    "no prefix of so long a prompt is stored or loaded: the rotary frequencies (dynamic, longrope) depend on its length"
+)
 
 logger = logging.getLogger("kvcomp")
 

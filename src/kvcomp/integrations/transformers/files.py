@@ -1,6 +1,7 @@
 """The layers of a KVCompCache <-> those of a .kvc file.
 
-Layers with sliding windows go into a file too: they hold their last tokens only, raw, which is a layer without pages whose rows begin there.
+Layers with sliding windows go into a file too. They hold their last tokens only, raw: a layer without pages whose rows
+begin there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvcomp.store.gpu.copies import to_main_memory
 
 
 def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
-    """The stores of all layers, sealed. Raises UnsupportedModel for layers of which a file cannot hold what they need to go on."""
+    """The stores of all layers, sealed. Raises UnsupportedModel for layers that could not go on from a file."""
     check_layers(layers)
     stores = {}
     for index, layer in enumerate(layers):
@@ -36,7 +37,7 @@ def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
 
 
 def give(layer: Any, store: KVStore) -> None:
-    """Make what was read from a file a layer's. Raises InvalidInput if a sliding window lacks tokens, since the rest was cut off."""
+    """Give a layer what was read from a file. Raises InvalidInput if a sliding window lacks tokens that were cut off."""
     if isinstance(layer, CompressedLayer):
         layer.store = store
         layer.is_initialized = True
@@ -46,7 +47,8 @@ def give(layer: Any, store: KVStore) -> None:
     held, there = _held(layer, store.tokens), store.tokens - store.tail_base
     if store.compressed or there < held:
         raise InvalidInput(
-            "a layer with a sliding window holds its last tokens only, so no prefix can be cut from this file: take all of its tokens"
+            "a layer with a sliding window holds its last tokens only, so no prefix can be cut from this file: "
+            "take all of its tokens"
         )
     k, v = (x[:, :, there - held : there] for x in (store.tail_k, store.tail_v))
     layer.lazy_initialization(k, v)

@@ -1,6 +1,7 @@
 """What the K and V of a model depend on: its configuration, its modules and their weights, the adapters in use.
 
-K and V that are stored are bound to a hash of all of it. What the hash cannot see is refused, with the way out: a name as model_id.
+K and V that are stored are bound to a hash of all of it. What the hash cannot see is refused, with the way out: a name
+as model_id.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from xxhash import xxh3_128
 from kvcomp.errors import InvalidInput
 
 HASH_BYTES = 1 << 24
+SAMPLE = 64
 NEUTRAL = {
-    "architectures", "chunk_size_feed_forward", "dtype", "gradient_checkpointing", "id2label", "initializer_range", "label2id",
-    "name_or_path", "output_attentions", "output_hidden_states", "output_router_logits", "problem_type", "return_dict",
-    "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache",
-    "bos_token_id", "cls_token_id", "decoder_start_token_id", "eos_token_id", "mask_token_id", "pad_token_id", "sep_token_id",
+    "architectures", "chunk_size_feed_forward", "dtype", "gradient_checkpointing", "id2label", "initializer_range",
+    "label2id", "name_or_path", "output_attentions", "output_hidden_states", "output_router_logits", "problem_type",
+    "return_dict", "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache",
+    "bos_token_id", "cls_token_id", "decoder_start_token_id", "eos_token_id", "mask_token_id", "pad_token_id",
+    "sep_token_id",
 }  # fmt: skip
-"""Settings on which no K and V depend; nor do those that begin with an underscore: the attention implementation, where it was read."""
+"""Settings on which no K and V depend; nor do those with an underscore, such as the attention implementation."""
 
 OF_EVERY_MODULE = {*vars(nn.Module()), "forward", "gradient_checkpointing", "training"}
 KNOWN_HOOKS = ("accelerate", "torch", "transformers")  # they move weights and record outputs
@@ -38,7 +41,8 @@ _digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def configuration_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Every setting but the neutral ones, in the form in which JSON gives it back.
 
-    What is None or False is left out, as is a plain rope_type: so they are in versions of transformers that do not know the setting.
+    What is None or False is left out, as is a plain rope_type: versions of transformers that do not know the setting
+    have none.
     """
     found: dict[str, Any] = json.loads(json.dumps(_settings(config.to_dict()), default=str, sort_keys=True))
     return found
@@ -100,8 +104,9 @@ def rope_switch(config: PreTrainedConfig) -> int | None:
 def weights_id(model: str | nn.Module | None) -> str | None:
     """What stands for a model: a name as it is; of a module, the hash of all that it computes with.
 
-    XXH3 of 128 bits, a second for some ten gigabytes. A tensor's hash is kept until a torch operation writes to it; writing through
-    ``.data`` or NumPy goes unnoticed. Raises InvalidInput for what cannot be hashed.
+    XXH3 of 128 bits, a second for some ten gigabytes. A tensor's hash is kept until a torch operation writes to it or
+    one of 64 values of all over it is another; writing single values through ``.data`` or NumPy goes unnoticed.
+    Raises InvalidInput for what cannot be hashed.
     """
     if model is None or isinstance(model, str):
         return model
@@ -114,6 +119,8 @@ def weights_id(model: str | nn.Module | None) -> str | None:
 
 def _without_wrappers(model: nn.Module) -> nn.Module:
     """The transformers model in a PeftModel or a compiled module, unless what is around it has tensors of its own."""
+    if isinstance(model, PreTrainedModel):
+        return model
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
     return inner if _tensors(model) <= _tensors(inner) else model
 
@@ -149,7 +156,7 @@ class _Walk:
             self.value(f"{name}.{key}", value)
 
     def adapted(self, name: str, module: Any, parts: dict[str, Any], base: str) -> None:
-        """A layer under PEFT's adapters: as the layer alone, and what belongs to the adapters in use, under their place instead of their name."""
+        """A layer under PEFT's adapters: the layer alone, and what belongs to the adapters in use, by place."""
         merged = bool(module.merged_adapters)
         self.module(name, parts.pop(base))
         if merged and module.disable_adapters:
@@ -197,6 +204,7 @@ class _Walk:
 
 
 _TABLES = (Mapping, nn.ModuleDict, nn.ParameterDict)
+_OF_MODELS = int | float | PreTrainedConfig  # the rest of what a whole model has is about where it is from
 
 
 def _parts(module: nn.Module) -> dict[str, Any]:
@@ -204,12 +212,12 @@ def _parts(module: nn.Module) -> dict[str, Any]:
     changing = _changes_with_length(module)
     found: dict[str, Any] = {**module._parameters, **module._buffers, **module._modules}
     for name, value in vars(module).items():
-        numbers = isinstance(value, int | float | Tensor | nn.Module | PreTrainedConfig)
-        if (
-            name not in OF_EVERY_MODULE
-            and (not name.startswith("_") or isinstance(value, Tensor | torch.ScriptObject))
-            and (numbers or not isinstance(module, PreTrainedModel))
-        ):
+        if name == "padding_idx" and isinstance(module, nn.Embedding | PreTrainedModel):
+            continue  # it is for gradients
+        setting = not name.startswith("_") and (
+            not isinstance(module, PreTrainedModel) or isinstance(value, _OF_MODELS)
+        )
+        if name not in OF_EVERY_MODULE and (setting or isinstance(value, Tensor | nn.Module | torch.ScriptObject)):
             found[name] = value
     return {name: found[name] for name in sorted(found) if not (changing and _is_state(name))}
 
@@ -226,13 +234,13 @@ def _is_state(name: str) -> bool:
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
-    """Raise InvalidInput if something other than the module's class may decide what it computes, or if it draws random numbers."""
+    """Raise InvalidInput if not a module's class alone decides what it computes, or if it drops values."""
     if module.training and any(p > 0 for p in _dropouts(module)):
         raise InvalidInput(f"{name} drops values at random: call model.eval()")
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         if not str(getattr(_unwrapped(hook), "__module__", "")).startswith(KNOWN_HOOKS):
             raise InvalidInput(
-                f"{name} has a forward hook, which may change K and V: remove it, or give model_id a name for the model with it"
+                f"{name} has a forward hook, which may change K and V: remove it, or give model_id a name"
             )
     own = _unwrapped(vars(module).get("forward"))
     if (
@@ -241,7 +249,7 @@ def _check_forward(name: str, module: nn.Module) -> None:
         and getattr(own, "__func__", own) is not type(module).forward
     ):
         raise InvalidInput(
-            f"the forward of {name} was replaced, so it may compute anything: give model_id a name for the model with it"
+            f"the forward of {name} was replaced, so it may compute anything: give model_id a name for this model"
         )
 
 
@@ -280,11 +288,18 @@ def _digest(name: str, x: Tensor) -> str:
         return _digest(name, x.int_repr()) + _scales(x)
     if x.is_inference():  # which does not count what is written to it
         return _hash(x)
-    stamp = x.data_ptr(), x._version, x.dtype, x.shape, x.stride()
+    stamp = x.data_ptr(), x._version, x.dtype, x.shape, x.stride(), _sample(x)
     kept = _digests.get(x)
     if kept is None or kept[0] != stamp:
         kept = _digests[x] = stamp, _hash(x)
     return str(kept[1])
+
+
+def _sample(x: Tensor) -> bytes:
+    """Values of all over a tensor: torch counts no writes through ``.data``, by which PEFT merges adapters."""
+    flat = x.detach().reshape(-1)
+    some = flat[:: max(1, len(flat) // SAMPLE)].contiguous().view(torch.uint8)
+    return some.cpu().numpy().tobytes()
 
 
 def _scales(x: Tensor) -> str:

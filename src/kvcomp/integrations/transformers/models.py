@@ -12,7 +12,8 @@ from kvcomp.errors import UnsupportedModel
 from kvcomp.integrations.transformers.identity import rope_parts
 
 ATTENTION_SINKS = {
-    "deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash", "openai_privacy_filter",
+    "deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash",
+    "openai_privacy_filter",
 }  # fmt: skip
 POSITION_BIAS = {"bloom", "inkling", "inkling2", "mpt"}
 IDENTITY = (

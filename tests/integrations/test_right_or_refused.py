@@ -1,0 +1,141 @@
+"""What is served is what a fresh computation gives, within the codec's bound; a model's own is always served."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from kvcomp import PrefixStore
+from kvcomp.errors import InvalidInput
+from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.store import KVStore
+from kvcomp.store.pages import compare
+from tiny_models import LOSSY, TINY, exact, random_model, run
+
+TOKENS, STORED = 340, 260
+SETTINGS: dict[str, Any] = {
+    "none": None,
+    "rms_norm_eps": 1e-2,
+    "hidden_act": "relu",
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    "use_cache": False,
+    "bos_token_id": 5,
+}
+NEUTRAL = {"use_cache": "none", "bos_token_id": "none"}
+CHANGES = ["none", "weight", "frequencies", "bias", "scaling", "norm"]
+ADAPTERS = ["none"]
+if importlib.util.find_spec("peft"):
+    ADAPTERS += ["one", "two", "both", "five times one", "one, disabled", "one, merged"]
+
+
+@dataclass(frozen=True)
+class State:
+    """A model as someone may have it."""
+
+    seed: int = 0
+    setting: str = "none"
+    change: str = "none"
+    adapters: str = "none"
+
+    def model(self) -> Any:
+        config = LlamaConfig(**TINY)
+        if self.setting != "none":
+            setattr(config, self.setting, SETTINGS[self.setting])
+        model: Any = random_model(config, self.seed)
+        attention = model.model.layers[0].self_attn
+        with torch.no_grad():
+            match self.change:
+                case "weight":
+                    attention.v_proj.weight[3, 5] += 50
+                case "frequencies":
+                    model.model.rotary_emb.inv_freq.mul_(1.5)
+                case "bias":
+                    attention.k_proj.bias = nn.Parameter(torch.ones(32))
+                case "scaling":
+                    attention.scaling *= 3
+                case "norm":
+                    model.model.layers[0].input_layernorm.variance_epsilon = 0.1
+        return model if self.adapters == "none" else self.adapted(model)
+
+    def adapted(self, model: Any) -> Any:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        torch.manual_seed(9)
+        for name in ("one", "two"):
+            lora = LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+            model = inject_adapter_in_model(lora, model, adapter_name=name).eval()
+        for layer in (module for module in model.modules() if hasattr(module, "merged_adapters")):
+            layer.set_adapter({"two": ["two"], "both": ["one", "two"]}.get(self.adapters, ["one"]))
+            if self.adapters == "five times one":
+                layer.scaling["one"] *= 5
+            elif self.adapters == "one, merged":
+                layer.merge()
+            layer.enable_adapters(self.adapters != "one, disabled")
+        return model
+
+    @property
+    def meaning(self) -> State:
+        """The state without what K and V do not depend on."""
+        adapters = "none" if self.adapters == "one, disabled" else self.adapters
+        return replace(self, setting=NEUTRAL.get(self.setting, self.setting), adapters=adapters)
+
+
+STATES = st.builds(
+    State, st.integers(0, 1), st.sampled_from(sorted(SETTINGS)), st.sampled_from(CHANGES), st.sampled_from(ADAPTERS)
+)
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[State, State]:
+    """Two states that differ in some of their parts, or in none."""
+    saved, other = draw(STATES), draw(STATES)
+    parts = draw(st.sets(st.sampled_from(["seed", "setting", "change", "adapters"]), max_size=2))
+    return saved, replace(saved, **{part: getattr(other, part) for part in parts})
+
+
+def ids_of(tokens: int) -> Tensor:
+    return torch.randint(1, 97, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def in_bound(cache: KVCompCache, expected: list[tuple[Tensor, Tensor]]) -> bool:
+    tokens = cache.get_seq_length()
+    found = []
+    for layer, (k, v) in zip(cache.compressed_layers, expected, strict=True):
+        assert isinstance(layer.store, KVStore)
+        found.append(compare(layer.store, k[:, :, :tokens], v[:, :, :tokens]))
+    return all(one.values and not one.missed for one in found)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@settings(max_examples=60)
+@given(pairs())
+def test_what_is_served_is_right_and_what_is_right_is_served(pair: tuple[State, State]) -> None:
+    saved, asked = pair
+    ids, model, other = ids_of(TOKENS), saved.model(), asked.model()
+    cache = KVCompCache(model.config, LOSSY)
+    run(model, cache, ids)
+    with tempfile.TemporaryDirectory() as folder:
+        store, path = PrefixStore(folder), Path(folder, "a.kvc")
+        assert store.save(ids, cache, model) == STORED
+        cache.save(path, model)
+        try:
+            found = [KVCompCache.load(path, other.config, other)]
+        except InvalidInput:
+            found = []
+        loaded = store.load(ids, other, LOSSY)
+        if loaded.get_seq_length():
+            found.append(loaded)
+        event(f"served {len(found)} times")
+        assert len(found) == 2 * (saved.meaning == asked.meaning)
+        assert all(in_bound(one, exact(other, ids)) for one in found)
