@@ -1,6 +1,7 @@
 """One block: 64 tokens x D channels of one head as 64 bit streams (docs/format.md, sections 4 and 5).
 
-This is the readable reference: it fixes the order of the codes and the meaning of every bit. The kernels are checked against it.
+This is the readable reference: it fixes the order of the codes and the meaning of every bit.
+The kernels are checked against it.
 """
 
 from __future__ import annotations

@@ -32,20 +32,24 @@ Lengths = npt.NDArray[np.uint8]
 class Codebook:
     """Code lengths for pairs of codes, for each class of channels.
 
-    first, levels: class i has the codes ``first[i]`` to ``first[i] + levels[i] - 1``; with levels rounded up to a multiple of 2^k, below 256.
-    split: k, low bits of each ``code - first`` that are stored as they are, 0 to 3.
-    limit: L, longest code length in bits, at most 12.
-    lengths: uint8, class after class ``symbols * symbols`` of them, symbols = ceil(levels / 2^k), at most 32; entry
-        ``hi_a * symbols + hi_b``. A single symbol has length 0 and takes no bits, all others have a length from 1 on.
-
-    Raises CorruptData if the lengths of a class are no complete prefix code (Kraft sum 1, or a single symbol of length 0).
+    Raises
+    ------
+    CorruptData
+        If the lengths of a class are no complete prefix code: Kraft sum 1, or a single symbol of length 0.
     """
 
     first: tuple[int, ...]
+    """The least code of each class."""
     levels: tuple[int, ...]
+    """How many codes each class has. Rounded up to a multiple of 2^k they end at 256 at most."""
     split: tuple[int, ...]
+    """k of each class: low bits of ``code - first`` that are stored as they are, 0 to 3."""
     limit: int
+    """Longest code length in bits, at most 12."""
     lengths: Lengths
+    """uint8, class after class. A class has m * m of them, m = ceil(levels / 2^k), at most 32.
+    Entry ``hi_a * m + hi_b`` is that of a pair.
+    A single symbol has length 0 and takes no bits; all others have at least 1."""
     derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What kernels make of the book once, each under a key of its own; it lives as long as the book."""
 
@@ -129,7 +133,7 @@ def read(data: bytes, at: int = 0) -> tuple[Codebook, int]:
 
 
 def train(counts: npt.NDArray[Any], limit: int) -> Codebook:
-    """The best codebook for pair counts; each class has a code for every pair of codes from the least to the largest seen in it.
+    """The best codebook for pair counts: each class has every pair of codes from the least to the largest seen in it.
 
     counts: integers (classes, n, n), ``counts[class, a, b]``, n at most 256. limit: longest code in bits.
     """
@@ -153,7 +157,7 @@ def _train_class(counts: npt.NDArray[Any], limit: int) -> tuple[int, int, int, L
 
 @lru_cache(maxsize=256)
 def default(relative_scale: float, classes: int, limit: int) -> Codebook:
-    """The book for blocks that the sequence's own book does not cover, or that come before it; shared, a function of its arguments."""
+    """The book for blocks that the sequence's own book does not cover, or that come before it. It is shared."""
     levels = min(MAX_LEVELS, int(min(MAX_LEVELS, 2 / relative_scale)) + 3)
     k = split_for(levels, limit)
     m = _symbols(levels, k)
@@ -181,7 +185,7 @@ def _symbols(levels: int, split: int) -> int:
 
 
 def code_lengths(weights: npt.NDArray[np.int64], limit: int) -> Lengths:
-    """Optimal code lengths of at most ``limit`` bits for positive integer weights: package-merge (Larmore & Hirschberg, 1990)."""
+    """Optimal code lengths of at most ``limit`` bits, weights positive: package-merge (Larmore & Hirschberg, 1990)."""
     n = weights.size
     if n > 1 << limit:
         raise InvalidInput(f"{n} symbols need codes longer than {limit} bits")
@@ -208,7 +212,7 @@ def code_lengths(weights: npt.NDArray[np.int64], limit: int) -> Lengths:
 
 
 def decode_table(book: Codebook, of_class: int) -> npt.NDArray[np.uint32]:
-    """Decode table of a class: ``bits | a << 16 | b << 24``, indexed by the next bits of a stream, as many as the longest pair has."""
+    """Decode table of a class: ``bits | a << 16 | b << 24``, indexed by as many bits as the longest pair has."""
     k, lengths, words = book.split[of_class], book.lengths_of(of_class), book.words(of_class)
     table = np.zeros(1 << (int(lengths.max()) + 2 * k), np.uint32)
     first, symbols = book.first[of_class], book.symbols(of_class)

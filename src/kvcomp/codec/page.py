@@ -20,17 +20,18 @@ Buffer = bytes | memoryview | npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Layout:
-    """What the sizes in a page depend on.
-
-    heads: KV heads. channels: of a head. units: of K and of V. value_bytes: of one value of the dtype. default_books: whether K
-    and V have default codebooks: without a calibration the unit ``head`` has none.
-    """
+    """What the sizes in a page depend on."""
 
     heads: int
+    """KV heads."""
     channels: int
+    """Channels of a head."""
     units: tuple[Unit, Unit]
+    """Units of K and of V."""
     value_bytes: int
+    """Bytes of one value of the dtype."""
     default_books: tuple[bool, bool] = (True, True)
+    """Whether K and V have default codebooks: without a calibration the unit ``head`` has none."""
 
     @property
     def directory_bytes(self) -> int:

@@ -2,16 +2,17 @@
 
 This is the readable reference of docs/format.md, section 3; the kernels do the same arithmetic and give the same codes.
 
-Why the bound holds. Let s be the scale and e = r (max - min) / 2 the bound of a unit, u the spacing of the output type at
-``peak``. A code is the nearest grid point, off by at most s/2 plus the rounding of float32 (inv, x*inv and the product: together less
-than peak 2^-21); rounding to the output type adds at most u/2. So s = 2 (e - u/2 - peak 2^-21) suffices. On a grid s = 2^i the
-float32 arithmetic is exact, and so is the output: where 2^i >= u every grid point is representable, where 2^i < u the
-value x is itself a grid point. So s = 2^floor(log2(2e)) suffices too. The encoder still checks every value: what fails, NaN and
-infinity included, is kept raw.
+Why the bound holds. Let s be the scale and e = r (max - min) / 2 the bound of a unit, u the spacing of the output type
+at ``peak``. A code is the nearest grid point. It is off by at most s/2 plus the rounding of float32: inv, x*inv and the
+product, together less than peak 2^-21. Rounding to the output type adds at most u/2. So s = 2 (e - u/2 - peak 2^-21)
+suffices. On a grid s = 2^i the float32 arithmetic is exact, and so is the output: where 2^i >= u every grid point is
+representable, where 2^i < u the value x is itself a grid point. So s = 2^floor(log2(2e)) suffices too. The encoder
+still checks every value: what fails, NaN and infinity included, is kept raw.
 
-The unit ``head`` has a step s of 16 significant bits that is known beforehand, and codes q + 128 for -128 <= q <= 127. Its bound is
-s/2, before the rounding to the output type (attention takes the values before it): q*s is a float32 and so, by Sterbenz' lemma, is x - q*s;
-so one step up or down where that exceeds s/2 leaves no error of arithmetic. The output type adds half of its spacing at q*s, at most.
+The unit ``head`` has a step s of 16 significant bits that is known beforehand, and codes q + 128 for -128 <= q <= 127.
+Its bound is s/2 before the rounding to the output type, as attention takes the values before it. q*s is a float32 and
+so, by Sterbenz' lemma, is x - q*s: one step up or down where that exceeds s/2 leaves no error of arithmetic. The output
+type adds at most half of its spacing at q*s.
 """
 
 from __future__ import annotations
@@ -70,18 +71,16 @@ def round_to(x: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> Array:
 
 @dataclass(frozen=True)
 class Quantised:
-    """Integer codes with what it takes to undo them.
-
-    codes: uint8 (pages, heads, 64, channels).
-    scale, zero: float32 and int32, (pages, heads, 64, channels) with a 1 for each axis over which the unit extends; of the unit ``head``
-        the steps and -128.
-    raw: bool (pages, heads), blocks that miss the bound and are kept as they came; their codes are 0 and mean nothing.
-    """
+    """Integer codes with what it takes to undo them."""
 
     codes: npt.NDArray[np.uint8]
+    """(pages, heads, 64, channels)"""
     scale: npt.NDArray[np.float32]
+    """As ``codes``, with a 1 for each axis over which the unit extends. The steps of the unit ``head``."""
     zero: npt.NDArray[np.int32]
+    """In the shape of ``scale``; -128 for the unit ``head``."""
     raw: npt.NDArray[np.bool_]
+    """(pages, heads): blocks that miss the bound and are kept as they came. Their codes are 0 and mean nothing."""
 
     def dequantise(self, dtype: np.dtype[Any]) -> Array:
         """(codes + zero) * scale in float32, rounded to ``dtype``: (pages, heads, 64, channels)."""
@@ -91,8 +90,8 @@ class Quantised:
 def error_bound(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> npt.NDArray[np.float64]:
     """The bound of every unit of ``x`` (heads, 64*pages, channels), in the shape of ``Quantised.scale``.
 
-    That is r (max - min) / 2 with ``scale`` r, kept by the values in their dtype; of the unit ``head``, with ``scale`` the heads' steps,
-    half a step, kept before the rounding to the dtype.
+    That is r (max - min) / 2 with ``scale`` r, kept by the values in their dtype. For the unit ``head``, whose
+    ``scale`` are the heads' steps, it is half a step, kept before the rounding to the dtype.
     """
     if isinstance(scale, tuple):
         return np.array(scale, np.float64).reshape(1, -1, 1, 1) / 2
@@ -105,9 +104,19 @@ def error_bound(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> npt.N
 def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised:
     """Quantise whole pages so that every value of a block that is not raw comes back within ``error_bound``.
 
-    x: (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits. scale: the relative scale, or, for the unit ``head``,
-        the step of each head (``TensorSpec.scale``).
-    Raises InvalidInput for another shape or type, or if ``scale`` does not fit the unit and the heads.
+    Parameters
+    ----------
+    x
+        (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits.
+    unit
+        Which values share a scale.
+    scale
+        The relative scale, or, for the unit ``head``, the step of each head (``TensorSpec.scale``).
+
+    Raises
+    ------
+    InvalidInput
+        For another shape or type, or if ``scale`` does not fit the unit and the heads.
     """
     check_scale(x, unit, scale)
     return _quantise_heads(x, scale) if isinstance(scale, tuple) else _quantise_ranges(x, unit, scale)
@@ -121,7 +130,7 @@ def check_values(x: Array) -> None:
 
 
 def check_scale(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> None:
-    """Raise InvalidInput unless this is a relative scale, or, for the unit ``head``, a step for each head of x (heads, ..)."""
+    """Raise InvalidInput unless this is a relative scale, or, for the unit ``head``, a step for each head of x."""
     if isinstance(scale, tuple) != (unit == "head") or (isinstance(scale, tuple) and len(scale) != x.shape[0]):
         raise InvalidInput(
             f"the unit {unit!r} of {x.shape[0]} heads needs "

@@ -1,7 +1,7 @@
 """Many pages one after the other: the checks that keep a fast decoder in range (docs/format.md, section 7).
 
-The same rules as ``page.blocks_of`` and ``block.scales_from``, which read one page at a time, compiled, so that a long cache of foreign
-bytes is checked in milliseconds.
+The rules are those of ``page.blocks_of`` and ``block.scales_from``, which read one page at a time. Here they are
+compiled, so that a long cache of foreign bytes is checked in milliseconds.
 """
 
 from __future__ import annotations
@@ -28,9 +28,25 @@ def check_pages(
 ) -> npt.NDArray[np.bool_]:
     """Check pages that fill an arena without gaps, but for the D spare bytes at its end.
 
-    arena: uint8. begin: where each page begins, ascending, without repetition. read: is given all bytes, piece by piece, each just
-    before it is checked, and also where a check has failed.
-    Returns bool (pages, 2): whether a page needs the sequence's own codebook for K and for V. Raises CorruptData.
+    Parameters
+    ----------
+    arena
+        uint8, the pages and the spare bytes.
+    begin
+        Where each page begins, ascending, without repetition.
+    layout
+        What the sizes in the pages depend on.
+    read
+        Is given all bytes, piece by piece, each just before it is checked, and also where a check has failed.
+
+    Returns
+    -------
+    bool (pages, 2): whether a page needs the sequence's own codebook for K and for V.
+
+    Raises
+    ------
+    CorruptData
+        For the first page that no encoder writes.
     """
     own = np.zeros((begin.size, 2), np.bool_)
     at = 0
@@ -86,7 +102,7 @@ def _check_some(arena: Bytes, begin: Places, sizes: Places, layout: Layout, own:
 
 @lru_cache(maxsize=64)
 def _constants(layout: Layout) -> tuple[Places, Places, Places]:
-    """``Layout.least_block_bytes`` of K and V and the sixteen modes, -1 for those that do not exist; scales of a block; token scales."""
+    """Least bytes of a block of K and V by mode, -1 for no mode; scales of a block; where the token scales are."""
 
     def least(mode: int, kind: int) -> int:
         try:

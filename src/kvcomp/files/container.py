@@ -1,8 +1,8 @@
 """The container: compressed layers <-> the bytes of a .kvc file (docs/format.md, section 7).
 
-Pages are in a file what they are in memory, so reading one is checking it. Everything that a header claims is checked against the
-size of the file before memory is allocated for it, and every page before a kernel sees it: what ``Container.layer`` gives back can be
-decoded without another check.
+Pages are in a file what they are in memory, so reading one is checking it. Everything that a header claims is checked
+against the size of the file before memory is allocated for it, and every page before a kernel sees it. What
+``Container.layer`` gives back can be decoded without another check.
 
 Checksums are XXH3: zlib's CRC-32 alone takes longer than ``cat`` needs for the whole file.
 """
@@ -47,32 +47,36 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class LayerParts:
-    """One compressed layer as arrays.
-
-    layer: its index in the model. dtype: a name in ``DTYPES``; bfloat16 values travel as their bits in uint16.
-    start, sink_count, page_count: int64 (rows,): position of the first real token, sinks and pages of each row.
-    offsets, valid: int64 and int32 (entries,): of each row's pages in turn, where they begin in the arena and how many tokens count.
-    arena: uint8 pieces that follow each other: the pages without gaps, then D spare bytes; nothing at all without pages.
-    books, row_books: own codebooks, and int64 (rows, 2) which of them K and V of a row have, -1 for none.
-    counts: for each row the pair counts of K and V, uint32 (classes, n, n), where no book is trained yet.
-    sinks, tail: (2, rows, heads, tokens, D), K then V; the tail holds the last tokens of all rows.
-    """
+    """One compressed layer as arrays."""
 
     layer: int
+    """Its index in the model."""
     heads: int
     channels: int
     dtype: str
+    """A name in ``DTYPES``."""
     start: npt.NDArray[np.int64]
+    """(rows,): position of each row's first real token."""
     sink_count: npt.NDArray[np.int64]
+    """(rows,)"""
     page_count: npt.NDArray[np.int64]
+    """(rows,)"""
     offsets: npt.NDArray[np.int64]
+    """(entries,): where the pages of each row in turn begin in the arena."""
     valid: npt.NDArray[np.int32]
+    """(entries,): how many of a page's tokens count."""
     arena: Sequence[Bytes]
+    """Pieces that follow each other: the pages without gaps, then D spare bytes. Nothing at all without pages."""
     books: Sequence[Codebook]
+    """The codebooks that rows have for their own."""
     row_books: npt.NDArray[np.int64]
+    """(rows, 2): which of ``books`` K and V of a row have, -1 for none."""
     counts: Sequence[Sequence[npt.NDArray[np.uint32] | None]]
+    """For each row the pair counts of K and V, (classes, n, n), where no book is trained yet."""
     sinks: Array
+    """(2, rows, heads, tokens, D), K then V."""
     tail: Array
+    """The last tokens of all rows, in the shape of ``sinks``."""
 
 
 # Writing
@@ -86,7 +90,10 @@ def pack(
     tokens: int,
     layers: Sequence[LayerParts],
 ) -> list[memoryview]:
-    """The bytes of a file, in pieces that follow each other; those of the pages are not copied. Raises LimitExceeded for what could not be read."""
+    """The bytes of a file, in pieces that follow each other; those of the pages are not copied.
+
+    Raises LimitExceeded for what could not be read.
+    """
     described, body, at = [], [], 0
     for parts in layers:
         table = {}
@@ -131,7 +138,8 @@ def pack(
 
 def _sections(parts: LayerParts) -> dict[str, list[memoryview]]:
     rows = [parts.start, parts.sink_count, parts.page_count, *parts.row_books.T]
-    rows += [np.array([0 if pair[i] is None else pair[i].shape[1] for pair in parts.counts]) for i in (0, 1)]  # type: ignore[union-attr]
+    for of_kind in zip(*parts.counts, strict=True):
+        rows.append(np.array([0 if counts is None else counts.shape[1] for counts in of_kind]))
     books = [np.frombuffer(book.to_bytes(), np.uint8) for book in parts.books]
     pieces: dict[str, Sequence[Array]] = {
         "pages": parts.arena,
@@ -167,7 +175,10 @@ class Container:
         return (self.layer(index) for index in range(len(self.header.layers)))
 
     def layer(self, index: int) -> LayerParts:
-        """The layer at this place in the file, after all checks; its pages stay where they are. Raises CorruptData or LimitExceeded."""
+        """The layer at this place in the file, after all checks; its pages stay where they are.
+
+        Raises CorruptData or LimitExceeded.
+        """
         header, head = self.header, self.header.layers[index]
         spec = header.spec.layer(head.layer, header.model_layers)
         start, sink_count, page_count, k_book, v_book, k_side, v_side = (
@@ -252,7 +263,7 @@ def _check_rows(
     page_count: npt.NDArray[np.int64],
     valid: npt.NDArray[np.int32],
 ) -> None:
-    """Check that each row's tokens are its sinks, pages and part of the tail, so that whoever reads them stays in range."""
+    """Check that each row's tokens are its sinks, pages and part of the tail, so that readers stay in range."""
     wrong = (start < 0) | (start > header.tokens) | (sink_count < 0) | (sink_count > head.sinks)
     wrong |= (page_count < 0) | (page_count > head.entries)
     wrong |= (page_count > 0) & (sink_count != header.spec.sinks)

@@ -38,41 +38,45 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Section:
-    """Where a part of a layer lies: ``offset`` from the end of the padded header, ``size`` and ``digest``, XXH3 of 64 bits in hex."""
+    """Where a part of a layer lies."""
 
     offset: int
+    """Bytes from the end of the padded header."""
     size: int
     digest: str
+    """XXH3 of 64 bits, in hexadecimal digits."""
 
 
 @dataclass(frozen=True)
 class LayerHeader:
-    """What the header says of a layer. sinks, recent: tokens in its section ``sinks`` and ``tail``. entries: of the page table."""
+    """What the header says of a layer."""
 
     layer: int
     heads: int
     channels: int
     dtype: str
     sinks: int
+    """Tokens in the section ``sinks``."""
     recent: int
+    """Tokens in the section ``tail``."""
     entries: int
+    """Entries of the page table."""
     books: int
     sections: Mapping[str, Section]
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
-
-    model: None for tensors without a model, else its fingerprint, an object that whoever made it compares.
-    model_layers: layers of the model, of which the file holds some. rows, tokens: of every layer, left padding included.
-    """
+    """What a file says of itself."""
 
     spec: CodecSpec
     model: Mapping[str, Any] | None
+    """The model's fingerprint, which whoever made it compares; None for tensors without a model."""
     model_layers: int
+    """Layers of the model, of which the file holds some."""
     rows: int
     tokens: int
+    """Positions of every layer, left padding included."""
     layers: tuple[LayerHeader, ...]
 
 
