@@ -173,7 +173,7 @@ def measure_shape(batch: int, tokens: int) -> Iterator[dict[str, Any]]:
             times.append(1e3 * (time.perf_counter() - begin))
         took = statistics.median(times)  # by the clock, with all that the host does
         yield {**shape, "what": f"encode, {name}", "ms": took, "gigabytes_a_second": dense_bytes / took / 1e6}
-        pages = int(store.count[0])
+        pages = len(store.rows[0].valid)
         took = timed(lambda store=store, pages=pages: store.tile(0, 0, pages))["ms"]  # type: ignore[misc]
         row_bytes = dense_bytes / batch
         yield {**shape, "what": f"decompress a row, {name}", "ms": took, "gigabytes_a_second": row_bytes / took / 1e6}

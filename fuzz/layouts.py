@@ -60,7 +60,7 @@ def filled(layout: Case) -> KVStore:
 
 @lru_cache
 def books_of(layout: Case) -> tuple[list[Codebook], np.ndarray]:
-    own = filled(layout).own_books[0]
+    own = filled(layout).rows.books[0]
     present = [book for book in own if book is not None]
     places = [present.index(book) if book is not None else -1 for book in own]
     return present, np.array([places], np.int64)
@@ -69,7 +69,7 @@ def books_of(layout: Case) -> tuple[list[Codebook], np.ndarray]:
 def store_over(layout: Case, arena: np.ndarray, backend: str) -> KVStore:
     """A store whose only page lies at the start of an arena that has passed ``check_pages``, until the next call."""
     store = _store(layout, backend)
-    store.pages[0, 0], store.owners[0][0] = arena.ctypes.data, arena
+    store.rows.pages[0, 0], store.rows.owners[0][0] = arena.ctypes.data, arena
     return store
 
 

@@ -59,7 +59,7 @@ def pages() -> dict[str, bytes]:
     found = {}
     for number, layout in enumerate(LAYOUTS):
         store = filled(layout)
-        buffer = store.owners[0][0]
+        buffer = store.rows.owners[0][0]
         page = buffer[: size_of(buffer, 0, layout.heads)].tobytes()
         found[f"layout{number}"] = bytes([number]) + page
     return found

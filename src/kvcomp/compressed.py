@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from kvcomp import files
 from kvcomp.calibration import Calibration, resolve
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import CodecSpec
-from kvcomp.store import KVStore, Memory
+from kvcomp.store import KVStore, Memory, sealed
 from kvcomp.store.attention import attend
 
 
@@ -109,24 +108,18 @@ def compress(
         If there is no such backend, or K and V are on another device.
     """
     resolved, read = resolve(spec, calibration)
-    bare = replace(resolved, window=0, sinks=0)
+    bare = resolved.bare()
     if read is not None:
         place = Place(bare, layer, read.about.layers)
         calibrated = read.layer(layer, bare)
         if calibrated is None:
             raise InvalidInput(f"the calibration has no layer {layer}: give layer=, the one that K and V are of")
-        return _sealed(k, v, KVStore(bare.layer(layer, place.layers), backend, *calibrated), place)
+        return CompressedKV(sealed(bare.layer(layer, place.layers), k, v, backend, calibrated), place)
     if not {resolved.key.layers, resolved.value.layers} <= {None, 1}:
         raise InvalidInput(
             "this spec has scales for each layer of a model: give CodecSpec.layer(i, layers) for one layer's tensors"
         )
-    return _sealed(k, v, KVStore(bare, backend))
-
-
-def _sealed(k: Tensor, v: Tensor, store: KVStore, place: Place | None = None) -> CompressedKV:
-    store.append(k, v)
-    store.seal()
-    return CompressedKV(store, place)
+    return CompressedKV(sealed(bare, k, v, backend))
 
 
 def load(

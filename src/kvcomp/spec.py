@@ -176,6 +176,10 @@ class CodecSpec:
             raise InvalidInput(f"there is no layer {index} among {layers}")
         return replace(self, key=self.key.layer(index, layers), value=self.value.layer(index, layers))
 
+    def bare(self) -> CodecSpec:
+        """The same without window and sinks, for tensors that are compressed whole."""
+        return replace(self, window=0, sinks=0)
+
     def to_json(self) -> str:
         """The spec as JSON text; ``CodecSpec.from_json`` gives an equal spec back."""
         content = asdict(self, dict_factory=lambda items: {name: value for name, value in items if value is not None})

@@ -144,10 +144,10 @@ def test_an_encoder_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) 
         return pages, offsets
 
     k, v = bench.tensors(1, 2, 320, 32)
-    checks.check_codec(bench.bare(PRESETS["kvcomp"]), k, v)
+    checks.check_codec(PRESETS["kvcomp"].bare(), k, v)
     monkeypatch.setattr(cpu, "encode_pages", wrong)
     with pytest.raises(checks.CheckFailed, match="encoder"):
-        checks.check_codec(bench.bare(PRESETS["kvcomp"]), k, v)
+        checks.check_codec(PRESETS["kvcomp"].bare(), k, v)
 
 
 def test_decompression_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_decompression_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatc
     k, v = bench.tensors(1, 2, 320, 32)
     monkeypatch.setattr(cpu, "decompress", wrong)
     with pytest.raises(checks.CheckFailed, match="decompression"):
-        checks.check_codec(bench.bare(PRESETS["kvcomp"]), k, v)
+        checks.check_codec(PRESETS["kvcomp"].bare(), k, v)
 
 
 def test_a_run_that_was_stopped_leaves_its_results_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

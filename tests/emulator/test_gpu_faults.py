@@ -70,10 +70,10 @@ def state(store: GPUStore) -> tuple[Any, ...]:
     host = to_main_memory(store)
     pages = [
         [ctypes.string_at(page, int.from_bytes(ctypes.string_at(page + 8, 4), "little")) for page in row[:count]]
-        for row, count in zip(host.pages.tolist(), host.count.tolist(), strict=True)
+        for row, count in zip(host.rows.pages.tolist(), host.rows.count.tolist(), strict=True)
     ]
-    counts = [[None if x is None else x.tolist() for x in row] for row in host.pair_counts]
-    books = [[None if x is None else x.lengths.tolist() for x in row] for row in host.own_books]
+    counts = [[None if x is None else x.tolist() for x in row] for row in host.rows.pair_counts]
+    books = [[None if x is None else x.lengths.tolist() for x in row] for row in host.rows.books]
     k, v = store.dense()
     q = torch.ones((store.batch, 4, 1, 64))
     return store.tokens, pages, counts, books, k.tolist(), v.tolist(), store.attend(q, 0.125).tolist()
@@ -124,7 +124,7 @@ def test_the_store_is_what_it_was(what: str, fault: str) -> None:
             pass
         else:
             break
-        if before and store.count.sum() == original.count.sum():  # else the first of two rows is done
+        if before and store.rows.count.sum() == original.rows.count.sum():  # else the first of two rows is done
             assert state(store) == untouched
         operation(store, new)
         assert state(store) == done

@@ -114,7 +114,7 @@ def test_pages_of_several_rows_are_there_once() -> None:
     store.select(torch.zeros(5, dtype=torch.int64))
     _, sections = unseal(packed({0: store}, store.spec, 1))
     assert len(sections[0]["pages"]) == store.memory().pages + 32
-    assert len(sections[0]["books"]) == sum(len(book.to_bytes()) for book in store.own_books[0] if book)
+    assert len(sections[0]["books"]) == sum(len(book.to_bytes()) for book in store.rows.books[0] if book)
 
 
 # The golden files, and a reader written from the documentation

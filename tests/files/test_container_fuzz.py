@@ -129,7 +129,7 @@ def test_streams_that_begin_where_the_last_page_ends_are_read_within_the_file(ch
     store.append(*torch.randn(2, 1, 1, 64, channels))
     store.seal()
     book = codebook.train(np.geomspace(1, 1e9, 1 << 16).astype(np.int64).reshape(1, 256, 256), tensor.limit)
-    store.own_books[0] = [None, book]
+    store.rows.books[0] = [None, book]
     header, sections = unseal(packed({0: store}, store.spec, 1))
     arena = np.frombuffer(bytearray(sections[0]["pages"]), np.uint8)
     begin, end = (arena[4:12].view("<u4") & ~np.uint32(15)).tolist()

@@ -238,7 +238,7 @@ def test_a_padded_row_is_as_if_it_were_alone(llama: PreTrainedModel) -> None:
     assert torch.equal(batch.sequences[1, 80:], single.sequences[0])
     torch.testing.assert_close(torch.stack(batch.logits)[:, 1], torch.stack(single.logits)[:, 0], atol=2e-3, rtol=0)
     assert [layer.store.starts.tolist() for layer in cache.layers] == [[0, 80]] * 2
-    assert cache.layers[0].store.count[1] == alone.layers[0].store.count[0]
+    assert cache.layers[0].store.rows.count[1] == alone.layers[0].store.rows.count[0]
 
 
 def test_decoding_is_fused_and_the_prompt_dense(llama: PreTrainedModel, calls: dict[str, int]) -> None:
@@ -595,7 +595,7 @@ def test_memory_counts_every_layer() -> None:
     forward(model, cache, **prompt(300))
     sliding, full = cache.layers
     memory, own = cache.memory(), full.store.memory()
-    assert memory.pages == own.pages > 0
+    assert memory.pages == own.rows.pages > 0
     assert memory.other == sum(x.untyped_storage().nbytes() for x in (sliding.keys, sliding.values))
     assert memory.total == own.total + memory.other
     assert memory.dense - own.dense == sliding.keys.nbytes + sliding.values.nbytes
@@ -673,7 +673,7 @@ def filled(model: PreTrainedModel) -> KVCompCache:
 
 def state(cache: KVCompCache) -> list[Any]:
     return [
-        (layer.store.tokens, layer.store.batch, layer.store.count.tolist(), layer.store.dense())
+        (layer.store.tokens, layer.store.batch, layer.store.rows.count.tolist(), layer.store.dense())
         for layer in cache.layers
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from kvcomp.codec import codebook
 from kvcomp.codec.quantise import Quantised
 from kvcomp.errors import InvalidInput
-from kvcomp.kernels import NO_STEPS, Books, Steps, reference
+from kvcomp.kernels import Books, CacheView, Steps, reference
 from kvcomp.spec import KINDS, UNITS, Coding, Unit
 
 cpu = pytest.importorskip("kvcomp.kernels.cpu.backend", exc_type=ImportError)
@@ -69,14 +69,15 @@ def make_raw(q: Quantised, page: int, head: int) -> None:
 class Cache:
     """Arguments of ``attend`` for some rows; keeps the pages alive."""
 
-    arguments: tuple[Any, ...]
+    q: Array
+    view: CacheView
+    tail_end: Array
     scaling: float
     softcap: float
     owners: list[Array] = field(default_factory=list)
-    steps: Steps = NO_STEPS
 
     def attend(self, kernels: Any, threads: int = 1) -> tuple[Array, Array]:
-        out: tuple[Array, Array] = kernels.attend(*self.arguments, self.scaling, self.softcap, threads, self.steps)
+        out: tuple[Array, Array] = kernels.attend(self.q, self.view, self.tail_end, self.scaling, self.softcap, threads)
         return out
 
 
@@ -126,22 +127,22 @@ def build(
     sink_k, sink_v = (as_dtype(rng.normal(size=(rows, heads, sinks, channels)), dtype) for _ in "KV")
     tail_k, tail_v = (as_dtype(rng.normal(size=(rows, heads, tail, channels)), dtype) for _ in "KV")
     tail_end = np.sort(rng.integers(tail // 2, tail + 1, group))
-    arguments = (
-        rng.normal(size=(rows, heads, group, channels)).astype(np.float32),
-        addresses,
-        valid,
-        np.array(pages),
-        units,
-        books,
-        sink_k,
-        sink_v,
-        np.array([max(0, sinks - row) for row in range(rows)]),
-        tail_k,
-        tail_v,
-        np.array([min(3 * row, tail // 2) for row in range(rows)]),
-        tail_end,
+    q = rng.normal(size=(rows, heads, group, channels)).astype(np.float32)
+    view = CacheView(
+        pages=addresses,
+        valid=valid,
+        count=np.array(pages),
+        units=units,
+        books=books,
+        sinks_k=sink_k,
+        sinks_v=sink_v,
+        sink_count=np.array([max(0, sinks - row) for row in range(rows)]),
+        tail_k=tail_k,
+        tail_v=tail_v,
+        tail_begin=np.array([min(3 * row, tail // 2) for row in range(rows)]),
+        steps=steps_of(scaled),
     )
-    return Cache(arguments, channels**-0.5, softcap, owners, steps_of(scaled))
+    return Cache(q, view, tail_end, channels**-0.5, softcap, owners)
 
 
 def assert_attends(cache: Cache, threads: int = 1) -> None:
@@ -223,9 +224,9 @@ def test_classes_of_every_form_side_by_side(channels: int, swap: bool) -> None:
     for one, other in zip(*outs, strict=True):
         np.testing.assert_array_equal(one, other)
     cache = build(channels, 3, (2,), units, tail=20)
-    arguments = list(cache.arguments)
-    arguments[1][0, :2], arguments[5] = addresses, [tuple(books)]
-    assert_attends(Cache(tuple(arguments), channels**-0.5 / 16, 0.0, [pages[0][0]], steps))
+    cache.view.pages[0, :2] = addresses
+    view = replace(cache.view, books=[(books[0], books[1])], steps=steps)
+    assert_attends(replace(cache, view=view, scaling=channels**-0.5 / 16, owners=[pages[0][0]]))
 
 
 @pytest.mark.parametrize("channels", [16, 64, 80, 128, 192])
@@ -273,15 +274,17 @@ def test_attend_sees_nothing() -> None:
 def test_attend_ignores_what_is_out_of_sight() -> None:
     cache = build(64, 2, (2,), ("block", "token"), tail=80)
     out, _ = cache.attend(cpu)
-    for raw in (6, 7, 9, 10):  # sinks and tail, K and V
-        cache.arguments[raw][0, :, cache.arguments[8][0] if raw < 8 else cache.arguments[12].max() :] = 0x7FC0  # NaN
+    for sinks in (cache.view.sinks_k, cache.view.sinks_v):
+        sinks[0, :, cache.view.sink_count[0] :] = 0x7FC0  # NaN
+    for tail in (cache.view.tail_k, cache.view.tail_v):
+        tail[0, :, cache.tail_end.max() :] = 0x7FC0
     poisoned, _ = cache.attend(cpu)
     np.testing.assert_array_equal(out, poisoned)
 
 
 def test_attend_passes_on_nan() -> None:
     cache = build(64, 2, (2,), ("block", "token"), tail=80)
-    cache.arguments[9][0, 0, 5, 3] = 0x7FC0
+    cache.view.tail_k[0, 0, 5, 3] = 0x7FC0
     out, _ = cache.attend(cpu)
     assert np.isnan(out[0, 0]).all()
     assert np.isfinite(out[0, 1]).all()
@@ -291,8 +294,9 @@ def test_attend_rows_are_independent() -> None:
     cache = build(64, 4, (19, 0, 2), ("block", "token"), partial=True)
     together, lse = cache.attend(cpu, 2)
     for row in range(3):
-        one = [x[row : row + 1] if isinstance(x, np.ndarray | list) else x for x in cache.arguments[:-1]]
-        out, one_lse = cpu.attend(*one, cache.arguments[-1], cache.scaling, 0.0, 1)
+        fields = {name: x[row : row + 1] for name, x in vars(cache.view).items() if name not in ("units", "steps")}
+        view = replace(cache.view, **fields)
+        out, one_lse = cpu.attend(cache.q[row : row + 1], view, cache.tail_end, cache.scaling)
         np.testing.assert_array_equal(out[0], together[row])
         np.testing.assert_array_equal(one_lse[0], lse[row])
 
@@ -309,13 +313,14 @@ def test_attend_does_not_depend_on_threads() -> None:
 def test_attend_takes_strided_values() -> None:
     cache = build(64, 2, (1,), ("block", "token"), tail=64)
     expected, _ = cache.attend(cpu)
-    arguments = list(cache.arguments)
-    for index in (6, 7, 9, 10):
-        rows, heads, tokens, channels = arguments[index].shape
+    strided = {}
+    for name in ("sinks_k", "sinks_v", "tail_k", "tail_v"):
+        values = getattr(cache.view, name)
+        rows, heads, tokens, channels = values.shape
         room = np.full((rows, tokens + 5, heads, channels), 0x7FC0, np.uint16)
-        arguments[index] = room.transpose(0, 2, 1, 3)[:, :, :tokens]
-        arguments[index][...] = cache.arguments[index]
-    out, _ = cpu.attend(*arguments, cache.scaling, 0.0, 1)
+        strided[name] = room.transpose(0, 2, 1, 3)[:, :, :tokens]
+        strided[name][...] = values
+    out, _ = cpu.attend(cache.q, replace(cache.view, **strided), cache.tail_end, cache.scaling)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -393,7 +398,7 @@ def test_bytes_equal_reference(channels: int, units: tuple[Unit, Unit], classes:
 
 def test_decompress_into_strided_memory() -> None:
     cache = build(64, 1, (2,), ("block", "token"))
-    addresses, books = cache.arguments[1][0, :2], cache.arguments[5][0]
+    addresses, books = cache.view.pages[0, :2], cache.view.books[0]
     plain = [np.zeros((2, 128, 64), np.uint16) for _ in "KV"]
     strided = [np.zeros((128, 2, 64), np.uint16).transpose(1, 0, 2), np.zeros((2, 128, 64, 2), np.uint16)[..., 1]]
     for outs in (plain, strided):

@@ -16,6 +16,7 @@ from kvcomp.errors import InvalidInput
 from kvcomp.spec import UNITS, CodecSpec, Coding, TensorSpec, Unit
 from kvcomp.store import KVStore, attention
 from kvcomp.store.attention import attend, attend_tiled
+from kvcomp.store.tail import TILE_PAGES
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -132,7 +133,7 @@ def test_every_fill_of_the_store(backend: str, tokens: int, window: int, sinks: 
 
 def test_an_empty_window_leaves_pages_alone(backend: str) -> None:
     store = filled(backend, 128, spec=spec_of(window=0, sinks=0))
-    assert int(store.tail_begin[0]) == store.tokens
+    assert int(store.rows.tail_begin[0]) == store.tokens
     check_both(store, randn(1, 4, 1, 16))
 
 
@@ -158,7 +159,7 @@ def test_any_scaling(backend: str, scaling: float) -> None:
 @pytest.mark.parametrize("queries", [1, 2, 7, 9, 10, 11, 70, 150])
 def test_each_of_several_queries_sees_what_is_not_after_it(backend: str, queries: int) -> None:
     store = filled(backend, 150)  # 10 tokens in the window: with 11 queries the first sees pages alone
-    assert store.tokens - int(store.tail_begin[0]) == 18
+    assert store.tokens - int(store.rows.tail_begin[0]) == 18
     check_both(store, randn(1, 4, queries, 16))
 
 
@@ -262,7 +263,7 @@ def test_a_mask_that_says_causal_is_no_mask(backend: str) -> None:
 
 def test_many_tiles_of_tokens_and_queries(backend: str) -> None:
     store = filled(backend, 2300, 1)
-    assert int(store.count[0]) > 2 * attention.TILE_PAGES
+    assert int(store.rows.count[0]) > 2 * TILE_PAGES
     q = randn(1, 1, attention.TILE_QUERIES + 20, 16)
     expected = oracle(store, q, 0.3)
     check(attend_tiled(store, q, 0.3), expected)
@@ -283,8 +284,8 @@ def test_one_tile_at_a_time_is_decompressed(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(store, "tile", watched)
     attend_tiled(store, randn(1, 1, 1, 16), 0.3)
-    assert [i for part in asked for i in part] == list(range(int(store.count[0])))
-    assert max(map(len, asked)) <= attention.TILE_PAGES
+    assert [i for part in asked for i in part] == list(range(int(store.rows.count[0])))
+    assert max(map(len, asked)) <= TILE_PAGES
 
 
 def test_fused_attention_decompresses_no_tile(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

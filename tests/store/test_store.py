@@ -83,7 +83,10 @@ def fill(store: KVStore, k: Tensor, v: Tensor, chunks: list[int]) -> KVStore:
 def page_bytes(store: KVStore) -> list[list[bytes]]:
     """The pages of every row."""
     return [
-        [reference.page_bytes(address, store.heads) for address in store.pages[row, : store.count[row]].tolist()]
+        [
+            reference.page_bytes(address, store.heads)
+            for address in store.rows.pages[row, : store.rows.count[row]].tolist()
+        ]
         for row in range(store.batch)
     ]
 
@@ -99,8 +102,8 @@ def snapshot(store: KVStore) -> dict[str, Any]:
         "dense": [x.tolist() for x in store.dense()],
         "pages": page_bytes(store),
         "memory": store.memory(),
-        "books": [list(books) for books in store.own_books],
-        "counts": [[None if c is None else c.tolist() for c in counts] for counts in store.pair_counts],
+        "books": [list(books) for books in store.rows.books],
+        "counts": [[None if c is None else c.tolist() for c in counts] for counts in store.rows.pair_counts],
     }
 
 
@@ -120,7 +123,7 @@ def check_row(store: KVStore, row: int, k: Tensor, v: Tensor, start: int = 0) ->
 
     Only for a row that was never cropped: its pages follow its sinks.
     """
-    count, sinks = int(store.count[row]), int(store.sink_count[row])
+    count, sinks = int(store.rows.count[row]), int(store.rows.sink_count[row])
     sealed = slice(sinks, sinks + 64 * count)
     for found, given, tensor in zip(store.dense(), (k, v), (store.spec.key, store.spec.value), strict=True):
         mine = found[row, :, start:]
@@ -146,9 +149,9 @@ def test_pages_seal_when_64_tokens_have_gathered_beyond_sinks_and_window(backend
     assert not store.compressed
     store.seal()
     pages = max(0, count - 4 - 64) // 64
-    assert store.count.tolist() == [pages]
-    assert store.sink_count.tolist() == [4 if pages else 0]
-    assert store.tail_begin.tolist() == [4 + 64 * pages if pages else 0]
+    assert store.rows.count.tolist() == [pages]
+    assert store.rows.sink_count.tolist() == [4 if pages else 0]
+    assert store.rows.tail_begin.tolist() == [4 + 64 * pages if pages else 0]
     assert store.compressed == (pages > 0)
     check_row(store, 0, k[0], v[0])
 
@@ -162,7 +165,7 @@ def test_one_token_at_a_time_the_same_tokens_are_sealed_as_all_at_once(backend: 
         single.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
         single.seal()
         assert single.tokens == i + 1
-        assert int(single.count[0]) == max(0, i + 1 - window - sinks) // 64
+        assert int(single.rows.count[0]) == max(0, i + 1 - window - sinks) // 64
     whole = KVStore(single.spec, backend)
     whole.append(k, v)
     whole.seal()
@@ -179,7 +182,7 @@ def test_every_unit_and_dtype_is_within_its_bound(backend: str, unit: Unit, dtyp
     other: Unit = UNITS[UNITS.index(unit) - 1]
     store = fill(KVStore(spec_of(unit, other, r=0.3, classes=4, heads=3), backend), k, v, [100])
     assert store.dtype == dtype
-    assert store.count.tolist() == [2]
+    assert store.rows.count.tolist() == [2]
     assert store.dense()[0].dtype == dtype
     check_row(store, 0, k[0], v[0])
     layout = store.layout
@@ -191,7 +194,7 @@ def test_values_that_are_not_finite_survive(backend: str) -> None:
     k[0, 1, 20, 3] = torch.nan
     v[0, 0, 30, 5] = -torch.inf
     store = fill(KVStore(spec_of("block", "block"), backend), k, v, [80])
-    assert store.count.tolist() == [1]
+    assert store.rows.count.tolist() == [1]
     found_k, found_v = store.dense()
     torch.testing.assert_close(found_k[0, 1], k[0, 1], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(found_v[0, 0], v[0, 0], rtol=0, atol=0)
@@ -207,7 +210,7 @@ def test_sealed_bytes_stay_where_and_as_they_are(backend: str) -> None:
     store = fill(KVStore(spec_of(), backend), k[:, :, :150], v[:, :, :150], [150])
     seen: list[tuple[int, bytes]] = []
     for at in range(150, 700, 25):
-        now = list(zip(store.pages[0, : store.count[0]].tolist(), page_bytes(store)[0], strict=True))
+        now = list(zip(store.rows.pages[0, : store.rows.count[0]].tolist(), page_bytes(store)[0], strict=True))
         assert now[: len(seen)] == seen
         seen = now
         store.append(k[:, :, at : at + 25], v[:, :, at : at + 25])
@@ -278,11 +281,11 @@ def test_a_row_is_stored_as_if_it_were_alone(backend: str, starts: list[int]) ->
         mine_k, mine_v = k[row : row + 1, :, start:], v[row : row + 1, :, start:]
         fill(alone, mine_k, mine_v, [width - start] if start < width else [])
         assert page_bytes(alone)[0] == page_bytes(batch)[row]
-        assert alone.own_books[0] == batch.own_books[row]
+        assert alone.rows.books[0] == batch.own_books[row]
         torch.testing.assert_close(alone.dense()[0][0], dense_k[row, :, start:], rtol=0, atol=0)
         torch.testing.assert_close(alone.dense()[1][0], dense_v[row, :, start:], rtol=0, atol=0)
         check_row(batch, row, k[row, :, start:], v[row, :, start:], start)
-    assert batch.count.min() >= 3
+    assert batch.rows.count.min() >= 3
 
 
 def test_the_values_of_the_neighbours_do_not_matter(backend: str) -> None:
@@ -293,7 +296,7 @@ def test_the_values_of_the_neighbours_do_not_matter(backend: str) -> None:
     other = fill(KVStore(spec_of(r=0.5), backend), k2, v2, [290])
     assert page_bytes(one)[0] == page_bytes(other)[0]
     assert page_bytes(one)[1] != page_bytes(other)[1]
-    assert one.own_books[0] == other.own_books[0]
+    assert one.rows.books[0] == other.rows.books[0]
 
 
 def test_starts_may_be_set_before_sealing_and_not_after(backend: str) -> None:
@@ -303,7 +306,7 @@ def test_starts_may_be_set_before_sealing_and_not_after(backend: str) -> None:
     store.set_starts([3, 180])
     store.set_starts([7, 190])
     store.seal()
-    assert store.count.tolist() == [2, 0]
+    assert store.rows.count.tolist() == [2, 0]
     before = snapshot(store)
     store.set_starts([7, 190])
     assert snapshot(store) == before
@@ -312,7 +315,7 @@ def test_starts_may_be_set_before_sealing_and_not_after(backend: str) -> None:
             store.set_starts(starts)
         assert snapshot(store) == before
     store.set_starts([7, 195])  # nothing of row 1 is sealed yet
-    assert store.tail_begin.tolist() == [139, 195]
+    assert store.rows.tail_begin.tolist() == [139, 195]
     torch.testing.assert_close(store.dense()[0][1, :, 195:], k[1, :, 195:], rtol=0, atol=0)
 
 
@@ -323,11 +326,11 @@ def test_a_row_of_padding_alone_holds_nothing(backend: str) -> None:
     store.set_starts([0, 100])
     store.seal()
     memory = store.memory()
-    assert (store.count.tolist(), memory.values) == ([1, 0], 100 * 2 * 2 * 16)
+    assert (store.rows.count.tolist(), memory.values) == ([1, 0], 100 * 2 * 2 * 16)
     more_k, more_v = tokens(90, batch=2, seed=9)
     fill(store, more_k, more_v, [])
     check_row(store, 1, more_k[1], more_v[1], start=100)
-    assert store.count.tolist() == [2, 1]
+    assert store.rows.count.tolist() == [2, 1]
 
 
 # Crop
@@ -340,7 +343,7 @@ POSITIONS = [0, 1, 3, 4, 5, 67, 68, 69, 100, 131, 132, 133, 195, 196, 197, 203, 
 def test_a_crop_keeps_the_first_tokens_as_they_are_and_more_can_follow(backend: str, position: int) -> None:
     k, v = tokens(210)
     store = fill(KVStore(spec_of(), backend), k, v, [205])
-    assert store.count.tolist() == [3]
+    assert store.rows.count.tolist() == [3]
     before = [x[:, :, :position].clone() for x in store.dense()]
     store.crop(position)
     assert store.tokens == position
@@ -351,7 +354,7 @@ def test_a_crop_keeps_the_first_tokens_as_they_are_and_more_can_follow(backend: 
     kept = [x[:, :, :position] for x in store.dense()]
     for a, b in zip(kept, before, strict=True):
         torch.testing.assert_close(a[:, :, : 4 + 192], b[:, :, : 4 + 192], rtol=0, atol=0)
-    sealed = int(store.tail_begin[0])
+    sealed = int(store.rows.tail_begin[0])
     assert store.tokens - sealed < 64 + 8
     for found, given, old, tensor in zip(
         store.dense(), (more_k, more_v), before, (store.spec.key, store.spec.value), strict=True
@@ -382,7 +385,7 @@ def test_a_crop_of_ragged_rows_takes_from_each_what_lies_behind(backend: str) ->
     store.append(k, v)
     store.set_starts(starts)
     store.seal()
-    assert store.count.tolist() == [3, 2, 0]
+    assert store.rows.count.tolist() == [3, 2, 0]
     whole = store.dense()
     for position in (220, 160, 100, 31, 20):
         store.crop(position)
@@ -398,11 +401,11 @@ def test_pages_cropped_away_are_freed(backend: str) -> None:
     three = store.memory()
     store.crop(100)
     two = store.memory()
-    assert 0 < two.pages < three.pages
+    assert 0 < two.rows.pages < three.rows.pages
     assert two.spare == 2 * 16  # those of the pages left
     store.crop(4)
     none = store.memory()
-    assert (none.pages, none.spare) == (0, 0)
+    assert (none.rows.pages, none.spare) == (0, 0)
     fill(store, k, v, [])
     memory = store.memory()
     assert memory.pages == sum(len(page) for page in page_bytes(store)[0])
@@ -458,7 +461,7 @@ def test_repeated_rows_share_their_pages_and_then_go_their_own_ways(backend: str
     pages = page_bytes(store)
     assert all(row[:5] == pages[0][:5] for row in pages)
     assert len({row[5] for row in pages}) == 4
-    assert len({tuple(row[:5]) for row in store.pages.tolist()}) == 1
+    assert len({tuple(row[:5]) for row in store.rows.pages.tolist()}) == 1
 
 
 @pytest.mark.parametrize(
@@ -482,7 +485,7 @@ def test_a_deep_copy_is_independent_and_shares_its_pages(backend: str, count: in
     twin = deepcopy(store)
     before = snapshot(store)
     assert snapshot(twin) == before
-    assert twin.pages.tolist() == store.pages.tolist()
+    assert twin.rows.pages.tolist() == store.rows.pages.tolist()
     fill(twin, *tokens(100, batch=2, seed=1), [])
     twin.crop(50)
     twin.select(torch.tensor([1]))
@@ -507,8 +510,8 @@ def test_a_deep_copy_of_an_empty_store_is_empty(backend: str) -> None:
 def counted(store: KVStore, k: Tensor, v: Tensor, row: int = 0) -> list[Codebook]:
     """The books that the sealed tokens of a row train, by the reference."""
     books = []
-    begin = int(store.sink_count[row])
-    part = slice(begin, begin + 64 * int(store.count[row]))
+    begin = int(store.rows.sink_count[row])
+    part = slice(begin, begin + 64 * int(store.rows.count[row]))
     kinds: Any = ("K", "V")
     for kind, x, tensor in zip(kinds, (k, v), (store.spec.key, store.spec.value), strict=True):
         q = reference.quantise(as_array(x[row, :, part]), tensor.unit, tensor.scale)
@@ -527,25 +530,25 @@ def test_a_row_learns_its_books_at_256_sealed_tokens_and_keeps_them(backend: str
     store = KVStore(spec, backend)
     at = 0
     for chunk in [*chunks, *[1] * (268 - sum(chunks))]:
-        assert store.own_books == ([[None, None]] if at else [])
+        assert store.rows.books == ([[None, None]] if at else [])
         fill(store, k[:, :, at : at + chunk], v[:, :, at : at + chunk], [chunk])
         at += chunk
-    learned = store.own_books[0]
-    assert store.count.tolist() == [(at - 12) // 64]
+    learned = store.rows.books[0]
+    assert store.rows.count.tolist() == [(at - 12) // 64]
     assert learned == counted(store, k, v)
-    assert store.pair_counts == [[None, None]]
+    assert store.rows.pair_counts == [[None, None]]
     # the pages before are coded with the default book, those of the call that reached 256 tokens with the new one
     earlier = max(0, sum(chunks[:-1]) - 12) // 64 if sum(chunks) >= 268 else 3
-    assert modes(store) == [{DEFAULT_BOOK}] * earlier + [{OWN_BOOK}] * (int(store.count[0]) - earlier)
+    assert modes(store) == [{DEFAULT_BOOK}] * earlier + [{OWN_BOOK}] * (int(store.rows.count[0]) - earlier)
     fill(store, k[:, :, at:], v[:, :, at:], [])
-    assert all(a is b for a, b in zip(store.own_books[0], learned, strict=True))
+    assert all(a is b for a, b in zip(store.rows.books[0], learned, strict=True))
     check_row(store, 0, k[0], v[0])
 
 
 def test_before_256_tokens_the_default_book_serves(backend: str) -> None:
     store = fill(KVStore(spec_of(classes=4, r=0.5), backend), *tokens(267), [250])
-    assert store.count.tolist() == [3]
-    assert store.own_books == [[None, None]]
+    assert store.rows.count.tolist() == [3]
+    assert store.rows.books == [[None, None]]
     assert store.books(0) == ((default(0.5, 4, 12), None), (default(0.5, 4, 11), None))
     assert modes(store) == [{DEFAULT_BOOK}] * 3
 
@@ -554,7 +557,7 @@ def test_a_block_whose_codes_the_own_book_lacks_takes_the_default_book(backend: 
     k, v = tokens(400)
     k[:, :, :330] = 3.0  # constants: their only code is 0
     store = fill(KVStore(spec_of("block", "token", r=0.5), backend), k, v, [268])
-    book = store.own_books[0][0]
+    book = store.rows.books[0][0]
     assert book is not None
     assert book.levels == (1,)
     assert [mode for mode, _ in blocks_of(page_bytes(store)[0][-1], store.layout)] == [DEFAULT_BOOK] * 2 + [
@@ -570,7 +573,7 @@ def test_the_unit_head_learns_its_book_over_several_seals_as_at_once(backend: st
     k, v = tokens(384)
     slow = fill(KVStore(spec, backend), k, v, [100])
     at_once = fill(KVStore(spec, backend), k[:, :, :256], v[:, :, :256], [256])
-    assert slow.own_books == at_once.own_books
+    assert slow.rows.books == at_once.rows.books
     assert [{mode >= FIXED or mode == RAW for mode in of_page} for of_page in modes(slow)[:3]] == [{True}] * 3
     assert OWN_BOOK in modes(slow)[-1]
     check_row(slow, 0, k[0], v[0])
@@ -581,7 +584,7 @@ def test_counts_of_the_unit_head_are_kept_around_0(backend: str) -> None:
     k, v = torch.zeros(1, 2, 64, 16), torch.zeros(1, 2, 64, 16)
     k[0, 0, 3, 4], v[0, 1, 5, 5] = -7, 9
     store = fill(KVStore(CodecSpec(tensor, tensor, window=0, sinks=0), backend), k, v, [64])
-    for counts, (n, code) in zip(store.pair_counts[0], ((14, -7), (20, 9)), strict=True):
+    for counts, (n, code) in zip(store.rows.pair_counts[0], ((14, -7), (20, 9)), strict=True):
         assert counts is not None
         assert counts.shape == (1, n, n)
         assert counts.sum() == 2 * 64 * 8
@@ -592,19 +595,19 @@ def test_books_that_are_given_serve_from_the_first_page_and_none_is_trained(back
     tensor = TensorSpec("head", classes=4, steps=((0.5, 0.5),))
     spec = CodecSpec(tensor, tensor, window=0, sinks=0)
     k, v = tokens(640)
-    wide = fill(KVStore(spec, backend), 4 * k, 4 * v, [640]).own_books[0]
-    narrow = fill(KVStore(spec, backend), k, v, [640]).own_books[0]
+    wide = fill(KVStore(spec, backend), 4 * k, 4 * v, [640]).rows.books[0]
+    narrow = fill(KVStore(spec, backend), k, v, [640]).rows.books[0]
     books = (wide[0], narrow[0]), (wide[1], narrow[1])
     k[:, 0, 64:] *= 3  # what the narrow book lacks
     store = fill(KVStore(spec, backend, books), k[:, :, :384], v[:, :, :384], [64])
-    assert store.own_books == [narrow]
+    assert store.rows.books == [narrow]
     assert store.books(0) == books
-    assert store.pair_counts == [[None, None]]
+    assert store.rows.pair_counts == [[None, None]]
     assert modes(store)[0] == {OWN_BOOK}
     assert {DEFAULT_BOOK, OWN_BOOK} <= set().union(*modes(store)[1:])
     check_row(store, 0, k[0, :, :384], v[0, :, :384])
     store.select(torch.tensor([0, 0]))
-    assert store.own_books == [narrow] * 2
+    assert store.rows.books == [narrow] * 2
 
 
 def test_books_that_do_not_fit_the_spec_are_refused(backend: str) -> None:
@@ -629,14 +632,14 @@ def test_each_row_learns_its_own_books(backend: str) -> None:
     store.append(k, v)
     store.set_starts(starts)
     store.seal()
-    assert store.own_books[0] == counted(store, k, v)
-    assert store.own_books[1] == [None, None]
+    assert store.rows.books[0] == counted(store, k, v)
+    assert store.rows.books[1] == [None, None]
 
 
 def test_fixed_width_needs_no_books(backend: str) -> None:
     store = fill(KVStore(spec_of(coding="fixed"), backend), *tokens(300), [300])
-    assert store.own_books == [[None, None]]
-    assert store.pair_counts == [[None, None]]
+    assert store.rows.books == [[None, None]]
+    assert store.rows.pair_counts == [[None, None]]
     assert all(mode > 8 for page in modes(store) for mode in page)
 
 
@@ -791,9 +794,9 @@ def work(spec: CodecSpec, backend: str, count: int, batch: int = 1, seal: bool =
             store.seal()
         if store.tail_k is not tail:
             moves, moved = moves + 1, moved + store.tail_k.shape[2]
-        if store.pages is not table:
-            moves, moved = moves + 1, moved + store.pages.shape[1]
-        tail, table = store.tail_k, store.pages
+        if store.rows.pages is not table:
+            moves, moved = moves + 1, moved + store.rows.pages.shape[1]
+        tail, table = store.tail_k, store.rows.pages
     return moves, moved
 
 
@@ -1009,10 +1012,10 @@ class StoreMachine(RuleBasedStateMachine):
             error = np.abs(dense[index, :, :, row.start :] - row.values)
             assert (error <= row.bounds).all()
             assert int(self.store.starts[index]) == row.start
-            assert int(self.store.tail_begin[index]) == row.start + row.sealed
+            assert int(self.store.rows.tail_begin[index]) == row.start + row.sealed
         memory = self.store.memory()
         assert memory.total == allocated(self.store)
-        pages = [self.store.pages[row, : self.store.count[row]].tolist() for row in range(self.store.batch)]
+        pages = [self.store.rows.pages[row, : self.store.rows.count[row]].tolist() for row in range(self.store.batch)]
         sizes = {
             a: len(b)
             for row, old in zip(pages, page_bytes(self.store), strict=True)

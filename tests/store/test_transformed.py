@@ -174,7 +174,7 @@ def test_a_block_that_no_book_can_hold_is_raw_and_exact() -> None:
     k, v = hostile("one huge value", torch.float32)
     made = filled(k, v)
     assert made.memory().raw_blocks > 0
-    modes = [int(word) & 15 for owner in made.owners[0][:1] for word in owner[:16].view("<u4")]
+    modes = [int(word) & 15 for owner in made.rows.owners[0][:1] for word in owner[:16].view("<u4")]
     assert len(modes) == 4
     assert modes.count(RAW) <= 1  # and only that one
     assert torch.allclose(made.held()[0][0, 1, 200], MADE.layers[0][0].key.apply(k)[0, 1, 200])
@@ -186,12 +186,13 @@ def test_both_calibrated_books_are_used() -> None:
     wide = filled(k, v)
     narrow = filled(*kv(1, 64 * 30))
     found = [
-        {int(word) & 15 for owner in made.owners[0] for word in owner[:20].view("<u4")[:4]} for made in (wide, narrow)
+        {int(word) & 15 for owner in made.rows.owners[0] for word in owner[:20].view("<u4")[:4]}
+        for made in (wide, narrow)
     ]
     assert 1 in found[0]
     assert 2 in found[1]
     assert wide.memory().coded_bits < 1.5 * narrow.memory().coded_bits
-    assert wide.own_books[0][0] is narrow.own_books[0][0]  # the calibration's, never a sequence's own
+    assert wide.rows.books[0][0] is narrow.rows.books[0][0]  # the calibration's, never a sequence's own
 
 
 def test_soft_caps_need_keys_without_a_mean() -> None:

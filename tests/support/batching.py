@@ -99,5 +99,5 @@ def pages_of(store: KVStore) -> list[list[bytes]]:
     """Of each row the bytes of its pages."""
     return [
         [page_bytes(address, HEADS) for address in row[:count]]
-        for row, count in zip(store.pages.tolist(), store.count.tolist(), strict=True)
+        for row, count in zip(store.rows.pages.tolist(), store.rows.count.tolist(), strict=True)
     ]

@@ -12,7 +12,7 @@ from kvcomp.codec import codebook
 from kvcomp.codec.dtypes import DEFAULT_BOOK, DTYPES, OWN_BOOK
 from kvcomp.codec.page import directory_of
 from kvcomp.codec.quantise import Quantised, round_to, to_float32
-from kvcomp.kernels import Books, reference
+from kvcomp.kernels import Books, CacheView, reference
 from kvcomp.spec import KINDS, PAGE_TOKENS, CodecSpec, Coding, TensorSpec, Unit
 
 Array = npt.NDArray[Any]
@@ -88,22 +88,21 @@ class Cache:
 
     def attend(self) -> tuple[Array, Array]:
         """What attention must give, and the natural log of the softmax denominators."""
-        return reference.attend(
-            self.q,
-            self.pages,
-            self.valid,
-            self.count,
-            self.case.units,
-            self.books,
-            *self.sinks,
-            self.sink_count,
-            *self.tail,
-            self.tail_begin,
-            self.tail_end,
-            self.scaling,
-            self.case.softcap,
+        view = CacheView(
+            pages=self.pages,
+            valid=self.valid,
+            count=self.count,
+            units=self.case.units,
+            books=self.books,
+            sinks_k=self.sinks[0],
+            sinks_v=self.sinks[1],
+            sink_count=self.sink_count,
+            tail_k=self.tail[0],
+            tail_v=self.tail[1],
+            tail_begin=self.tail_begin,
             steps=self.steps,
         )
+        return reference.attend(self.q, view, self.tail_end, self.scaling, self.case.softcap)
 
 
 def values_like(rng: np.random.Generator, heads: int, tokens: int, channels: int, value: str) -> Array:

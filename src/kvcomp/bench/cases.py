@@ -19,7 +19,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ from kvcomp.errors import InvalidInput
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.layer import CompressedLayer
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
-from kvcomp.store import KVStore
+from kvcomp.store import KVStore, sealed
 from kvcomp.store.attention import attend
 
 CODEC_TOKENS = 4096
@@ -115,7 +115,7 @@ class AttentionCase:
 
     def measure(self, grid: Grid) -> dict[str, Any]:
         k, v = tensors(self.batch, grid.kv_heads, self.context, self.head_dim)
-        store = filled(self.spec, k, v)
+        store = sealed(self.spec.bare(), k, v)
         q = torch.randn(self.batch, grid.kv_heads * self.group, 1, self.head_dim)
         error = checks.attention_error(store, q)
         torch.set_num_threads(self.threads)
@@ -155,10 +155,10 @@ class CodecCase:
     def measure(self, grid: Grid) -> dict[str, Any]:
         torch.set_num_threads(1)
         k, v = tensors(1, grid.kv_heads, self.tokens, self.head_dim)
-        checks.check_codec(bare(self.spec), k, v)
-        store = filled(self.spec, k, v)
+        checks.check_codec(self.spec.bare(), k, v)
+        store = sealed(self.spec.bare(), k, v)
         actions = {
-            "encode": lambda: filled(self.spec, k, v),
+            "encode": lambda: sealed(self.spec.bare(), k, v),
             "decompress": store.dense,
             "copy": lambda: (k.clone(), v.clone()),
         }
@@ -320,11 +320,6 @@ def parameters(grid: Grid, spec: CodecSpec) -> dict[str, Any]:
     }
 
 
-def bare(spec: CodecSpec) -> CodecSpec:
-    """Without raw sinks and window, so that what is timed is what is compressed."""
-    return replace(spec, window=0, sinks=0)
-
-
 def tensors(batch: int, heads: int, tokens: int, channels: int) -> tuple[Tensor, Tensor]:
     """K with channels of different size, heavy-tailed, and V with tokens of different size; bfloat16 (batch, heads, tokens, channels)."""
     torch.manual_seed(SEED)
@@ -334,14 +329,6 @@ def tensors(batch: int, heads: int, tokens: int, channels: int) -> tuple[Tensor,
     k *= torch.exp(torch.randn(batch, heads, 1, channels) / 2)
     v *= torch.exp(torch.randn(batch, heads, tokens, 1) * 0.3)
     return k.to(torch.bfloat16), v.to(torch.bfloat16)
-
-
-def filled(spec: CodecSpec, k: Tensor, v: Tensor) -> KVStore:
-    """A store with all whole pages of K and V compressed."""
-    store = KVStore(bare(spec))
-    store.append(k, v)
-    store.seal()
-    return store
 
 
 def _page_seals(store: KVStore, k: Tensor, v: Tensor, count: int) -> Iterator[float]:

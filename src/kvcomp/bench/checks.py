@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import KVCompError
-from kvcomp.kernels import load_backend
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
-from kvcomp.store import KVStore
+from kvcomp.store import KVStore, sealed
 from kvcomp.store.attention import attend
 from kvcomp.store.pages import compare
 
@@ -49,8 +48,7 @@ def reference_error(store: KVStore, q: Tensor) -> float:
     twin.crop(min(store.tokens, store.spec.sinks + REFERENCE_PAGES * PAGE_TOKENS))
     scaling = store.channels**-0.5
     ours = attend(twin, q, scaling).double()
-    twin.kernels = load_backend("reference")
-    return _tolerable(_relative(ours, attend(twin, q, scaling).double()), "attention")
+    return _tolerable(_relative(ours, attend(twin.on("reference"), q, scaling).double()), "attention")
 
 
 def check_codec(spec: CodecSpec, k: Tensor, v: Tensor) -> None:
@@ -60,11 +58,8 @@ def check_codec(spec: CodecSpec, k: Tensor, v: Tensor) -> None:
     """
     tokens = REFERENCE_PAGES * PAGE_TOKENS
     k, v = (x[:1, :CODEC_HEADS, :tokens].contiguous() for x in (k, v))
-    stores = [KVStore(spec, backend) for backend in ("cpu", "reference")]
-    for store in stores:
-        store.append(k, v)
-        store.seal()
-    ours, reference = (b"".join(buffer.tobytes() for buffer in store.owners[0][:1]) for store in stores)
+    stores = [sealed(spec, k, v, backend) for backend in ("cpu", "reference")]
+    ours, reference = (b"".join(buffer.tobytes() for buffer in store.rows.owners[0][:1]) for store in stores)
     if ours != reference:
         raise CheckFailed("the encoder's bytes differ from the reference's: no time is given for it")
     if not all(torch.equal(x, y) for x, y in zip(stores[0].dense(), stores[1].dense(), strict=True)):
@@ -75,11 +70,12 @@ def check_codec(spec: CodecSpec, k: Tensor, v: Tensor) -> None:
 
 def _seen(store: KVStore, row: int) -> list[npt.NDArray[np.float32]]:
     """K and V of a row as attention sees them, float32 (heads, tokens, channels)."""
-    count, sinks = int(store.count[row]), int(store.sink_count[row])
+    count, sinks, begin = (int(x[row]) for x in (store.rows.count, store.rows.sink_count, store.rows.tail_begin))
     k, v = np.empty((2, store.heads, count * PAGE_TOKENS, store.channels), np.float32)
     if count:
-        store.kernels.decompress(store.pages[row, :count].copy(), store.units, *store.books(row), k, v, store.steps)
-    tail = slice(int(store.tail_begin[row]) - store.tail_base, store.tokens - store.tail_base)
+        pages = store.rows.pages[row, :count].copy()
+        store.kernels.decompress(pages, store.units, *store.books(row), k, v, store.steps)
+    tail = slice(begin - store.tail_base, store.tokens - store.tail_base)
     raw = ((store.sinks_k, store.tail_k), (store.sinks_v, store.tail_v))
     return [
         np.concatenate([first[row, :, :sinks].float().numpy(), middle, last[row, :, tail].float().numpy()], axis=1)

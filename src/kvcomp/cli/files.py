@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import reduce
 from math import isnan
 from operator import add
@@ -42,17 +42,16 @@ def compress(
     with plain_errors():
         from kvcomp import files
         from kvcomp.calibration import resolve
-        from kvcomp.store import KVStore
+        from kvcomp.store import sealed
 
         resolved, calibrated = resolve(spec, calibration)
-        chosen = replace(resolved, window=0, sinks=0)
+        chosen = resolved.bare()
         stores = {}
         with screen.status("compressing"), _Source(source) as tensors:
             for layer in tensors.layers:
                 of_layer = calibrated.layer(layer, chosen) if calibrated else None
-                stores[layer] = KVStore(chosen.layer(layer, len(tensors.layers)), "cpu", *(of_layer or ()))
-                stores[layer].append(*tensors.pair(layer))
-                stores[layer].seal()
+                spec_of_layer = chosen.layer(layer, len(tensors.layers))
+                stores[layer] = sealed(spec_of_layer, *tensors.pair(layer), calibrated=of_layer)
         files.save(output, stores, chosen, len(stores))
         memory = reduce(add, (store.memory() for store in stores.values()))
         size = output.stat().st_size
@@ -131,7 +130,7 @@ def verify(
 
         container = files.open_container(source)
         stores = files.load(container, calibration=_read(calibration))
-        pages = sum(int(store.count.sum()) for store in stores.values())
+        pages = sum(int(store.rows.count.sum()) for store in stores.values())
         say(f"{source}: {len(stores)} layers with {pages} pages are as they should be")
         if against is None:
             return

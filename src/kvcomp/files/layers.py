@@ -18,13 +18,14 @@ from torch import Tensor
 
 from kvcomp.calibration import Calibration, LayerCalibration, resolve
 from kvcomp.codec.codebook import Codebook
-from kvcomp.codec.page import Layout, size_of
+from kvcomp.codec.page import size_of
 from kvcomp.disk import read, write
 from kvcomp.errors import InvalidInput
 from kvcomp.files.container import Container, LayerParts, pack
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
 from kvcomp.store.join import first_of_tail, last_tokens
+from kvcomp.store.rows import Rows
 from kvcomp.store.tensors import NAMES, TYPES, as_array, as_tensor
 
 Bytes = npt.NDArray[np.uint8]
@@ -118,12 +119,9 @@ def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
 
     k, v: (batch, KV heads, last tokens, head_dim). tokens: positions in all. spec: that of the layer. Raises InvalidInput.
     """
-    store = KVStore(spec)
-    store.append(k, v)
-    before = tokens - store.tokens
-    store.tokens, store.tail_base = tokens, before
-    store.starts[:] = store.tail_begin[:] = before
-    return store
+    rows, before = Rows.empty(k.shape[0]), tokens - k.shape[2]
+    rows.starts[:] = rows.tail_begin[:] = before
+    return KVStore(spec).of(rows, tokens, (k, v))
 
 
 # Stores <-> parts
@@ -131,38 +129,37 @@ def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
 
 def parts_of(store: KVStore, layer: int) -> LayerParts:
     """What a file holds of a layer: pages that rows share once, nothing that no token needs. Pages are not copied."""
+    rows = store.rows
     arena, offsets = _arena(store)
     books: dict[int, Codebook] = {}
     row_books = np.full((store.batch, 2), -1, np.int64)
     places: dict[int, int] = {}
-    for row, pair in enumerate(store.own_books):
+    for row, pair in enumerate(rows.books):
         for kind, book in enumerate(pair):
             if book is not None and store.given_books is None:
                 books[id(book)] = book
                 row_books[row, kind] = places.setdefault(id(book), len(places))
-    recent = store.tokens - first_of_tail(store)
     held = [as_array(x) for x in (store.sinks_k, store.sinks_v)]
-    sinks = np.zeros((2, store.batch, store.heads, int(store.sink_count.max()), store.channels), held[0].dtype)
-    for row, count in enumerate(store.sink_count.tolist()):
+    sinks = np.zeros((2, store.batch, store.heads, int(rows.sink_count.max()), store.channels), held[0].dtype)
+    for row, count in enumerate(rows.sink_count.tolist()):
         for kind in (0, 1):
             sinks[kind, row, :, :count] = held[kind][row, :, :count]
-    entries = [store.valid[row, :count] for row, count in enumerate(store.count.tolist())]
     return LayerParts(
         layer=layer,
         heads=store.heads,
         channels=store.channels,
         dtype=NAMES[store.dtype],
-        start=store.starts,
-        sink_count=store.sink_count,
-        page_count=store.count,
+        start=rows.starts,
+        sink_count=rows.sink_count,
+        page_count=rows.count,
         offsets=offsets,
-        valid=np.concatenate(entries),
+        valid=np.concatenate([rows.valid[row, :count] for row, count in enumerate(rows.count.tolist())]),
         arena=arena,
         books=list(books.values()),
         row_books=row_books,
-        counts=store.pair_counts,
+        counts=rows.pair_counts,
         sinks=sinks,
-        tail=last_tokens(store, recent),
+        tail=last_tokens(store, store.tokens - first_of_tail(store)),
     )
 
 
@@ -179,42 +176,44 @@ def store_of(
     spec: that of the layer. tokens: positions that the layer holds. calibrated: what the layer's calibration has, if the spec has one.
     Raises InvalidInput if the calibration is of layers of another shape.
     """
-    store = KVStore(spec, backend, *(calibrated or ()))
-    store.check_shape(parts.heads, parts.channels)
-    rows = parts.start.size
-    store.batch, store.heads, store.channels, store.tokens = rows, parts.heads, parts.channels, tokens
-    store.dtype = TYPES[parts.dtype]
-    store.layout = Layout(parts.heads, parts.channels, store.units, store.dtype.itemsize)
-    store.starts, store.sink_count, store.count = (x.copy() for x in (parts.start, parts.sink_count, parts.page_count))
-    capacity = int(store.count.max())
-    used = np.arange(capacity) < store.count[:, None]
+    empty = KVStore(spec, backend, *(calibrated or ()))
+    count, capacity = parts.page_count.copy(), int(parts.page_count.max())
+    used = np.arange(capacity) < count[:, None]
     arena = parts.arena[0] if parts.arena else np.zeros(0, np.uint8)
-    store.pages, store.valid = np.zeros((rows, capacity), np.int64), np.zeros((rows, capacity), np.int32)
-    store.pages[used] = arena.ctypes.data + parts.offsets
-    store.valid[used] = parts.valid
-    store.tail_begin = store.starts + store.sink_count + store.valid.sum(axis=1, dtype=np.int64)
-    store.tail_base = tokens - parts.tail.shape[3]
-    store.tail_k, store.tail_v = (as_tensor(x, store.dtype) for x in parts.tail)
+    pages, valid = np.zeros(used.shape, np.int64), np.zeros(used.shape, np.int32)
+    pages[used] = arena.ctypes.data + parts.offsets
+    valid[used] = parts.valid
+    given = (None, None) if empty.given_books is None else [narrow for _, narrow in empty.given_books]
+    rows = Rows(
+        starts=parts.start.copy(),
+        tail_begin=parts.start + parts.sink_count + valid.sum(axis=1, dtype=np.int64),
+        sink_count=parts.sink_count.copy(),
+        count=count,
+        pages=pages,
+        valid=valid,
+        owners=[[arena] * of_row for of_row in count.tolist()],
+        books=[
+            [book if index < 0 else parts.books[index] for index, book in zip(row, given, strict=True)]
+            for row in parts.row_books.tolist()
+        ],
+        pair_counts=[list(pair) for pair in parts.counts],
+    )
     sinks = np.zeros((*parts.sinks.shape[:3], spec.sinks, parts.channels), parts.sinks.dtype)
     sinks[:, :, :, : parts.sinks.shape[3]] = parts.sinks
-    store.sinks_k, store.sinks_v = (as_tensor(x, store.dtype) for x in sinks)
-    store.owners = [[arena] * count for count in store.count.tolist()]
-    given = (None, None) if store.given_books is None else [narrow for _, narrow in store.given_books]
-    store.own_books = [
-        [book if index < 0 else parts.books[index] for index, book in zip(row, given, strict=True)]
-        for row in parts.row_books.tolist()
-    ]
-    store.pair_counts = [list(pair) for pair in parts.counts]
-    return store
+    (tail_k, tail_v), (sinks_k, sinks_v) = (
+        [as_tensor(x, TYPES[parts.dtype]) for x in both] for both in (parts.tail, sinks)
+    )
+    return empty.of(rows, tokens, (tail_k, tail_v), (sinks_k, sinks_v))
 
 
 def _arena(store: KVStore) -> tuple[list[Bytes], npt.NDArray[np.int64]]:
     """The pages of all rows without repetition, in as few pieces as they lie in, and where each entry's page begins."""
+    rows = store.rows
     places: dict[int, int] = {}
     bases: dict[int, tuple[int, memoryview]] = {}
     runs: list[tuple[Bytes, int, int]] = []
     offsets, at = [], 0
-    for owners, addresses, count in zip(store.owners, store.pages.tolist(), store.count.tolist(), strict=True):
+    for owners, addresses, count in zip(rows.owners, rows.pages.tolist(), rows.count.tolist(), strict=True):
         for buffer, address in zip(owners, addresses[:count], strict=True):
             if address not in places:
                 if id(buffer) not in bases:

@@ -22,7 +22,7 @@ from kvcomp.evaluate.retrieval import Quiz, answered, quiz_sample
 from kvcomp.evaluate.text import Tokens
 from kvcomp.results.journal import Journal
 from kvcomp.spec import KINDS, CodecSpec, TensorSpec
-from kvcomp.store import KVStore, Memory
+from kvcomp.store import Memory, sealed
 from kvcomp.store.pages import bits_by_head
 
 STEPS = (0.33, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)  # multiples of the base's relative scales
@@ -147,9 +147,7 @@ class Tuner:
         def run() -> list[float]:
             each = self.sample(index)
             factors = np.full((self.layers, 2), step)
-            store = KVStore(self._with(factors).layer(layer, self.layers))
-            store.append(*each.cache[layer])
-            store.seal()
+            store = sealed(self._with(factors).layer(layer, self.layers), *each.cache[layer])
             coded, kls = store.dense(), []
             for part in range(2):
                 values: list[Pair] = list(each.cache)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Literal, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcomp.codec.codebook import Codebook
 from kvcomp.codec.quantise import Quantised
 from kvcomp.errors import BackendUnavailable
+from kvcomp.kernels.view import NO_STEPS, Array, Books, CacheView, Steps
 from kvcomp.spec import Coding, Kind, Unit
 
-BackendName = Literal["cpu", "reference"]
-Books = tuple[Codebook | None, Codebook | None]  # the default book and the sequence's own
-Steps = tuple[
-    tuple[float, ...] | None, tuple[float, ...] | None
-]  # the heads' steps of K and of V, where the unit is ``head``
-NO_STEPS: Steps = (None, None)
-Array = npt.NDArray[Any]
+__all__ = ["NO_STEPS", "Array", "Backend", "Books", "CacheView", "Steps", "load_backend"]
 
 
 class Backend(Protocol):
@@ -56,23 +49,41 @@ class Backend(Protocol):
     def attend(
         self,
         q: npt.NDArray[np.float32],
-        pages: npt.NDArray[np.int64],
-        valid: npt.NDArray[np.int32],
-        count: npt.NDArray[np.int64],
-        units: tuple[Unit, Unit],
-        books: Sequence[tuple[Books, Books]],
-        sinks_k: Array,
-        sinks_v: Array,
-        sink_count: npt.NDArray[np.int64],
-        tail_k: Array,
-        tail_v: Array,
-        tail_begin: npt.NDArray[np.int64],
+        view: CacheView,
         tail_end: npt.NDArray[np.int64],
         scaling: float,
         softcap: float = 0.0,
         threads: int = 1,
-        steps: Steps = NO_STEPS,
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]: ...
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """softmax(cap(scaling q.K)) V over sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579).
+
+        Parameters
+        ----------
+        q
+            float32 (rows, KV heads, queries of a KV head, head_dim).
+        view
+            What the queries see.
+        tail_end
+            int64 (queries,): query i sees the tail up to ``tail_end[i]``.
+        scaling
+            Factor on q.K.
+        softcap
+            cap(x) = softcap tanh(x / softcap); 0 for none.
+        threads
+            Most threads to use. The result does not depend on it.
+
+        Returns
+        -------
+        out, lse
+            The output, shaped as q, and the natural logarithm of the softmax denominators, (rows, KV heads, queries).
+            A query that sees no token gets 0 and -inf.
+
+        Raises
+        ------
+        InvalidInput
+            If the values' dtype is none of the three.
+        """
+        ...
 
 
 def host_backend(name: str) -> str:

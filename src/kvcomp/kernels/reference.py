@@ -6,7 +6,6 @@ Its decoder follows docs/format.md alone, so it is also the independent check of
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from kvcomp.codec.page import (
 )
 from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, Array, Quantised, quantise, round_to, to_float32
 from kvcomp.errors import CorruptData
-from kvcomp.kernels import NO_STEPS, Books, Steps
+from kvcomp.kernels import NO_STEPS, Books, CacheView, Steps
 from kvcomp.spec import KINDS, PAGE_TOKENS, Coding, Kind, Unit
 
 __all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quantise"]
@@ -169,48 +168,31 @@ def decompress(
 
 def attend(
     q: npt.NDArray[np.float32],
-    pages: npt.NDArray[np.int64],
-    valid: npt.NDArray[np.int32],
-    count: npt.NDArray[np.int64],
-    units: tuple[Unit, Unit],
-    books: Sequence[tuple[Books, Books]],
-    sinks_k: Array,
-    sinks_v: Array,
-    sink_count: npt.NDArray[np.int64],
-    tail_k: Array,
-    tail_v: Array,
-    tail_begin: npt.NDArray[np.int64],
+    view: CacheView,
     tail_end: npt.NDArray[np.int64],
     scaling: float,
     softcap: float = 0.0,
     threads: int = 1,
-    steps: Steps = NO_STEPS,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """softmax(cap(scaling q.K)) V over a cache of sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579), in float64.
-
-    q: float32 (rows, KV heads, queries of a head, channels).
-    pages, valid: (rows, capacity), addresses of pages and how many of their tokens count; count: (rows,), entries used.
-    books: for every row the codebooks of K and of V.
-    sinks_k, sinks_v: (rows, heads, sinks, channels), of which sink_count[row] count; tail_k, tail_v: (rows, heads, tokens,
-    channels), of which query i sees tail_begin[row] to tail_end[i].
-    softcap: cap(x) = softcap tanh(x / softcap), 0 for none. steps: the heads' steps of K and of V, where the unit is ``head``.
-
-    Returns the output (as q) and the natural log of the softmax denominators (rows, heads, queries); a query that sees no
-    token gets 0 and -inf.
-    """
+    """``Backend.attend`` in float64, written as the formula."""
     rows, heads, queries, channels = q.shape
-    layout = Layout(heads, channels, units, tail_k.dtype.itemsize)
+    layout = Layout(heads, channels, view.units, view.tail_k.dtype.itemsize)
     out, lse = np.zeros(q.shape, np.float32), np.full(q.shape[:3], -np.inf, np.float32)
     for row in range(rows):
-        k, v = [to_float32(sinks_k[row, :, : sink_count[row]])], [to_float32(sinks_v[row, :, : sink_count[row]])]
-        for address, tokens in zip(pages[row, : count[row]].tolist(), valid[row].tolist(), strict=False):
-            page_k, page_v = decode_page(page_bytes(address, heads), layout, books[row], tail_k.dtype, steps)
+        k, v = (
+            [to_float32(view.sinks_k[row, :, : view.sink_count[row]])],
+            [to_float32(view.sinks_v[row, :, : view.sink_count[row]])],
+        )
+        for address, tokens in zip(view.pages[row, : view.count[row]].tolist(), view.valid[row].tolist(), strict=False):
+            page_k, page_v = decode_page(
+                page_bytes(address, heads), layout, view.books[row], view.tail_k.dtype, view.steps
+            )
             k.append(page_k[:, :tokens])
             v.append(page_v[:, :tokens])
         for i in range(queries):
-            tail = slice(int(tail_begin[row]), max(int(tail_begin[row]), int(tail_end[i])))
-            keys = np.concatenate([*k, to_float32(tail_k[row, :, tail])], axis=1).astype(np.float64)
-            values = np.concatenate([*v, to_float32(tail_v[row, :, tail])], axis=1).astype(np.float64)
+            tail = slice(int(view.tail_begin[row]), max(int(view.tail_begin[row]), int(tail_end[i])))
+            keys = np.concatenate([*k, to_float32(view.tail_k[row, :, tail])], axis=1).astype(np.float64)
+            values = np.concatenate([*v, to_float32(view.tail_v[row, :, tail])], axis=1).astype(np.float64)
             if keys.shape[1]:
                 score = scaling * np.einsum("hd,htd->ht", q[row, :, i].astype(np.float64), keys)
                 if softcap:

@@ -15,6 +15,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvcomp import files
 from kvcomp.calibration import Calibration
@@ -92,15 +93,16 @@ def storable(stores: Mapping[int, KVStore]) -> int:
     """Whole chunks of a sequence that never change any more: those whose codebooks are fixed and whose pages are whole."""
     pages = []
     for store in stores.values():
-        waiting = any(counts is not None and counts.any() for counts in store.pair_counts[0])
-        whole = store.valid[0, : store.count[0]] == PAGE_TOKENS
+        waiting = any(counts is not None and counts.any() for counts in store.rows.pair_counts[0])
+        whole = _whole(store)
         pages.append(0 if waiting else int(whole.cumprod().sum()))
     return min(pages) // CHUNK_PAGES
 
 
 def pack(origin: Origin, stores: Mapping[int, KVStore], chunk: int, key: str) -> list[memoryview]:
     """The value of a chunk of a sequence."""
-    parts = {layer: _pages(store, chunk, origin) for layer, store in stores.items()}
+    first, sinks = chunk * CHUNK_PAGES, 0 if chunk else origin.spec.sinks
+    parts = {layer: store.slice(first, first + CHUNK_PAGES, sinks) for layer, store in stores.items()}
     return files.pack_stores(parts, origin.spec_of(chunk), origin.layers, _binding(origin, chunk, key))
 
 
@@ -115,8 +117,7 @@ def unpack(origin: Origin, value: Buffer, chunk: int, key: str, backend: str) ->
         raise CorruptData("the value was stored under another key")
     stores = files.load(container, backend, calibration=origin.calibration)
     for store in stores.values():
-        full = store.valid[0, : store.count[0]] == PAGE_TOKENS
-        if full.tolist() != [True] * CHUNK_PAGES or NAMES[store.dtype] != origin.dtype:
+        if _whole(store).tolist() != [True] * CHUNK_PAGES or NAMES[store.dtype] != origin.dtype:
             raise CorruptData("the value holds other pages than a chunk has")
     return header, stores
 
@@ -128,29 +129,15 @@ def join_chunks(chunks: Sequence[KVStore]) -> KVStore:
         for name in ("heads", "channels"):
             if getattr(chunk, name) != getattr(whole, name):
                 raise CorruptData(f"the chunks of a sequence have different {name}")
-        if [book is None for book in chunk.own_books[0]] != [book is None for book in whole.own_books[0]]:
+        if [book is None for book in chunk.rows.books[0]] != [book is None for book in whole.rows.books[0]]:
             raise CorruptData("the chunks of a sequence have different codebooks")
-    whole.pages = np.concatenate([chunk.pages[:, : chunk.count[0]] for chunk in chunks], axis=1)
-    whole.valid = np.concatenate([chunk.valid[:, : chunk.count[0]] for chunk in chunks], axis=1)
-    whole.owners = [[owner for chunk in chunks for owner in chunk.owners[0]]]
-    whole.count[0] = len(whole.owners[0])
-    whole.tokens = whole.tail_base = int(whole.sink_count[0]) + len(whole.owners[0]) * PAGE_TOKENS
-    whole.tail_begin[0] = whole.tokens
+    return whole.chain(chunks[1:])
+
+
+def _whole(store: KVStore) -> npt.NDArray[np.bool_]:
+    """Which pages of a sequence hold 64 tokens that count."""
+    whole: npt.NDArray[np.bool_] = store.rows.valid[0, : store.rows.count[0]] == PAGE_TOKENS
     return whole
-
-
-def _pages(store: KVStore, chunk: int, origin: Origin) -> KVStore:
-    """A store of the pages of one chunk; nothing is copied."""
-    part = object.__new__(KVStore)
-    part.__dict__.update(store.__dict__)
-    pages = slice(chunk * CHUNK_PAGES, (chunk + 1) * CHUNK_PAGES)
-    part.pages, part.valid, part.owners = store.pages[:, pages], store.valid[:, pages], [store.owners[0][pages]]
-    part.count = np.array([CHUNK_PAGES])
-    part.sink_count = np.array([0 if chunk else origin.spec.sinks])
-    part.tokens = part.tail_base = int(part.sink_count[0]) + CHUNK_TOKENS
-    part.tail_begin = np.array([part.tokens])
-    part.pair_counts = [[None, None]]
-    return part
 
 
 def _binding(origin: Origin, chunk: int, key: str) -> dict[str, Any]:

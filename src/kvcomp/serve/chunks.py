@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from kvcomp.files import load, pack_stores
 from kvcomp.files.container import Container
 from kvcomp.serve.blobs import Buffer
 from kvcomp.spec import CodecSpec
-from kvcomp.store import KVStore
+from kvcomp.store import KVStore, sealed
 from kvcomp.store.tensors import TYPES
 
 
@@ -39,7 +39,7 @@ class ChunkShape:
 
 def chunk_spec(spec: CodecSpec) -> CodecSpec:
     """The spec of chunks: without window and sinks, since a chunk goes on where another ended."""
-    return replace(spec, window=0, sinks=0)
+    return spec.bare()
 
 
 def chunk_key(spec: CodecSpec, about: Mapping[str, Any]) -> str:
@@ -64,10 +64,7 @@ def pack_chunk(
         calibrated = calibration.layer(layer, spec) if calibration else None
         if calibration and calibrated is None:
             raise InvalidInput(f"the calibration has no layer {layer}: use a spec that needs none for this model")
-        store = KVStore(spec.layer(layer, len(kv)), "cpu", *(calibrated or ()))
-        store.append(k[None], v[None])
-        store.seal()
-        stores[layer] = store
+        stores[layer] = sealed(spec.layer(layer, len(kv)), k[None], v[None], calibrated=calibrated)
     return pack_stores(stores, spec, len(kv), _origin(key))
 
 

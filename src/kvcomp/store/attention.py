@@ -1,4 +1,4 @@
-"""Attention over a KVStore: fused where the queries are few, tile by tile where they are many.
+"""Attention over a store: fused where the queries are few, tile by tile where they are many.
 
 Both are softmax(cap(scaling q.K)) V with the softmax taken online (Milakov & Gimelshein, 2018), so that parts of the cache
 merge exactly. Nothing larger than a block (fused) or a tile is ever decompressed (KVComp, arXiv 2509.00579, "Fetch").
@@ -7,75 +7,38 @@ merge exactly. Nothing larger than a block (fused) or a tile is ever decompresse
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvcomp.errors import InvalidInput
-from kvcomp.spec import PAGE_TOKENS
-from kvcomp.store import KVStore
-from kvcomp.store.gpu.store import GPUStore
-from kvcomp.store.tensors import as_array
+from kvcomp.store.protocol import Store
 
 FUSED_QUERIES = 64  # most queries of a KV head (group x new tokens) for which the fused kernel is used
-TILE_PAGES = 16
 TILE_QUERIES = 128
 LEAST = -80.0  # a weight of e^-80 of the largest is lost in float32
 
 
-def attend(store: KVStore | GPUStore, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+def attend(store: Store, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
     """Fused attention of the last tokens, decoding the sealed pages on the fly.
 
     q: (batch, heads, queries, head_dim); query i is at position ``tokens - queries + i`` and sees what is not after it.
     scaling: factor on q.K. softcap: scores become softcap * tanh(score / softcap), 0 for none.
     Returns (batch, heads, queries, head_dim) in q's type. Raises InvalidInput if q does not fit the store.
     """
-    group, queries = _check(store, q)
-    if isinstance(store, GPUStore):
-        _check_softcap(store, softcap)
-        fused = store.can_attend(queries)
-        return store.attend(q, scaling, softcap) if fused else attend_tiled(store, q, scaling, softcap)
-    if queries > store.tokens - int(store.tail_begin.max()) + 1:  # a crop left some of the last tokens in pages
-        return attend_tiled(store, q, scaling, softcap)
-    rows, heads, channels = store.batch, store.heads, store.channels
-    transform = store.transform
-    _check_softcap(store, softcap)
-    inner = q.detach().to(torch.float32) if transform is None else transform.queries(q)
-    at = store.tokens - store.tail_base
-    tail_end = np.tile(np.arange(at - queries + 1, at + 1), group)
-    out, _ = store.kernels.attend(
-        inner.reshape(rows, heads, group * queries, channels).contiguous().numpy(),
-        store.pages,
-        store.valid,
-        store.count,
-        store.units,
-        [store.books(row) for row in range(rows)],
-        as_array(store.sinks_k),
-        as_array(store.sinks_v),
-        store.sink_count,
-        as_array(store.tail_k),
-        as_array(store.tail_v),
-        store.tail_begin - store.tail_base,
-        tail_end,
-        scaling,
-        softcap,
-        torch.get_num_threads(),
-        store.steps,
-    )
-    result = torch.from_numpy(out).view(q.shape)
-    return (result if transform is None else transform.outputs(result)).to(q.dtype)
+    _check(store, q, softcap)
+    if store.can_attend(q.shape[2]):
+        return store.attend(q, scaling, softcap)
+    return attend_tiled(store, q, scaling, softcap)
 
 
-def attend_tiled(
-    store: KVStore | GPUStore, q: Tensor, scaling: float, softcap: float = 0.0, mask: Tensor | None = None
-) -> Tensor:
+def attend_tiled(store: Store, q: Tensor, scaling: float, softcap: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """The same for many queries or any mask: decompresses one tile of pages at a time.
 
     mask: None for causal, or boolean (True: sees) or additive, broadcastable to (batch, heads, queries, tokens).
     """
-    _, queries = _check(store, q)
+    _check(store, q, softcap)
+    queries = q.shape[2]
     if mask is not None:
         shape = store.batch, q.shape[1], queries, store.tokens
         fits = mask.shape[-1] == store.tokens
@@ -86,7 +49,6 @@ def attend_tiled(
         if not fits:
             raise InvalidInput(f"a mask of {tuple(mask.shape)} does not fit {shape}")
     transform = store.transform
-    _check_softcap(store, softcap)
     inner = q.detach().to(torch.float32) if transform is None else transform.queries(q)
     out = torch.empty_like(inner)
     for row in range(store.batch):
@@ -94,9 +56,7 @@ def attend_tiled(
     return (out if transform is None else transform.outputs(out)).to(q.dtype)
 
 
-def _attend_row(
-    store: KVStore | GPUStore, row: int, q: Tensor, scaling: float, softcap: float, mask: Tensor | None
-) -> Tensor:
+def _attend_row(store: Store, row: int, q: Tensor, scaling: float, softcap: float, mask: Tensor | None) -> Tensor:
     """Attention of one row, float32. q: (heads, queries, head_dim), those of the last tokens; mask: (heads, queries, tokens)."""
     _, queries, channels = q.shape
     # (KV heads, group, queries, ...): the heads that share K and V lie together
@@ -104,7 +64,7 @@ def _attend_row(
     mask = None if mask is None else mask.view(*grouped.shape[:3], -1)
     peak = torch.full((*grouped.shape[:3], 1), -torch.inf, device=q.device)
     total, out = torch.zeros_like(peak), torch.zeros_like(grouped)
-    for begin, k, v in _tiles(store, row):
+    for begin, k, v in store.tiles(row):
         k, v = k.to(torch.float32), v.to(torch.float32)
         seen = slice(begin, begin + k.shape[1])
         for first in range(0, queries, TILE_QUERIES):
@@ -146,39 +106,17 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
     return product
 
 
-def _tiles(store: KVStore | GPUStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The tokens of a row in order, as (position of the first, K, V), K and V (KV heads, tokens, head_dim)."""
-    position, sinks = int(store.starts[row]), int(store.sink_count[row])
-    if sinks:
-        yield position, store.sinks_k[row, :, :sinks], store.sinks_v[row, :, :sinks]
-        position += sinks
-    for first in range(0, int(store.count[row]), TILE_PAGES):
-        k, v = store.tile(row, first, min(first + TILE_PAGES, int(store.count[row])))
-        yield position, k, v
-        position += k.shape[1]
-    first, last = position - store.tail_base, store.tokens - store.tail_base
-    for at in range(first, last, TILE_PAGES * PAGE_TOKENS):
-        part = slice(at, min(at + TILE_PAGES * PAGE_TOKENS, last))
-        yield store.tail_base + at, store.tail_k[row, :, part], store.tail_v[row, :, part]
-
-
-def _check_softcap(store: KVStore | GPUStore, softcap: float) -> None:
-    """Raise InvalidInput if a transform leaves out of the scores what a soft cap would notice."""
-    if softcap and store.transform is not None and bool(store.transform.key.mean.any()):
-        raise InvalidInput(
-            "this calibration has means of K, which a soft cap does not allow: calibrate this model itself"
-        )
-
-
-def _check(store: KVStore | GPUStore, q: Tensor) -> tuple[int, int]:
-    """Queries for each KV head, and new tokens. Raises InvalidInput if q does not fit the store."""
+def _check(store: Store, q: Tensor, softcap: float) -> None:
+    """Raise InvalidInput if q does not fit the store, or a transform leaves out of the scores what a soft cap would notice."""
     fits = q.ndim == 4 and (q.shape[0], q.shape[3]) == (store.batch, store.channels)
     if not store.batch or not fits or not q.shape[1] or q.shape[1] % store.heads or not 0 < q.shape[2] <= store.tokens:
         raise InvalidInput(
             f"queries must be (batch, heads, tokens, head_dim) = ({store.batch}, a multiple of {store.heads}, "
             f"1 to {store.tokens}, {store.channels}), not {tuple(q.shape)}"
         )
-    device = store.device if isinstance(store, GPUStore) else torch.device("cpu")
-    if q.device != device:
-        raise InvalidInput(f"the cache is on {device}, the queries are on {q.device}")
-    return q.shape[1] // store.heads, q.shape[2]
+    if q.device != store.device:
+        raise InvalidInput(f"the cache is on {store.device}, the queries are on {q.device}")
+    if softcap and store.transform is not None and bool(store.transform.key.mean.any()):
+        raise InvalidInput(
+            "this calibration has means of K, which a soft cap does not allow: calibrate this model itself"
+        )

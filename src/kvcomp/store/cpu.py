@@ -1,14 +1,13 @@
-"""KVStore: the cache of one layer. Sealed pages are only ever added; recent tokens and sinks are raw.
+"""KVStore: one layer's cache in main memory. Sealed pages are only ever added; recent tokens and sinks are raw.
 
-Tokens have positions from 0 to ``tokens``, the same for all rows of the batch; row b's first real token is at ``starts[b]`` (left
-padding before it is never sealed). From there on a row's tokens lie in the sinks, then in its pages, then, from ``tail_begin[b]``, in the
-tail, a raw buffer that all rows share. A row's pages depend on its own tokens alone.
+Tokens have positions from 0 to ``tokens``, the same for all rows of the batch. Left padding is never sealed. A row's pages depend on its own
+tokens alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,42 +15,50 @@ import torch
 from torch import Tensor
 
 from kvcomp.calibration.transform import Transform
-from kvcomp.codec import codebook
-from kvcomp.codec.block import check_channels, scales_size
-from kvcomp.codec.codebook import TRAINING_TOKENS, Codebook
-from kvcomp.codec.dtypes import FIXED, RAW
-from kvcomp.codec.page import Layout, directory_of
+from kvcomp.codec.block import check_channels
+from kvcomp.codec.page import Layout
 from kvcomp.errors import BackendUnavailable, InvalidInput
-from kvcomp.kernels import Books, Steps, load_backend
+from kvcomp.kernels import Books, CacheView, Steps, load_backend
 from kvcomp.spec import KINDS, PAGE_TOKENS, CodecSpec
-from kvcomp.store.memory import Memory
-from kvcomp.store.tensors import NAMES, as_array
-from kvcomp.store.training import check_books, counted, default_book, kept_counts
+from kvcomp.store.checks import check_crop, check_kv, check_more, check_starts, row_index
+from kvcomp.store.join import join
+from kvcomp.store.memory import Memory, memory_of
+from kvcomp.store.protocol import Store
+from kvcomp.store.rows import Rows
+from kvcomp.store.seal import seal_row
+from kvcomp.store.tail import TILE_PAGES, grown_room, steady_room
+from kvcomp.store.tensors import as_array
+from kvcomp.store.training import check_books, default_book
 
 
 class KVStore:
     """The K and V of one layer, compressed as they grow.
 
-    spec: a spec of one layer (``CodecSpec.layer``). backend: ``cpu``, or ``reference`` to check against it.
-    books: for K and for V the default book and the one that every row has for its own, as a calibration has them for the unit ``head``; rows then
-        train none. Without, default books follow from relative scales; the unit ``head`` has none, so that its blocks have a fixed
-        width until a row has trained its own book.
-    transform: what K and V pass before they are held, all of them: pages, sinks and tail hold K' and V'.
-
-    Attributes: ``tokens``, positions held, left padding included; ``batch``, ``heads``, ``channels``, ``dtype``, known after the first append.
+    Parameters
+    ----------
+    spec
+        A spec of one layer (``CodecSpec.layer``).
+    backend
+        ``cpu``, or ``reference`` to check against it.
+    books
+        For K and for V the default book and the one every row has for its own, as a calibration has them for the unit ``head``; rows
+        then train none. Without, default books follow from relative scales. The unit ``head`` has none: its blocks have a fixed width
+        until a row has trained its own book.
+    transform
+        What K and V pass before they are held: pages, sinks and tail hold K' and V'.
     """
 
+    rows: Rows
+    """What there is of each sequence; read by all, written by the store alone."""
     layout: Layout
-    starts: npt.NDArray[np.int64]
-    tail_begin: npt.NDArray[np.int64]
-    sink_count: npt.NDArray[np.int64]
-    pages: npt.NDArray[np.int64]  # (rows, capacity) addresses, the first count[row] of them used
-    valid: npt.NDArray[np.int32]  # (rows, capacity) how many of a page's tokens count
-    count: npt.NDArray[np.int64]
-    tail_base: int  # position of the tail's first token
-    tail_k: Tensor  # (rows, KV heads, room, head_dim), as tail_v
+    """Of the pages, known after the first append."""
+    tail_base: int
+    """Position of the tail's first token."""
+    tail_k: Tensor
+    """(rows, KV heads, room, head_dim), as ``tail_v``."""
     tail_v: Tensor
-    sinks_k: Tensor  # (rows, KV heads, sinks, head_dim), as sinks_v
+    sinks_k: Tensor
+    """(rows, KV heads, sinks, head_dim), as ``sinks_v``."""
     sinks_v: Tensor
 
     def __init__(
@@ -72,12 +79,32 @@ class KVStore:
         else:
             check_books(spec, books)
             self.default_books = books[0][0], books[1][0]
-        self.tokens = self.batch = self.heads = self.channels = 0
+        self.tokens = self.batch = self.heads = self.channels = self.tail_base = 0
         self.dtype, self.device = torch.float32, torch.device("cpu")
-        # For each row: the buffer behind each page, the codebooks of K and V, and the pair counts until there are such books.
-        self.owners: list[list[npt.NDArray[np.uint8]]] = []
-        self.own_books: list[list[Codebook | None]] = []
-        self.pair_counts: list[list[npt.NDArray[np.uint32] | None]] = []
+        self.rows = Rows.empty(0)
+
+    def of(
+        self, rows: Rows, tokens: int, tail: tuple[Tensor, Tensor], sinks: tuple[Tensor, Tensor] | None = None
+    ) -> Self:
+        """A store like this one that holds other rows, whose arrays become its own.
+
+        tail: K and V of the last positions, which are raw. sinks: none if None. Raises InvalidInput if the calibration is of another shape.
+        """
+        store = object.__new__(type(self))
+        vars(store).update(vars(self))
+        store._take_shape(tail[0])
+        store.rows, store.tokens = rows, tokens
+        store.tail_k, store.tail_v = tail
+        store.tail_base = tokens - tail[0].shape[2]
+        if sinks is not None:
+            store.sinks_k, store.sinks_v = sinks
+        return store
+
+    def on(self, backend: str) -> Self:
+        """The same cache read by another backend; pages are shared."""
+        twin = self.of(self._all_rows(), self.tokens, self._tail(), (self.sinks_k, self.sinks_v))
+        twin.kernels = load_backend(backend)
+        return twin
 
     # What one append or seal changes
 
@@ -91,7 +118,7 @@ class KVStore:
         if self.transform is not None:
             k, v = self.transform.key.apply(k), self.transform.value.apply(v)
         if not self.batch:
-            self.begin(k)
+            self._allocate(k)
         new = k.shape[2]
         if self.tokens - self.tail_base + new > self.tail_k.shape[2]:
             self._make_room(k, v)
@@ -103,67 +130,79 @@ class KVStore:
 
     def set_starts(self, starts: Sequence[int]) -> None:
         """Say at which position each row's real tokens begin. Raises InvalidInput for a row that is sealed from another position."""
-        if len(starts) != self.batch or not all(0 <= start <= self.tokens for start in starts):
-            raise InvalidInput(f"starts must be {self.batch} positions from 0 to {self.tokens}, not {list(starts)}")
-        new = np.asarray(starts, np.int64)
-        moved = new != self.starts
-        if (moved & ((self.tail_begin > self.starts) | (new < self.tail_base))).any():
+        check_starts(starts, self.batch, self.tokens)
+        new, rows = np.asarray(starts, np.int64), self.rows
+        moved = new != rows.starts
+        if (moved & ((rows.tail_begin > rows.starts) | (new < self.tail_base))).any():
             raise InvalidInput("the padding of a row cannot change once its tokens are compressed")
-        self.starts[moved] = self.tail_begin[moved] = new[moved]
+        rows.starts[moved] = rows.tail_begin[moved] = new[moved]
 
     def seal(self) -> None:
         """Compress every whole page of tokens beyond the window. What is sealed never changes."""
-        if not self.batch:
-            return
-        sealed = [self._seal_row(row) for row in range(self.batch)]
+        sealed = [seal_row(self, row) for row in range(self.batch)]
         if any(sealed):
             self._trim_tail()
 
+    def proceed(self) -> None:
+        """Nothing: what ``seal`` begins, it ends."""
+
+    def finish(self) -> None:
+        """Nothing: what ``seal`` begins, it ends."""
+
     def crop(self, tokens: int) -> None:
         """Keep the first ``tokens`` positions. Raises InvalidInput if there are fewer."""
-        if not 0 <= tokens <= self.tokens:
-            raise InvalidInput(f"cannot crop a cache of {self.tokens} tokens to {tokens}")
-        if tokens == self.tokens:
-            return
-        for row in np.flatnonzero(self.tail_begin > tokens):
-            self.starts[row] = min(self.starts[row], tokens)
-            self.sink_count[row] = min(self.sink_count[row], tokens - self.starts[row])
-            in_pages = tokens - self.starts[row] - self.sink_count[row]
-            before = np.concatenate([[0], np.cumsum(self.valid[row, : self.count[row]])])
-            keep = int(np.searchsorted(before, in_pages))
-            if keep:
-                self.valid[row, keep - 1] = in_pages - before[keep - 1]
-            self.count[row] = keep
-            del self.owners[row][keep:]
-            self.tail_begin[row] = tokens
+        check_crop(tokens, self.tokens)
+        self.rows.crop(tokens)
         self.tokens = tokens
         self.tail_base = min(self.tail_base, tokens)
 
     @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
         """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do not exist."""
-        if rows.is_floating_point() or rows.dtype == torch.bool:
-            raise InvalidInput(f"rows must be whole numbers, not {rows.dtype}")
-        index = rows.detach().cpu().numpy().astype(np.int64).ravel()
-        if index.size == 0 or index.min() < -self.batch or index.max() >= self.batch:
-            raise InvalidInput(f"rows must be some of the {self.batch} that the cache holds, not {index.tolist()}")
-        chosen = torch.from_numpy(index % self.batch)
+        index = row_index(rows, self.batch)
+        chosen = torch.from_numpy(index)
         self.tail_k, self.tail_v, self.sinks_k, self.sinks_v = (
             x.index_select(0, chosen) for x in (self.tail_k, self.tail_v, self.sinks_k, self.sinks_v)
         )
-        for name in ("starts", "tail_begin", "sink_count", "pages", "valid", "count"):
-            setattr(self, name, getattr(self, name)[index])
-        self.owners = [list(self.owners[row]) for row in index]
-        self.own_books = [list(self.own_books[row]) for row in index]
-        self.pair_counts = [list(self.pair_counts[row]) for row in index]
-        self.batch = index.size
+        self.rows, self.batch = self.rows.select(index), index.size
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KVStore:
+    def join(self, others: Sequence[Store], tokens: int | None = None) -> KVStore:
+        """One batch of these rows and those of others (``kvcomp.store.join``)."""
+        stores = [store for store in (self, *others) if isinstance(store, KVStore)]
+        if len(stores) <= len(others):
+            raise InvalidInput("a cache on a GPU and one in main memory cannot be joined: use one backend")
+        return join(stores, tokens)
+
+    def slice(self, first: int, last: int, sinks: int) -> Self:
+        """The pages ``first`` to ``last`` of each row behind so many sinks, as a store of their own; nothing is copied."""
+        rows = self.rows.slice(first, last, sinks)
+        tail = self.tail_k[:, :, :0], self.tail_v[:, :, :0]
+        return self.of(rows, int(rows.tail_begin.max()), tail, (self.sinks_k, self.sinks_v))
+
+    def chain(self, others: Sequence[Self]) -> Self:
+        """The pages of this slice and of those that follow it, with the codebooks of this one."""
+        rows = Rows.chained([self.rows, *(store.rows for store in others)])
+        return self.of(rows, int(rows.tail_begin.max()), self._tail(), (self.sinks_k, self.sinks_v))
+
+    def to(self, device: torch.device) -> Any:
+        """This store, or a copy in the memory of a GPU. Raises BackendUnavailable or LimitExceeded."""
+        from kvcomp.store.gpu.copies import to_device  # not before there is a GPU
+
+        return self if device.type == "cpu" else to_device(self, device)
+
+    def to_main_memory(self) -> KVStore:
+        """This store."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """An independent store; sealed pages, which never change, are shared."""
-        twin = object.__new__(KVStore)
-        twin.__dict__.update(self.__dict__)
-        if self.batch:
-            twin.select(torch.arange(self.batch))
+        if not self.batch:
+            twin = object.__new__(type(self))
+            vars(twin).update(vars(self))
+            return twin
+        twin = self.of(self._all_rows(), self.tokens, self._tail(), (self.sinks_k, self.sinks_v))
+        twin.tail_k, twin.tail_v = self.tail_k.clone(), self.tail_v.clone()
+        twin.sinks_k, twin.sinks_v = self.sinks_k.clone(), self.sinks_v.clone()
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -173,23 +212,88 @@ class KVStore:
     # What readers need
 
     @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """(rows,) position of each row's first real token."""
+        return self.rows.starts
+
+    @property
     def compressed(self) -> bool:
         """Whether any row has a sealed page."""
-        return bool(self.batch and self.count.any())
+        return bool(self.batch and self.rows.count.any())
 
     def books(self, row: int) -> tuple[Books, Books]:
         """The default and own codebooks of K and of V of a row."""
-        (key, value), (own_key, own_value) = self.default_books, self.own_books[row]
+        (key, value), (own_key, own_value) = self.default_books, self.rows.books[row]
         return (key, own_key), (value, own_value)
+
+    def can_attend(self, queries: int) -> bool:
+        """Whether all of the last tokens are in the tail: a crop may have left some in pages."""
+        return queries <= self.tokens - int(self.rows.tail_begin.max()) + 1
+
+    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+        """Fused attention of the last tokens, decoding the sealed pages on the fly; q: (batch, heads, queries, head_dim)."""
+        group, queries = q.shape[1] // self.heads, q.shape[2]
+        inner = q.detach().to(torch.float32) if self.transform is None else self.transform.queries(q)
+        at = self.tokens - self.tail_base
+        out, _ = self.kernels.attend(
+            inner.reshape(self.batch, self.heads, group * queries, self.channels).contiguous().numpy(),
+            self.view(),
+            np.tile(np.arange(at - queries + 1, at + 1), group),
+            scaling,
+            softcap,
+            torch.get_num_threads(),
+        )
+        result = torch.from_numpy(out).view(q.shape)
+        return (result if self.transform is None else self.transform.outputs(result)).to(q.dtype)
+
+    def until_seal(self) -> int:
+        """Tokens until a row compresses a page."""
+        if not self.batch:
+            return self.spec.sinks + self.spec.window + PAGE_TOKENS
+        missing = (self.rows.count == 0) * (self.spec.sinks - self.rows.sink_count)
+        begin = int((self.rows.tail_begin + missing).min())
+        return max(1, begin + self.spec.window + PAGE_TOKENS - self.tokens)
+
+    def view(self) -> CacheView:
+        """What attention kernels read."""
+        rows = self.rows
+        return CacheView(
+            pages=rows.pages,
+            valid=rows.valid,
+            count=rows.count,
+            units=self.units,
+            books=[self.books(row) for row in range(self.batch)],
+            sinks_k=as_array(self.sinks_k),
+            sinks_v=as_array(self.sinks_v),
+            sink_count=rows.sink_count,
+            tail_k=as_array(self.tail_k),
+            tail_v=as_array(self.tail_v),
+            tail_begin=rows.tail_begin - self.tail_base,
+            steps=self.steps,
+        )
+
+    def tiles(self, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """A row's tokens in order: position of the first, and K and V as held, (KV heads, tokens, head_dim) each."""
+        position, sinks, count = (int(x[row]) for x in (self.rows.starts, self.rows.sink_count, self.rows.count))
+        if sinks:
+            yield position, self.sinks_k[row, :, :sinks], self.sinks_v[row, :, :sinks]
+            position += sinks
+        for first in range(0, count, TILE_PAGES):
+            k, v = self.tile(row, first, min(first + TILE_PAGES, count))
+            yield position, k, v
+            position += k.shape[1]
+        last = self.tokens - self.tail_base
+        for at in range(position - self.tail_base, last, TILE_PAGES * PAGE_TOKENS):
+            part = slice(at, min(at + TILE_PAGES * PAGE_TOKENS, last))
+            yield self.tail_base + at, self.tail_k[row, :, part], self.tail_v[row, :, part]
 
     def tile(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """What the pages ``first`` to ``last`` of a row hold, K' and V' where there is a transform: (KV heads, tokens, head_dim) in the dtype."""
         k = torch.empty((self.heads, (last - first) * PAGE_TOKENS, self.channels), dtype=self.dtype)
         v = torch.empty_like(k)
-        self.kernels.decompress(
-            self.pages[row, first:last].copy(), self.units, *self.books(row), as_array(k), as_array(v), self.steps
-        )
-        valid = torch.from_numpy(self.valid[row, first:last])
+        pages = self.rows.pages[row, first:last].copy()
+        self.kernels.decompress(pages, self.units, *self.books(row), as_array(k), as_array(v), self.steps)
+        valid = torch.from_numpy(self.rows.valid[row, first:last])
         if int(valid.sum()) == k.shape[1]:
             return k, v
         used = (torch.arange(PAGE_TOKENS)[None] < valid[:, None]).ravel()
@@ -201,7 +305,7 @@ class KVStore:
         if self.transform is None:
             return k, v
         k, v = self.transform.key.undo(k), self.transform.value.undo(v)
-        for row, start in enumerate(np.where(self.tail_begin > self.starts, self.starts, 0).tolist()):
+        for row, start in enumerate(np.where(self.rows.tail_begin > self.starts, self.starts, 0).tolist()):
             k[row, :, :start] = v[row, :, :start] = 0
         return k, v
 
@@ -209,52 +313,36 @@ class KVStore:
         """The same as it is held: K' and V' where there is a transform."""
         k = torch.zeros((self.batch, self.heads, self.tokens, self.channels), dtype=self.dtype)
         v = torch.zeros_like(k)
-        for row in range(self.batch):
-            start, sinks, begin = int(self.starts[row]), int(self.sink_count[row]), int(self.tail_begin[row])
-            begin = self.tail_base if begin == start else begin  # nothing sealed: give the padding as it came
-            pages = self.tile(row, 0, int(self.count[row])) if self.count[row] else None
-            for i, (out, first, tail) in enumerate(((k, self.sinks_k, self.tail_k), (v, self.sinks_v, self.tail_v))):
-                out[row, :, start : start + sinks] = first[row, :, :sinks]
-                if pages is not None:
-                    out[row, :, start + sinks : begin] = pages[i]
-                out[row, :, begin:] = tail[row, :, begin - self.tail_base : self.tokens - self.tail_base]
+        for row, (start, begin) in enumerate(zip(self.starts.tolist(), self.rows.tail_begin.tolist(), strict=True)):
+            first = self.tail_base if begin == start else start  # nothing sealed: give the padding as it came
+            if first < start:
+                part = slice(0, start - self.tail_base)
+                k[row, :, first:start], v[row, :, first:start] = self.tail_k[row, :, part], self.tail_v[row, :, part]
+            for at, tile_k, tile_v in self.tiles(row):
+                part = slice(at, at + tile_k.shape[1])
+                k[row, :, part], v[row, :, part] = tile_k, tile_v
         return k, v
 
     def memory(self) -> Memory:
         """Bytes by part; a test holds them against what is allocated."""
-        if not self.batch:
-            return Memory()
-        parts = dict.fromkeys(("codes", "lengths", "scales", "directories", "raw_blocks"), 0)
-        buffers, seen = {}, set()
-        for owners, addresses in zip(self.owners, self.pages, strict=True):
-            for buffer, address in zip(owners, addresses.tolist(), strict=False):
-                buffers[id(buffer)] = buffer
-                if address not in seen:
-                    seen.add(address)
-                    self._measure_page(buffer, address, parts)
-        allocated = sum(buffer.nbytes for buffer in buffers.values())
-        books = {
-            id(book): book.lengths.nbytes for pair in [*self.own_books, self.default_books] for book in pair if book
-        }
-        waiting = {id(counts): counts.nbytes for pair in self.pair_counts for counts in pair if counts is not None}
-        entries = self.pages.itemsize + self.valid.itemsize
-        token_values = 2 * self.heads * self.channels
-        held = int((self.tokens - self.starts).sum())
-        sealed = int((self.tail_begin - self.starts - self.sink_count).sum())
-        return Memory(
-            **parts,
-            spare=allocated - sum(parts.values()),
-            table=sum(
-                x.nbytes for x in (self.pages, self.valid, self.count, self.starts, self.tail_begin, self.sink_count)
-            ),
-            table_entries=int(self.count.sum()) * entries,
-            books=sum(books.values()) + sum(waiting.values()),
-            window=sum(x.untyped_storage().nbytes() for x in (self.tail_k, self.tail_v)),
-            sinks=sum(x.untyped_storage().nbytes() for x in (self.sinks_k, self.sinks_v)),
-            sealed_values=sealed * token_values,
-            values=held * token_values,
-            dense=held * token_values * self.dtype.itemsize,
-        )
+        return memory_of(self) if self.batch else Memory()
+
+    # Steps
+
+    def _all_rows(self) -> Rows:
+        return self.rows.select(np.arange(self.batch))
+
+    def _tail(self) -> tuple[Tensor, Tensor]:
+        held = self.tokens - self.tail_base
+        return self.tail_k[:, :, :held], self.tail_v[:, :, :held]
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        check_kv(k, v)
+        if k.device.type != "cpu" or v.device.type != "cpu":
+            raise BackendUnavailable(f"the kernels run on the CPU, K and V are on {k.device} and {v.device}")
+        self.check_shape(k.shape[1], k.shape[3])
+        if self.batch:
+            check_more(k, (self.batch, self.heads, self.channels), self.dtype)
 
     def check_shape(self, heads: int, channels: int) -> None:
         """Raise InvalidInput unless spec and calibration are for so many KV heads and channels."""
@@ -268,145 +356,50 @@ class KVStore:
                 f"not {heads} of {channels}"
             )
 
-    # Steps
-
-    def _check(self, k: Tensor, v: Tensor) -> None:
-        if k.ndim != 4 or k.shape != v.shape:
-            raise InvalidInput(
-                f"K and V must both be (batch, KV heads, tokens, head_dim), not {tuple(k.shape)} and {tuple(v.shape)}"
-            )
-        if k.dtype != v.dtype or k.dtype not in NAMES:
-            raise InvalidInput(f"K and V must both be float32, float16 or bfloat16, not {k.dtype} and {v.dtype}")
-        if k.device.type != "cpu" or v.device.type != "cpu":
-            raise BackendUnavailable(f"the kernels run on the CPU, K and V are on {k.device} and {v.device}")
-        if 0 in k.shape:
-            raise InvalidInput(f"K and V are empty: {tuple(k.shape)}; give at least one token")
-        self.check_shape(k.shape[1], k.shape[3])
-        if self.batch:
-            have = self.batch, self.heads, self.channels
-            if (k.shape[0], k.shape[1], k.shape[3]) != have or k.dtype != self.dtype:
-                raise InvalidInput(
-                    f"this cache holds (batch, KV heads, head_dim) = {have} of {self.dtype}, "
-                    f"not {(k.shape[0], k.shape[1], k.shape[3])} of {k.dtype}: use a cache for one model and batch"
-                )
-
     @torch.inference_mode(False)  # the buffers outlive the mode they were filled in
-    def begin(self, k: Tensor) -> None:
-        """Take batch, heads, channels and dtype from the first K, (batch, KV heads, tokens, head_dim)."""
+    def _take_shape(self, k: Tensor) -> None:
+        """Take batch, heads, head_dim and dtype from a K, (batch, KV heads, tokens, head_dim), with room for sinks."""
+        self.check_shape(k.shape[1], k.shape[3])
         self.batch, self.heads, _, self.channels = k.shape
         self.dtype = k.dtype
         self.layout = Layout(self.heads, self.channels, self.units, k.dtype.itemsize)
-        self.tail_base = 0
-        self.tail_k = torch.empty((self.batch, self.heads, 0, self.channels), dtype=k.dtype)
-        self.tail_v = torch.empty_like(self.tail_k)
-        self.sinks_k = torch.empty((self.batch, self.heads, self.spec.sinks, self.channels), dtype=k.dtype)
-        self.sinks_v = torch.empty_like(self.sinks_k)
-        self.starts, self.tail_begin, self.sink_count, self.count = np.zeros((4, self.batch), np.int64)
-        self.pages = np.zeros((self.batch, 0), np.int64)
-        self.valid = np.zeros((self.batch, 0), np.int32)
-        self.owners = [[] for _ in range(self.batch)]
-        own = [None, None] if self.given_books is None else [of_kind[1] for of_kind in self.given_books]
-        self.own_books = [list(own) for _ in range(self.batch)]
-        self.pair_counts = [[None, None] for _ in range(self.batch)]
+        self.sinks_k, self.sinks_v = (
+            torch.empty((self.batch, self.heads, self.spec.sinks, self.channels), dtype=k.dtype) for _ in KINDS
+        )
 
-    def _tail_room(self) -> int:
-        """Tokens the tail holds between two seals: the window, a page, and what rows that seal at other times need."""
-        ragged = PAGE_TOKENS - 1 if self.batch > 1 else 0
-        page = max(PAGE_TOKENS, self.spec.window // 4)  # a wide window is not moved at every page
-        return self.spec.window + page + ragged + (0 if self.compressed else self.spec.sinks)
+    @torch.inference_mode(False)
+    def _allocate(self, k: Tensor) -> None:
+        """Begin with the first tokens' shape and dtype."""
+        self._take_shape(k)
+        self.tail_k, self.tail_v = (
+            torch.empty((self.batch, self.heads, 0, self.channels), dtype=k.dtype) for _ in KINDS
+        )
+        own = (None, None) if self.given_books is None else [of_kind[1] for of_kind in self.given_books]
+        self.rows, self.tail_base = Rows.empty(self.batch, own), 0
+
+    def _steady_room(self) -> int:
+        return steady_room(self.spec, self.batch, self.compressed)
 
     @torch.inference_mode(False)
     def _make_room(self, k: Tensor, v: Tensor) -> None:
         """Move the tail to a buffer with room for the new tokens, and put them there."""
-        base = min(int(self.tail_begin.min()), self.tokens) if self.compressed else self.tail_base
-        kept = self.tokens - base
-        need, steady = kept + k.shape[2], self._tail_room()
-        room = min(2 * need, steady) if need <= steady else need * 5 // 4 if kept else need
-        for name, new in (("tail_k", k), ("tail_v", v)):
-            old = getattr(self, name)
-            buffer = old.new_empty((self.batch, self.heads, room, self.channels))
-            buffer[:, :, :kept] = old[:, :, base - self.tail_base : self.tokens - self.tail_base]
-            buffer[:, :, kept : kept + k.shape[2]] = new.detach()
-            setattr(self, name, buffer)
-        self.tail_base = base
+        base = min(int(self.rows.tail_begin.min()), self.tokens) if self.compressed else self.tail_base
+        kept, new = self.tokens - base, k.shape[2]
+        self._move_tail(base, kept, grown_room(kept, new, self._steady_room()))
+        self.tail_k[:, :, kept : kept + new], self.tail_v[:, :, kept : kept + new] = k.detach(), v.detach()
 
     @torch.inference_mode(False)
     def _trim_tail(self) -> None:
-        """Give back what a prefill took for tokens that are now sealed."""
-        base = int(self.tail_begin.min())
+        """Give back what a prefill took for tokens that are now sealed: all of it, as nothing here holds the tail's address."""
+        base = int(self.rows.tail_begin.min())
         kept = self.tokens - base
-        if self.tail_k.shape[2] > self._tail_room() >= kept and self.compressed:
-            for name in ("tail_k", "tail_v"):
-                old = getattr(self, name)
-                buffer = old.new_empty((self.batch, self.heads, kept, self.channels))
-                buffer[:] = old[:, :, base - self.tail_base : self.tokens - self.tail_base]
-                setattr(self, name, buffer)
-            self.tail_base = base
+        if self.tail_k.shape[2] > self._steady_room() >= kept and self.compressed:
+            self._move_tail(base, kept, kept)
 
-    def _seal_row(self, row: int) -> bool:
-        """Compress what is ready of a row; says whether anything was."""
-        missing_sinks = self.spec.sinks - int(self.sink_count[row]) if not self.count[row] else 0
-        begin = int(self.tail_begin[row]) + missing_sinks
-        pages = (self.tokens - self.spec.window - begin) // PAGE_TOKENS
-        if pages < 1:
-            return False
-        at = begin - self.tail_base
-        k, v = (as_array(x[row, :, at : at + pages * PAGE_TOKENS]) for x in (self.tail_k, self.tail_v))
-        kq = self.kernels.quantise(k, self.spec.key.unit, self.spec.key.scale)
-        vq = self.kernels.quantise(v, self.spec.value.unit, self.spec.value.scale)
-        for index, (tensor, q) in enumerate(((self.spec.key, kq), (self.spec.value, vq))):
-            if tensor.coding == "huffman" and self.given_books is None and self.own_books[row][index] is None:
-                self._learn(row, index, self.kernels.count_pairs(q, KINDS[index], tensor.classes), pages)
-        k_books, v_books = self.books(row)
-        coding = self.spec.key.coding, self.spec.value.coding
-        buffer, offsets = self.kernels.encode_pages(k, v, kq, vq, coding, self.units, k_books, v_books)
-        if missing_sinks:
-            for sinks, tail in ((self.sinks_k, self.tail_k), (self.sinks_v, self.tail_v)):
-                sinks[row, :, self.sink_count[row] :] = tail[row, :, at - missing_sinks : at]
-            self.sink_count[row] = self.spec.sinks
-        self.enter(row, buffer, offsets[:-1])
-        self.tail_begin[row] = begin + pages * PAGE_TOKENS
-        return True
-
-    def _learn(self, row: int, index: int, counts: npt.NDArray[np.uint64], pages: int) -> None:
-        """Gather pair counts until the row has sealed enough tokens to train its own book."""
-        tensor = (self.spec.key, self.spec.value)[index]
-        earlier = self.pair_counts[row][index]
-        if earlier is not None:
-            some = counted(tensor, earlier.shape[1])
-            counts[:, some, some] += earlier
-        if (int(self.count[row]) + pages) * PAGE_TOKENS >= TRAINING_TOKENS and counts.any():
-            self.own_books[row][index] = codebook.train(counts, tensor.limit)
-            self.pair_counts[row][index] = None
-        else:
-            self.pair_counts[row][index] = kept_counts(tensor, counts)
-
-    def enter(self, row: int, buffer: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> None:
-        """Add the pages at these offsets of a buffer to a row's table."""
-        first, last = int(self.count[row]), int(self.count[row]) + offsets.size
-        if last > self.pages.shape[1]:
-            more = max(last, self.pages.shape[1] * 5 // 4) - self.pages.shape[1]
-            self.pages = np.pad(self.pages, ((0, 0), (0, more)))
-            self.valid = np.pad(self.valid, ((0, 0), (0, more)))
-        self.pages[row, first:last] = buffer.ctypes.data + offsets
-        self.valid[row, first:last] = PAGE_TOKENS
-        self.owners[row] += [buffer] * offsets.size
-        self.count[row] = last
-
-    def _measure_page(self, buffer: npt.NDArray[np.uint8], address: int, parts: dict[str, int]) -> None:
-        """Add the bytes of a page to its parts."""
-        at = address - buffer.ctypes.data
-        modes, offsets = directory_of(buffer, at, self.heads)
-        parts["directories"] += self.layout.directory_bytes
-        parts["scales"] += self.layout.first_block - self.layout.directory_bytes
-        sizes = np.diff(offsets).tolist()
-        for index, (mode, size) in enumerate(zip(modes.tolist(), sizes, strict=False)):
-            count = self.layout.block_scales(index // self.heads)
-            scales = scales_size(count) if count and mode != RAW else 0
-            lengths = 0
-            if RAW < mode < FIXED:
-                begin = at + int(offsets[index]) + scales
-                lengths = 4 + 8 * int(buffer[begin] & 15)
-            parts["scales"] += scales
-            parts["lengths"] += lengths
-            parts["raw_blocks" if mode == RAW else "codes"] += size - scales - lengths
+    def _move_tail(self, base: int, kept: int, room: int) -> None:
+        """Let the tail begin at a later position, in a buffer of its own with this much room."""
+        first, last = base - self.tail_base, self.tokens - self.tail_base
+        old = self.tail_k, self.tail_v
+        self.tail_k, self.tail_v = (x.new_empty((self.batch, self.heads, room, self.channels)) for x in old)
+        self.tail_k[:, :, :kept], self.tail_v[:, :, :kept] = (x[:, :, first:last] for x in old)
+        self.tail_base = base

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from kvcomp.errors import InvalidInput
-from kvcomp.store import KVStore
+from kvcomp.store.rows import Rows
 from kvcomp.store.tensors import as_array, as_tensor
+
+if TYPE_CHECKING:
+    from kvcomp.store.cpu import KVStore
 
 
 @torch.inference_mode(False)
@@ -22,45 +24,25 @@ def join(stores: Sequence[KVStore], tokens: int | None = None) -> KVStore:
     tokens: positions that the batch has, not fewer than a row has tokens; None for those of the longest store.
     Raises InvalidInput unless all have the same spec, shape and dtype, and hold tokens.
     """
-    first = stores[0] if stores else None
-    if first is None or not all(store.batch for store in stores):
+    if not all(store.batch for store in stores):
         raise InvalidInput("only stores that hold tokens can be joined")
-    for store in stores:
-        if (store.spec, store.heads, store.channels, store.dtype) != (
-            first.spec,
-            first.heads,
-            first.channels,
-            first.dtype,
-        ):
-            raise InvalidInput("only rows of one spec, shape and dtype can be joined")
-    joined = deepcopy(first)
-    joined.tokens = max(store.tokens for store in stores) if tokens is None else tokens
-    shift = [joined.tokens - store.tokens for store in stores]
-    joined.batch = sum(store.batch for store in stores)
-    for name in ("starts", "tail_begin"):
-        shifted = [getattr(store, name) + by for store, by in zip(stores, shift, strict=True)]
-        setattr(joined, name, np.concatenate(shifted))
-    for name in ("sink_count", "count"):
-        setattr(joined, name, np.concatenate([getattr(store, name) for store in stores]))
-    capacity = int(joined.count.max())
-    for name in ("pages", "valid"):
-        tables = [getattr(store, name)[:, :capacity] for store in stores]
-        setattr(joined, name, np.concatenate([np.pad(x, ((0, 0), (0, capacity - x.shape[1]))) for x in tables]))
-    for name in ("owners", "own_books", "pair_counts"):
-        setattr(joined, name, [list(row) for store in stores for row in getattr(store, name)])
-    joined.tail_base = max(0, min(first_of_tail(store) + by for store, by in zip(stores, shift, strict=True)))
-    recent = joined.tokens - joined.tail_base
-    for name in ("sinks_k", "sinks_v"):
-        setattr(joined, name, torch.cat([getattr(store, name) for store in stores]))
+    if len({(store.spec, store.heads, store.channels, store.dtype) for store in stores}) > 1:
+        raise InvalidInput("only rows of one spec, shape and dtype can be joined")
+    tokens = max(store.tokens for store in stores) if tokens is None else tokens
+    shifts = [tokens - store.tokens for store in stores]
+    base = max(0, min(first_of_tail(store) + by for store, by in zip(stores, shifts, strict=True)))
+    recent = tokens - base
     tails = [last_tokens(store, min(recent, store.tokens)) for store in stores]
     padded = [np.pad(x, ((0, 0), (0, 0), (0, 0), (recent - x.shape[3], 0), (0, 0))) for x in tails]
-    joined.tail_k, joined.tail_v = (as_tensor(x, joined.dtype) for x in np.concatenate(padded, axis=1))
-    return joined
+    tail_k, tail_v = (as_tensor(x, stores[0].dtype) for x in np.concatenate(padded, axis=1))
+    sinks = torch.cat([store.sinks_k for store in stores]), torch.cat([store.sinks_v for store in stores])
+    return stores[0].of(Rows.joined([store.rows for store in stores], shifts), tokens, (tail_k, tail_v), sinks)
 
 
 def first_of_tail(store: KVStore) -> int:
     """The first position that a row needs of the tail; of a row of which nothing is sealed also the padding, as it came."""
-    return int(np.where(store.tail_begin == store.starts, store.tail_base, store.tail_begin).min())
+    begin = store.rows.tail_begin
+    return int(np.where(begin == store.rows.starts, store.tail_base, begin).min())
 
 
 def last_tokens(store: KVStore, recent: int) -> npt.NDArray[Any]:
@@ -71,8 +53,8 @@ def last_tokens(store: KVStore, recent: int) -> npt.NDArray[Any]:
     held = [as_array(x) for x in (store.tail_k, store.tail_v)]
     tail = np.zeros((2, store.batch, store.heads, recent, store.channels), held[0].dtype)
     end = store.tokens - store.tail_base
-    for row, begin in enumerate(store.tail_begin.tolist()):
-        first = store.tail_base if begin == store.starts[row] else begin
+    for row, (start, begin) in enumerate(zip(store.starts.tolist(), store.rows.tail_begin.tolist(), strict=True)):
+        first = store.tail_base if begin == start else begin
         kept = min(store.tokens - first, recent)
         for kind in (0, 1):
             tail[kind, row, :, recent - kept :] = held[kind][row, :, end - kept : end]

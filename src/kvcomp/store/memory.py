@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomp.codec.block import scales_size
+from kvcomp.codec.dtypes import FIXED, RAW
+from kvcomp.codec.page import Layout, directory_of
+
+if TYPE_CHECKING:
+    from kvcomp.store.cpu import KVStore
+
+PAGE_PARTS = "codes", "lengths", "scales", "directories", "raw_blocks"
+PARTS = *PAGE_PARTS, "spare", "table", "books", "window", "sinks", "other"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Where the bytes of a cache are. The parts are what is allocated; bytes shared by several rows count once.
-
-    codes, lengths, scales, directories, raw_blocks: parts of the sealed pages, padding with the codes.
-    spare: readable bytes that must follow pages. table: page addresses and counts. books: codebooks.
-    window, sinks: raw recent and first tokens. other: caches of layers that kvcomp does not compress.
-    sealed_values: K and V values that the rows hold in pages; values: all they hold. dense: bytes of a dense cache of the same tokens.
-    """
+    """Where the bytes of a cache are. The parts are what is allocated; bytes shared by several rows count once."""
 
     codes: int = 0
+    """Codes of sealed pages, padding included."""
     lengths: int = 0
+    """Lengths of their bit streams."""
     scales: int = 0
+    """Their scales and zeros."""
     directories: int = 0
+    """Their directories."""
     raw_blocks: int = 0
+    """Their blocks that are kept as they came."""
     spare: int = 0
+    """Readable bytes that must follow pages."""
     table: int = 0
+    """Page addresses and counts."""
     table_entries: int = 0
+    """The share of ``table`` that the pages use; no part of its own."""
     books: int = 0
+    """Codebooks, and pair counts that wait for one."""
     window: int = 0
+    """Raw recent tokens."""
     sinks: int = 0
+    """Raw first tokens."""
     other: int = 0
+    """Caches of layers that kvcomp does not compress."""
     sealed_values: int = 0
+    """K and V values that the rows hold in pages."""
     values: int = 0
+    """K and V values that the rows hold."""
     dense: int = 0
+    """Bytes of a dense cache of the same tokens."""
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by part; they add up to ``total``."""
+        return {name: getattr(self, name) for name in PARTS}
 
     def __add__(self, other: Memory) -> Memory:
         return Memory(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -37,12 +64,12 @@ class Memory:
     @property
     def pages(self) -> int:
         """Bytes of the sealed pages."""
-        return self.codes + self.lengths + self.scales + self.directories + self.raw_blocks
+        return sum(getattr(self, name) for name in PAGE_PARTS)
 
     @property
     def total(self) -> int:
         """Bytes allocated in all."""
-        return self.pages + self.spare + self.table + self.books + self.window + self.sinks + self.other
+        return sum(self.parts().values())
 
     @property
     def coded_bits(self) -> float:
@@ -58,3 +85,60 @@ class Memory:
     def ratio(self) -> float:
         """Bytes of a dense cache of the same tokens over the bytes allocated."""
         return self.dense / self.total if self.total else 1.0
+
+
+@dataclass
+class PageParts:
+    """Bytes of pages by part."""
+
+    codes: int = 0
+    lengths: int = 0
+    scales: int = 0
+    directories: int = 0
+    raw_blocks: int = 0
+
+    def add(self, buffer: npt.NDArray[np.uint8], at: int, layout: Layout) -> None:
+        """Add those of the page that begins here in a buffer."""
+        modes, offsets = directory_of(buffer, at, layout.heads)
+        self.directories += layout.directory_bytes
+        self.scales += layout.first_block - layout.directory_bytes
+        sizes = np.diff(offsets).tolist()
+        for index, (mode, size) in enumerate(zip(modes.tolist(), sizes, strict=False)):
+            count = layout.block_scales(index // layout.heads)
+            scales = scales_size(count) if count and mode != RAW else 0
+            lengths = 0
+            if RAW < mode < FIXED:
+                lengths = 4 + 8 * int(buffer[at + int(offsets[index]) + scales] & 15)
+            self.scales += scales
+            self.lengths += lengths
+            if mode == RAW:
+                self.raw_blocks += size - scales - lengths
+            else:
+                self.codes += size - scales - lengths
+
+
+def memory_of(store: KVStore) -> Memory:
+    """Bytes by part; a test holds them against what is allocated."""
+    rows, parts, buffers, seen = store.rows, PageParts(), {}, set()
+    for owners, addresses in zip(rows.owners, rows.pages, strict=True):
+        for buffer, address in zip(owners, addresses.tolist(), strict=False):
+            buffers[id(buffer)] = buffer
+            if address not in seen:
+                seen.add(address)
+                parts.add(buffer, address - buffer.ctypes.data, store.layout)
+    books = {id(book): book.lengths.nbytes for pair in [*rows.books, store.default_books] for book in pair if book}
+    waiting = {id(counts): counts.nbytes for pair in rows.pair_counts for counts in pair if counts is not None}
+    token_values = 2 * store.heads * store.channels
+    held = int((store.tokens - rows.starts).sum())
+    return Memory(
+        **vars(parts),
+        spare=sum(buffer.nbytes for buffer in buffers.values()) - sum(vars(parts).values()),
+        table=rows.nbytes,
+        table_entries=int(rows.count.sum()) * (rows.pages.itemsize + rows.valid.itemsize),
+        books=sum(books.values()) + sum(waiting.values()),
+        window=sum(x.untyped_storage().nbytes() for x in (store.tail_k, store.tail_v)),
+        sinks=sum(x.untyped_storage().nbytes() for x in (store.sinks_k, store.sinks_v)),
+        sealed_values=int((rows.tail_begin - rows.starts - rows.sink_count).sum()) * token_values,
+        values=held * token_values,
+        dense=held * token_values * store.dtype.itemsize,
+    )

@@ -15,7 +15,7 @@ from kvcomp.codec.page import directory_of
 from kvcomp.codec.quantise import error_bound, to_float32
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import KINDS, PAGE_TOKENS, Kind, TensorSpec
-from kvcomp.store import KVStore
+from kvcomp.store.cpu import KVStore
 from kvcomp.store.tensors import as_array
 
 
@@ -23,7 +23,9 @@ def bits_by_head(store: KVStore) -> npt.NDArray[np.float64]:
     """Bits for each value in the blocks of K and V of each head, (2, heads); pages that rows share count once. NaN without pages."""
     sizes = np.zeros(2 * store.heads, np.int64)
     seen: set[int] = set()
-    for owners, addresses, count in zip(store.owners, store.pages.tolist(), store.count.tolist(), strict=True):
+    for owners, addresses, count in zip(
+        store.rows.owners, store.rows.pages.tolist(), store.rows.count.tolist(), strict=True
+    ):
         for buffer, address in zip(owners, addresses[:count], strict=True):
             if address not in seen:
                 seen.add(address)
@@ -62,10 +64,10 @@ def compare(store: KVStore, k: Tensor, v: Tensor) -> Comparison:
     total = Comparison(0, 0, 0.0)
     for given, back, tensor in zip(_held(store, k, v), store.held(), (store.spec.key, store.spec.value), strict=True):
         for row in range(store.batch):
-            start, begin = int(store.starts[row]), int(store.tail_begin[row])
-            if (store.valid[row, : store.count[row]] < PAGE_TOKENS).any():
+            start, begin = int(store.rows.starts[row]), int(store.rows.tail_begin[row])
+            if (store.rows.valid[row, : store.rows.count[row]] < PAGE_TOKENS).any():
                 raise InvalidInput("the cache was cropped within a page, whose bounds can no longer be known")
-            first = start + int(store.sink_count[row])
+            first = start + int(store.rows.sink_count[row])
             x, y = as_array(given)[row], as_array(back)[row]
             for exact in (slice(start, first), slice(begin, None)):
                 total += _compare(x[:, exact], y[:, exact], np.zeros(1))
@@ -80,7 +82,7 @@ def error_shares(store: KVStore, k: Tensor, v: Tensor) -> Iterator[tuple[Kind, n
     tensors = store.spec.key, store.spec.value
     for kind, given, back, tensor in zip(KINDS, _held(store, k, v), store.held(), tensors, strict=True):
         for row in range(store.batch):
-            first, begin = int(store.starts[row] + store.sink_count[row]), int(store.tail_begin[row])
+            first, begin = int(store.rows.starts[row] + store.rows.sink_count[row]), int(store.rows.tail_begin[row])
             if first < begin:
                 x, y = (as_array(values)[row, :, first:begin] for values in (given, back))
                 error = to_float32(_pages(y)).astype(np.float64) - to_float32(_pages(x))

@@ -14,9 +14,8 @@ from kvcomp.evaluate.methods.baseline import FURTHEST, stock_memory
 from kvcomp.evaluate.methods.method import Method, Pair
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.layer import CompressedLayer
-from kvcomp.spec import PAGE_TOKENS, PRESETS, CodecSpec
-from kvcomp.store import KVStore, Memory
-from kvcomp.store.gpu.store import GPUStore
+from kvcomp.spec import PRESETS, CodecSpec
+from kvcomp.store import Memory, Store
 
 
 class KVComp(Method):
@@ -51,7 +50,7 @@ class KVComp(Method):
         layers: list[Any] = list(cache.layers)
         return [stores[i].dense() if i in stores else (layer.keys, layer.values) for i, layer in enumerate(layers)]
 
-    def stores(self, cache: Cache) -> dict[int, KVStore | GPUStore]:
+    def stores(self, cache: Cache) -> dict[int, Store]:
         """The store of each compressed layer, with all that is due compressed."""
         layers = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CompressedLayer)}
         for layer in layers.values():
@@ -60,7 +59,7 @@ class KVComp(Method):
 
     def room(self, cache: Cache) -> int:
         stores = self.stores(cache).values()
-        return min((_until_seal(store) for store in stores), default=FURTHEST)
+        return min((store.until_seal() for store in stores), default=FURTHEST)
 
     def settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"spec": json.loads(self.spec.to_json())}
@@ -68,13 +67,3 @@ class KVComp(Method):
             level = self.calibration.level_of(self.spec)
             settings |= {"level": level, "calibration_bytes": self.calibration.nbytes(level)}
         return settings
-
-
-def _until_seal(store: KVStore | GPUStore) -> int:
-    """Tokens until a row compresses a page; one by one where the store does not say."""
-    if isinstance(store, GPUStore):
-        return 1
-    if not store.batch:
-        return store.spec.sinks + store.spec.window + PAGE_TOKENS
-    begin = store.tail_begin + (store.count == 0) * (store.spec.sinks - store.sink_count)
-    return max(1, int(begin.min()) + store.spec.window + PAGE_TOKENS - store.tokens)

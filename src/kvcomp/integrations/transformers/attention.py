@@ -11,9 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers.layer import Handle, MaskPlan, Source, uncompiled
-from kvcomp.store import KVStore
+from kvcomp.store import Store
 from kvcomp.store.attention import FUSED_QUERIES, attend, attend_tiled
-from kvcomp.store.gpu.store import GPUStore
 
 NAME = "kvcomp"
 SCORES = 1 << 24  # scores held at a time by attention with a soft cap
@@ -109,7 +108,7 @@ def _over_store(
     return out
 
 
-def _is_plain(store: KVStore | GPUStore, plan: MaskPlan, queries: int) -> bool:
+def _is_plain(store: Store, plan: MaskPlan, queries: int) -> bool:
     """Whether causal attention over the store is what the mask asks for. Tells the store where its rows begin.
 
     A row can only begin later as long as it holds nothing but padding. What came in as padding stays invisible.

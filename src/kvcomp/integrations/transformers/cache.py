@@ -38,10 +38,7 @@ from kvcomp.integrations.transformers.layer import CompressedLayer, Session, unc
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, text_config
 from kvcomp.kernels import host_backend, load_backend
 from kvcomp.spec import CodecSpec
-from kvcomp.store import KVStore, Memory
-from kvcomp.store import join as joining
-from kvcomp.store.gpu import join as gpu_joining
-from kvcomp.store.gpu.store import GPUStore
+from kvcomp.store import Memory
 
 
 class KVCompCache(Cache):
@@ -145,7 +142,7 @@ class KVCompCache(Cache):
         host = host_backend(backend)
         read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
         for index, layer in enumerate(cache.layers):
-            store = joining.join([stores[index] for stores in read]) if len(read) > 1 else read[0][index]
+            store = read[0][index].join([stores[index] for stores in read[1:]]) if len(read) > 1 else read[0][index]
             transformers_files.give(layer, store)
         return cache
 
@@ -242,18 +239,11 @@ class KVCompCache(Cache):
         for layer in (layer for pair in pairs for layer in pair if layer.unsealed):
             layer.seal()
         for layer, beside in (*pairs, *((theirs, mine) for mine, theirs in pairs)):
-            if isinstance(beside.store, GPUStore) and beside.store.batch:
+            if beside.store.batch:
                 layer.upload(beside.store.device)
         stores = [(mine.store, theirs.store) for mine, theirs in pairs]
         tokens = max((store.tokens - int(store.starts.min()) for store in stores[0] if store.batch), default=0)
-        joined: list[KVStore | GPUStore] = []
-        for mine, theirs in stores:
-            if isinstance(mine, GPUStore) and isinstance(theirs, GPUStore):
-                joined.append(gpu_joining.join([mine, theirs], tokens))
-            elif isinstance(mine, KVStore) and isinstance(theirs, KVStore):
-                joined.append(joining.join([mine, theirs], tokens))
-            else:
-                raise InvalidInput("a cache on a GPU and one in main memory cannot be joined: use one backend")
+        joined = [mine.join([theirs], tokens) for mine, theirs in stores]
         for layer, store in zip(layers, joined, strict=True):
             layer.store = store
 

@@ -15,7 +15,6 @@ from kvcomp.files import recent_only
 from kvcomp.integrations.transformers.layer import CompressedLayer
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
-from kvcomp.store.gpu.copies import to_main_memory
 
 
 def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
@@ -26,7 +25,7 @@ def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
         if isinstance(layer, CompressedLayer):
             if layer.unsealed:
                 layer.seal()
-            stores[index] = layer.store if isinstance(layer.store, KVStore) else to_main_memory(layer.store)
+            stores[index] = layer.store.to_main_memory()
         elif layer.is_initialized:
             held = _held(layer, layer.get_seq_length())
             k, v = (x[:, :, x.shape[2] - held :] for x in (layer.keys, layer.values))

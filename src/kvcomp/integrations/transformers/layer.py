@@ -20,9 +20,7 @@ from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers.identity import configuration_of, difference, rope_switch
 from kvcomp.integrations.transformers.models import identity_of, position_limit
 from kvcomp.spec import CodecSpec
-from kvcomp.store import KVStore
-from kvcomp.store.gpu.copies import to_device
-from kvcomp.store.gpu.store import GPUStore
+from kvcomp.store import Store, new_store
 
 HIDDEN = -3e4  # an additive mask below this hides: softmax gives 0 in float32
 
@@ -57,7 +55,7 @@ class Session:
         self.rope_switch = rope_switch(config)
         self.limit = position_limit(config)
         self.plan: MaskPlan | None = None
-        self.sealing: GPUStore | None = None
+        self.sealing: Store | None = None
         self.before = 0  # tokens before the forward pass
         self.longest = 0  # tokens at the end of the longest one
         self.failed = False  # it did: some layers may have its tokens, others not
@@ -219,11 +217,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; the next update may have another batch size and dtype."""
-        given = self.calibrated or ()
-        gpu = self.backend == "gpu"
-        self.store: KVStore | GPUStore = (
-            GPUStore(self.spec, *given) if gpu else KVStore(self.spec, self.backend, *given)
-        )
+        self.store: Store = new_store(self.spec, self.backend, self.calibrated)
         self.unsealed = False
         self.is_initialized = False
 
@@ -249,8 +243,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def upload(self, device: torch.device) -> None:
         """Move to a GPU what was read from a file for the backend ``gpu``."""
-        if self.backend == "gpu" and isinstance(self.store, KVStore):
-            self.store = to_device(self.store, device)
+        if self.backend == "gpu":
+            self.store = self.store.to(device)
 
     def seal(self) -> None:
         """Compress what is older than the window. On a GPU a prompt is done when the next layer has come as far."""
@@ -261,8 +255,7 @@ class CompressedLayer(CacheLayerMixin):
         if before is not None:
             before.finish()
         self.store.seal()
-        if isinstance(self.store, GPUStore):
-            self.session.sealing = self.store
+        self.session.sealing = self.store
 
     def undo(self, tokens: int) -> None:
         """Take back an update of this many tokens that nothing has been sealed after."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +17,7 @@ from numba.core import event
 from kvcomp.codec.block import check_channels
 from kvcomp.codec.dtypes import UNIT_NUMBERS, dtype_of
 from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, SCALE_BITS, Quantised, check_scale, check_values
-from kvcomp.kernels import NO_STEPS, Array, Books, Steps
+from kvcomp.kernels import NO_STEPS, Array, Books, CacheView, Steps
 from kvcomp.kernels.cpu.attention import PART_PAGES, PART_TAIL, attend_tasks
 from kvcomp.kernels.cpu.count import count_blocks
 from kvcomp.kernels.cpu.decode import COLUMNS
@@ -61,43 +60,21 @@ event.register("numba:compile", _CompileNotice())  # type: ignore[no-untyped-cal
 
 def attend(
     q: npt.NDArray[np.float32],
-    pages: npt.NDArray[np.int64],
-    valid: npt.NDArray[np.int32],
-    count: npt.NDArray[np.int64],
-    units: tuple[Unit, Unit],
-    books: Sequence[tuple[Books, Books]],
-    sinks_k: Array,
-    sinks_v: Array,
-    sink_count: npt.NDArray[np.int64],
-    tail_k: Array,
-    tail_v: Array,
-    tail_begin: npt.NDArray[np.int64],
+    view: CacheView,
     tail_end: npt.NDArray[np.int64],
     scaling: float,
     softcap: float = 0.0,
     threads: int = 1,
-    steps: Steps = NO_STEPS,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """softmax(cap(scaling q.K)) V over a cache of sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579).
-
-    q: float32 (rows, KV heads, queries of a head, channels).
-    pages, valid: int64 and int32 (rows, capacity), addresses of pages and how many of their tokens count; count: (rows,), entries
-    used. The caller keeps the pages alive, with ``channels`` readable bytes behind each run of them.
-    books: for every row the codebooks of K and of V.
-    sinks_k, sinks_v: (rows, heads, sinks, channels), of which sink_count[row] count; tail_k, tail_v: (rows, heads, tokens,
-    channels), of which query i sees tail_begin[row] to tail_end[i]; float32, float16 or bfloat16 as uint16 bits, as in the pages.
-    softcap: cap(x) = softcap tanh(x / softcap), 0 for none. threads: most threads to use; the result does not depend on it.
-    steps: the heads' steps of K and of V, where the unit is ``head``.
-
-    Returns the output (as q) and the natural log of the softmax denominators (rows, heads, queries); a query that sees no
-    token gets 0 and -inf. Raises InvalidInput if the dtype is none of the three.
-    """
+    """``Backend.attend``: tasks of some pages of a row and KV head, whose partial results are merged."""
     rows, heads, queries, channels = q.shape
-    tail_k, tail_v, sinks_k, sinks_v = (_rows_of_values(x) for x in (tail_k, tail_v, sinks_k, sinks_v))
+    tail_k, tail_v, sinks_k, sinks_v = (
+        _rows_of_values(x) for x in (view.tail_k, view.tail_v, view.sinks_k, view.sinks_v)
+    )
     tail_end = np.ascontiguousarray(tail_end, np.int64)
-    tail_tokens = np.maximum(tail_end.max(initial=0) - tail_begin, 0)
+    tail_tokens = np.maximum(tail_end.max(initial=0) - view.tail_begin, 0)
     first_part = np.zeros(rows + 1, np.int64)
-    np.cumsum(-(-count // PART_PAGES) + np.maximum(1, -(-tail_tokens // PART_TAIL)), out=first_part[1:])
+    np.cumsum(-(-view.count // PART_PAGES) + np.maximum(1, -(-tail_tokens // PART_TAIL)), out=first_part[1:])
     parts = int(first_part[-1])
     partial = np.empty((parts, heads, queries, channels), np.float32)
     peak, total = np.empty((2, parts, heads, queries), np.float32)
@@ -107,19 +84,19 @@ def attend(
         counter,
         first_part,
         np.ascontiguousarray(q),
-        np.ascontiguousarray(pages, np.int64),
-        np.ascontiguousarray(valid, np.int32),
-        np.ascontiguousarray(count, np.int64),
-        _unit_numbers(units),
-        describe_books([of_kind for of_row in books for of_kind in of_row], channels).reshape(rows, 4, COLUMNS),
-        _steps(steps, heads),
+        np.ascontiguousarray(view.pages, np.int64),
+        np.ascontiguousarray(view.valid, np.int32),
+        np.ascontiguousarray(view.count, np.int64),
+        _unit_numbers(view.units),
+        describe_books([of_kind for of_row in view.books for of_kind in of_row], channels).reshape(rows, 4, COLUMNS),
+        _steps(view.steps, heads),
         dtype_of(tail_k.dtype).number,
         _addresses(sinks_k, sinks_v),
         np.array([sinks_k.strides, sinks_v.strides]),
-        np.ascontiguousarray(sink_count, np.int64),
+        np.ascontiguousarray(view.sink_count, np.int64),
         _addresses(tail_k, tail_v),
         np.array([tail_k.strides, tail_v.strides]),
-        np.ascontiguousarray(tail_begin, np.int64),
+        np.ascontiguousarray(view.tail_begin, np.int64),
         tail_end,
         float(scaling),
         float(softcap),
@@ -127,7 +104,7 @@ def attend(
         peak,
         total,
     )
-    work = int(count.sum()) * PAGE_TOKENS * heads * channels * 2
+    work = int(view.count.sum()) * PAGE_TOKENS * heads * channels * 2
     others = min(threads, parts * heads, work // THREAD_VALUES) - 1
     running = [_workers(others).submit(attend_tasks, *arguments) for _ in range(others)] if others > 0 else []
     try:

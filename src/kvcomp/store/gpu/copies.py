@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 
 import numpy as np
@@ -16,39 +17,41 @@ from kvcomp.store.gpu.arena import Chunk, enough_memory
 from kvcomp.store.gpu.rows import Table
 from kvcomp.store.gpu.store import GPUStore
 from kvcomp.store.gpu.tail import Tail
+from kvcomp.store.rows import Rows
 from kvcomp.store.training import counted, kept_counts
 
 
 def to_main_memory(of: GPUStore) -> KVStore:
     """The same cache in main memory, for files; waits for the device."""
-    store = KVStore(of.spec, "reference", of.given_books, of.given_transform)
+    empty = KVStore(of.spec, "reference", of.given_books, of.given_transform)
     if not of.batch:
-        return store
+        return empty
     of.settle()
-    store.begin(of.tail_k.cpu()[:, :, :0])
-    store.tokens, store.tail_base = of.tokens, of.tail_base
-    held = of.tokens - of.tail_base
-    store.tail_k, store.tail_v = (x[:, :, :held].cpu() for x in (of.tail_k, of.tail_v))
-    store.sinks_k, store.sinks_v = of.sinks_k.cpu(), of.sinks_v.cpu()
-    copies: dict[int, tuple[int, npt.NDArray[np.uint8]]] = {}
-    for row in of.rows:
-        for chunk in row.chunks:
-            if id(chunk) not in copies:
-                content = chunk.memory[: int(chunk.cursor) + of.channels].cpu().numpy()
-                content[-of.channels :] = 0
-                copies[id(chunk)] = chunk.memory.data_ptr(), content
+    contents = {id(chunk): _content(chunk, of.channels) for row in of.rows for chunk in row.chunks}
+    rows = Rows.empty(of.batch)
     for index, (row, addresses) in enumerate(zip(of.rows, of.table.pages.tolist(), strict=True)):
-        store.starts[index], store.tail_begin[index], store.sink_count[index] = row.start, row.tail_begin, row.sinks
-        for address, valid in zip(addresses, row.valid, strict=False):
-            begin, content = next(x for x in copies.values() if x[0] <= address < x[0] + x[1].size)
-            store.enter(index, content, np.array([address - begin]))
-            store.valid[index, store.count[index] - 1] = valid
-        store.own_books[index] = list(row.books)
-        store.pair_counts[index] = [
+        rows.starts[index], rows.tail_begin[index], rows.sink_count[index] = row.start, row.tail_begin, row.sinks
+        spans = sorted((chunk.memory.data_ptr(), contents[id(chunk)]) for chunk in row.chunks)
+        starts = [begin for begin, _ in spans]
+        for address in addresses[: len(row.valid)]:
+            begin, content = spans[bisect_right(starts, address) - 1]
+            rows.add_pages(index, content, np.array([address - begin]))
+        rows.valid[index, : len(row.valid)] = row.valid
+        rows.books[index] = list(row.books)
+        rows.pair_counts[index] = [
             None if counts is None else kept_counts(tensor, counts)
             for tensor, counts in zip((of.spec.key, of.spec.value), row.counts, strict=True)
         ]
-    return store
+    held = of.tokens - of.tail_base
+    tail_k, tail_v = (x[:, :, :held].cpu() for x in (of.tail_k, of.tail_v))
+    return empty.of(rows, of.tokens, (tail_k, tail_v), (of.sinks_k.cpu(), of.sinks_v.cpu()))
+
+
+def _content(chunk: Chunk, spare: int) -> npt.NDArray[np.uint8]:
+    """What a chunk holds, with so many readable bytes behind it."""
+    content: npt.NDArray[np.uint8] = chunk.memory[: int(chunk.cursor) + spare].cpu().numpy()
+    content[-spare:] = 0
+    return content
 
 
 @torch.inference_mode(False)
@@ -68,22 +71,22 @@ def to_device(
         store.tail = Tail(tail_k, tail_v, of.tail_base)
         for mine, theirs in ((store.sinks_k, of.sinks_k), (store.sinks_v, of.sinks_v)):
             mine.copy_(theirs)
-        addresses = np.zeros((of.batch, max(store.table.capacity, int(of.count.max()))), np.int64)
+        addresses = np.zeros((of.batch, max(store.table.capacity, int(of.rows.count.max()))), np.int64)
         places: dict[int, tuple[Chunk, int]] = {}
         for index, row in enumerate(store.rows):
-            count = int(of.count[index])
-            pages = of.pages[index, :count].tolist()
+            count = int(of.rows.count[index])
+            pages = of.rows.pages[index, :count].tolist()
             fresh = [page for page in dict.fromkeys(pages) if page not in places]
             chunk, offsets = _upload(of, index, fresh, device)
             places |= {page: (chunk, offset) for page, offset in zip(fresh, offsets, strict=True)}
             row.chunks = list(dict.fromkeys(places[page][0] for page in pages))
             addresses[index, :count] = [places[page][0].memory.data_ptr() + places[page][1] for page in pages]
-            row.start, row.sinks = int(of.starts[index]), int(of.sink_count[index])
-            row.tail_begin, row.valid = int(of.tail_begin[index]), of.valid[index, :count].tolist()
-            row.books = list(of.own_books[index])
+            row.start, row.sinks = int(of.rows.starts[index]), int(of.rows.sink_count[index])
+            row.tail_begin, row.valid = int(of.rows.tail_begin[index]), of.rows.valid[index, :count].tolist()
+            row.books = list(of.rows.books[index])
             for kind, tensor in enumerate((of.spec.key, of.spec.value)):
                 store.device_books.enter([index], kind, 1, row.books[kind])
-                kept = of.pair_counts[index][kind]
+                kept = of.rows.pair_counts[index][kind]
                 if kept is not None:
                     counts = np.zeros((kept.shape[0], MAX_CODES, MAX_CODES), np.uint64)
                     some = counted(tensor, kept.shape[1])
@@ -96,7 +99,7 @@ def to_device(
 
 def _upload(of: KVStore, row: int, pages: list[int], device: torch.device) -> tuple[Chunk, list[int]]:
     """A chunk with these pages of a row, and where they lie in it."""
-    buffers = dict(zip(of.pages[row].tolist(), of.owners[row], strict=False))
+    buffers = dict(zip(of.rows.pages[row].tolist(), of.rows.owners[row], strict=False))
     parts, offsets, end = [], [], 0
     for page in pages:
         at = page - buffers[page].ctypes.data

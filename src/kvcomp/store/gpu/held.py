@@ -23,10 +23,11 @@ from kvcomp.kernels.cuda.layout import (
     attend_build,
 )
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
-from kvcomp.store import Memory
 from kvcomp.store.gpu.books import DeviceBooks
 from kvcomp.store.gpu.rows import Row, Table
 from kvcomp.store.gpu.tail import Tail
+from kvcomp.store.memory import Memory
+from kvcomp.store.tail import TILE_PAGES
 from kvcomp.store.tensors import NAMES
 
 
@@ -83,18 +84,6 @@ class Held(ABC):
         return np.array([row.start for row in self.rows], np.int64)
 
     @property
-    def sink_count(self) -> npt.NDArray[np.int64]:
-        """Sinks of each row."""
-        self.finish()
-        return np.array([row.sinks for row in self.rows], np.int64)
-
-    @property
-    def count(self) -> npt.NDArray[np.int64]:
-        """Pages of each row."""
-        self.finish()
-        return np.array([len(row.valid) for row in self.rows], np.int64)
-
-    @property
     def tail_base(self) -> int:
         """Position of the tail's first token."""
         self.finish()
@@ -111,6 +100,26 @@ class Held(ABC):
         """(rows, KV heads, room, head_dim)"""
         self.finish()
         return self.tail.v
+
+    def until_seal(self) -> int:
+        """1: what a row has sealed is known after waiting for the device."""
+        return 1
+
+    def tiles(self, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """A row's tokens in order: position of the first, and K and V as held, (KV heads, tokens, head_dim) each."""
+        self.finish()
+        of, position = self.rows[row], self.rows[row].start
+        if of.sinks:
+            yield position, self.sinks_k[row, :, : of.sinks], self.sinks_v[row, :, : of.sinks]
+            position += of.sinks
+        for first in range(0, len(of.valid), TILE_PAGES):
+            k, v = self.tile(row, first, min(first + TILE_PAGES, len(of.valid)))
+            yield position, k, v
+            position += k.shape[1]
+        base, last = self.tail.base, self.tokens - self.tail.base
+        for at in range(position - base, last, TILE_PAGES * PAGE_TOKENS):
+            part = slice(at, min(at + TILE_PAGES * PAGE_TOKENS, last))
+            yield base + at, self.tail.k[row, :, part], self.tail.v[row, :, part]
 
     def can_attend(self, queries: int) -> bool:
         """Whether all of the last ``queries`` tokens lie in the tail, as ``attend`` needs: a crop may have left some in pages."""

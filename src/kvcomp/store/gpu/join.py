@@ -16,7 +16,7 @@ from kvcomp.store.gpu.tail import Tail
 
 
 @torch.inference_mode(False)
-def join(stores: Sequence[GPUStore], tokens: int) -> GPUStore:
+def join(stores: Sequence[GPUStore], tokens: int | None = None) -> GPUStore:
     """One batch of the rows of several stores, which stay as they are; pages are shared. Rows get padding on the left.
 
     tokens: positions that the batch has, not fewer than a row has tokens.
@@ -25,6 +25,7 @@ def join(stores: Sequence[GPUStore], tokens: int) -> GPUStore:
     first = stores[0]
     if not all(store.batch for store in stores):
         raise InvalidInput("only stores that hold tokens can be joined")
+    tokens = max(store.tokens for store in stores) if tokens is None else tokens
     kinds = {(store.spec, store.heads, store.channels, store.dtype, store.device) for store in stores}
     if len(kinds) > 1:
         raise InvalidInput("only rows of one spec, shape, dtype and device can be joined")

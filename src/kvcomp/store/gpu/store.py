@@ -29,12 +29,16 @@ from kvcomp.kernels.cuda import launch
 from kvcomp.kernels.cuda.device import Gpu
 from kvcomp.kernels.cuda.layout import AttendBuild, page_build
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
+from kvcomp.store.checks import check_crop, check_kv, check_more, check_starts, row_index
+from kvcomp.store.cpu import KVStore
 from kvcomp.store.gpu.arena import Arena, Chunk, Sent, enough_memory
 from kvcomp.store.gpu.books import DeviceBooks
 from kvcomp.store.gpu.encode import Encoding
 from kvcomp.store.gpu.held import Held
 from kvcomp.store.gpu.rows import Row, Table
 from kvcomp.store.gpu.tail import Tail
+from kvcomp.store.protocol import Store
+from kvcomp.store.tail import grown_room, steady_room
 from kvcomp.store.tensors import NAMES
 from kvcomp.store.training import default_book
 
@@ -62,6 +66,25 @@ class GPUStore(Held):
         self.tokens = self.batch = self.heads = self.channels = 0
         self.rows: list[Row] = []
         self._under_way, self._sealed = [], None
+
+    def join(self, others: Sequence[Store], tokens: int | None = None) -> GPUStore:
+        """One batch of these rows and those of others (``kvcomp.store.gpu.join``)."""
+        from kvcomp.store.gpu.join import join
+
+        stores = [store for store in (self, *others) if isinstance(store, GPUStore)]
+        if len(stores) <= len(others):
+            raise InvalidInput("a cache on a GPU and one in main memory cannot be joined: use one backend")
+        return join(stores, tokens)
+
+    def to(self, device: torch.device) -> GPUStore:
+        """This store."""
+        return self
+
+    def to_main_memory(self) -> KVStore:
+        """A copy in main memory, page by page; waits for the device."""
+        from kvcomp.store.gpu.copies import to_main_memory
+
+        return to_main_memory(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GPUStore:
         """An independent store; sealed pages, which never change, are shared."""
@@ -105,10 +128,7 @@ class GPUStore(Held):
         if self.tokens - self.tail.base + new > self.tail.room:
             base = min(row.tail_begin for row in self.rows) if self.compressed else self.tail.base
             base = min(base, self.tokens)
-            need, steady = self.tokens - base + new, self.tail_room()
-            room = max(min(2 * need, steady), min(self.tail.room, steady))
-            room = room if need <= steady else need * 5 // 4 if need > new else need
-            self._move_tail(base, room)
+            self._move_tail(base, grown_room(self.tokens - base, new, self.tail_room(), self.tail.room))
 
     def advance(self, new: int) -> None:
         """Take note of tokens that the device has added by itself, repeating the recorded work of an ``append`` of one token."""
@@ -116,8 +136,7 @@ class GPUStore(Held):
 
     def set_starts(self, starts: Sequence[int]) -> None:
         """Say at which position each row's real tokens begin. Raises InvalidInput for a row that is sealed from another position."""
-        if len(starts) != self.batch or not all(0 <= start <= self.tokens for start in starts):
-            raise InvalidInput(f"starts must be {self.batch} positions from 0 to {self.tokens}, not {list(starts)}")
+        check_starts(starts, self.batch, self.tokens)
         self.settle()
         for row, start in zip(self.rows, starts, strict=True):
             if start != row.start and (row.tail_begin > row.start or start < self.tail.base):
@@ -157,8 +176,7 @@ class GPUStore(Held):
     @torch.inference_mode(False)
     def crop(self, tokens: int) -> None:
         """Keep the first ``tokens`` positions. Raises InvalidInput if there are fewer."""
-        if not 0 <= tokens <= self.tokens:
-            raise InvalidInput(f"cannot crop a cache of {self.tokens} tokens to {tokens}")
+        check_crop(tokens, self.tokens)
         if not self.batch:
             return
         self.settle()
@@ -171,11 +189,8 @@ class GPUStore(Held):
     @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
         """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do not exist, LimitExceeded."""
-        index = [int(row) for row in rows.detach().cpu().flatten().tolist()]
-        if not index or min(index) < -self.batch or max(index) >= self.batch:
-            raise InvalidInput(f"rows must be some of the {self.batch} that the cache holds, not {index}")
+        index = row_index(rows, self.batch).tolist()
         self.settle()
-        index = [row % self.batch for row in index]
         with enough_memory():
             chosen = torch.tensor(index, device=self.device)
             sinks_k, sinks_v = (x.index_select(0, chosen) for x in (self.sinks_k, self.sinks_v))
@@ -189,22 +204,13 @@ class GPUStore(Held):
     # Steps
 
     def _check(self, k: Tensor, v: Tensor) -> None:
-        if k.ndim != 4 or k.shape != v.shape or 0 in k.shape:
-            raise InvalidInput(
-                f"K and V must both be (batch, KV heads, tokens, head_dim), not {tuple(k.shape)} and {tuple(v.shape)}"
-            )
-        if k.dtype != v.dtype or k.dtype not in NAMES or k.device != v.device:
-            raise InvalidInput(
-                f"K and V must both be float32, float16 or bfloat16 on one device, not {k.dtype} and {v.dtype}"
-            )
-        have = self.batch, self.heads, self.channels
-        if self.batch and (
-            (k.shape[0], k.shape[1], k.shape[3]) != have or k.dtype != self.dtype or k.device != self.device
-        ):
-            raise InvalidInput(
-                f"this cache holds (batch, KV heads, head_dim) = {have} of {self.dtype} on {self.device}, "
-                f"not {(k.shape[0], k.shape[1], k.shape[3])} of {k.dtype} on {k.device}"
-            )
+        check_kv(k, v)
+        if k.device != v.device:
+            raise InvalidInput(f"K is on {k.device}, V on {v.device}: they must be on one device")
+        if self.batch:
+            check_more(k, (self.batch, self.heads, self.channels), self.dtype)
+            if k.device != self.device:
+                raise InvalidInput(f"this cache is on {self.device}, K and V are on {k.device}")
 
     @torch.inference_mode(False)
     def begin(self, k: Tensor) -> None:
@@ -252,12 +258,10 @@ class GPUStore(Held):
 
     def tail_room(self) -> int:
         """Tokens for which the tail has room between two seals."""
-        ragged = PAGE_TOKENS - 1 if self.batch > 1 else 0
-        page = max(PAGE_TOKENS, self.spec.window // 4)
-        return self.spec.window + page + ragged + (0 if self.compressed else self.spec.sinks)
+        return steady_room(self.spec, self.batch, self.compressed)
 
     def _trim_tail(self) -> None:
-        """Give back what a prompt took for tokens that are now sealed."""
+        """Give back what a prompt took for tokens that are now sealed, down to the steady room: recorded steps need the tail where it is."""
         base, steady = min(row.tail_begin for row in self.rows), self.tail_room()
         if self.tail.room > steady >= self.tokens - base:
             self._move_tail(base, steady)

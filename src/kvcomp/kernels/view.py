@@ -1,0 +1,51 @@
+"""CacheView: one layer's cache as attention kernels read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomp.codec.codebook import Codebook
+from kvcomp.spec import Unit
+
+Array = npt.NDArray[Any]
+Books = tuple[Codebook | None, Codebook | None]  # the default book and the sequence's own
+Steps = tuple[tuple[float, ...] | None, tuple[float, ...] | None]
+NO_STEPS: Steps = (None, None)
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """The rows of a batch, in memory that the caller keeps alive.
+
+    Values are float32, float16, or bfloat16 as its bits in uint16: one dtype in pages, sinks and tail.
+    """
+
+    pages: npt.NDArray[np.int64]
+    """(rows, capacity) addresses of pages, with ``head_dim`` readable bytes behind each run of them."""
+    valid: npt.NDArray[np.int32]
+    """(rows, capacity) how many of a page's tokens count."""
+    count: npt.NDArray[np.int64]
+    """(rows,) entries used of ``pages``."""
+    units: tuple[Unit, Unit]
+    """Units of K and V."""
+    books: Sequence[tuple[Books, Books]]
+    """For each row the codebooks of K and V."""
+    sinks_k: Array
+    """(rows, KV heads, sinks, head_dim)."""
+    sinks_v: Array
+    """As ``sinks_k``."""
+    sink_count: npt.NDArray[np.int64]
+    """(rows,) how many of the sinks count."""
+    tail_k: Array
+    """(rows, KV heads, tokens, head_dim)."""
+    tail_v: Array
+    """As ``tail_k``."""
+    tail_begin: npt.NDArray[np.int64]
+    """(rows,) the first token of the tail that counts."""
+    steps: Steps = NO_STEPS
+    """Steps of the KV heads, for K and V, where the unit is ``head``."""

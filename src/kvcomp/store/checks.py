@@ -1,0 +1,57 @@
+"""What may be asked of a store, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvcomp.errors import InvalidInput
+from kvcomp.store.tensors import NAMES
+
+
+def check_kv(k: Tensor, v: Tensor) -> None:
+    """Raise InvalidInput unless K and V are of one shape, (batch, KV heads, tokens, head_dim), and of one dtype that kvcomp codes."""
+    if k.ndim != 4 or k.shape != v.shape:
+        raise InvalidInput(
+            f"K and V must both be (batch, KV heads, tokens, head_dim), not {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if k.dtype != v.dtype or k.dtype not in NAMES:
+        raise InvalidInput(f"K and V must both be float32, float16 or bfloat16, not {k.dtype} and {v.dtype}")
+    if 0 in k.shape:
+        raise InvalidInput(f"K and V are empty: {tuple(k.shape)}; give at least one token")
+
+
+def check_more(k: Tensor, held: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Raise InvalidInput unless K goes on what a cache holds: its batch, KV heads, head_dim and dtype."""
+    new = k.shape[0], k.shape[1], k.shape[3]
+    if new != held or k.dtype != dtype:
+        raise InvalidInput(
+            f"this cache holds (batch, KV heads, head_dim) = {held} of {dtype}, not {new} of {k.dtype}: "
+            "use a cache for one model and batch"
+        )
+
+
+def check_starts(starts: Sequence[int], batch: int, tokens: int) -> None:
+    """Raise InvalidInput unless there is one position for each row."""
+    if len(starts) != batch or not all(0 <= start <= tokens for start in starts):
+        raise InvalidInput(f"starts must be {batch} positions from 0 to {tokens}, not {list(starts)}")
+
+
+def check_crop(tokens: int, held: int) -> None:
+    """Raise InvalidInput unless a cache holds so many tokens."""
+    if not isinstance(tokens, int) or not 0 <= tokens <= held:
+        raise InvalidInput(f"cannot crop a cache of {held} tokens to {tokens}")
+
+
+def row_index(rows: Tensor, batch: int) -> npt.NDArray[np.int64]:
+    """The numbers of rows from 0. Raises InvalidInput for rows that do not exist."""
+    if rows.is_floating_point() or rows.dtype == torch.bool:
+        raise InvalidInput(f"rows must be whole numbers, not {rows.dtype}")
+    index = rows.detach().cpu().numpy().astype(np.int64).ravel()
+    if index.size == 0 or index.min() < -batch or index.max() >= batch:
+        raise InvalidInput(f"rows must be some of the {batch} that the cache holds, not {index.tolist()}")
+    return index % batch
