@@ -98,7 +98,7 @@ def snapshot(store: KVStore) -> dict[str, Any]:
     return {
         "tokens": store.tokens,
         "tail_base": store.tail_base,
-        **{name: getattr(store, name).tolist() for name in STATE},
+        **{name: getattr(store.rows, name).tolist() for name in STATE},
         "dense": [x.tolist() for x in store.dense()],
         "pages": page_bytes(store),
         "memory": store.memory(),
@@ -281,7 +281,7 @@ def test_a_row_is_stored_as_if_it_were_alone(backend: str, starts: list[int]) ->
         mine_k, mine_v = k[row : row + 1, :, start:], v[row : row + 1, :, start:]
         fill(alone, mine_k, mine_v, [width - start] if start < width else [])
         assert page_bytes(alone)[0] == page_bytes(batch)[row]
-        assert alone.rows.books[0] == batch.own_books[row]
+        assert alone.rows.books[0] == batch.rows.books[row]
         torch.testing.assert_close(alone.dense()[0][0], dense_k[row, :, start:], rtol=0, atol=0)
         torch.testing.assert_close(alone.dense()[1][0], dense_v[row, :, start:], rtol=0, atol=0)
         check_row(batch, row, k[row, :, start:], v[row, :, start:], start)
@@ -401,11 +401,11 @@ def test_pages_cropped_away_are_freed(backend: str) -> None:
     three = store.memory()
     store.crop(100)
     two = store.memory()
-    assert 0 < two.rows.pages < three.rows.pages
+    assert 0 < two.pages < three.pages
     assert two.spare == 2 * 16  # those of the pages left
     store.crop(4)
     none = store.memory()
-    assert (none.rows.pages, none.spare) == (0, 0)
+    assert (none.pages, none.spare) == (0, 0)
     fill(store, k, v, [])
     memory = store.memory()
     assert memory.pages == sum(len(page) for page in page_bytes(store)[0])

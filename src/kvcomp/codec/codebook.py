@@ -91,6 +91,11 @@ class Codebook:
         return Codebook, (self.first, self.levels, self.split, self.limit, self.lengths)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the lengths, and of what kernels made of them."""
+        return self.lengths.nbytes + sum(x.nbytes for x in self.derived.values() if isinstance(x, np.ndarray))
+
+    @property
     def classes(self) -> int:
         return len(self.levels)
 

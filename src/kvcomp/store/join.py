@@ -24,7 +24,7 @@ def join(stores: Sequence[KVStore], tokens: int | None = None) -> KVStore:
     tokens: positions that the batch has, not fewer than a row has tokens; None for those of the longest store.
     Raises InvalidInput unless all have the same spec, shape and dtype, and hold tokens.
     """
-    if not all(store.batch for store in stores):
+    if not stores or not all(store.batch for store in stores):
         raise InvalidInput("only stores that hold tokens can be joined")
     if len({(store.spec, store.heads, store.channels, store.dtype) for store in stores}) > 1:
         raise InvalidInput("only rows of one spec, shape and dtype can be joined")
