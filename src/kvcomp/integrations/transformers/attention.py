@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.integrations.transformers.layer import Handle, MaskPlan, Source, uncompiled
+from kvcomp.integrations.transformers.handle import Handle, Source
+from kvcomp.integrations.transformers.layer import uncompiled
+from kvcomp.integrations.transformers.masks import MaskPlan
 from kvcomp.store import Store
 from kvcomp.store.attention import FUSED_QUERIES, attend, attend_tiled
 
@@ -32,18 +35,23 @@ def kvcomp_attention(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     output_attentions: bool | None = None,
+    position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, over a KVCompCache or over plain tensors.
 
     query: (batch, heads, new tokens, head_dim). key, value: what ``update`` returned, or (batch, KV heads, tokens, head_dim).
     attention_mask: None for causal, or (batch, 1 or heads, new tokens, tokens), boolean or additive.
+    position_ids: of the new tokens, (batch or 1, new tokens), if the model tells; they are compared with what the cache holds.
     Returns (batch, new tokens, heads, head_dim) in the query's dtype, and no weights.
     Raises UnsupportedModel or InvalidInput for what it cannot do; a KVCompCache layer is then as it was before its update.
     """
     source = key.source if isinstance(key, Handle) else None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    try:
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if source is not None:
+        source.check()
+    with source.layer.session.forward or nullcontext() if source is not None else nullcontext():
         if s_aux is not None or position_bias is not None:
             what = "attention sink parameters" if s_aux is not None else "a position bias"
             raise UnsupportedModel(f'the attention "{NAME}" does not know {what}: use another attn_implementation')
@@ -51,27 +59,16 @@ def kvcomp_attention(
             raise InvalidInput(
                 f'the attention "{NAME}" computes no weights: use attn_implementation="eager" for output_attentions'
             )
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if source is None:
             out = _dense(module, query, key, value, attention_mask, scaling, softcap, causal, dropout, **kwargs)
             return out, None
-        source.check()
         if dropout or (module.training and query.requires_grad and torch.is_grad_enabled()):
             raise InvalidInput("a KVCompCache is for inference, and this model is training: call model.eval()")
         config = getattr(module, "config", None)
         session = source.layer.session
         if session.config() is not config and config is not None:
             session.check_model(config)
-        out = _over_store(module, query, source, attention_mask, scaling, softcap, causal)
-    except Exception as error:
-        if source is not None and source.tokens == source.layer.store.tokens:
-            refused = isinstance(error, InvalidInput | UnsupportedModel)
-            if source.layer.unsealed or not refused:
-                source.layer.session.failed = True
-            if source.layer.unsealed and refused:
-                source.layer.undo(query.shape[2])
-        raise
-    return out, None
+        return _over_store(module, query, source, attention_mask, position_ids, scaling, softcap, causal), None
 
 
 def _over_store(
@@ -79,6 +76,7 @@ def _over_store(
     query: Tensor,
     source: Source,
     mask: Tensor | None,
+    positions: Tensor | None,
     scaling: float,
     softcap: float | None,
     causal: bool,
@@ -92,6 +90,9 @@ def _over_store(
     if layer.session.recording and mask is not None:
         raise UnsupportedModel("a step with an attention mask cannot be recorded: use the model's forward pass")
     plain = mask is None or _is_plain(store, layer.session.plan_for(mask, batch, queries, tokens), queries)
+    waits = query.is_cuda and queries == 1  # for the device, at every step
+    if plain and positions is not None and positions.ndim == 2 and not waits:
+        layer.session.check_positions(positions, tokens - 1 - store.starts)
     fresh, source.fresh = source.fresh, None
     if fresh is None and plain and queries * heads // store.heads <= FUSED_QUERIES:
         out = attend(store, query, scaling, softcap or 0.0).transpose(1, 2).contiguous()

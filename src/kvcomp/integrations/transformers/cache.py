@@ -17,6 +17,7 @@ Works with transformers 5.14 to 5.23.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -26,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
-from transformers.masking_utils import sdpa_mask
 
 from kvcomp import files
 from kvcomp.calibration import Calibration, resolve
@@ -34,8 +34,10 @@ from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
 from kvcomp.integrations.transformers import files as transformers_files
 from kvcomp.integrations.transformers.attention import NAME, kvcomp_attention
 from kvcomp.integrations.transformers.identity import check_origin, weights_id
-from kvcomp.integrations.transformers.layer import CompressedLayer, Session, uncompiled
+from kvcomp.integrations.transformers.layer import CompressedLayer, uncompiled
+from kvcomp.integrations.transformers.masks import kvcomp_mask
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, text_config
+from kvcomp.integrations.transformers.session import ForwardPass, Session
 from kvcomp.kernels import host_backend, load_backend
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Memory
@@ -164,49 +166,44 @@ class KVCompCache(Cache):
         Raises InvalidInput if they are not of the model that the cache was made for, LimitExceeded for more tokens than the model's
         positions allow; the cache is then as it was.
         """
+        session = self.session
         if layer_idx == self.first:
-            self._level()
-            before = self.get_seq_length(layer_idx)
-            self._check_limit(key_states.shape[-2], before)
-            self.session.begin(key_states.shape[-2], before)
-        elif layer_idx >= len(self.layers):
-            self.crop(-key_states.shape[-2])
-            raise InvalidInput(f"this cache was made for a model of {len(self.layers)} layers, and this one has more")
-        layer: Any = self.layers[layer_idx]
-        first: Any = self.layers[self.first]
-        try:
-            both: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
-        except Exception:  # the layers before have the tokens already
-            self.session.failed |= layer.get_seq_length() < first.get_seq_length()
-            raise
-        return both
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens held, padding included."""
-        self._level()
-        return super().get_seq_length(layer_idx)
-
-    def _level(self) -> None:
-        """After a forward pass that failed, take its tokens from the layers that have them. Raises InvalidInput if one cannot."""
-        if not self.session.failed:
-            return
-        before = self.session.before
-        for layer in self.layers:
-            if isinstance(layer, CompressedLayer):
-                if layer.store.tokens > before:
-                    layer.undo(layer.store.tokens - before)
-            elif isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > before:
+            self._begin(key_states.shape[-2])
+        with session.forward or nullcontext():
+            if layer_idx >= len(self.layers):
                 raise InvalidInput(
-                    "the last forward pass failed in its middle, and a sliding window cannot go back: make a new cache"
+                    f"this cache was made for a model of {len(self.layers)} layers, and this one has more"
                 )
-        self.session.failed = False
+            layer: Any = self.layers[layer_idx]
+            both: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+            return both
+
+    def _begin(self, new: int) -> None:
+        """Begin a forward pass with so many new tokens. Raises InvalidInput if the one before did not come to its end."""
+        self.session.check_whole()
+        before = self.session.forward
+        if before is not None and not before.ended:
+            with before:
+                raise InvalidInput("the last forward pass did not end; its tokens are taken back: run this one again")
+        seen = self.get_seq_length(self.first)
+        self._check_limit(new, seen)
+        self.session.begin(ForwardPass(self), seen, new)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask for this many new tokens. Raises LimitExceeded if the model's positions do not allow them."""
-        self._level()
+        self.session.check_whole()
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         self._check_limit(query_length, length + offset - query_length)
         return length, offset
+
+    def reset(self) -> None:
+        """Forget everything; the next tokens may be of another batch size."""
+        super().reset()  # type: ignore[no-untyped-call]
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # of which transformers before 5.15 keeps zeros that count as tokens
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        self.session.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as it was in older transformers."""
@@ -230,8 +227,6 @@ class KVCompCache(Cache):
         """
         self.session.check_configuration(other.session.configuration)
         self.session.check_lengths(self.session.longest, other.session.longest)
-        for cache in (self, other):
-            cache._level()
         layers = self.compressed_layers
         if len(layers) != len(self.layers):
             raise UnsupportedModel("rows join only where every layer's cache is compressed: not with sliding windows")
@@ -291,4 +286,4 @@ def _stock(layer: Any) -> Memory:
 
 
 AttentionInterface.register(NAME, kvcomp_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, kvcomp_mask)

@@ -27,7 +27,6 @@ from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.attention import NAME
 from kvcomp.store.gpu.arena import staged
-from kvcomp.store.gpu.store import GPUStore
 
 
 class DecodeGraph:
@@ -54,7 +53,7 @@ class DecodeGraph:
             )
         for layer in self._layers:
             layer.upload(model.device)
-        if not all(isinstance(store, GPUStore) and store.tokens for store in self._stores):
+        if not all(layer.backend == "gpu" and layer.store.tokens for layer in self._layers):
             raise InvalidInput('only a cache with backend="gpu" that holds a prompt can be recorded')
         if len({store.device for store in self._stores}) > 1:
             raise InvalidInput("a model on several GPUs cannot be recorded: use its forward pass")

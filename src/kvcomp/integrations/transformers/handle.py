@@ -1,0 +1,74 @@
+"""K and V of a compressed layer as tensors without storage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from kvcomp.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from kvcomp.integrations.transformers.layer import CompressedLayer
+
+
+class Source:
+    """What the K and V of one update come from; as long as the layer holds nothing older, the new tokens themselves."""
+
+    __slots__ = ("fresh", "layer", "tokens", "unread")
+
+    def __init__(self, layer: CompressedLayer, fresh: tuple[Tensor, Tensor] | None) -> None:
+        self.layer = layer
+        self.tokens = layer.store.tokens
+        self.fresh = fresh
+        self.unread: dict[int, Tensor] = {}
+
+    def dense(self, part: int) -> Tensor:
+        """K (0) or V (1), (batch, KV heads, tokens, head_dim). Both are decompressed at once and kept until they are read."""
+        self.check()
+        if self.fresh is not None:
+            return self.fresh[part]
+        if part not in self.unread:
+            self.unread = dict(enumerate(self.layer.store.dense()))
+        return self.unread.pop(part)
+
+    def check(self) -> None:
+        """Raise InvalidInput if the layer has changed since."""
+        if self.layer.store.tokens != self.tokens:
+            raise InvalidInput(
+                "these keys and values are from before the cache changed: take them from its last update"
+            )
+
+
+class Handle(Tensor):
+    """K or V of a layer, with its shape (batch, KV heads, tokens, head_dim) and dtype but no storage.
+
+    The attention function "kvcomp" reads the store behind it. Any torch operation on it decompresses the layer.
+    """
+
+    source: Source
+    part: int
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, source: Source, part: int) -> Self:
+        store = source.layer.store
+        shape = (store.batch, store.heads, store.tokens, store.channels)
+        handle: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype, device=store.device)
+        handle.source, handle.part = source, part
+        return handle
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{'KV'[self.part]} in a KVCompCache, {tuple(self.shape)}, {self.dtype}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.source.dense(self.part).clone()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        def dense(x: Any) -> Any:
+            return x.source.dense(x.part) if isinstance(x, Handle) else x
+
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))

@@ -1,0 +1,87 @@
+"""What an attention mask means for a compressed cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers.masking_utils import sdpa_mask
+
+from kvcomp.errors import InvalidInput
+
+HIDDEN = -3e4  # an additive mask below this hides: softmax gives 0 in float32
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """What a mask means, found once for all layers of a forward pass."""
+
+    mask: ref[Tensor]
+    starts: npt.NDArray[np.int64]
+    """For each row of the batch the first position that any query sees."""
+    causal: bool
+    """Whether the mask says nothing but "from there on, and not ahead"."""
+
+
+def read_mask(mask: Tensor, batch: int, queries: int, tokens: int) -> MaskPlan:
+    """The plan of a mask (batch or 1, 1 or heads, queries, tokens), boolean (True: sees) or additive.
+
+    Raises InvalidInput for another shape.
+    """
+    if (
+        mask.ndim != 4
+        or mask.shape[0] not in (1, batch)
+        or mask.shape[2] not in (1, queries)
+        or mask.shape[3] != tokens
+    ):
+        raise InvalidInput(
+            f"the attention mask must be (batch, heads, queries, tokens) = ({batch}, 1, {queries}, {tokens}), "
+            f"not {tuple(mask.shape)}"
+        )
+    seen, plain = mask, True
+    if mask.dtype != torch.bool:
+        seen = mask > HIDDEN
+        plain = bool((seen <= (mask == 0)).all())
+    seen = seen.expand(batch, -1, queries, -1)
+    anywhere = seen.any(2).any(1)  # (batch, tokens)
+    first = torch.where(anywhere.any(1), anywhere.to(torch.uint8).argmax(1), tokens).cpu().numpy()
+    causal = plain and seen.shape[1] == 1
+    if causal and queries == 1:
+        causal = bool((anywhere.sum(1).cpu().numpy() == tokens - first).all())
+    elif causal:
+        position = torch.arange(tokens, device=mask.device)
+        for row, start in zip(seen[:, 0], first.tolist(), strict=True):
+            behind = position[start:] <= position[tokens - queries :, None]
+            causal = causal and torch.equal(row[:, start:], behind)
+    return MaskPlan(ref(mask), first, causal)
+
+
+def kvcomp_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of transformers' sdpa attention.
+
+    Raises InvalidInput unless a 2-D mask has an entry for each token that a growing cache holds and for each new one:
+    transformers would hide the last tokens, or read the entries of others.
+    """
+    given = None if attention_mask is None else attention_mask.shape[-1]
+    if given not in (None, kv_length + kv_offset) and kv_length + kv_offset == q_offset + q_length:
+        raise InvalidInput(
+            f"the attention mask has {given} entries, and there are {int(q_offset)} tokens in the cache and {q_length} new "
+            "ones: give the mask of all of them, and ids that go beyond those in the cache"
+        )
+    mask: Tensor | None = sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **kwargs
+    )
+    return mask

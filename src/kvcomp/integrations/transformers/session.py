@@ -1,0 +1,168 @@
+"""What the layers of one cache share: the model it belongs to, and the forward pass that is under way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from threading import get_ident
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from kvcomp.errors import InvalidInput
+from kvcomp.integrations.transformers.identity import configuration_of, difference, rope_switch
+from kvcomp.integrations.transformers.masks import MaskPlan, read_mask
+from kvcomp.integrations.transformers.models import identity_of, position_limit
+from kvcomp.store import Store
+
+if TYPE_CHECKING:
+    from kvcomp.integrations.transformers.cache import KVCompCache
+
+
+class ForwardPass:
+    """One forward pass over a cache, which counts in every layer or in none.
+
+    It begins with the update of the first layer. Each update, and each attention of "kvcomp", runs inside ``with``. If one
+    fails before all layers have the new tokens and have compressed what they must, all go back to where they were. A
+    failure between two layers shows when the next pass begins: that one is refused. Sliding windows and linear attention
+    cannot go back: the cache then refuses everything until it is reset.
+    """
+
+    def __init__(self, cache: KVCompCache) -> None:
+        self._cache = ref(cache)
+        self._before = cache.get_seq_length(cache.first)
+        self._thread = get_ident()
+
+    def __enter__(self) -> None:
+        if self._thread != get_ident():
+            raise InvalidInput(
+                "another thread is in the middle of a forward pass: use a cache for each generation, or reset this one"
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        cache = self._cache()
+        if kind is not None and cache is not None:
+            layers = cache.compressed_layers
+            if not self.ended or any(layer.unsealed for layer in layers):
+                self.roll_back()
+
+    @property
+    def ended(self) -> bool:
+        """Whether all layers have the same tokens."""
+        cache = self._cache()
+        layers = [] if cache is None else [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+        return len({layer.get_seq_length() for layer in layers}) <= 1
+
+    def roll_back(self) -> None:
+        """Take the tokens of this pass from the layers that have them."""
+        cache = self._cache()
+        assert cache is not None
+        session = cache.session
+        session.plan = session.positions = session.sealing = None
+        for layer in cache.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                session.lost = True
+            elif isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > self._before:
+                session.lost |= layer not in cache.compressed_layers
+        for compressed in cache.compressed_layers:
+            if compressed.store.tokens > self._before:
+                compressed.roll_back(self._before)
+
+
+class Session:
+    """The model a cache belongs to, the forward pass under way with its mask, and the layer that a GPU compresses meanwhile."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = ref(config)
+        self.identity = identity_of(config)
+        self.configuration = configuration_of(config)
+        self.rope_switch = rope_switch(config)
+        self.limit = position_limit(config)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all but the model."""
+        self.forward: ForwardPass | None = None
+        self.plan: MaskPlan | None = None
+        self.positions: Tensor | None = None
+        """Those of the new tokens, once they have been checked."""
+        self.sealing: Store | None = None
+        self.recording = False
+        """A CUDA graph is recorded: what depends on the number of the step is done outside it."""
+        self.longest = 0
+        """Tokens at the end of the longest forward pass."""
+        self.lost = False
+        """A forward pass failed and could not be taken back."""
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Raise InvalidInput if this is the configuration of another model."""
+        other = identity_of(config)
+        for name, mine in self.identity.items():
+            if other[name] != mine:
+                raise InvalidInput(
+                    f"this cache was made for a model with {name} {mine!r}, not {other[name]!r}: "
+                    "make a KVCompCache for each model"
+                )
+        self.config = ref(config)
+
+    def begin(self, forward: ForwardPass, before: int, new: int) -> None:
+        """A forward pass over so many new tokens begins, after those before."""
+        self.forward = forward
+        self.plan = self.positions = None
+        self.longest = max(self.longest if before else 0, before + new)
+
+    def length_matters(self, tokens: int) -> bool:
+        """Whether the rotary frequencies of a forward pass that ends at so many tokens are others than those of a short one."""
+        return self.rope_switch is not None and tokens >= self.rope_switch
+
+    def check_lengths(self, *lengths: int) -> None:
+        """Raise InvalidInput if the K of sequences of different lengths would come together, and depend on the length."""
+        if len(set(lengths)) > 1 and self.length_matters(max(lengths)):
+            raise InvalidInput(
+                f"the model's rotary frequencies depend on the length from {self.rope_switch} tokens on, "
+                f"so K of {max(lengths)} tokens is not that of {min(lengths)}: compute it anew"
+            )
+
+    def check_configuration(self, configuration: Mapping[str, Any]) -> None:
+        """Raise InvalidInput if this is the configuration of a model whose K and V are others."""
+        other = difference(self.configuration, configuration)
+        if other:
+            raise InvalidInput(f"this cache is of {other}: make a KVCompCache for each model")
+
+    def check_whole(self) -> None:
+        """Raise InvalidInput if a forward pass failed and could not be taken back."""
+        if self.lost:
+            raise InvalidInput(
+                "the last forward pass failed in its middle, and sliding windows and linear attention cannot go back: "
+                "reset the cache or make a new one"
+            )
+
+    def plan_for(self, mask: Tensor, batch: int, queries: int, tokens: int) -> MaskPlan:
+        if self.plan is None or self.plan.mask() is not mask:
+            self.plan = read_mask(mask, batch, queries, tokens)
+        return self.plan
+
+    def check_positions(self, positions: Tensor, expected: npt.NDArray[np.int64]) -> None:
+        """Raise InvalidInput if the last new token comes before its place in a row. positions: (batch or 1, new tokens)."""
+        if positions is self.positions:
+            return
+        last = positions[:, -1].cpu().numpy()
+        if (last < expected).any():
+            raise InvalidInput(
+                f"the new tokens end at the positions {last.tolist()}, in the cache they end at {expected.tolist()}: give "
+                "generate ids that go beyond those in the cache (crop takes the last ones out), and their whole attention mask"
+            )
+        self.positions = positions
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        twin = Session.__new__(Session)
+        vars(twin).update(vars(self), forward=None, plan=None, positions=None, sealing=None)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InvalidInput("a KVCompCache cannot be pickled: its pages are addressed in this process's memory")

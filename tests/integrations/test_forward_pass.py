@@ -1,0 +1,151 @@
+"""A forward pass counts in every layer of a cache or in none, and a cache from outside gives right tokens or an error."""
+
+from __future__ import annotations
+
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from kvcomp.errors import InvalidInput
+from kvcomp.integrations.transformers import KVCompCache
+from tiny_models import HYBRIDS, LOSSY, TINY
+
+IDS = torch.randint(3, 97, (1, 120), generator=torch.Generator().manual_seed(0))
+STEP = torch.full((1, 1), 5)
+
+
+def model_of(config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("kvcomp")
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return model_of(LlamaConfig(**TINY))
+
+
+def filled(model: PreTrainedModel) -> KVCompCache:
+    cache = KVCompCache(model.config, LOSSY)
+    with torch.inference_mode():
+        model(IDS, past_key_values=cache)
+    return cache
+
+
+def step(model: PreTrainedModel, cache: KVCompCache) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(STEP, past_key_values=cache).logits
+        return logits
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted(model: PreTrainedModel, cache: KVCompCache) -> None:
+    """A pass that ends between the first layer and the second."""
+    stop = model.model.layers[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step(model, cache)
+    stop.remove()
+
+
+def test_a_pass_that_stopped_between_two_layers_is_taken_back_by_the_next(llama: PreTrainedModel) -> None:
+    cache, twin = filled(llama), filled(llama)
+    interrupted(llama, cache)
+    assert [layer.store.tokens for layer in cache.compressed_layers] == [121, 120]
+    with pytest.raises(InvalidInput, match="did not end; its tokens are taken back"):
+        step(llama, cache)
+    assert [layer.store.tokens for layer in cache.compressed_layers] == [120, 120]
+    assert torch.equal(step(llama, cache), step(llama, twin))
+
+
+def test_another_thread_cannot_go_into_the_middle_of_a_pass(llama: PreTrainedModel) -> None:
+    cache = filled(llama)
+    interrupted(llama, cache)
+    errors: list[Exception] = []
+
+    def other() -> None:
+        try:
+            step(llama, cache)
+        except InvalidInput as error:
+            errors.append(error)
+
+    thread = Thread(target=other)
+    thread.start()
+    thread.join()
+    assert "another thread is in the middle" in str(errors[0])
+    assert cache.layers[0].store.tokens == 121
+
+
+def test_a_window_that_cannot_go_back_makes_the_cache_refuse_until_it_is_reset() -> None:
+    model = model_of(HYBRIDS["gemma3"])
+    cache = filled(model)
+    expected = step(model, filled(model))
+    interrupted(model, cache)  # behind the sliding window
+    for match in ("did not end", "sliding windows and linear attention cannot go back"):
+        with pytest.raises(InvalidInput, match=match):
+            step(model, cache)
+    cache.reset()
+    with torch.inference_mode():
+        model(IDS, past_key_values=cache)
+    assert torch.equal(step(model, cache), expected)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_cache_that_was_reset_is_as_good_as_new(name: str) -> None:
+    model = model_of(HYBRIDS[name])
+    cache = filled(model)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.memory().total == 0
+    with torch.inference_mode():
+        short = [model(IDS[:, :20], past_key_values=one).logits for one in (cache, KVCompCache(model.config, LOSSY))]
+    assert torch.equal(*short)
+
+
+# Caches from outside
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, cache: KVCompCache, **inputs: Any) -> torch.Tensor:
+    out: torch.Tensor = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False, **inputs)
+    return out
+
+
+def test_the_mask_of_the_last_turn_is_refused(llama: PreTrainedModel) -> None:
+    cache = filled(llama)
+    more = torch.cat([IDS, STEP], 1)
+    for ids, entries, padding, match in (
+        (more, 122, 0, "end at the positions"),
+        (STEP, 120, 0, "end at the positions"),
+        (STEP, 120, 1, "has 120 entries"),
+    ):
+        mask = torch.ones((1, entries), dtype=torch.int64)
+        mask[:, :padding] = 0
+        with pytest.raises(InvalidInput, match=match):
+            generate(llama, ids, cache, attention_mask=mask)
+        assert cache.get_seq_length() == 120
+    fresh = generate(llama, more, KVCompCache(llama.config, LOSSY))
+    assert torch.equal(generate(llama, more, cache, attention_mask=torch.ones_like(more)), fresh)
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 119, 120])
+def test_ids_that_do_not_go_beyond_the_cache_are_refused(llama: PreTrainedModel, tokens: int) -> None:
+    cache = filled(llama)
+    with pytest.raises(InvalidInput, match=r"ids that go beyond those in the cache|no new tokens"):
+        generate(llama, IDS[:, :tokens], cache)
+    assert cache.get_seq_length() == 120
+
+
+def test_generating_twice_at_once_with_one_cache_is_refused(llama: PreTrainedModel) -> None:
+    """The steps of two generations in turns: the mask of each counts its own tokens alone."""
+    cache = filled(llama)
+    masks = [torch.ones((1, 121), dtype=torch.int64) for _ in range(2)]
+    with torch.inference_mode():
+        llama(STEP, attention_mask=masks[0], past_key_values=cache)
+        with pytest.raises(InvalidInput, match="has 121 entries, and there are 121 tokens in the cache and 1 new"):
+            llama(STEP, attention_mask=masks[1], past_key_values=cache)
