@@ -50,7 +50,9 @@ class Pair:
         self.gpu.settle()
         for row in range(self.batch):
             for mine, theirs in zip(
-                self.gpu.table.pages[row].tolist(), self.cpu.pages[row, : self.cpu.count[row]].tolist(), strict=False
+                self.gpu.table.pages[row].tolist(),
+                self.cpu.rows.pages[row, : self.cpu.rows.count[row]].tolist(),
+                strict=False,
             ):
                 assert page_bytes(mine, HEADS) == page_bytes(theirs, HEADS)
 

@@ -12,7 +12,6 @@ from kvcomp.kernels.reference import attend as oracle_attend
 from kvcomp.spec import CodecSpec, Coding, TensorSpec, Unit
 from kvcomp.store import KVStore
 from kvcomp.store.gpu.store import GPUStore
-from kvcomp.store.tensors import as_array
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,7 +63,7 @@ class Pair:
         torch.cuda.synchronize()
         for row in range(self.shape[0]):
             ours = self.gpu.table.pages[row].tolist()
-            for mine, theirs in zip(ours, self.cpu.pages[row, : self.cpu.count[row]].tolist(), strict=False):
+            for mine, theirs in zip(ours, self.cpu.rows.pages[row, : self.cpu.rows.count[row]].tolist(), strict=False):
                 size = int(np.frombuffer(ctypes.string_at(theirs + 8 * self.shape[1], 4), "<u4")[0])
                 assert self._page(mine, size) == ctypes.string_at(theirs, size)
 
@@ -81,21 +80,10 @@ class Pair:
         at = store.tokens - store.tail_base
         out, _ = oracle_attend(
             q.reshape(batch, heads, group * queries, channels).numpy(),
-            store.rows.pages,
-            store.rows.valid,
-            store.rows.count,
-            store.units,
-            [store.books(row) for row in range(batch)],
-            as_array(store.sinks_k),
-            as_array(store.sinks_v),
-            store.rows.sink_count,
-            as_array(store.tail_k),
-            as_array(store.tail_v),
-            store.rows.tail_begin - store.tail_base,
+            store.view(),
             np.tile(np.arange(at - queries + 1, at + 1), group),
             channels**-0.5,
             softcap,
-            steps=store.steps,
         )
         return torch.from_numpy(out).view(q.shape)
 

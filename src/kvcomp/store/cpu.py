@@ -184,11 +184,11 @@ class KVStore:
         rows = Rows.chained([self.rows, *(store.rows for store in others)])
         return self.of(rows, int(rows.tail_begin.max()), self._tail(), (self.sinks_k, self.sinks_v))
 
-    def to(self, device: torch.device) -> Any:
-        """This store, or a copy in the memory of a GPU. Raises BackendUnavailable or LimitExceeded."""
+    def to_gpu(self, device: torch.device) -> Store:
+        """A copy in the memory of a GPU. Raises BackendUnavailable or LimitExceeded."""
         from kvcomp.store.gpu.copies import to_device  # not before there is a GPU
 
-        return self if device.type == "cpu" else to_device(self, device)
+        return to_device(self, device)
 
     def to_main_memory(self) -> KVStore:
         """This store."""

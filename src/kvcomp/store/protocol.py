@@ -88,8 +88,8 @@ class Store(Protocol):
     def memory(self) -> Memory:
         """Bytes by part."""
 
-    def to(self, device: torch.device) -> Store:
-        """The same cache on another device."""
+    def to_gpu(self, device: torch.device) -> Store:
+        """The same cache in the memory of a GPU."""
 
     def to_main_memory(self) -> KVStore:
         """The same cache in main memory, for files."""

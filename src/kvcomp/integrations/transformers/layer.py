@@ -70,7 +70,7 @@ class CompressedLayer(CacheLayerMixin):
     def upload(self, device: torch.device) -> None:
         """Move to a GPU what was read from a file for the backend ``gpu``."""
         if self.backend == "gpu":
-            self.store = self.store.to(device)
+            self.store = self.store.to_gpu(device)
 
     def seal(self) -> None:
         """Compress what is older than the window. On a GPU a prompt is done when the next layer has come as far."""

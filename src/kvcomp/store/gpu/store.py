@@ -76,7 +76,7 @@ class GPUStore(Held):
             raise InvalidInput("a cache on a GPU and one in main memory cannot be joined: use one backend")
         return join(stores, tokens)
 
-    def to(self, device: torch.device) -> GPUStore:
+    def to_gpu(self, device: torch.device) -> GPUStore:
         """This store."""
         return self
 
