@@ -1,16 +1,21 @@
-"""``kvcomp bench``: the time of each operation beside what the machine does without compression. Nothing is timed that is not right first.
+"""``kvcomp bench``: the time of each operation beside what the machine does without compression.
 
+Nothing is timed that has not just been checked.
 A results file of the kind "bench" (see ``results``) has a list for each part::
 
     attention: [{context, batch, group, head_dim, threads, from_rest, clock, rounds, error, bits_per_value,
-                 milliseconds: {method: Spread}, ns_per_value: Spread of kvcomp, time_over: {method: Spread}, fastest_dense, load_average}]
+                 milliseconds: {method: Spread}, ns_per_value: Spread of kvcomp, time_over: {method: Spread},
+                 fastest_dense, load_average}]
     codec:     [{tokens, head_dim, rounds, encode_ns_per_value, encode_over_copy, seal_page_microseconds,
                  decompress_ns_per_value, decompress_over_copy: Spread, bits_per_value, load_average}]
-    generate:  [{prompt_tokens, new_tokens, batch, rounds, threads, error, total_bits, first_token_seconds: {cache: Spread},
-                 milliseconds_per_token: {cache: Spread}, time_over: Spread of the whole call, load_average}]
+    generate:  [{prompt_tokens, new_tokens, batch, rounds, threads, error, total_bits,
+                 first_token_seconds: {cache: Spread}, milliseconds_per_token: {cache: Spread},
+                 time_over: Spread of the whole call, load_average}]
     growth:    [{tokens, memory: {tokens: [..], kvcomp: [bytes], uncompressed: [bytes]}}]      while a model generates
 
-    Spread: {median, quartile_1, quartile_3} over the rounds. time_over: kvcomp's time over the other's, within a round; below 1 kvcomp is faster.
+    Spread: {median, quartile_1, quartile_3} over the rounds.
+
+``time_over`` is kvcomp's time over the other's within a round: below 1 kvcomp is faster.
 """
 
 from __future__ import annotations
@@ -27,14 +32,14 @@ import numpy as np
 import torch
 from llvmlite.binding import get_host_cpu_name
 from torch import Tensor
-from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, DynamicCache
 
 from kvcomp.bench import checks, dense
+from kvcomp.bench.generation import attention_error, token_times
 from kvcomp.bench.timing import REST, clock_for, fastest, in_rounds, quartiles, ratio, scaled
 from kvcomp.calibration import Calibration
 from kvcomp.errors import InvalidInput
 from kvcomp.integrations.transformers import KVCompCache
-from kvcomp.integrations.transformers.layer import CompressedLayer
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore, sealed
 from kvcomp.store.attention import attend
@@ -48,7 +53,7 @@ Coding = tuple[CodecSpec, Calibration | None]
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured: every combination. rounds, budget: at most so many, in about so many seconds for each combination."""
+    """What is measured: every combination of these."""
 
     contexts: tuple[int, ...] = (2048, 8192)
     batches: tuple[int, ...] = (1, 4)
@@ -60,7 +65,9 @@ class Grid:
     new_tokens: int = 32
     growth: int = 1024
     rounds: int = 21
+    """Most rounds of each combination."""
     budget: float = 1.0
+    """Seconds, about, of each combination."""
 
     def __post_init__(self) -> None:
         for name in ("contexts", "batches", "groups", "head_dims", "threads", "prompts"):
@@ -68,7 +75,8 @@ class Grid:
                 raise InvalidInput(f"{name} must be 1 or more, not {list(getattr(self, name))}")
         if any(context < checks.REFERENCE_PAGES * PAGE_TOKENS for context in self.contexts):
             raise InvalidInput(
-                f"a context has at least {checks.REFERENCE_PAGES * PAGE_TOKENS} tokens, not {min(self.contexts)}: shorter ones are not compressed"
+                f"a context has at least {checks.REFERENCE_PAGES * PAGE_TOKENS} tokens, not {min(self.contexts)}: "
+                "shorter ones are not compressed"
             )
 
 
@@ -206,12 +214,12 @@ class GenerateCase:
         def run(name: str) -> Callable[[], None]:
             def generate() -> None:
                 last[name] = caches[name]()
-                ticks[name].append(_timed_generation(self.model, ids, last[name], grid.new_tokens))
+                ticks[name].append(token_times(self.model, ids, last[name], grid.new_tokens))
 
             return generate
 
         run("kvcomp")()
-        error = _model_error(last["kvcomp"])
+        error = attention_error(last["kvcomp"])
         taken = in_rounds({name: run(name) for name in caches}, grid.rounds, 4 * grid.budget, time.perf_counter)
         steps = {name: np.diff(np.array(of[-len(taken) :])) for name, of in ticks.items()}
         ours: Any = last["kvcomp"]
@@ -255,20 +263,21 @@ class GrowthCase:
                 memory = cache.memory()
                 sizes.append((cache.get_seq_length(), memory.total, memory.dense))
 
-        _timed_generation(self.model, ids, cache, self.tokens - GROWTH_PROMPT, note)
+        token_times(self.model, ids, cache, self.tokens - GROWTH_PROMPT, note)
         tokens, ours, dense = (list(of) for of in zip(*sizes, strict=True))
         return {**about(self), "memory": {"tokens": tokens, "kvcomp": ours, "uncompressed": dense}}
 
 
 def cases(grid: Grid, coding: Coding, parts: Sequence[str], model: Any, thorough: bool) -> list[Case]:
-    """What the grid asks for. thorough: with more than one thread also calls from rest, not only back to back with torch's.
+    """What the grid asks for; where ``thorough``, calls of several threads are also timed from rest.
 
     Raises InvalidInput if the spec, or the model, does not go with it.
     """
     spec = coding[0]
     if (spec.key.layers, spec.value.layers) != (None, None) and {"attention", "codec"} & set(parts):
         raise InvalidInput(
-            "this spec is of one model's layers, and attention and codec are timed on drawn values: take --part generate --part growth"
+            "this spec is of one model's layers, and attention and codec are timed on drawn values: "
+            "take --part generate --part growth"
         )
     modes = [
         (n, rest)
@@ -321,7 +330,7 @@ def parameters(grid: Grid, spec: CodecSpec) -> dict[str, Any]:
 
 
 def tensors(batch: int, heads: int, tokens: int, channels: int) -> tuple[Tensor, Tensor]:
-    """K with channels of different size, heavy-tailed, and V with tokens of different size; bfloat16 (batch, heads, tokens, channels)."""
+    """Heavy-tailed K with channels of different size, V with tokens of different size: bfloat16."""
     torch.manual_seed(SEED)
     shape = batch, heads, tokens, channels
     k = torch.empty(shape).exponential_().sub_(torch.empty(shape).exponential_())  # Laplace
@@ -339,45 +348,3 @@ def _page_seals(store: KVStore, k: Tensor, v: Tensor, count: int) -> Iterator[fl
         begin = time.perf_counter()
         store.seal()
         yield 1e6 * (time.perf_counter() - begin)
-
-
-class _TokenTimes(LogitsProcessor):
-    """The time of every token, as ``generate`` asks for it."""
-
-    def __init__(self, note: Callable[[int], None]) -> None:
-        self.ticks, self.note = [time.perf_counter()], note
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.ticks.append(time.perf_counter())
-        self.note(input_ids.shape[1])
-        return scores
-
-
-def _timed_generation(
-    model: Any, ids: Tensor, cache: Cache, new_tokens: int, note: Callable[[int], None] = lambda tokens: None
-) -> list[float]:
-    """The times of the beginning and of each token. note: called with the tokens there are, before each is chosen."""
-    model.set_attn_implementation("kvcomp" if isinstance(cache, KVCompCache) else "sdpa")
-    times = _TokenTimes(note)
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        logits_processor=LogitsProcessorList([times]),
-    )
-    return times.ticks
-
-
-def _model_error(cache: Cache) -> float:
-    """Attention on the model's own K and V against the reference backend, the worst of all layers. Raises CheckFailed."""
-    layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
-    stores = [layer.store for layer in layers if isinstance(layer.store, KVStore)]
-    errors = []
-    for store in stores:
-        q = torch.randn(store.batch, store.heads, 1, store.channels)
-        errors.append(checks.reference_error(store, q))
-    return max(errors)

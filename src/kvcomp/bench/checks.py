@@ -25,8 +25,9 @@ class CheckFailed(KVCompError):
 
 
 def attention_error(store: KVStore, q: Tensor) -> float:
-    """Largest error of fused attention over its largest output: against float64 on all that the store holds, and against the reference backend on its first pages.
+    """Largest error of fused attention, over its largest output.
 
+    It is held against float64 on all that the store holds, and against the reference backend on its first pages.
     store: without padding or transform. q: float32 (batch, heads, 1, head_dim). Raises CheckFailed above TOLERANCE.
     """
     scaling = store.channels**-0.5
@@ -43,7 +44,7 @@ def attention_error(store: KVStore, q: Tensor) -> float:
 
 
 def reference_error(store: KVStore, q: Tensor) -> float:
-    """The same against the float64 reference backend, on the first tokens alone: it decodes the bytes by itself. Raises CheckFailed."""
+    """The same against the reference backend, which decodes the first pages by itself. Raises CheckFailed."""
     twin = deepcopy(store)
     twin.crop(min(store.tokens, store.spec.sinks + REFERENCE_PAGES * PAGE_TOKENS))
     scaling = store.channels**-0.5
@@ -90,6 +91,7 @@ def _relative(ours: Tensor, expected: Tensor) -> float:
 def _tolerable(error: float, what: str) -> float:
     if not error <= TOLERANCE:  # NaN is not tolerable
         raise CheckFailed(
-            f"{what} is wrong: its error is {error:.1e} of the largest output, {TOLERANCE:.0e} is allowed; no time is given for it"
+            f"{what} is wrong: its error is {error:.1e} of the largest output, {TOLERANCE:.0e} is allowed; "
+            "no time is given for it"
         )
     return error

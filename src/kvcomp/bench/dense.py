@@ -15,8 +15,11 @@ GPU_ONLY = {"FlashAttention": "flash_attn", "FlashInfer": "flashinfer"}
 def dense_methods(k: Tensor, v: Tensor, q: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Ways to compute softmax(q.K) V in torch; each call returns (batch, KV heads, queries of a head, channels).
 
-    sdpa_gqa: torch's scaled_dot_product_attention with enable_gqa; sdpa_folded: with the queries of a KV head as if they were of several tokens;
-    sdpa_repeated: with K and V repeated for each query head; matmul: two grouped products with a softmax between.
+    - sdpa_gqa: torch's scaled_dot_product_attention with enable_gqa
+    - sdpa_folded: the same, the queries of a KV head as if they were of several tokens
+    - sdpa_repeated: the same, K and V repeated for each query head
+    - matmul: two grouped products with a softmax between
+
     k, v: (batch, KV heads, tokens, channels); q: (batch, KV heads, queries of a head, channels), all of one dtype.
     """
     batch, heads, group, channels = q.shape

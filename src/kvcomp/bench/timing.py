@@ -1,4 +1,4 @@
-"""Times that can be compared: all methods in turn, round after round, so that what else the machine does hits all of them."""
+"""Times that can be compared: all methods in turn, round after round, so that other load hits all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rounds = list[dict[str, float]]
 
 
 def clock_for(threads: int) -> Clock:
-    """The clock that suits so many threads: the processor's for one, which other programs do not lengthen, else the wall's."""
+    """The processor's clock for one thread, as other programs do not lengthen it; else the wall's."""
     return time.process_time if threads == 1 else time.perf_counter
 
 

@@ -1,12 +1,19 @@
 """Calibrations: what the preset ``kvcomp-klt`` must know of a model, and the .kvcal file that holds it.
 
-A calibration has, for each full-attention layer of a model, a transform of K and of V, and, for each quality level, the steps of its heads and two
-codebooks each for K and V: a narrow one for almost every block and a wide one for the rest. ``kvcomp calibrate`` makes one.
+A calibration has a transform of K and of V for each full-attention layer of a model. For each quality level it has the
+steps of the heads, and two codebooks each for K and V: a narrow one for almost every block, a wide one for the rest.
+``kvcomp calibrate`` makes one.
 
-The file is a safetensors file. Its metadata hold ``kvcomp_calibration``, a JSON object with the field ``version`` and those of ``About``.
-Layer i has the tensors ``i.key.matrix`` (i8, (heads, D, D)), ``i.key.scale`` (f32, (heads, D)) and ``i.key.mean`` (f32, (heads, D)), the same
-of ``value``, and for each level ``i.LEVEL.steps`` (f32, (2, heads)) and ``i.LEVEL.books`` (u8): the wide and the narrow book of K, then of V. Row r
-of A is ``matrix[r] * scale[r]``: eight bits are enough, as whatever A is, its exact inverse undoes it.
+The file is a safetensors file. Its metadata hold ``kvcomp_calibration``, a JSON object with the field ``version`` and
+those of ``About``. Layer i has these tensors, and for each level the last two::
+
+    i.key.matrix    i8  (heads, D, D)     and i.value.matrix
+    i.key.scale     f32 (heads, D)        and i.value.scale
+    i.key.mean      f32 (heads, D)        and i.value.mean
+    i.LEVEL.steps   f32 (2, heads)        of K, of V
+    i.LEVEL.books   u8                    the wide and the narrow book of K, then of V
+
+Row r of A is ``matrix[r] * scale[r]``: eight bits are enough, as whatever A is, its exact inverse undoes it.
 """
 
 from __future__ import annotations
@@ -49,17 +56,16 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class About:
-    """What a calibration says of itself.
-
-    model: the fingerprint of the model's configuration, which whoever uses the calibration compares. layers: of the model.
-    levels: for each level what was measured on the calibration text: ``kl`` and ``coded_bits``, and what it was to be as good as.
-    made: the text and the settings it was made with.
-    """
+    """What a calibration says of itself."""
 
     model: Mapping[str, Any]
+    """Fingerprint of the model's configuration; whoever uses the calibration compares it."""
     layers: int
+    """Layers of the model."""
     levels: Mapping[str, Mapping[str, Any]]
+    """For each level what was measured on the calibration text, and what it was to be as good as."""
     made: Mapping[str, Any]
+    """The text and the settings it was made with."""
 
 
 @dataclass(frozen=True)
@@ -71,29 +77,34 @@ class LevelOfLayer:
 
 
 class LayerCalibration(NamedTuple):
-    """What a KVStore needs of a calibration, in the order in which it takes it. books: (wide, narrow) of K and of V."""
+    """What a store needs of a calibration, in the order in which it takes it."""
 
     books: tuple[Books, Books]
+    """(wide, narrow) of K and of V."""
     transform: Transform
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """A calibration. layers: the transform and the levels of each calibrated layer, by its index in the model.
+    """What the preset ``kvcomp-klt`` must know of one model: transforms, steps and codebooks.
 
-    fingerprint: 32 hexadecimal digits that tell this calibration from every other.
+    ``Calibration.read`` gives one from a .kvcal file, which ``kvcomp calibrate`` makes.
     """
 
     about: About
     layers: Mapping[int, tuple[Transform, Mapping[str, LevelOfLayer]]]
+    """Transform and levels of each calibrated layer, by its index in the model."""
     content: bytes
+    """The .kvcal file."""
 
     @cached_property
     def fingerprint(self) -> str:
+        """32 hexadecimal digits that tell this calibration from every other."""
         return str(xxh3_128(self.content).hexdigest())
 
     @property
     def levels(self) -> tuple[str, ...]:
+        """Names of the quality levels, from fine to coarse."""
         return tuple(self.about.levels)
 
     def nbytes(self, level: str) -> int:
@@ -107,7 +118,13 @@ class Calibration:
         return size
 
     def spec(self, level: str = DEFAULT_LEVEL) -> CodecSpec:
-        """The spec of a level. Raises InvalidInput if there is no such level."""
+        """The spec of a quality level.
+
+        Raises
+        ------
+        InvalidInput
+            If there is no such level.
+        """
         if level not in self.about.levels:
             raise InvalidInput(f"this calibration has no level {level!r}: use {', '.join(self.levels)}")
         tensors: list[TensorSpec] = []
@@ -120,9 +137,24 @@ class Calibration:
         return CodecSpec(tensors[0], tensors[1], calibration=self.fingerprint)
 
     def layer(self, index: int, spec: CodecSpec) -> LayerCalibration | None:
-        """Codebooks and transform of a layer of the model; None for a layer that is not compressed.
+        """Codebooks and transform of a layer of the model.
 
-        spec: that of the model, one of this calibration's, with any window and sinks. Raises InvalidInput if it is none.
+        Parameters
+        ----------
+        index
+            Of the layer in the model.
+        spec
+            The model's, one of this calibration's levels with any window and sinks.
+
+        Returns
+        -------
+        LayerCalibration or None
+            None for a layer that is not compressed.
+
+        Raises
+        ------
+        InvalidInput
+            If the spec is of no level of this calibration.
         """
         level = self.level_of(spec)
         if index not in self.layers:
@@ -158,7 +190,17 @@ class Calibration:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read and check a .kvcal file. Raises CorruptData, UnsupportedVersion, LimitExceeded or InvalidInput."""
+        """Read and check a .kvcal file.
+
+        Raises
+        ------
+        InvalidInput
+            If the file cannot be read.
+        CorruptData
+            If it is no calibration.
+        UnsupportedVersion, LimitExceeded
+            If it is of another version, or larger than a calibration can be.
+        """
         try:
             size = Path(path).stat().st_size
             if size > MAX_BYTES:
@@ -180,8 +222,11 @@ class Calibration:
         transforms: Mapping[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
         levels: Mapping[int, Mapping[str, LevelOfLayer]],
     ) -> Self:
-        """A calibration from its parts. transforms: of each layer (A, mean) of K and of V, (heads, D, D) and (heads, D); as ``quantise_matrix``
-        gives A, else A is rounded once more."""
+        """A calibration from its parts.
+
+        transforms: of each layer (A, mean) of K and of V, (heads, D, D) and (heads, D). A is as ``quantise_matrix``
+        gives it, else it is rounded once more.
+        """
         tensors: dict[str, Array] = {}
         for index, parts in transforms.items():
             for kind, (matrix, mean) in zip(("key", "value"), parts, strict=True):
@@ -201,8 +246,8 @@ def resolve(
 ) -> tuple[CodecSpec, Calibration | None]:
     """A spec, and the calibration it needs if it needs one.
 
-    spec: as for ``CodecSpec.resolve``, or ``kvcomp-klt``, or ``kvcomp-klt:LEVEL``. Raises InvalidInput if the calibration is missing, not needed
-    or another one, and as ``Calibration.read`` does.
+    spec: as for ``CodecSpec.resolve``, or ``kvcomp-klt``, or ``kvcomp-klt:LEVEL``. Raises InvalidInput if the
+    calibration is missing, not needed or another one, and as ``Calibration.read`` does.
     """
     resolved = None if is_calibrated(spec) else CodecSpec.resolve(spec)
     if resolved is not None and resolved.calibration is None:

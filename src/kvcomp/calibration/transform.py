@@ -1,11 +1,15 @@
 """Transforms of one layer's K and V that decoding never pays for: they are folded into the queries and the output.
 
-For each KV head, with k and v as the model makes them, the cache holds K' = A (k - a) and V' = B (v - b). As
-q.k = (A^-T q).K' + q.a, and q.a is the same for every token, softmax drops it; as weights sum to 1, sum w v = B^-1 (sum w V') + b. So
-a step costs one D x D product for each query head and one for each output, whatever the length of the cache.
+With k and v as the model makes them, the cache holds K' = A (k - a) and V' = B (v - b) for each KV head.
 
-The useful A is the Karhunen-Loeve transform in the metric that counts (``metric_klt``): with M = E[q q^T] an error e in k moves a logit by
-sqrt(e^T M e) on average, and so does a white error of equal size in K'. Few of its rows then carry most of the information.
+- q.k = (A^-T q).K' + q.a. The last term is the same for every token, so softmax drops it.
+- The weights w sum to 1, so sum w v = B^-1 (sum w V') + b.
+
+A step costs one D x D product for each query head and one for each output, whatever the length of the cache.
+
+The useful A is the Karhunen-Loeve transform in the metric that counts (``metric_klt``). With M = E[q q^T] an error e
+in k moves a logit by sqrt(e^T M e) on average, and so does a white error of equal size in K'. Few rows of A then carry
+most of the information.
 """
 
 from __future__ import annotations
@@ -80,7 +84,7 @@ class Transform:
         return int(self.key.mean.shape[1])
 
     def queries(self, q: Tensor) -> Tensor:
-        """q (batch, heads, queries, D) -> A^-T q in float32, whose products with K' are those with k up to one number for each query."""
+        """q (batch, heads, queries, D) -> A^-T q in float32: its products with K' are those with k, less q.a."""
         grouped = q.detach().to(torch.float32).reshape(q.shape[0] * self.heads, -1, self.channels)
         return torch.bmm(grouped, _of_rows(self.key.inverse, len(q))).view(q.shape)
 
@@ -97,11 +101,11 @@ def _of_rows(x: Tensor, rows: int) -> Tensor:
 
 
 def metric_klt(covariance: Tensor, metric: Tensor) -> Tensor:
-    """A of the Karhunen-Loeve transform in a metric M: ||A e||^2 is proportional to e^T M e, and the rows of A x are uncorrelated, largest
-    variance first.
+    """A of the Karhunen-Loeve transform in a metric M, float64 (D, D).
 
-    covariance, metric: float64 (D, D), symmetric and positive semidefinite. Returns float64 (D, D), scaled so that no row has an L1 norm above 1:
-    no |A x| is larger than the largest |x|, so a type that holds x holds A x.
+    ||A e||^2 is proportional to e^T M e, and the rows of A x are uncorrelated, largest variance first. No row has an L1
+    norm above 1: no |A x| is larger than the largest |x|, so a type that holds x holds A x.
+    covariance, metric: float64 (D, D), symmetric and positive semidefinite.
     """
     size = metric.diagonal().mean()
     scaled = metric / size if size > 0 else torch.zeros_like(metric)
@@ -114,14 +118,29 @@ def metric_klt(covariance: Tensor, metric: Tensor) -> Tensor:
 
 
 def logit_bound(q: Tensor, held: Tensor, steps: Tensor, transform: Transform, scaling: float = 1.0) -> Tensor:
-    """The certificate: how far, at most, a logit of the compressed cache lies from scaling q.(k - mean), k uncompressed, in exact arithmetic.
+    """How far, at most, a logit lies from the exact scaling q.(k - mean) with the uncompressed k: a certificate.
 
-    It is scaling (s/2) ||A^-T q||_1, as no coordinate of a coded K' is off by more than half of its head's step s, and what rounding adds: of K' to
-    the cache's type, of A^-1 to float32, and of float32 products, those of the logit among them. Softmax is not covered, nor are kernels that take
-    queries in fewer bits, as on a GPU. That A has 8 bits costs nothing: its inverse is that of the rounded matrix.
+    No coordinate of a coded K' is off by more than half of its head's step s, so the logit is off by at most
+    scaling (s/2) ||A^-T q||_1 and what rounding adds: of K' to the cache's type, of A^-1 to float32, and of the float32
+    products. Softmax is not covered, nor are kernels that take queries in fewer bits, as on a GPU.
 
-    q: (batch, heads, queries, D). held: (batch, KV heads, tokens, D), K' as ``KVStore.held`` gives it. steps: (KV heads,), of K.
-    Returns float32 (batch, heads, queries, tokens).
+    Parameters
+    ----------
+    q
+        Queries, (batch, heads, queries, D).
+    held
+        K' as ``KVStore.held`` gives it, (batch, KV heads, tokens, D).
+    steps
+        Steps of K's heads, (KV heads,).
+    transform
+        Of the layer.
+    scaling
+        Factor of the logits.
+
+    Returns
+    -------
+    Tensor
+        float32 (batch, heads, queries, tokens).
     """
     size, moved = _displacement(held, steps, transform.key)
     grouped = q.detach().to(torch.float32).reshape(q.shape[0], transform.heads, -1, transform.channels)
@@ -132,9 +151,23 @@ def logit_bound(q: Tensor, held: Tensor, steps: Tensor, transform: Transform, sc
 
 
 def value_bound(held: Tensor, steps: Tensor, affine: Affine) -> Tensor:
-    """How far, at most, ``affine.undo(held)`` is off in the model's coordinates: (s/2) times the L1 norm of each row of A^-1, and what rounding adds.
+    """How far, at most, ``affine.undo(held)`` is off in the model's coordinates: a certificate.
 
-    held: (batch, KV heads, tokens, D), as ``KVStore.held`` gives it. steps: (KV heads,). Returns float32 of held's shape.
+    It is (s/2) times the L1 norm of each row of A^-1, and what rounding adds.
+
+    Parameters
+    ----------
+    held
+        K' or V' as ``KVStore.held`` gives it, (batch, KV heads, tokens, D).
+    steps
+        Steps of the heads, (KV heads,).
+    affine
+        The transform that ``held`` went through.
+
+    Returns
+    -------
+    Tensor
+        float32 of held's shape.
     """
     size, moved = _displacement(held, steps, affine)
     inverse, back = affine.inverse.abs(), affine.undo(held).float().abs()
@@ -143,7 +176,7 @@ def value_bound(held: Tensor, steps: Tensor, affine: Affine) -> Tensor:
 
 
 def _displacement(held: Tensor, steps: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
-    """At most, the size of each coordinate of A (x - mean) and how far what is held of it is off, float32 of held's shape.
+    """Bounds of each coordinate of A (x - mean), and of how far what is held of it is off, float32 of held's shape.
 
     K' is rounded to the cache's type before it is coded, and once more when it is read other than by a fused kernel.
     """

@@ -95,7 +95,10 @@ def tune(
                 def advance(what: str, cost: float) -> None:
                     progress.update(task, description=what, advance=cost)
 
-                tuner = Tuner(loaded, ids, begins, plan.prompt, plan.scored, asked, start.spec, journal, advance)
+                tuner = Tuner(
+                    model=loaded, ids=ids, begins=begins, prompt=plan.prompt, scored=plan.scored, quizzes=asked,
+                    base=start.spec, journal=journal, advance=advance,
+                )  # fmt: skip
                 if goal["keep"] is not None:
                     progress.update(task, total=tuner.cost_of_turning_points())
                     found = tuner.turning_points(goal["keep"])

@@ -39,27 +39,30 @@ FOREIGN = (  # what a baseline, which may be anybody's, can raise where it does 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured.
-
-    prompt, scored: tokens of each of ``prompts`` teacher-forced samples. streaming_prompt, streamed: of each of ``streams``. lengths: of look-up lists and
-    passkey contexts, in tokens; lists: look-up lists of each length; passkeys: of each length and depth. details: errors by head, and which layers suffer. seed: of the look-ups.
-    """
+    """How much is measured. Lengths are in tokens."""
 
     prompts: int = 8
+    """Teacher-forced samples, each of ``prompt`` coded and ``scored`` scored tokens."""
     prompt: int = 2048
     scored: int = 256
     streams: int = 2
+    """Streamed samples, ``streaming_prompt`` tokens at once and then ``streamed`` tokens."""
     streaming_prompt: int = 256
     streamed: int = 512
     lengths: tuple[int, ...] = ()
+    """Of look-up lists and of passkeys' contexts."""
     lists: int = 2
+    """Look-up lists of each length."""
     passkeys: int = 2
+    """Passkeys of each length and depth."""
     details: bool = True
+    """Whether to measure errors by head, and the sensitivity to each layer."""
     seed: int = 0
+    """Of the look-ups."""
 
     @classmethod
     def for_model(cls, limit: int, **chosen: Any) -> Plan:
-        """The plan for a model of this many positions; options that are None are left to it. Raises InvalidInput if nothing fits."""
+        """The plan for a model of so many positions, options that are None chosen. Raises InvalidInput if none fits."""
         options = {name: value for name, value in chosen.items() if value is not None}
         plan = cls(**options)
         if "prompt" not in options and plan.prompt + plan.scored > limit:
@@ -72,7 +75,8 @@ class Plan:
         longest = max(plan.prompt + plan.scored, plan.streaming_prompt + plan.streamed, *plan.lengths)
         if plan.prompt < 1 or longest > limit:
             raise InvalidInput(
-                f"the model has {limit} positions and {longest} tokens are asked for: lower --prompt-tokens, --scored-tokens or --lengths"
+                f"the model has {limit} positions and {longest} tokens are asked for: "
+                "lower --prompt-tokens, --scored-tokens or --lengths"
             )
         return plan
 
@@ -87,37 +91,44 @@ class TaskRunner(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """A sample to take, and what to measure on it; cost: in arbitrary units, for the progress."""
+    """A sample to take, and what to measure on it."""
 
     key: str
     cost: float
+    """For the progress, in any unit."""
     make: Callable[[], Sample]
     measure: Callable[[Sample, Method], Any]
 
 
+@dataclass
 class Evaluation:
-    """Methods on a model's text.
+    """Methods on a model's text. Raises InvalidInput if the text is too short."""
 
-    ids: int64, the tokens of the text. Raises InvalidInput if they are too few.
-    """
+    model: Any
+    tokenizer: Tokenizer
+    ids: Tokens
+    """The text, int64."""
+    methods: Sequence[Method]
+    plan: Plan
+    journal: Journal
+    """What has been measured so far."""
 
-    def __init__(
-        self, model: Any, tokenizer: Tokenizer, ids: Tokens, methods: Sequence[Method], plan: Plan, journal: Journal
-    ) -> None:
-        self.model, self.tokenizer, self.ids = model, tokenizer, ids
-        self.methods, self.plan, self.journal = methods, plan, journal
-        need = max(plan.prompt + plan.scored, plan.streaming_prompt + plan.streamed)
-        if ids.size < need:
+    def __post_init__(self) -> None:
+        need = max(self.plan.prompt + self.plan.scored, self.plan.streaming_prompt + self.plan.streamed)
+        if self.ids.size < need:
             raise InvalidInput(
-                f"the text has {ids.size} tokens and {need} are needed: give a longer --text, or lower --prompt-tokens and --scored-tokens"
+                f"the text has {self.ids.size} tokens and {need} are needed: "
+                "give a longer --text, or lower --prompt-tokens and --scored-tokens"
             )
-        self.lists: LookupLists | None = LookupLists(tokenizer)
-        if self.lists.size < LEAST_KEYS:
-            self.lists = None
+        lists = LookupLists(self.tokenizer)
+        self.lists = lists if lists.size >= LEAST_KEYS else None
         self.pieces = list(self._all_pieces())
 
     def run(self, advance: Callable[[str, float], None]) -> None:
-        """Measure what the journal lacks; a KeyboardInterrupt leaves what is done there. advance: told what is done and its cost."""
+        """Measure what the journal lacks; a KeyboardInterrupt leaves there what is done.
+
+        advance: told what is done, and its cost.
+        """
         for piece in self.pieces:
             made = cache(piece.make)  # once for all methods, and only if one of them is missing
             for method in self.methods:
@@ -204,7 +215,7 @@ class Evaluation:
         yield Piece(key, cost, lambda: quiz_sample(self.model, quiz), answer)
 
     def collected(self, tasks: Sequence[str] = ()) -> tuple[list[dict[str, Any]], bool]:
-        """The methods' results, as in ``results``, and whether something is missing. tasks: those that were asked for."""
+        """The methods' results as a results file has them, and whether something is missing. tasks: those asked for."""
         keys = [*(piece.key for piece in self.pieces), *(f"tasks/{name}" for name in tasks)]
         whole = True
         found = []

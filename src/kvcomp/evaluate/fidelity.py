@@ -1,8 +1,13 @@
 """How far a method moves a model's predictions from those of the uncompressed cache.
 
-A prompt is read once and its K and V are kept. Teacher-forced, each method codes the prompt, and the text that follows is scored in one
-pass from what came back: K and V of the scored text itself are exact. Streaming, that text comes in as if it were generated, so that the
-method's window moves over it and later tokens see earlier ones coded. All attend in the same way, with sdpa, so that a lossless method has a KL of 0.
+A prompt is read once and its K and V are kept.
+
+- Teacher-forced: each method codes the prompt. The text that follows is scored in one pass from what came back; its own
+  K and V are exact.
+- Streaming: the text comes in as if it were generated. The method's window moves over it, and later tokens see earlier
+  ones coded.
+
+All attend in the same way, with sdpa, so a lossless method has a KL of 0.
 """
 
 from __future__ import annotations
@@ -24,25 +29,28 @@ from kvcomp.store import Memory
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt's uncompressed cache and what the model says of the text after it.
-
-    prompt: int64 (1, tokens). cache: K and V of every layer, (1, KV heads, prompt tokens, head_dim); none if some layer does not
-    attend to all tokens. text: int64 (1, tokens), scored. log_probs: float32 (tokens, vocabulary), uncompressed.
-    """
+    """A prompt's uncompressed cache and what the model says of the text after it."""
 
     prompt: Tensor
+    """int64 (1, tokens)."""
     cache: list[Pair]
+    """K and V of every layer, (1, KV heads, prompt tokens, head_dim); none if some layer does not attend to all."""
     text: Tensor
+    """int64 (1, tokens), scored."""
     log_probs: Tensor
+    """float32 (tokens, vocabulary), from the uncompressed cache."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of one sample: mean KL(uncompressed || compressed) in nats, share of equal likeliest tokens, mean losses in nats a token."""
+    """A method beside the uncompressed cache on one sample."""
 
     kl: float
+    """Mean KL(uncompressed || compressed), nats a token."""
     top1: float
+    """Share of tokens with the same likeliest token."""
     loss: float
+    """Mean loss, nats a token."""
     loss_uncompressed: float
 
 
@@ -81,9 +89,9 @@ def fill(model: Any, each: Sample, method: Method) -> Cache:
 
 @torch.inference_mode()
 def predict(model: Any, ids: Tensor, cache: Cache, method: Method, streaming: bool = False) -> Tensor:
-    """Log probabilities after each of ``ids`` (int64, (1, tokens)), float32 (tokens, vocabulary), on top of what the cache holds.
+    """Log probabilities after each of ``ids`` on top of what the cache holds, float32 (tokens, vocabulary).
 
-    streaming: as if the tokens came one by one.
+    ids: int64 (1, tokens). streaming: as if the tokens came one by one.
     """
     attend_plainly(model)
     parts, at = [], 0
@@ -125,7 +133,7 @@ def predict_from(model: Any, each: Sample, values: Sequence[Pair]) -> Tensor:
 
 
 def bits_at(kl: float, bits: Sequence[float], kls: Sequence[float]) -> float:
-    """Bits at which a method reaches ``kl``, log KL interpolated between its rates; infinite outside of what was measured."""
+    """Bits at which a method reaches ``kl``, by log KL between its rates; infinite beyond what was measured."""
     order = np.argsort(kls)
     x, y = np.log(np.asarray(kls, float)[order]), np.asarray(bits, float)[order]
     return float(np.interp(np.log(kl), x, y)) if x[0] <= np.log(kl) <= x[-1] else float("inf")

@@ -1,6 +1,7 @@
-"""Can the model still find what it has read? Look-ups in lists of keys and values, and a passkey in filler, by length and depth.
+"""Can the model still find what it has read? Look-ups in lists and a passkey in filler, by length and depth.
 
-An answer is right if each of its tokens is the likeliest, given the right tokens before it: what greedy generation would write.
+An answer is right if each of its tokens is the likeliest, given the right tokens before it: greedy generation would
+write it.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ FILLER = "# The grass is green and the sky is blue.\n"
 
 @dataclass(frozen=True)
 class Quiz:
-    """Questions on a context. answers: [start, end) in ``tokens`` of each answer. depths: bins in which what they ask for stands.
-
-    tokens: int64; ``tokens[:context]`` is what a cache holds before the first question.
-    """
+    """Questions on a context."""
 
     task: str
     tokens: np.ndarray[Any, np.dtype[np.int64]]
     context: int
+    """``tokens[:context]`` is what a cache holds before the first question."""
     answers: tuple[tuple[int, int], ...]
+    """[start, end) of each answer in ``tokens``."""
     depths: tuple[int, ...]
+    """For each answer the bin of the context that holds what is asked for."""
 
 
 def lookup_quiz(lists: LookupLists, rng: np.random.Generator, length: int) -> Quiz:
-    """A list of records and then look-ups of some of them, ``length`` tokens in all. Raises ValueError if there are too few keys for it."""
+    """A list of records and look-ups of some, ``length`` tokens in all. Raises ValueError if there are too few keys."""
     drawn = lists.draw(rng, length)
     depths = tuple(min(DEPTHS - 1, DEPTHS * begin // drawn.context) for begin, _ in drawn.records)
     return Quiz("key-value", drawn.tokens, drawn.context, drawn.answers, depths)

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness with a method's cache underneath.
 
-Generation runs on the method's cache and attention as it would in use. A log-likelihood is taken from a context that the cache holds, coded,
-and streams through it; so does a text without a context (rolling), so that a long one is coded as it goes by.
+Generation runs on the method's cache and attention as it would in use. For a log-likelihood the cache holds the
+context, coded, and the continuation streams through it. A text without a context (rolling) streams through as well.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class MethodLM(HFLM):
         return found
 
     def score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """Log likelihood of token ids after others, and whether each is the likeliest; what is too long loses its beginning."""
+        """Log likelihood of ids after others, and whether each is the likeliest; a long text loses its beginning."""
         ids = [*context, *continuation][-(self.max_length + 1) :]
         continuation = continuation[-(len(ids) - 1) :]
         fed = torch.tensor([ids[:-1]], device=self.device)
@@ -97,7 +97,7 @@ class Tasks:
     def run(
         self, name: str, model: Any, tokenizer: Any, method: Method, limit: int | None, seed: int
     ) -> dict[str, Any]:
-        """Scores of a method on one task: {subtask and metric: Figure} as in ``results``. Raises InvalidInput if its data are not there."""
+        """Scores of a method on one task, {subtask and metric: Figure}. Raises InvalidInput if its data are missing."""
         try:
             found = simple_evaluate(
                 MethodLM(model, tokenizer, method),
@@ -127,7 +127,7 @@ def _task_of(path: Path) -> str:
 
 
 def _figures(found: Any) -> dict[str, Any]:
-    """The harness's numbers as Figures; a metric is named with its filter, and with its subtask where there are several."""
+    """The harness's numbers as Figures, named by metric, filter and, where there are several, subtask."""
     if found is None:
         return {}
     tasks = found["results"]

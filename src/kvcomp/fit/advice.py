@@ -1,4 +1,4 @@
-"""When not to compress: from which context on a spec makes a model's cache small, and its attention fast, on this machine."""
+"""When not to compress: the context from which a spec makes a cache small, and attention fast, on this machine."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ RAW_SHARE = 0.05  # of the sealed bytes in raw blocks, above which a model's val
 
 @dataclass(frozen=True)
 class Advice:
-    """What was found, and what it means in sentences.
-
-    size: [{context, total_bits}], measured, and beyond the sample computed from its fixed parts. size_from, speed_from: the first context at which the cache is
-    ``USEFUL`` times smaller than dense, and attention no slower; None if there is none.
-    speed: [{context, ratio: time over the fastest dense method's (median and quartiles), fastest}].
-    """
+    """What was found, and what it means in sentences."""
 
     size: list[dict[str, Any]]
+    """[{context, total_bits, measured}]; beyond the sample, bits are computed from its fixed parts."""
     size_from: int | None
+    """The first context at which the cache is ``USEFUL`` times smaller than dense."""
     speed: list[dict[str, Any]]
+    """[{context, ratio, fastest}]; ratio: time over the fastest dense method's, median and quartiles."""
     speed_from: int | None
+    """The first context at which attention is no slower than dense."""
     sentences: list[str]
 
 
@@ -51,20 +50,23 @@ def advise(model: Any, each: Sample, method: KVComp) -> Advice:
     sentences = []
     if size_from is None:
         sentences.append(
-            f"Do not compress this model with this spec: up to {size[-1]['context']:,} tokens the cache never gets {USEFUL:g} times smaller."
+            f"Do not compress this model with this spec: up to {size[-1]['context']:,} tokens "
+            f"the cache never gets {USEFUL:g} times smaller."
         )
     else:
-        small = f"below {size_from:,} tokens the window, the first tokens and the codebooks weigh more than what is saved: do not compress such contexts"
         sentences.append(
-            f"Size: from {size_from:,} tokens on the cache is at least {USEFUL:g} times smaller than dense; {small}."
+            f"Size: from {size_from:,} tokens on the cache is at least {USEFUL:g} times smaller than dense; "
+            f"below {size_from:,} tokens the window, the first tokens and the codebooks weigh more than what is saved: "
+            "do not compress such contexts."
         )
     threads = torch.get_num_threads()
     where = f"on this machine with {threads} thread{'s' if threads > 1 else ''}"
     if speed_from is None:
         worst = speed[-1]
         sentences.append(
-            f"Speed: {where} attention on compressed bytes is slower than dense at every context up to {worst['context']:,} tokens "
-            f"({worst['ratio']['median']:.2f} times the time there): compress for memory, not for speed."
+            f"Speed: {where} attention on compressed bytes is slower than dense at every context up to "
+            f"{worst['context']:,} tokens ({worst['ratio']['median']:.2f} times the time there): "
+            "compress for memory, not for speed."
         )
     else:
         sentences.append(
@@ -74,7 +76,8 @@ def advise(model: Any, each: Sample, method: KVComp) -> Advice:
     share = whole.raw_blocks / max(1, whole.pages)
     if share > RAW_SHARE:
         sentences.append(
-            f"{100 * share:.0f} % of the compressed bytes are blocks kept raw, as their values defeat the bound: use larger scales or another unit for K."
+            f"{100 * share:.0f} % of the compressed bytes are blocks kept raw, as their values defeat the bound: "
+            "use larger scales or another unit for K."
         )
     return Advice(size, size_from, speed, speed_from, sentences)
 
@@ -103,7 +106,7 @@ def _memory(model: Any, each: Sample, method: KVComp, tokens: int) -> Memory:
 
 
 def _time(model: Any, each: Sample, method: KVComp, heads: int, context: int) -> dict[str, Any]:
-    """Attention of one new token on the first layer's K and V, repeated to this many tokens, against the fastest dense method."""
+    """Attention of one new token on the first layer's K and V, repeated to this many tokens, beside dense methods."""
     k, v = (x.repeat(1, 1, -(-context // x.shape[2]), 1)[:, :, :context].contiguous() for x in each.cache[0])
     cache = method.cache(model.config)
     cache.update(k, v, 0)

@@ -1,11 +1,11 @@
 """Making a calibration: transforms from statistics, and steps from what each head's K and V cost in quality.
 
-Each tensor, the K or V of one head, is coded alone at some steps, which gives its share of the KL and its bits at each. For a price of KL every
-tensor then takes the step of least bits + price * KL (Shoham & Gersho, 1988), and a level is the lowest price at which the model, with all of
-them coded, is as good as with KIVI-style quantisation at 4, 3 or 2 bits.
+Each tensor, the K or V of one head, is coded alone at some steps, which gives its share of the KL and its bits. For a
+price of KL every tensor then takes the step of least bits + price * KL (Shoham & Gersho, 1988). A level is the lowest
+price at which the model, with all of them coded, is as good as with KIVI-style quantisation at 4, 3 or 2 bits.
 
-Quality is measured on two kinds of windows: text that goes on, and text that repeats a part of the prompt word for word. Most text can be
-predicted without looking far back; what a cache is needed for, finding things again, shows in the second.
+Quality is measured on two kinds of windows: text that goes on, and text that repeats a part of the prompt word for
+word. Most text can be predicted without looking far back. The second kind shows whether things are found again.
 """
 
 from __future__ import annotations
@@ -53,12 +53,15 @@ Tensors = tuple[int, int, int]  # layer, K (0) or V (1), head
 
 @dataclass(frozen=True)
 class Window:
-    """A prompt's cache and what the model says of the text after it. text: int64 (1, tokens). log_probs: float32 (tokens, vocabulary)."""
+    """A prompt's cache and what the model says of the text after it."""
 
     layers: list[Any]
     text: Tensor
+    """int64 (1, tokens)."""
     log_probs: Tensor
+    """float32 (tokens, vocabulary)."""
     repeats: bool
+    """Whether the text repeats a part of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,25 @@ class Curve:
 class Calibrator:
     """The steps of a calibration, each of which goes on where it was interrupted.
 
-    model: in float32, as the noise of narrower types hides what small errors do. ids: int64, the text. journal: what has been measured.
+    Parameters
+    ----------
+    model
+        In float32, as the noise of narrower types hides what small errors do.
+    ids
+        The text, int64.
+    settings
+        Windows of text, and tokens of each.
+    journal
+        What has been measured so far.
+    tell
+        Told what is being done, how much of it is done, and how much there is.
+
+    Raises
+    ------
+    UnsupportedModel
+        If a calibration cannot hold the model.
+    InvalidInput
+        If the text or the windows are too short.
     """
 
     def __init__(
@@ -117,7 +138,7 @@ class Calibrator:
         self.coordinates: dict[tuple[int, int], Tensor] = {}
 
     def run(self, statistics: Path, text: str) -> Calibration:
-        """The calibration. statistics: the file that those of an interrupted run are in. text: what to call the text."""
+        """Take all steps. statistics: file that keeps those of an interrupted run. text: what to call the text."""
         self.write()
         self.observe(statistics)
         self.read()
@@ -197,7 +218,7 @@ class Calibrator:
         return [(i, kind, head) for (i, kind), affine in self.affines.items() for head in range(len(affine.mean))]
 
     def curves(self) -> dict[Tensors, Curve]:
-        """Every tensor alone at every step. KL is the mean of both kinds of windows, and never falls as the step grows."""
+        """Every tensor alone at every step. KL is the mean of both kinds of windows and never falls as steps grow."""
         tensors, found = self.tensors(), {}
         for done, (index, kind, head) in enumerate(tensors):
             self.tell("each head alone", done, len(tensors))
@@ -313,7 +334,10 @@ class Calibrator:
 
 
 def allocate(curves: Mapping[Tensors, Curve], price: float) -> dict[Tensors, float]:
-    """For each tensor the step of least bits a value + price * KL, between the measured steps too. price: bits of the mean value for a nat."""
+    """For each tensor the step of least bits a value + price * KL, between the measured steps too.
+
+    price: bits of the mean value for a nat.
+    """
     steps = {}
     for tensor, curve in curves.items():
         place = np.linspace(0, len(curve.steps) - 1, FINER * (len(curve.steps) - 1) + 1)
@@ -338,7 +362,10 @@ def _values(layer: Any, kind: int) -> Tensor:
 
 
 def _bits(codes: Tensor, kind: int) -> float:
-    """Bits a value that pairs of codes (windows, tokens, D) need: none where all are the same, else at least half; 16 where a code fits no byte."""
+    """Bits a value that pairs of codes (windows, tokens, D) need.
+
+    None where all codes are the same, else at least half a bit; 16 where a code fits no byte.
+    """
     pairs = codes.unflatten(1, (-1, 2)).transpose(1, 2) if kind else codes.unflatten(2, (-1, 2)).permute(0, 3, 1, 2)
     a, b = pairs[:, 0], pairs[:, 1]  # V: (windows, token pairs, D); K: (windows, tokens, D/2)
     total = 0.0

@@ -1,7 +1,8 @@
 """The two codebooks of a layer's K or V: a narrow one for its quiet blocks and a wide one for the others.
 
-A block takes the narrow book if that has all of its codes (docs/format.md, section 2). How much the narrow one leaves out is chosen by the bits
-of both together: it may be next to nothing, or one of the heads, if the heads differ. Low bits are avoided where that costs next to nothing.
+A block takes the narrow book if that has all of its codes (docs/format.md, section 2). How much the narrow one leaves
+out is chosen by the bits of both together: next to nothing or, if the heads differ, one of them. Low bits are avoided
+where that costs next to nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ Counts = npt.NDArray[np.int64]
 
 
 def fit_books(codes: Codes, kind: int) -> Books:
-    """The wide and the narrow book for blocks of codes of the unit ``head``, uint8 (blocks, 64, classes, channels of a class). kind: K (0) or V (1)."""
+    """The wide and the narrow book for blocks of codes of the unit ``head``.
+
+    codes: uint8 (blocks, 64, classes, channels of a class). kind: K (0) or V (1).
+    """
     if not len(codes):
         codes = np.full((1, *codes.shape[1:]), ZERO, np.uint8)
     pairs = _pairs(codes, kind)

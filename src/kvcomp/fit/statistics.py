@@ -1,7 +1,7 @@
 """What a calibration needs to know of a model's K, V and queries, gathered as text passes through the model.
 
-Sums are kept, not tokens: memory does not grow with the text. K is taken as it enters the cache, so rotary positions, scaled, partial or none,
-are in it; only frequencies that change with the length of the sequence are not.
+Sums are kept, not tokens: memory does not grow with the text. K is taken as it enters the cache, so rotary positions of
+any kind are in it, unless their frequencies change with the length of the sequence.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ CHANGING_ROPE = "dynamic", "longrope"
 
 @dataclass
 class LayerSums:
-    """Sums over tokens for each KV head, float64: of k and v (heads, D), of k k^T, v v^T and, over the queries of the head's group, q q^T
-    (heads, D, D). tokens: how many. output: W_o^T W_o of the head's part of the output projection, over its group (heads, D, D)."""
+    """Sums over tokens for each KV head, float64: (heads, D) or (heads, D, D)."""
 
     tokens: int
+    """How many were added."""
     k: Tensor
     kk: Tensor
+    """Of k k^T."""
     v: Tensor
     vv: Tensor
+    """Of v v^T."""
     qq: Tensor
+    """Of q q^T, over the queries of the head's group."""
     output: Tensor
+    """W_o^T W_o of the head's part of the output projection, over its group."""
 
     def moments(self, key: bool, centred: bool = True) -> tuple[Tensor, Tensor]:
         """Mean (heads, D) and covariance (heads, D, D) of K or V; around 0 unless ``centred``."""
@@ -82,8 +86,8 @@ def check_rope(config: PreTrainedConfig) -> None:
         kind = part.get("rope_type")
         if kind in CHANGING_ROPE:
             raise UnsupportedModel(
-                f"{config.model_type} with rotary positions of the type {kind!r} cannot be calibrated: their frequencies change with "
-                "the length of the sequence, and with them the keys; use the preset kvcomp"
+                f"{config.model_type} with rotary positions of the type {kind!r} cannot be calibrated: their "
+                "frequencies change with the length of the sequence, and with them the keys; use the preset kvcomp"
             )
 
 
@@ -95,8 +99,9 @@ def compressed_layers(config: PreTrainedConfig) -> list[int]:
 
 @torch.inference_mode()
 def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics) -> None:
-    """Pass a text, int64 (1, tokens), through a model and add its K, V and queries. skip: first tokens, sinks, that do not count.
+    """Pass a text, int64 (1, tokens), through a model and add its K, V and queries.
 
+    skip: first tokens, the sinks, that do not count.
     Raises UnsupportedModel if the model's attention cannot be observed, InvalidInput if it gives what is not finite.
     """
     wanted = set(compressed_layers(model.config.get_text_config(decoder=True)))
@@ -118,7 +123,8 @@ def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics) -> None:
         attend_plainly(model)
     if seen != wanted:
         raise UnsupportedModel(
-            f"{model.config.model_type} cannot be calibrated: its attention does not go through transformers' AttentionInterface"
+            f"{model.config.model_type} cannot be calibrated: "
+            "its attention does not go through transformers' AttentionInterface"
         )
     statistics.prompts += 1
 

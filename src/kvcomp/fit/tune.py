@@ -1,9 +1,12 @@
 """``kvcomp tune``: the scales of a spec, found on a model's text.
 
-Two searches. *Turning points*, the paper's (arXiv 2509.00579, section 3): the largest relative scale of K with V exact, and of V with K exact,
-that keeps a share of the uncompressed score. *Allocation*, ours: each layer's K and V are coded alone at some scales, which gives their KL and
-bits at each; for a price of KL every tensor takes the scale of least bits + price * KL (Shoham & Gersho, 1988), and the lowest price is
-taken at which all of them together stay within a KL. Every piece goes through a journal, so that both can stop and go on.
+There are two searches, and both go on where they were stopped.
+
+- *Turning points*, the paper's (arXiv 2509.00579, section 3): the largest relative scale of K with V exact, and of V
+  with K exact, that keeps a share of the uncompressed score.
+- *Allocation*, ours: each layer's K and V are coded alone at some scales, which gives their KL and bits. For a price of
+  KL every tensor takes the scale of least bits + price * KL (Shoham & Gersho, 1988). The lowest price wins at which all
+  of them together stay within a KL.
 """
 
 from __future__ import annotations
@@ -42,32 +45,37 @@ class Found:
     figures: dict[str, Any]
 
 
+@dataclass(kw_only=True)
 class Tuner:
-    """Text samples and look-ups of a model, and the journal of what was measured on them.
+    """Samples and look-ups of a model, and the searches on them.
 
-    ids: int64, the tokens of the text. quizzes: look-ups, which the turning points keep too. Raises InvalidInput if the text is too short,
-    UnsupportedModel for a model with layers that do not attend to all tokens.
+    Raises InvalidInput for a calibrated base, UnsupportedModel if some layer does not attend to all tokens.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        ids: Tokens,
-        begins: Sequence[int],
-        prompt: int,
-        scored: int,
-        quizzes: Sequence[Quiz],
-        base: CodecSpec,
-        journal: Journal,
-        advance: Advance,
-    ) -> None:
-        if not (base.key.scales and base.value.scales):
+    model: Any
+    ids: Tokens
+    """The text, int64."""
+    begins: Sequence[int]
+    """Where in the text the samples begin."""
+    prompt: int
+    """Tokens of a sample that are coded."""
+    scored: int
+    """Tokens of a sample that are scored."""
+    quizzes: Sequence[Quiz]
+    """Look-ups, which the turning points keep too."""
+    base: CodecSpec
+    """What the search starts from."""
+    journal: Journal
+    """What has been measured so far."""
+    advance: Advance
+    """Told what is done, and its cost."""
+
+    def __post_init__(self) -> None:
+        if not (self.base.key.scales and self.base.value.scales):
             raise InvalidInput(
                 "the steps of a calibrated spec are found by kvcomp calibrate: tune a preset such as kvcomp"
             )
-        self.model, self.ids, self.begins, self.prompt, self.scored = model, ids, begins, prompt, scored
-        self.quizzes, self.base, self.journal, self.advance = quizzes, base, journal, advance
-        self.layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.layers: int = self.model.config.get_text_config(decoder=True).num_hidden_layers
         self._samples: dict[int, Sample] = {}
         self._records: dict[int, Sample] = {}
 
@@ -111,7 +119,7 @@ class Tuner:
     # Allocation
 
     def allocate(self, most: float) -> Found:
-        """The spec of fewest bits whose mean KL is at most ``most`` nats. Raises InvalidInput if even the finest scales miss it."""
+        """The spec of fewest bits within a mean KL of ``most`` nats. Raises InvalidInput if no scales keep it."""
         kl, bits = self._alone()
         low, high = np.log(PRICES)
         best: tuple[CodecSpec, dict[str, Any]] | None = None
@@ -125,7 +133,8 @@ class Tuner:
                 low = np.log(price)
         if best is None:
             raise InvalidInput(
-                f"no scales from {STEPS[0]} to {STEPS[-1]} times the base's keep a KL of {most:.2e}: allow more, or start from a finer --spec"
+                f"no scales from {STEPS[0]} to {STEPS[-1]} times the base's keep a KL of {most:.2e}: "
+                "allow more, or start from a finer --spec"
             )
         alone = [
             {"layer": layer, "kind": kind, "kl": kl[layer, part].tolist(), "bits": bits[layer, part].tolist()}
@@ -186,7 +195,8 @@ class Tuner:
                 low, high = (middle, high) if kept >= keep else (low, middle - 1)
             if low < 0:
                 raise InvalidInput(
-                    f"{kind} keeps less than {keep:.3g} of the score even at a relative scale of {SCALES[0]}: this model's {kind} is not for this scheme"
+                    f"{kind} keeps less than {keep:.3g} of the score even at a relative scale of {SCALES[0]}: "
+                    f"this model's {kind} is not for this scheme"
                 )
             scales.append(SCALES[low])
         key, value = (
@@ -212,7 +222,7 @@ class Tuner:
         return values
 
     def _kept(self, key: str, values: Callable[[Sample], list[Pair]]) -> float:
-        """Share of the uncompressed score: of right next tokens, and of right look-ups if the model can do them, whichever is less."""
+        """Share of the uncompressed score: of right next tokens or, if less, of look-ups that the model can do."""
 
         def text(index: int) -> Callable[[], Any]:
             def run() -> Any:

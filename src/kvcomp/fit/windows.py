@@ -1,6 +1,7 @@
 """The text that a calibration is measured on: windows of the given text, and some that the model writes itself.
 
-What a model writes has a bit of everything it was trained on. A share of it keeps a calibration on one kind of text from failing on another.
+What a model writes has a bit of everything it was trained on. A share of it keeps a calibration on one kind of text
+from failing on another.
 """
 
 from __future__ import annotations
@@ -24,13 +25,18 @@ Tell = Callable[[str, int, int], None]  # what is being done, how much of it is 
 
 @dataclass(frozen=True)
 class Settings:
-    """windows: of text, half of them to go on with text, half with a repetition. prompt, scored: tokens of each. sinks, window: as in the spec."""
+    """How much text a calibration is measured on. Lengths are in tokens."""
 
     windows: int = 24
+    """Of text: half go on with text, half with a repetition."""
     prompt: int = 2048
+    """Of each window, coded."""
     scored: int = 256
+    """Of each window, scored."""
     sinks: int = 4
+    """First tokens that stay raw, as in the spec."""
     window: int = 64
+    """Newest tokens that stay raw, as in the spec."""
 
     @property
     def length(self) -> int:
@@ -44,7 +50,7 @@ class Settings:
 
 
 def draw_windows(ids: npt.NDArray[np.int64], count: int, settings: Settings) -> list[tuple[Tensor, bool]]:
-    """Windows spread over a text, int64 (1, prompt + scored), and whether the prompt is followed by a part of itself: so in half of them."""
+    """Windows spread over a text, int64 (1, length), and whether each repeats a part of its prompt: half do."""
     windows = []
     half = count // 2
     begins = np.linspace(0, ids.size - settings.length, count).astype(int)
@@ -61,7 +67,7 @@ def draw_windows(ids: npt.NDArray[np.int64], count: int, settings: Settings) -> 
 
 @torch.inference_mode()
 def write(model: Any, ids: npt.NDArray[np.int64], rows: int, length: int, tell: Tell) -> npt.NDArray[np.int64]:
-    """Texts that a model writes by drawing every token from what it predicts, each from a token of ``ids`` on; int64 (rows, length)."""
+    """Texts that a model writes from a token of ``ids`` on, each token drawn, int64 (rows, length)."""
     text = [torch.from_numpy(np.random.default_rng(SEED).choice(ids, (rows, 1)))]
     generator = torch.Generator().manual_seed(SEED)
     cache = DynamicCache(config=model.config)

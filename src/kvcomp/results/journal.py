@@ -19,8 +19,8 @@ def pieces(output: Path) -> Path:
 class Journal:
     """Pieces of a measurement that are done, a JSON line each, so that a run that was stopped can go on.
 
-    path: ends in ``.partial``, beside the results file. identity: what must be the same for pieces to be of one measurement.
-    resume: take the pieces that are there. Raises InvalidInput if they are of another measurement, or there is nothing to resume.
+    path: ends in ``.partial``, beside the results file. identity: what all pieces of one measurement share.
+    resume: take the pieces that are there. Raises InvalidInput if they are of another measurement, or there are none.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], resume: bool) -> None:
@@ -44,7 +44,8 @@ class Journal:
         if first != head:
             other = sorted(name for name in {*first, *head} if first.get(name) != head.get(name))
             raise InvalidInput(
-                f"{self.path} is of a run with another {', '.join(other)}: give the same options, or run again without --resume"
+                f"{self.path} is of a run with another {', '.join(other)}: "
+                "give the same options, or run again without --resume"
             )
         for line in lines[1:]:
             try:
@@ -62,7 +63,7 @@ class Journal:
         return self.pieces[key]
 
     def piece(self, key: str, make: Callable[[], Any]) -> Any:
-        """The piece of this key, as JSON gives it back. One that is missing is made, and on disk when this returns."""
+        """The piece of this key, as JSON gives it back; one that is missing is made, and then on disk."""
         if key not in self.pieces:
             line = json.dumps([key, make()])
             self.pieces[key] = json.loads(line)[1]

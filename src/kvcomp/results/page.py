@@ -1,6 +1,6 @@
 """``kvcomp report``: one HTML page from results files. It needs no network and no other file.
 
-The template stands beside this module; ``report_sections`` has what it shows of each kind of results.
+The template stands beside this module; ``sections`` has what it shows of each kind of results.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ SHOWN = (
 )
 LIMITS = (
     "Times are of one machine and its load; ratios within a round carry over better than milliseconds.",
-    "KL and top-1 compare a compressed cache with the uncompressed one of the same model on the same text. They do not compare models.",
+    "KL and top-1 compare a compressed cache with the uncompressed one of the same model and text, not models.",
     "What is found on one text or task need not hold on another. Standard errors are over the samples of this text.",
-    "Coded bits leave out the raw window and first tokens; total bits count everything that is allocated, at the lengths measured here.",
+    "Coded bits leave out the raw window and first tokens; total bits count all that is allocated at these lengths.",
 )
 
 
 def render(paths: Sequence[Path]) -> str:
-    """The page of these results files. Raises InvalidInput if there is none, or one cannot be shown, CorruptData or UnsupportedVersion."""
+    """The page of these results files, as HTML.
+
+    Raises InvalidInput if there is none, or one that cannot be shown, and CorruptData or UnsupportedVersion.
+    """
     if not paths:
         raise InvalidInput(
             "there are no results to show: run kvcomp evaluate, tune or bench first, or name their files"
@@ -106,11 +109,12 @@ def _summary(found: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
                 content["attention"],
                 key=lambda row: (row["context"], -row["threads"], row["group"]),
             )
+            shape = f"{row['context']:,} tokens, {row['group']} queries a KV head"
             over = row["time_over"][row["fastest_dense"]]["median"]
             figures.append(
                 (
                     f"{over:.2f}x",
-                    f"the time of the fastest dense attention ({row['context']:,} tokens, {row['group']} queries a KV head, threads: {row['threads']})",
+                    f"the time of the fastest dense attention ({shape}, threads: {row['threads']})",
                 )
             )
     return figures

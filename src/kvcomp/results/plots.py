@@ -1,7 +1,7 @@
 """Pictures of results: figures in one style, written as SVG and PNG. The only module that imports matplotlib.
 
-The colours are those of Okabe and Ito, which readers of every colour vision tell apart; each series has a marker of its own as well. A
-picture has a background of its own, and an SVG turns dark where the reader's system is.
+The colours are those of Okabe and Ito, which readers of every colour vision tell apart; each series has its own marker.
+A picture has its own background, and an SVG turns dark where the reader's system is.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def growth_series(memory: Mapping[str, Sequence[int]]) -> Series:
 def speed_up(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """The fastest dense method's time over kvcomp's, with its quartiles, over the context: above 1 kvcomp is faster.
 
-    rows: "attention" of a bench (see ``bench``); a panel for each number of threads and head size.
+    rows: "attention" of a bench (see ``kvcomp.bench.cases``); a panel for each number of threads and head size.
     """
     panels = sorted({(row["threads"], row["head_dim"]) for row in rows})
     columns = min(2, len(panels))
@@ -176,7 +176,7 @@ def speed_up(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def bits_by_head(heads: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bits per value of each layer and head, K beside V. heads: of an Error (see ``results``)."""
+    """Bits per value of each layer and head, K beside V. heads: of an Error in a results file."""
     layers, count = 1 + max(row["layer"] for row in heads), 1 + max(row["head"] for row in heads)
     bits = {kind: np.full((layers, count), np.nan) for kind in "KV"}
     for row in heads:
@@ -197,7 +197,7 @@ def bits_by_head(heads: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def error_histogram(histogram: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """How often each error occurs, K and V, against the bound where there is one. histogram: of an Error (see ``results``)."""
+    """How often each error occurs, of K and V, beside the bound where there is one. histogram: of an Error."""
     figure, axes = _axes()
     over = {kind: found["over"] for kind, found in histogram.items()}
     for index, (kind, found) in enumerate(histogram.items()):
@@ -228,7 +228,7 @@ def error_histogram(histogram: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def lookup_accuracy(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Share of look-ups that are right, by context length and depth, a panel for each method. cells: Cells (see ``results``) by method."""
+    """Share of right look-ups by context length and depth, a panel for each method. cells: by method."""
     lengths = sorted({cell["tokens"] for of in cells.values() for cell in of})
     depths = sorted({cell["depth"] for of in cells.values() for cell in of})
     columns = min(3, len(cells))

@@ -16,17 +16,19 @@ A method is an object; what was not measured is absent::
     retrieval: [Cell]
     tasks: {task: {metric: Figure, ...}}     of lm-evaluation-harness
     error: Error
-    suffering: [{layer, kind: "K" | "V", kl, coded_bits, heads: [kl, ...] or absent}]   KL if that tensor alone is coded, largest first
+    suffering: [{layer, kind: "K" | "V", kl, heads: [kl, ...] or absent}]
+                                             sensitivity: KL if that tensor alone is coded, largest first
     failed: {piece: why it could not be measured}
 
     Figure:   {mean, standard_error, count}; standard_error is null for a count of 1
-    Size:     {coded_bits, total_bits, ratio, allocated_bytes, dense_bytes, values, sealed_values, parts: {part: bits a value}}
+    Size:     {coded_bits, total_bits, ratio, allocated_bytes, dense_bytes, values, sealed_values,
+               parts: {part: bits a value}}
     Fidelity: {kl: Figure, top1: Figure, loss_difference: Figure (nats a token), perplexity, perplexity_uncompressed,
                prompt_tokens, scored_tokens, samples}
     Cell:     {task: "key-value" | "passkey", tokens, depth (0 to 1, middle of its bin), right, asked}
     Error:    {largest_over_bound or null, missed (values outside of their bound), values,
                heads: [{layer, kind, head, rms (over the values' rms), largest (over their largest), bits or null}],
-               histogram: {K | V: {edges, counts}} of error over the bound, or over the head's rms where there is no bound; over: "bound" | "rms"}
+               histogram: {K | V: {edges, counts, over: "bound" | "rms"}}   errors over their bound or head's rms}
 
 Bits are for each value, bytes are counted, KL is KL(uncompressed || compressed) in nats a token.
 """
@@ -57,7 +59,7 @@ PARTS = [f.name for f in fields(Memory) if f.name not in ("table_entries", "seal
 
 
 def environment(**parameters: Any) -> dict[str, Any]:
-    """The machine, its load, the software, commit and date that something is measured with, and the measurement's own parameters."""
+    """The machine, load, software, commit and date of a measurement, and the measurement's own parameters."""
     return {
         **(_gpu() if torch.cuda.is_available() else {"device": _processor()}),
         "cores": os.cpu_count(),
@@ -101,7 +103,11 @@ def write(path: Path, kind: str, about: Mapping[str, Any], **content: Any) -> No
 
 
 def read(path: Path, kind: str | None = None) -> dict[str, Any]:
-    """The content of a results file. Raises InvalidInput if it cannot be read or is of another kind, CorruptData if it is no such file."""
+    """The content of a results file.
+
+    Raises InvalidInput if it cannot be read or is of another kind, CorruptData if it is no results file, and
+    UnsupportedVersion.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -36,7 +36,7 @@ def evaluation(content: dict[str, Any]) -> Iterator[Section]:
     if asked:
         yield Section(
             "Look-ups",
-            "Facts given once in the context and asked for later, by length of the context and by depth: 0 % is its beginning.",
+            "Facts given once in the context and asked for later, by length and by depth: 0 % is its beginning.",
             [_lookups(asked)],
             [("Look-ups right", _picture(plots.lookup_accuracy(asked)))],
         )
@@ -87,8 +87,9 @@ def _quality(content: dict[str, Any], methods: list[dict[str, Any]], compressed:
     shape = methods[0]["fidelity"]["teacher_forced"]
     return Section(
         "Quality and size",
-        f"Each method beside the uncompressed cache: {shape['samples']} prompts of {shape['prompt_tokens']:,} tokens and the {shape['scored_tokens']:,} "
-        "tokens after each. KL is how far the predicted distribution moves (0: not at all), top-1 how often the likeliest token stays.",
+        f"Each method beside the uncompressed cache: {shape['samples']} prompts of {shape['prompt_tokens']:,} tokens "
+        f"and the {shape['scored_tokens']:,} tokens after each. KL is how far the predicted distribution moves "
+        "(0: not at all), top-1 how often the likeliest token stays.",
         [Table(header, rows)],
         [
             (
@@ -204,8 +205,9 @@ def bench(content: dict[str, Any]) -> Iterator[Section]:
         ]
         yield Section(
             "Decode attention",
-            f"{backend}kvcomp's time over that of each dense bfloat16 method, in the same round; below 1 kvcomp is faster. G: queries a KV head; D: head size. "
-            "Error: the largest against float64, relative to the largest output, checked before anything was timed.",
+            f"{backend}kvcomp's time over that of each dense bfloat16 method, in the same round; below 1 kvcomp is "
+            "faster. G: queries a KV head; D: head size. Error: the largest against float64, relative to the largest "
+            "output, checked before anything was timed.",
             [Table(header, cells)],
             [("Speed over context: above 1 kvcomp is faster", _picture(plots.speed_up(rows)))],
             [f"{name} was not compared: {why}." for name, why in content["setting"]["not_compared"].items()],

@@ -1,4 +1,4 @@
-"""Methods: ways to hold a KV cache, each behind the interface of ``method.py``, and how a command's option names one."""
+"""Ways to hold a KV cache, each behind the interface of ``method.py``, and how a command's option names one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def baseline(name: str) -> Method:
 
 
 def named_spec(model: str | Path, name: str, calibration: Path | None = None) -> Method:
-    """kvcomp under a spec that a command's option names; its calibration is the one given, or that beside the model. Raises InvalidInput."""
+    """kvcomp under a spec that an option names, its calibration given or beside the model. Raises InvalidInput."""
     spec, read = spec_for(model, name, calibration)
     stem = Path(name).stem
     return KVComp(spec, name if stem in PRESETS or is_calibrated(name) else stem, read)

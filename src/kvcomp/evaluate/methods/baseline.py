@@ -49,11 +49,14 @@ class Baseline(Method):
 
     @abstractmethod
     def encode(self, x: Tensor, kind: Kind) -> Parts:
-        """What is held of the tokens that are coded next, x (batch, KV heads, tokens, head_dim): parts of ``Memory`` by name."""
+        """What is held of the tokens coded next: tensors named by their part of ``Memory``, such as codes and scales.
+
+        x: (batch, KV heads, tokens, head_dim), in the model's type.
+        """
 
     @abstractmethod
     def decode(self, parts: Parts, kind: Kind) -> Tensor:
-        """The values, (batch, KV heads, tokens, head_dim) in any floating type, from what ``encode`` returned and nothing else."""
+        """The values from what ``encode`` returned and nothing else, (batch, KV heads, tokens, head_dim), any float."""
 
     def cache(self, config: PreTrainedConfig) -> Cache:
         layers: list[Any] = DynamicCache(config=config).layers
@@ -85,7 +88,7 @@ def stock_memory(layer: Any) -> Memory:
 class BaselineLayer(CacheLayerMixin):
     """One layer of a baseline's cache.
 
-    What has been decoded is kept for the speed of the measurement and not counted: a decoder would make it anew each time.
+    What has been decoded is kept for speed and not counted: a decoder would make it anew each time.
     """
 
     is_sliding = False
@@ -121,7 +124,8 @@ class BaselineLayer(CacheLayerMixin):
             done, end = self.decoded[kind].shape[2], self.method.coded(tokens, kind)
             if not done <= end <= tokens:
                 raise InvalidInput(
-                    f"{self.method.name}: coded({tokens}, {kind!r}) is {end}; it must lie between {done}, already coded, and {tokens}"
+                    f"{self.method.name}: coded({tokens}, {kind!r}) is {end}; "
+                    f"it must lie between {done}, already coded, and {tokens}"
                 )
             if end == done:
                 continue
@@ -129,7 +133,8 @@ class BaselineLayer(CacheLayerMixin):
             parts = {name: part.clone() for name, part in self.method.encode(x.contiguous(), kind).items()}
             if not parts or not set(parts) <= PARTS:
                 raise InvalidInput(
-                    f"{self.method.name}: encode returned {sorted(parts)}: name the parts as in Memory, such as codes and scales"
+                    f"{self.method.name}: encode returned {sorted(parts)}: "
+                    "name the parts as in Memory, such as codes and scales"
                 )
             back = self.method.decode(parts, kind).to(x.dtype)
             if back.shape != x.shape:

@@ -9,7 +9,7 @@ from kvcomp.errors import InvalidInput
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 (..., n * bits / 8) from codes below 2**bits, (..., n). Raises InvalidInput if they do not fill whole bytes."""
+    """Codes below 2**bits, (..., n), as uint8 (..., n * bits / 8). Raises InvalidInput if these are no whole bytes."""
     if codes.shape[-1] * bits % 8:
         raise InvalidInput(f"{codes.shape[-1]} codes of {bits} bits do not fill whole bytes")
     ones = (codes.to(torch.uint8).unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1

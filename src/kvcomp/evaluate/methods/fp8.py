@@ -1,4 +1,4 @@
-"""8-bit floating point (E4M3) with scale 1, as inference engines hold a cache without calibration: every token, no window."""
+"""8-bit floating point (E4M3) with scale 1 for every token: how inference engines hold a cache without calibration."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""KIVI-style quantisation (Liu et al., arXiv 2402.02750): asymmetric, K along tokens, V along channels, the newest tokens raw.
+"""KIVI-style quantisation (Liu et al., arXiv 2402.02750): asymmetric, K along tokens, V along channels.
 
-Of K whole groups of 128 tokens are coded, so 0 to 127 stay raw; of V the newest 128 tokens stay raw. Scale and zero are float16.
+Of K whole groups of 128 tokens are coded, so 0 to 127 stay raw; of V the newest 128 tokens stay raw.
+Scale and zero are float16.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class KVComp(Method):
         name: str | None = None,
         calibration: Calibration | str | Path | None = None,
     ) -> None:
-        """spec: a preset's name, a spec.json or a spec. name: if None, the preset's or the file's. calibration: for the preset kvcomp-klt.
+        """spec and calibration: as ``kvcomp.KVCompCache`` takes them. name: by default the preset's or the file's.
 
         Raises InvalidInput.
         """

@@ -15,13 +15,12 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Method(ABC):
-    """A way to hold a KV cache. ``Baseline`` needs less to be written for what has no cache class of its own.
-
-    name: what tables call it. attention: the attention implementation of transformers that it is used with.
-    """
+    """A way to hold a KV cache. ``Baseline`` needs less to be written for what has no cache class of its own."""
 
     name: str
+    """What tables call it."""
     attention: str = "sdpa"
+    """The attention implementation of transformers that it is used with."""
 
     @abstractmethod
     def cache(self, config: PreTrainedConfig) -> Cache:
@@ -36,7 +35,7 @@ class Method(ABC):
         """K and V of every layer as later tokens see them, (batch, KV heads, tokens, head_dim) each."""
 
     def room(self, cache: Cache) -> int:
-        """Tokens that can come in one pass without later ones seeing more exact values than if they came one by one; at least 1."""
+        """Tokens, at least 1, that can come in one pass and see the same values as if they came one by one."""
         return 1
 
     def settings(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """transformers' own QuantizedCache, with the package that does its arithmetic: hqq or optimum-quanto.
 
-Each package's axes are those that transformers' documentation advises; group 64 and residual 128 are its defaults. Note that it codes all
-it holds anew whenever its residual is full.
+Each package's axes are those that transformers' documentation advises; group 64 and residual 128 are its defaults.
+It codes all it holds anew whenever its residual is full.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""TurboQuant-style quantisation (Zandieh et al., arXiv 2504.19874): rotated at random, each coordinate to a Lloyd-Max level of a Gaussian.
+"""TurboQuant-style quantisation (Zandieh et al., arXiv 2504.19874).
 
-The rotation is drawn once from a seed and held by nobody; a vector's norm is float16. Every token is coded, there is no window.
+A vector is rotated at random, and each coordinate goes to a Lloyd-Max level of a Gaussian. The rotation is drawn from a
+seed and not counted; a vector's norm is float16. Every token is coded, there is no window.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def rotation(channels: int) -> Tensor:
 
 @lru_cache
 def levels(bits: int) -> Tensor:
-    """The 2**bits levels of least squared error for a standard Gaussian, float32: each the mean of what is nearest to it (Lloyd, 1982)."""
+    """The 2**bits levels of least squared error for a standard Gaussian, float32 (Lloyd, 1982)."""
     centres = torch.linspace(-2, 2, 2**bits, dtype=torch.float64)
     far = torch.tensor([torch.inf], dtype=torch.float64)
     for _ in range(2000):
