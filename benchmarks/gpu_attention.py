@@ -127,7 +127,7 @@ def fill(spec: CodecSpec, k: Tensor, v: Tensor) -> GPUStore:
     store = GPUStore(spec.layer(0, 1))
     store.append(k, v)
     store.seal()
-    store.settle()
+    store.sync()
     torch.cuda.synchronize()
     return store
 

@@ -81,7 +81,7 @@ def state(store: GPUStore) -> tuple[Any, ...]:
 
 def seal(store: GPUStore) -> None:
     store.seal()
-    store.settle()
+    store.sync()
 
 
 OPERATIONS: dict[str, tuple[list[int], Callable[[GPUStore, Any], None]]] = {

@@ -55,10 +55,10 @@ def test_the_host_waits_only_when_the_device_has_the_next_layer_to_do(
 
     for index, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(layer_of(index))
-    wait, proceed = gpu_arena.Sent.wait, gpu_store.GPUStore.proceed
+    wait, proceed = gpu_arena.Readback.wait, gpu_store.GPUStore.step
     at_hand: list[Any] = []
 
-    def waiting(sent: gpu_arena.Sent) -> Any:
+    def waiting(sent: gpu_arena.Readback) -> Any:
         events.append(("waits for", stores.index(at_hand[-1])))
         return wait(sent)
 
@@ -66,8 +66,8 @@ def test_the_host_waits_only_when_the_device_has_the_next_layer_to_do(
         at_hand.append(store)
         proceed(store)
 
-    monkeypatch.setattr(gpu_store.GPUStore, "proceed", proceeding)
-    monkeypatch.setattr(gpu_arena.Sent, "wait", waiting)
+    monkeypatch.setattr(gpu_store.GPUStore, "step", proceeding)
+    monkeypatch.setattr(gpu_arena.Readback, "wait", waiting)
     with torch.no_grad():
         model(prompt, past_key_values=cache)
     waits = [(at, index) for at, (what, index) in enumerate(events) if what == "waits for"]
@@ -84,11 +84,11 @@ def test_decoding_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
     store = gpu_store.GPUStore(spec, launcher=lambda device: Emulator())
     store.append(*torch.randn(2, 2, 1, 340, 64))
     store.seal()
-    store.settle()
+    store.sync()
     k, v, q = torch.randn(3, 2, 1, 1, 64)
     sealed = sum(len(row.valid) for row in store.rows)
     for module in (gpu_rows, gpu_books):
-        monkeypatch.setattr(module, "staged", pinned)
+        monkeypatch.setattr(module, "to_pinned", pinned)
     with NoWaiting():
         for _ in range(140):
             store.append(k, v)
@@ -99,7 +99,7 @@ def test_decoding_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
 def pinned(content: Any, device: torch.device) -> torch.Tensor:
     with _disable_current_modes():
-        return gpu_arena.staged(content, device)
+        return gpu_arena.to_pinned(content, device)
 
 
 class NoWaiting(TorchDispatchMode):

@@ -47,7 +47,7 @@ class Pair:
         assert (out - expected).abs().max() < TOLERANCE * expected.abs().max()
 
     def check_pages(self) -> None:
-        self.gpu.settle()
+        self.gpu.sync()
         for row in range(self.batch):
             for mine, theirs in zip(
                 self.gpu.table.pages[row].tolist(),
@@ -73,7 +73,7 @@ def test_a_prompt_and_what_follows() -> None:
 def test_decoding_launches_two_kernels_a_layer() -> None:
     pair = Pair(SPEC, 1)
     pair.append(340)
-    pair.gpu.settle()
+    pair.gpu.sync()
     pair.on.machine = type(pair.on.machine)(90, pair.on.machine.shared, 8)
     pair.on.launches.clear()
     pair.gpu.attend(pair.values(1, HEADS * GROUP, 1, CHANNELS).float(), 0.125)

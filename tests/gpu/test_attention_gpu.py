@@ -59,7 +59,7 @@ class Pair:
         assert (out - expected).abs().max() < TOLERANCE * expected.abs().max()
 
     def check_pages(self) -> None:
-        self.gpu.settle()
+        self.gpu.sync()
         torch.cuda.synchronize()
         for row in range(self.shape[0]):
             ours = self.gpu.table.pages[row].tolist()

@@ -143,10 +143,10 @@ class KVStore:
         if any(sealed):
             self._trim_tail()
 
-    def proceed(self) -> None:
+    def step(self) -> None:
         """Nothing: what ``seal`` begins, it ends."""
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Nothing: what ``seal`` begins, it ends."""
 
     def crop(self, tokens: int) -> None:

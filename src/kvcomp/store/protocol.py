@@ -55,10 +55,10 @@ class Store(Protocol):
     def seal(self) -> None:
         """Compress every whole page of tokens beyond the window. What is sealed never changes."""
 
-    def proceed(self) -> None:
+    def step(self) -> None:
         """Do what the host has to do next about pages that the device is compressing."""
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Do all that the host has to do about pages that the device is compressing."""
 
     def crop(self, tokens: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp.codec import codebook
-from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.codebook import TRAINING_TOKENS, Codebook
 from kvcomp.codec.quantise import HEAD_ZERO
 from kvcomp.errors import InvalidInput
 from kvcomp.kernels import Books
@@ -28,6 +28,26 @@ def kept_counts(tensor: TensorSpec, counts: npt.NDArray[np.uint64]) -> npt.NDArr
         n = 1 + int(np.max(seen, initial=0))
     some = counted(tensor, n)
     return counts[:, some, some].astype(np.uint32)
+
+
+def learns(tensor: TensorSpec, given: bool, own: Codebook | None) -> bool:
+    """Whether a row trains a book for this tensor: it has none of its own, and none was given."""
+    return tensor.coding == "huffman" and not given and own is None
+
+
+def learn(
+    tensor: TensorSpec, earlier: npt.NDArray[np.uint32] | None, pairs: npt.NDArray[np.uint64], tokens: int
+) -> tuple[Codebook | None, npt.NDArray[np.uint32] | None]:
+    """A row's own book once its pages hold tokens enough, and the pair counts to keep until then.
+
+    pairs: counts of the new pages, (classes, 256, 256), overwritten. earlier: counts kept before. tokens: of all pages.
+    """
+    if earlier is not None:
+        some = counted(tensor, earlier.shape[1])
+        pairs[:, some, some] += earlier
+    if tokens >= TRAINING_TOKENS and pairs.any():
+        return codebook.train(pairs, tensor.limit), None
+    return None, kept_counts(tensor, pairs)
 
 
 def default_book(tensor: TensorSpec) -> Codebook | None:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.attention import NAME
-from kvcomp.store.gpu.arena import staged
+from kvcomp.store.gpu.arena import to_pinned
 
 
 class DecodeGraph:
@@ -89,7 +89,7 @@ class DecodeGraph:
             self._positions = torch.empty_like(self._ids)
             self._places = []
         self._ids.copy_(ids.view(batch, 1))
-        positions = staged(np.int64(tokens) - stores[0].starts, ids.device)
+        positions = to_pinned(np.int64(tokens) - stores[0].starts, ids.device)
         self._positions.copy_(positions.view(batch, 1), non_blocking=True)
         if ordinary:
             self._logits = self._forward()

@@ -61,7 +61,7 @@ class CompressedLayer(CacheLayerMixin):
             self.seal()
         self.upload(key_states.device)
         if self.session.sealing is not None:  # the device has the work up to this layer's attention to do
-            self.session.sealing.proceed()
+            self.session.sealing.step()
         self.store.append(key_states, value_states)
         self.unsealed = self.is_initialized = True
         source = Source(self, (key_states, value_states) if self.store.tokens == key_states.shape[2] else None)
@@ -78,7 +78,7 @@ class CompressedLayer(CacheLayerMixin):
             return
         before, self.session.sealing = self.session.sealing, None
         if before is not None:
-            before.finish()
+            before.drain()
         self.store.seal()
         self.session.sealing = self.store
         self.unsealed = False

@@ -1,7 +1,7 @@
 """Memory for pages whose sizes only the device knows, and how the host learns them.
 
-A chunk's next free byte is a number on the device that the encoder moves on. The host reads it with a delay, without waiting, and assumes
-meanwhile that every page was as large as pages can be.
+A chunk's next free byte is a number on the device, which the encoder moves on. The host reads it late and without waiting.
+Until then it takes every page for as large as pages can be.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ def enough_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise LimitExceeded(
-            f"the device has no memory left for the cache: use a smaller batch, a shorter context or a coarser spec ({error})"
+            "the device has no memory left for the cache: use a smaller batch, a shorter context "
+            f"or a coarser spec ({error})"
         ) from None
 
 
-def staged(content: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """An array of nobody else's where a device can fetch it without the host waiting: ``.to(device, non_blocking=True)``."""
+def to_pinned(content: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An array in pinned memory, from which ``.to(device, non_blocking=True)`` copies. Nobody else may change it."""
     host = torch.from_numpy(content)
     return host.pin_memory() if device.type == "cuda" else host
 
 
-class Sent:
-    """A tensor on its way to the host, behind what the current stream has to do."""
+class Readback:
+    """A copy of a tensor on its way to the host, behind the work of the current stream."""
 
     def __init__(self, x: Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
@@ -53,7 +54,7 @@ class Sent:
         return self._arrived is None or self._arrived.query()
 
     def wait(self) -> npt.NDArray[Any]:
-        """What has been sent."""
+        """The copy, once it is there."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._there.numpy()
@@ -61,24 +62,26 @@ class Sent:
 
 @dataclass(eq=False)
 class Chunk:
-    """Memory for pages, which is never moved. memory: uint8. cursor: int64 (1,), on the device, the next free byte."""
+    """Memory for pages, which is never moved."""
 
     memory: Tensor
+    """uint8 (bytes,)"""
     cursor: Tensor
+    """int64 (1,), on the device: the next free byte."""
 
 
 class Arena:
-    """The chunk that pages go into while a sequence grows, and the next when it may be full.
+    """The chunk that pages go into while a sequence grows, and the next one when it may be full.
 
-    chunk_bytes: of a chunk. spare: readable bytes that must follow the last page.
+    A chunk has ``chunk_bytes``, and ``spare`` more that must be readable behind the last page.
     """
 
     def __init__(self, chunk_bytes: int, spare: int, device: torch.device) -> None:
         self._chunk_bytes, self._spare, self._device = chunk_bytes, spare, device
         self._chunk: Chunk | None = None
         self._used = 0  # at most so many bytes of the chunk
-        self._since = 0  # of these, what was given out after the cursor was sent for
-        self._cursor: Sent | None = None
+        self._since = 0  # of these, what was given out after the cursor's readback began
+        self._cursor: Readback | None = None
 
     def chunk_for(self, size: int) -> Chunk:
         """A chunk that surely has room for so many more bytes."""
@@ -93,7 +96,7 @@ class Arena:
         return self._chunk
 
     def ask(self) -> None:
-        """Send for the cursor, behind what the current stream has to do, unless it is on its way."""
+        """Read the cursor back, behind the work of the current stream, unless it is on its way."""
         if self._chunk is not None and self._cursor is None:
             self._since = 0
-            self._cursor = Sent(self._chunk.cursor)
+            self._cursor = Readback(self._chunk.cursor)

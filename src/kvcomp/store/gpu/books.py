@@ -23,13 +23,14 @@ from kvcomp.kernels.cuda.layout import (
     table_entries,
 )
 from kvcomp.spec import TensorSpec
-from kvcomp.store.gpu.arena import staged
+from kvcomp.store.gpu.arena import to_pinned
 
 
 class DeviceBooks:
-    """Four books of each row: of K the default and the own, of V the same.
+    """Four books of each row: the default and the own of K, then those of V.
 
-    decoding, encoding: uint8 (rows, bytes), what ``Book`` and ``Encoder`` say of the four, which point to tables that are kept here.
+    ``decoding`` and ``encoding``, uint8 (rows, bytes), hold four ``Book`` and ``Encoder`` structures for each row.
+    These point to tables that are kept alive here.
     """
 
     def __init__(self, rows: int, tensors: tuple[TensorSpec, TensorSpec], device: torch.device) -> None:
@@ -38,26 +39,26 @@ class DeviceBooks:
         self.encoding = torch.zeros((rows, BOOKS * ctypes.sizeof(Encoder)), dtype=torch.uint8, device=device)
         self._tables: list[list[Tensor | None]] = [[None] * (2 * BOOKS) for _ in range(rows)]
 
-    def enter(self, rows: Sequence[int], kind: int, own: int, book: Codebook | None) -> None:
-        """Put a book of K (0) or V (1), the default (0) or the own (1), where the kernels find it for these rows: whole or not at all."""
+    def add(self, rows: Sequence[int], kind: int, own: int, book: Codebook | None) -> None:
+        """Give these rows a book of K (0) or V (1), the default (0) or the own (1): whole or not at all."""
         if book is None:
             return
         table = self._upload(table_entries(book, self._bits[kind]).view("i4"))
         described = self._described(describe_book(book, table.data_ptr()))
-        self.enter_encoder(rows, kind, own, book)
+        self.add_encoder(rows, kind, own, book)
         self._write(rows, self.decoding, 2 * kind + own, described)
         for row in rows:
             self._tables[row][4 * kind + 2 * own] = table
 
-    def enter_encoder(self, rows: Sequence[int], kind: int, own: int, book: Codebook) -> None:
-        """The same for encoding alone."""
+    def add_encoder(self, rows: Sequence[int], kind: int, own: int, book: Codebook) -> None:
+        """Give these rows a book for encoding alone."""
         words = self._upload(encoder_words(book).view("i4"))
         self._write(rows, self.encoding, 2 * kind + own, self._described(describe_encoder(book, words.data_ptr())))
         for row in rows:
             self._tables[row][4 * kind + 2 * own + 1] = words
 
     def _upload(self, content: npt.NDArray[Any]) -> Tensor:
-        return staged(content, self.decoding.device).to(self.decoding.device, non_blocking=True)
+        return to_pinned(content, self.decoding.device).to(self.decoding.device, non_blocking=True)
 
     def _described(self, described: Book | Encoder) -> Tensor:
         return self._upload(np.frombuffer(bytearray(bytes(described)), np.uint8))
@@ -68,7 +69,7 @@ class DeviceBooks:
             to[row, size * index : size * (index + 1)] = content
 
     def alone(self, row: int) -> DeviceBooks:
-        """A copy of one row's books, without a word to the host."""
+        """A copy of one row's books, made without waiting for the device."""
         copied = object.__new__(DeviceBooks)
         copied._bits = self._bits
         copied.decoding, copied.encoding = self.decoding[row : row + 1].clone(), self.encoding[row : row + 1].clone()
@@ -99,6 +100,6 @@ class DeviceBooks:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables, each counted once, and of what is said of them."""
+        """Bytes of the structures and of the tables, each counted once."""
         tables = {id(table): table.nbytes for row in self._tables for table in row if table is not None}
         return sum(tables.values()) + self.decoding.nbytes + self.encoding.nbytes

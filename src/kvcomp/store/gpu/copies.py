@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 
 from kvcomp.codec.page import size_of
-from kvcomp.codec.quantise import MAX_CODES
 from kvcomp.kernels.cuda.launch import Launcher
 from kvcomp.store import KVStore
 from kvcomp.store.gpu.arena import Chunk, enough_memory
@@ -18,7 +17,6 @@ from kvcomp.store.gpu.rows import Table
 from kvcomp.store.gpu.store import GPUStore
 from kvcomp.store.gpu.tail import Tail
 from kvcomp.store.rows import Rows
-from kvcomp.store.training import counted, kept_counts
 
 
 def to_main_memory(of: GPUStore) -> KVStore:
@@ -26,7 +24,7 @@ def to_main_memory(of: GPUStore) -> KVStore:
     empty = KVStore(of.spec, "reference", of.given_books, of.given_transform)
     if not of.batch:
         return empty
-    of.settle()
+    of.sync()
     contents = {id(chunk): _content(chunk, of.channels) for row in of.rows for chunk in row.chunks}
     rows = Rows.empty(of.batch)
     for index, (row, addresses) in enumerate(zip(of.rows, of.table.pages.tolist(), strict=True)):
@@ -37,13 +35,9 @@ def to_main_memory(of: GPUStore) -> KVStore:
             begin, content = spans[bisect_right(starts, address) - 1]
             rows.add_pages(index, content, np.array([address - begin]))
         rows.valid[index, : len(row.valid)] = row.valid
-        rows.books[index] = list(row.books)
-        rows.pair_counts[index] = [
-            None if counts is None else kept_counts(tensor, counts)
-            for tensor, counts in zip((of.spec.key, of.spec.value), row.counts, strict=True)
-        ]
-    held = of.tokens - of.tail_base
-    tail_k, tail_v = (x[:, :, :held].cpu() for x in (of.tail_k, of.tail_v))
+        rows.books[index], rows.pair_counts[index] = list(row.books), list(row.counts)
+    held = of.tokens - of.tail.base
+    tail_k, tail_v = (x[:, :, :held].cpu() for x in (of.tail.k, of.tail.v))
     return empty.of(rows, of.tokens, (tail_k, tail_v), (of.sinks_k.cpu(), of.sinks_v.cpu()))
 
 
@@ -64,13 +58,7 @@ def to_device(
     """
     store = GPUStore(of.spec, of.given_books, of.transform, launcher)
     with enough_memory():
-        store.begin(torch.empty((of.batch, of.heads, 0, of.channels), dtype=of.dtype, device=device))
-        store.tokens = of.tokens
-        held = of.tokens - of.tail_base
-        tail_k, tail_v = (x[:, :, :held].to(device, copy=True) for x in (of.tail_k, of.tail_v))
-        store.tail = Tail(tail_k, tail_v, of.tail_base)
-        for mine, theirs in ((store.sinks_k, of.sinks_k), (store.sinks_v, of.sinks_v)):
-            mine.copy_(theirs)
+        store.allocate(torch.empty((of.batch, of.heads, 0, of.channels), dtype=of.dtype, device=device))
         addresses = np.zeros((of.batch, max(store.table.capacity, int(of.rows.count.max()))), np.int64)
         places: dict[int, tuple[Chunk, int]] = {}
         for index, row in enumerate(store.rows):
@@ -83,17 +71,14 @@ def to_device(
             addresses[index, :count] = [places[page][0].memory.data_ptr() + places[page][1] for page in pages]
             row.start, row.sinks = int(of.rows.starts[index]), int(of.rows.sink_count[index])
             row.tail_begin, row.valid = int(of.rows.tail_begin[index]), of.rows.valid[index, :count].tolist()
-            row.books = list(of.rows.books[index])
-            for kind, tensor in enumerate((of.spec.key, of.spec.value)):
-                store.device_books.enter([index], kind, 1, row.books[kind])
-                kept = of.rows.pair_counts[index][kind]
-                if kept is not None:
-                    counts = np.zeros((kept.shape[0], MAX_CODES, MAX_CODES), np.uint64)
-                    some = counted(tensor, kept.shape[1])
-                    counts[:, some, some] = kept
-                    row.counts[kind] = counts
-        store.table = Table(torch.from_numpy(addresses).to(device))
-        store.publish()
+            row.books, row.counts = list(of.rows.books[index]), list(of.rows.pair_counts[index])
+            for kind in (0, 1):
+                store.device_books.add([index], kind, 1, row.books[kind])
+        sinks = of.sinks_k.to(device, copy=True), of.sinks_v.to(device, copy=True)
+        held = of.tokens - of.tail_base
+        tail_k, tail_v = (x[:, :, :held].to(device, copy=True) for x in (of.tail_k, of.tail_v))
+        table = Table(torch.from_numpy(addresses).to(device))
+        store.hold(store.rows, of.tokens, sinks, Tail(tail_k, tail_v, of.tail_base), table, store.device_books)
     return store
 
 

@@ -15,9 +15,9 @@ from kvcomp.store.gpu.arena import Chunk
 
 
 class Encoding:
-    """Some pages of a row on their way. ``quantise`` comes first, ``count_pairs`` if books are to be trained, then ``measure`` and ``pack``.
+    """Some pages of a row on their way: ``quantise``, ``count_pairs`` if books are to be trained, ``measure``, ``pack``.
 
-    k, v: (KV heads, 64 x pages, head_dim), on the device. steps: float32 (KV heads,) of K and of V where the unit is ``head``.
+    k and v are (KV heads, 64 x pages, head_dim); steps are float32 (KV heads,) where the unit is ``head``.
     """
 
     def __init__(
@@ -69,7 +69,10 @@ class Encoding:
         launch.count_pairs(self._on, self._build, self._arguments)
 
     def measure(self, books: Tensor, cursor: Tensor) -> None:
-        """Find sizes and ``offsets`` from the cursor of a chunk on, and move it on. books: what ``DeviceBooks.encoding`` has of the row."""
+        """Find the sizes of the pages and their ``offsets`` from a chunk's cursor on, which moves to their end.
+
+        books is the row of ``DeviceBooks.encoding``.
+        """
         self._held += books, cursor
         self._arguments.cursor = cursor.data_ptr()
         for kind, tensor in enumerate(self._arguments.tensors):
@@ -77,7 +80,7 @@ class Encoding:
         launch.measure(self._on, self._build, self._arguments)
 
     def pack(self, chunk: Chunk) -> Tensor:
-        """Write the pages; their addresses, int64 (pages,)."""
+        """Write the pages. Returns their addresses, int64 (pages,)."""
         self._arguments.out = chunk.memory.data_ptr()
         launch.pack(self._on, self._build, self._arguments)
         addresses: Tensor = self.offsets[:-1] + chunk.memory.data_ptr()

@@ -11,22 +11,28 @@ import torch
 from torch import Tensor
 
 from kvcomp.codec.codebook import Codebook
-from kvcomp.store.gpu.arena import Chunk, staged
+from kvcomp.store.gpu.arena import Chunk, to_pinned
 
 LEAST_PAGES = 16  # for which a table has room
 
 
 @dataclass
 class Row:
-    """What the host knows of a sequence. books: of K and of V the row's own; counts: pair counts until there is one."""
+    """What the host knows of a sequence."""
 
     start: int = 0
+    """Position of the first real token."""
     sinks: int = 0
     tail_begin: int = 0
+    """Position from which on the row's tokens are in the tail."""
     valid: list[int] = field(default_factory=list)
+    """For each page how many of its tokens count."""
     chunks: list[Chunk] = field(default_factory=list)
+    """Where the pages lie."""
     books: list[Codebook | None] = field(default_factory=lambda: [None, None])
-    counts: list[npt.NDArray[np.uint64] | None] = field(default_factory=lambda: [None, None])
+    """The row's own books of K and of V."""
+    counts: list[npt.NDArray[np.uint32] | None] = field(default_factory=lambda: [None, None])
+    """Pair counts of K and of V until there are such books."""
 
     def copy(self) -> Row:
         """An independent row; chunks, books and counts are shared."""
@@ -56,8 +62,9 @@ class Row:
 class Table:
     """Rows and pages as the attention kernel reads them.
 
-    pages: int64 (rows, capacity), addresses. numbers: int32, for each row the count of its pages, its sinks and where its tail begins, then
-    (rows, capacity) how many of a page's tokens count. Both stay where they are until the table grows.
+    ``pages``, int64 (rows, capacity), holds addresses. ``numbers``, int32, holds three numbers for each row: the count of its
+    pages, its sinks, where its tail begins. Then come (rows, capacity) numbers of valid tokens of a page.
+    Both stay where they are until the table grows.
     """
 
     def __init__(self, pages: Tensor) -> None:
@@ -75,7 +82,7 @@ class Table:
 
     @property
     def addresses(self) -> tuple[int, int, int, int]:
-        """Of what the kernel takes as ``valid``, ``count``, ``sink_count`` and ``tail_begin``."""
+        """Addresses of ``valid``, ``count``, ``sink_count`` and ``tail_begin`` for the kernel."""
         at, step = self.numbers.data_ptr(), 4 * self.pages.shape[0]
         return at + 3 * step, at, at + step, at + 2 * step
 
@@ -84,7 +91,7 @@ class Table:
         return self.pages.nbytes + self.numbers.nbytes
 
     def grown(self, pages: int) -> Table:
-        """A table with room for so many pages of a row at least, which must be published anew."""
+        """A table with room for at least so many pages of a row; ``publish`` it."""
         rows, capacity = self.pages.shape
         larger = self.pages.new_zeros((rows, max(pages, 2 * capacity)))
         larger[:, :capacity] = self.pages
@@ -92,7 +99,7 @@ class Table:
 
     @classmethod
     def joined(cls, tables: Sequence[Table]) -> Table:
-        """The rows of several tables, which must be published anew."""
+        """The rows of several tables; ``publish`` it."""
         capacity = max(table.capacity for table in tables)
         padded = [torch.nn.functional.pad(table.pages, (0, capacity - table.capacity)) for table in tables]
         return cls(torch.cat(padded))
@@ -104,4 +111,4 @@ class Table:
             numbers[:3] = len(row.valid), row.sinks, row.tail_begin - tail_base
             numbers[3 : 3 + len(row.valid)] = row.valid
         content = np.concatenate([host[:, :3].T.ravel(), host[:, 3:].ravel()])
-        self.numbers.copy_(staged(content, self.numbers.device), non_blocking=True)
+        self.numbers.copy_(to_pinned(content, self.numbers.device), non_blocking=True)

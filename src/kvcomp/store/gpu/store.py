@@ -1,71 +1,95 @@
-"""GPUStore: the cache of one layer in the memory of a GPU. What ``KVStore`` is on the CPU, with the same bytes in its pages.
+"""GPUStore: the cache of one layer in the memory of a GPU, with the same bytes in its pages as a ``KVStore``.
 
-Everything the attention kernel reads lies on the device. How many tokens each row holds where depends on the number of tokens alone, so
-the host knows it without asking; what depends on the data - sizes and places of pages - stays on the device. Of a prompt the host must know
-something of the data twice: pair counts, to train a row's own codebooks, and how much memory its pages take. It asks, and comes back for
-the answer when the device has other work: while the next layer's prompt is under way, or when the store is used again.
+Everything that attention reads lies on the device. How many tokens a row holds where follows from the number of tokens, so
+the host knows it without asking. Sizes and places of pages depend on the data and stay on the device.
 
-Pages go into chunks of memory that are never moved (arena.py).
+Of a prompt the host needs two things from the device: pair counts, to train a row's books, and the size of its pages. It reads
+them back when the device has other work: at the next layer's prompt, or when the store is used again (sealing.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvcomp.calibration.transform import Affine, Transform
-from kvcomp.codec import codebook
-from kvcomp.codec.codebook import TRAINING_TOKENS
-from kvcomp.codec.page import Layout, ceil16
 from kvcomp.errors import BackendUnavailable, InvalidInput, LimitExceeded
 from kvcomp.kernels import Books
-from kvcomp.kernels.cuda import launch
-from kvcomp.kernels.cuda.device import Gpu
-from kvcomp.kernels.cuda.layout import AttendBuild, page_build
-from kvcomp.spec import PAGE_TOKENS, CodecSpec
+from kvcomp.kernels.cuda.launch import Launcher
+from kvcomp.spec import CodecSpec
 from kvcomp.store.checks import check_crop, check_kv, check_more, check_starts, row_index
 from kvcomp.store.cpu import KVStore
-from kvcomp.store.gpu.arena import Arena, Chunk, Sent, enough_memory
+from kvcomp.store.gpu import read
+from kvcomp.store.gpu.arena import Arena, enough_memory
 from kvcomp.store.gpu.books import DeviceBooks
-from kvcomp.store.gpu.encode import Encoding
-from kvcomp.store.gpu.held import Held
+from kvcomp.store.gpu.kernels import LayerKernels, gpu_of
 from kvcomp.store.gpu.rows import Row, Table
+from kvcomp.store.gpu.sealing import Sealing
 from kvcomp.store.gpu.tail import Tail
+from kvcomp.store.memory import Memory
 from kvcomp.store.protocol import Store
 from kvcomp.store.tail import grown_room, steady_room
-from kvcomp.store.tensors import NAMES
 from kvcomp.store.training import default_book
 
-CHUNK_PAGES = 4  # pages of the largest size that a chunk for decoding has room for
 
-
-class GPUStore(Held):
+class GPUStore:
     """The K and V of one layer on one device, compressed as they grow.
 
-    spec, books, transform: as ``KVStore`` takes them. launcher: gives the kernels of a device; called with the first tokens' device.
+    While ``seal`` is under way the rows are as they were before it. ``step`` takes it on, ``drain`` and ``sync`` end it.
+
+    Parameters
+    ----------
+    spec, books, transform
+        As ``KVStore`` takes them.
+    launcher
+        Gives the kernels of a device; called with the device of the first tokens.
     """
+
+    kernels: LayerKernels
+    arena: Arena
+    table: Table
+    tail: Tail
+    device_books: DeviceBooks
+    sinks_k: Tensor
+    sinks_v: Tensor
 
     def __init__(
         self,
         spec: CodecSpec,
         books: tuple[Books, Books] | None = None,
         transform: Transform | None = None,
-        launcher: Callable[[torch.device], launch.Launcher] | None = None,
+        launcher: Callable[[torch.device], Launcher] | None = None,
     ) -> None:
         self.spec = spec
         self.transform = self.given_transform = transform
         self._launcher = launcher or gpu_of
         self.given_books = books
-        self.units = spec.key.unit, spec.value.unit
         self.tokens = self.batch = self.heads = self.channels = 0
         self.rows: list[Row] = []
-        self._under_way, self._sealed = [], None
+        self._sealing: list[Sealing] = []
+        self._sealed: torch.cuda.Event | None = None  # after which the newest pages may be read
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GPUStore:
+        """An independent store; sealed pages, which never change, are shared."""
+        twin = self.empty_twin()
+        if self.batch:
+            twin.select(torch.arange(self.batch))
+        return twin
+
+    def empty_twin(self) -> GPUStore:
+        """A store of the same layer, dtype and device to ``hold`` other rows; until then it has these, but no arena of theirs."""
+        if self.batch:
+            self.sync()
+        twin = object.__new__(GPUStore)
+        twin.__dict__.update(self.__dict__)
+        if self.batch:
+            twin.arena = self.kernels.arena(self.channels, self.device)
+        return twin
 
     def join(self, others: Sequence[Store], tokens: int | None = None) -> GPUStore:
         """One batch of these rows and those of others (``kvcomp.store.gpu.join``)."""
@@ -86,16 +110,6 @@ class GPUStore(Held):
 
         return to_main_memory(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GPUStore:
-        """An independent store; sealed pages, which never change, are shared."""
-        twin = object.__new__(GPUStore)
-        twin.__dict__.update(self.__dict__)
-        if self.batch:
-            self.settle()
-            twin._arena = self._new_arena()
-            twin.select(torch.arange(self.batch))
-        return twin
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be pickled: pages are known by their addresses."""
         raise InvalidInput("a GPUStore cannot be pickled")
@@ -103,16 +117,24 @@ class GPUStore(Held):
     # What one append or seal changes
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Add tokens at the end, raw until ``seal``: k, v (batch, KV heads, new tokens, head_dim), on one device.
+        """Add tokens at the end, raw until ``seal``.
 
-        Raises InvalidInput, BackendUnavailable or LimitExceeded and leaves the store as it was.
+        Parameters
+        ----------
+        k, v
+            (batch, KV heads, new tokens, head_dim), float32, float16 or bfloat16, on one device.
+
+        Raises
+        ------
+        InvalidInput, BackendUnavailable, LimitExceeded
+            The store is then as it was.
         """
         self._check(k, v)
         new = not self.batch
         try:
             with enough_memory():
                 if new:
-                    self.begin(k)
+                    self.allocate(k)
                 if self.transform is not None:
                     k, v = self.transform.key.apply(k), self.transform.value.apply(v)
             self.prepare(k.shape[2])
@@ -123,55 +145,88 @@ class GPUStore(Held):
         self.tokens += k.shape[2]
 
     def prepare(self, new: int) -> None:
-        """Make ready for so many new tokens: finish what is under way and give the tail room for them. Raises LimitExceeded."""
-        self.settle()
+        """End a seal that is under way and give the tail room for so many new tokens. Raises LimitExceeded."""
+        self.sync()
         if self.tokens - self.tail.base + new > self.tail.room:
             base = min(row.tail_begin for row in self.rows) if self.compressed else self.tail.base
             base = min(base, self.tokens)
             self._move_tail(base, grown_room(self.tokens - base, new, self.tail_room(), self.tail.room))
 
     def advance(self, new: int) -> None:
-        """Take note of tokens that the device has added by itself, repeating the recorded work of an ``append`` of one token."""
+        """Count tokens that a replayed CUDA graph has appended."""
         self.tokens += new
 
     def set_starts(self, starts: Sequence[int]) -> None:
-        """Say at which position each row's real tokens begin. Raises InvalidInput for a row that is sealed from another position."""
+        """Say at which position each row's real tokens begin.
+
+        Raises
+        ------
+        InvalidInput
+            For a row that is sealed from another position.
+        """
         check_starts(starts, self.batch, self.tokens)
-        self.settle()
+        self.sync()
         for row, start in zip(self.rows, starts, strict=True):
             if start != row.start and (row.tail_begin > row.start or start < self.tail.base):
                 raise InvalidInput("the padding of a row cannot change once its tokens are compressed")
         for row, start in zip(self.rows, starts, strict=True):
             if start != row.start:
                 row.start = row.tail_begin = int(start)
-        self.publish()
-
-    def seal(self) -> None:
-        """Begin to compress every whole page of tokens beyond the window, beside what the device does next. What is sealed never changes.
-
-        For a prompt the host is needed twice later, after the device has come so far: ``proceed``, or whatever uses the store next.
-        Raises LimitExceeded if memory ends; rows that are sealed are sealed, the others stay as they were.
-        """
-        if self.batch:
-            self.settle()
-            self._under_way = [self._seal_row(index) for index in range(self.batch)]
-            self.proceed()
+        self._publish()
 
     @torch.inference_mode(False)
-    def proceed(self) -> None:
-        under_way, self._under_way = self._under_way, []
-        before = sum(len(row.valid) for row in self.rows)
+    def seal(self) -> None:
+        """Begin to compress every whole page of tokens beyond the window. What is sealed never changes.
+
+        Decoding ends it here. A prompt needs the host twice more: ``step``, or whatever uses the store next.
+
+        Raises
+        ------
+        LimitExceeded
+            If memory ends. A row is then either sealed or as it was.
+        """
+        if not self.batch:
+            return
+        self.sync()
+        sealing = [row for row in (Sealing(self, index) for index in range(self.batch)) if row.pages]
+        pages = max((row.end for row in sealing), default=0)
+        if pages > self.table.capacity:
+            with enough_memory():
+                self.table = self.table.grown(pages)
+            self._publish()
+        self._sealing = sealing
+        self.step()
+
+    @torch.inference_mode(False)
+    def step(self) -> None:
+        """Take a seal to where the host must wait again; waits until the device has come so far."""
+        sealing, self._sealing = self._sealing, []
+        before = self._page_count
         try:
             with enough_memory():
-                self._under_way = [rest for rest in under_way if next(rest, self) is not self]
+                self._sealing = [row for row in sealing if not row.step()]
         finally:
-            if sum(len(row.valid) for row in self.rows) > before:
-                if self._side is not None:
-                    self._sealed = torch.cuda.Event()
-                    self._sealed.record(self._side)
-                self.publish()
-                if not self._under_way:
+            if self._page_count > before:
+                self._sealed = self.kernels.side.mark()
+                self._publish()
+                if not self._sealing:
                     self._trim_tail()
+
+    def drain(self) -> None:
+        """Take a seal to its end on the host."""
+        while self._sealing:
+            self.step()
+
+    def sync(self) -> None:
+        """``drain``, and let the current stream wait for the pages."""
+        self.drain()
+        if self._sealed is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._sealed)
+            self._sealed = None
+
+    @property
+    def _page_count(self) -> int:
+        return sum(len(row.valid) for row in self.rows)
 
     @torch.inference_mode(False)
     def crop(self, tokens: int) -> None:
@@ -179,27 +234,122 @@ class GPUStore(Held):
         check_crop(tokens, self.tokens)
         if not self.batch:
             return
-        self.settle()
+        self.sync()
         for row in self.rows:
             row.crop(tokens)
         self.tokens = tokens
         self.tail.base = min(self.tail.base, tokens)
-        self.publish()
+        self._publish()
 
     @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
-        """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do not exist, LimitExceeded."""
+        """Make the batch of these rows, which may repeat; sealed pages are shared.
+
+        Raises
+        ------
+        InvalidInput
+            For rows that do not exist.
+        LimitExceeded
+            If memory ends.
+        """
         index = row_index(rows, self.batch).tolist()
-        self.settle()
+        self.sync()
         with enough_memory():
             chosen = torch.tensor(index, device=self.device)
             sinks_k, sinks_v = (x.index_select(0, chosen) for x in (self.sinks_k, self.sinks_v))
             tail, books = self.tail.select(index), self.device_books.select(index)
             table = Table(self.table.pages.index_select(0, chosen))
-        self.sinks_k, self.sinks_v, self.tail, self.device_books, self.table = sinks_k, sinks_v, tail, books, table
-        self.rows = [self.rows[row].copy() for row in index]
-        self.batch = len(index)
-        self.publish()
+        self.hold([self.rows[row].copy() for row in index], self.tokens, (sinks_k, sinks_v), tail, table, books)
+
+    def hold(
+        self,
+        rows: list[Row],
+        tokens: int,
+        sinks: tuple[Tensor, Tensor],
+        tail: Tail,
+        table: Table,
+        books: DeviceBooks,
+    ) -> None:
+        """Hold these rows, and nothing else."""
+        self.rows, self.batch, self.tokens = rows, len(rows), tokens
+        self.sinks_k, self.sinks_v = sinks
+        self.tail, self.table, self.device_books = tail, table, books
+        self._publish()
+
+    # What readers need
+
+    @property
+    def compressed(self) -> bool:
+        """Whether any row has a sealed page."""
+        return any(row.valid for row in self.rows)
+
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Position of each row's first real token."""
+        return np.array([row.start for row in self.rows], np.int64)
+
+    def can_attend(self, queries: int) -> bool:
+        """Whether all of the last ``queries`` tokens lie in the tail, as ``attend`` needs: a crop may leave some in pages."""
+        return queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
+
+    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+        """Fused attention of the last tokens, decoding the sealed pages on the fly.
+
+        Parameters
+        ----------
+        q
+            (batch, heads, queries, head_dim), on the device. Query i is at position ``tokens - queries + i`` and sees what is
+            not after it.
+        scaling
+            Factor on q.K.
+        softcap
+            Scores become softcap * tanh(score / softcap); 0 for none.
+
+        Returns
+        -------
+        Tensor
+            (batch, heads, queries, head_dim) in q's dtype.
+
+        Raises
+        ------
+        InvalidInput
+            If q does not fit the store.
+        """
+        self.sync()
+        return read.attend(self, q, scaling, softcap)
+
+    def tile(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """K and V, or K' and V', of the pages ``first`` to ``last`` of a row, (KV heads, tokens, head_dim)."""
+        self.sync()
+        return read.tile(self, row, first, last)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """K and V as attention sees them, (batch, KV heads, tokens, head_dim); padding is 0 once a row is sealed."""
+        self.sync()
+        return read.dense(self)
+
+    def tiles(self, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """A row's tokens in order: position of the first, and K and V as held, (KV heads, tokens, head_dim) each."""
+        self.sync()
+        return read.tiles(self, row)
+
+    def until_seal(self) -> int:
+        """1: what a row has sealed is known after waiting for the device."""
+        return 1
+
+    def memory(self) -> Memory:
+        """Bytes by part, pages as one (``codes``); waits for the device."""
+        if not self.batch:
+            return Memory()
+        self.sync()
+        return read.memory(self)
+
+    @property
+    def places(self) -> tuple[Any, ...]:
+        """Where everything lies that a step reads or writes: a recorded step can be repeated while this stays the same."""
+        held = self.tail.k, self.tail.v, self.tail.held, self.sinks_k, self.sinks_v
+        device = self.table.pages, self.table.numbers, self.device_books.decoding
+        return (*(x.data_ptr() for x in (*held, *device)), self.tail.room, self.table.capacity, self.batch)
 
     # Steps
 
@@ -213,15 +363,11 @@ class GPUStore(Held):
                 raise InvalidInput(f"this cache is on {self.device}, K and V are on {k.device}")
 
     @torch.inference_mode(False)
-    def begin(self, k: Tensor) -> None:
+    def allocate(self, k: Tensor) -> None:
         """Take batch, heads, channels, dtype and device from the first K, (batch, KV heads, tokens, head_dim)."""
-        on = self._launcher(k.device)
-        page = page_build(self.spec, k.shape[3], NAMES[k.dtype])
-        self._on, self._page_build, self._builds = on, page, dict[tuple[str, bool], AttendBuild]()
+        self.kernels = LayerKernels(self._launcher(k.device), self.spec, k)
         self.batch, self.heads, _, self.channels = k.shape
         self.dtype, self.device = k.dtype, k.device
-        self._side = torch.cuda.Stream(k.device) if k.is_cuda else None
-        self.layout = Layout(self.heads, self.channels, self.units, k.dtype.itemsize)
         self.rows = [Row() for _ in range(self.batch)]
         nothing = k.new_empty((self.batch, self.heads, 0, self.channels))
         self.tail = Tail(nothing, nothing)
@@ -229,29 +375,21 @@ class GPUStore(Held):
             k.new_empty((self.batch, self.heads, self.spec.sinks, self.channels)) for _ in "KV"
         )
         self.table = Table.empty(self.batch, k.device)
-        key, value = (
-            None if heads is None else torch.tensor(heads, dtype=torch.float32, device=k.device)
-            for heads in (self.spec.key.heads, self.spec.value.heads)
-        )
-        self._steps = key, value
         if self.transform is not None:
             self.transform = Transform(*(_on_device(of, k.device) for of in (self.transform.key, self.transform.value)))
-        self._arena = self._new_arena()
+        self.arena = self.kernels.arena(self.channels, self.device)
         tensors = self.spec.key, self.spec.value
         self.device_books = DeviceBooks(self.batch, tensors, k.device)
         for kind, tensor in enumerate(tensors):
             if tensor.coding == "huffman":
                 default, own = self.given_books[kind] if self.given_books else (default_book(tensor), None)
-                self.device_books.enter(range(self.batch), kind, 0, default)
-                self.device_books.enter(range(self.batch), kind, 1, own)
+                self.device_books.add(range(self.batch), kind, 0, default)
+                self.device_books.add(range(self.batch), kind, 1, own)
                 for row in self.rows:
                     row.books[kind] = own
-        self.publish()
+        self._publish()
 
-    def _new_arena(self) -> Arena:
-        return Arena(CHUNK_PAGES * self._largest_page, self.channels, self.device)
-
-    def publish(self) -> None:
+    def _publish(self) -> None:
         """Tell the device what the host knows of the rows."""
         self.table.publish(self.rows, self.tail.base)
         self.tail.held.fill_(self.tokens - self.tail.base)
@@ -261,7 +399,7 @@ class GPUStore(Held):
         return steady_room(self.spec, self.batch, self.compressed)
 
     def _trim_tail(self) -> None:
-        """Give back what a prompt took for tokens that are now sealed, down to the steady room: recorded steps need the tail where it is."""
+        """Give back what a prompt took, down to the steady room: a recorded step needs the tail where it is."""
         base, steady = min(row.tail_begin for row in self.rows), self.tail_room()
         if self.tail.room > steady >= self.tokens - base:
             self._move_tail(base, steady)
@@ -269,105 +407,7 @@ class GPUStore(Held):
     def _move_tail(self, base: int, room: int) -> None:
         with enough_memory():
             self.tail.move(base, self.tokens - base, room)
-        self.publish()
-
-    def _beside(self) -> AbstractContextManager[Any]:
-        """The stream on which pages are sealed."""
-        return nullcontext() if self._side is None else torch.cuda.stream(self._side)
-
-    def _seal_row(self, index: int) -> Iterator[None]:
-        """Compress what is ready of a row; pauses where the host must wait for the device. The row changes at the end only."""
-        row, tensors = self.rows[index], (self.spec.key, self.spec.value)
-        missing = self.spec.sinks - row.sinks if not row.valid else 0
-        begin, first = row.tail_begin + missing, len(row.valid)
-        pages = (self.tokens - self.spec.window - begin) // PAGE_TOKENS
-        if pages < 1:
-            return
-        at = begin - self.tail.base
-        if first + pages > self.table.capacity:
-            self.table = self.table.grown(first + pages)
-            self.publish()
-        learning = [
-            kind
-            for kind, tensor in enumerate(tensors)
-            if self.given_books is None and tensor.coding == "huffman" and row.books[kind] is None
-        ]
-        if self._side is not None:
-            self._side.wait_stream(torch.cuda.current_stream(self.device))
-        with self._beside():
-            self._keep(self.tail.k, self.tail.v, self.sinks_k, self.sinks_v, self.table.pages)
-            if missing:
-                for sinks, tail in ((self.sinks_k, self.tail.k), (self.sinks_v, self.tail.v)):
-                    sinks[index, :, row.sinks :] = tail[index, :, at - missing : at]
-            k, v = (x[index, :, at : at + pages * PAGE_TOKENS] for x in (self.tail.k, self.tail.v))
-            encoding = Encoding(self._on, self._page_build, tensors, self._steps, k, v)
-            encoding.quantise()
-            if learning:
-                encoding.count_pairs()
-            sent = [Sent(encoding.counts[kind]) for kind in learning]
-            books = self.device_books.alone(index)
-        trained, counts = list(row.books), list(row.counts)
-        if learning:
-            yield
-            for kind, of_pages in zip(learning, sent, strict=True):
-                found, earlier = of_pages.wait().view(np.uint32).astype(np.uint64), row.counts[kind]
-                seen = found if earlier is None else found + earlier
-                if (first + pages) * PAGE_TOKENS >= TRAINING_TOKENS and seen.any():
-                    trained[kind], counts[kind] = codebook.train(seen, tensors[kind].limit), None
-                else:
-                    counts[kind] = seen
-        new = [(kind, book) for kind, book in enumerate(trained) if book is not None and row.books[kind] is None]
-        with self._beside():
-            for kind, book in new:
-                books.enter_encoder([0], kind, 1, book)
-            if learning or pages > 1:  # a prompt: its pages get as much memory as they need
-                cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
-                encoding.measure(books.encoding[0], cursor)
-                size = Sent(encoding.offsets[-1:])
-            else:
-                chunk = self._arena.chunk_for(self._largest_page)
-                encoding.measure(books.encoding[0], chunk.cursor)
-        if learning or pages > 1:
-            yield
-            bytes_needed = int(size.wait()[0]) + self.channels
-            with self._beside():
-                chunk = Chunk(torch.empty(bytes_needed, dtype=torch.uint8, device=self.device), cursor)
-        with self._beside():
-            self._keep(self.table.pages)
-            self.table.pages[index, first : first + pages] = encoding.pack(chunk)
-            self._arena.ask()
-        for kind, book in new:
-            self.device_books.enter([index], kind, 1, book)
-        if self._side is not None:  # it is freed only after what reads it here
-            chunk.memory.record_stream(torch.cuda.current_stream(self.device))
-        if chunk not in row.chunks:
-            row.chunks.append(chunk)
-        row.books, row.counts = trained, counts
-        row.sinks += missing
-        row.valid += [PAGE_TOKENS] * pages
-        row.tail_begin = begin + pages * PAGE_TOKENS
-
-    def _keep(self, *tensors: Tensor) -> None:
-        """Let these live until what is sealed beside has read or written them."""
-        if self._side is not None:
-            for x in tensors:
-                x.record_stream(self._side)
-
-    @property
-    def _largest_page(self) -> int:
-        block = PAGE_TOKENS * self.channels * self.dtype.itemsize + 4 * max(self.channels, PAGE_TOKENS)
-        return self.layout.first_block + 2 * self.heads * ceil16(block)
-
-
-@lru_cache(maxsize=64)
-def gpu_of(device: torch.device) -> launch.Launcher:
-    """The GPU behind a device of torch, which its current stream is used of. Raises BackendUnavailable for another device."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        raise BackendUnavailable(
-            f"backend='gpu' takes K and V on an NVIDIA GPU, not on {device}: move the model to one, or use backend='cpu'"
-        )
-    index = device.index or 0
-    return Gpu(index, lambda: int(torch.cuda.current_stream(index).cuda_stream))
+        self._publish()
 
 
 def _on_device(affine: Affine, device: torch.device) -> Affine:

@@ -11,8 +11,8 @@ from torch import Tensor
 class Tail:
     """K and V of the last tokens, the same positions for all rows.
 
-    base: position of the first. k, v: (rows, KV heads, room, head_dim). held: int64 (1,), on the device, how many tokens there are: kernels
-    read it, and one token is written where it says, so that adding a token is the same work on the device every time.
+    ``k`` and ``v`` are (rows, KV heads, room, head_dim), ``base`` is the position of the first token. ``held``, int64 (1,) on the
+    device, counts the tokens. One new token is written where it says, so that this is the same work every time.
     """
 
     def __init__(self, k: Tensor, v: Tensor, base: int = 0) -> None:
@@ -41,7 +41,7 @@ class Tail:
 
     @torch.inference_mode(False)  # the buffers outlive the mode they were filled in
     def move(self, base: int, kept: int, room: int) -> None:
-        """Let the tail begin at a later position and have this much room; it stays where it is if the room does."""
+        """Let the tail begin at a later position, with this much room; the buffers stay if the room does."""
         first = base - self.base
         held = [x[:, :, first : first + kept] for x in (self.k, self.v)]
         if room == self.room:
@@ -58,7 +58,7 @@ class Tail:
 
     @classmethod
     def joined(cls, tails: Sequence[tuple[Tail, int]], tokens: int, base: int, room: int) -> Tail:
-        """Tails of several batches, and how many tokens each has, as one that ends at position ``tokens``; 0 where a row has none."""
+        """One tail of several, each given with its tokens, that ends at position ``tokens``; 0 where a row has none."""
         first, _ = tails[0]
         recent = tokens - base
         room = max(room, recent)

@@ -1,0 +1,147 @@
+"""How a GPUStore is read: attention, decompression, and the bytes it takes. The store must be in ``sync``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvcomp.errors import InvalidInput
+from kvcomp.kernels.cuda import launch
+from kvcomp.kernels.cuda.layout import BFLOAT16_128, AttendArguments, DecompressArguments
+from kvcomp.spec import PAGE_TOKENS
+from kvcomp.store.memory import Memory
+from kvcomp.store.tail import TILE_PAGES
+from kvcomp.store.tensors import NAMES
+
+if TYPE_CHECKING:
+    from kvcomp.store.gpu.store import GPUStore
+
+
+def attend(store: GPUStore, q: Tensor, scaling: float, softcap: float) -> Tensor:
+    """Fused attention of the last tokens, decoding the sealed pages on the fly. Arguments as ``GPUStore.attend`` has them."""
+    rows, heads, new, channels = q.shape
+    if rows != store.batch or channels != store.channels or heads % store.heads or not store.can_attend(new):
+        raise InvalidInput(
+            f"queries {tuple(q.shape)} do not fit a cache of {store.batch} rows and {store.heads} KV heads"
+        )
+    inner = (q.detach() if store.transform is None else store.transform.queries(q)).contiguous()
+    if inner.dtype not in NAMES or inner.device != store.device:
+        raise InvalidInput(
+            f"queries must be float32, float16 or bfloat16 on {store.device}, not {q.dtype} on {q.device}"
+        )
+    build = store.kernels.attend_build(inner.dtype, bool(softcap))
+    queries = heads // store.heads * new
+    most = PAGE_TOKENS * store.table.capacity + store.tail.room  # changes only when the table or the tail moves
+    splits = launch.splits_for(store.kernels.on, build, rows, store.heads, queries, most)
+    out = torch.empty_like(inner)
+    lse = torch.empty((rows, store.heads, queries), dtype=torch.float32, device=store.device)
+    parts = splits if splits > 1 else 0
+    partial = torch.empty((parts, *lse.shape, channels), dtype=torch.float32, device=store.device)
+    peaks = torch.empty((2, parts, *lse.shape), dtype=torch.float32, device=store.device)
+    a = _view(store, AttendArguments(rows=rows, heads=store.heads, queries=queries, new_tokens=new))
+    a.scaling, a.softcap = scaling, softcap
+    a.q, a.out, a.lse, a.partial_out = inner.data_ptr(), out.data_ptr(), lse.data_ptr(), partial.data_ptr()
+    if parts:
+        a.partial_peak, a.partial_total = peaks[0].data_ptr(), peaks[1].data_ptr()
+    launch.attend(store.kernels.on, build, a, splits)
+    return (out if store.transform is None else store.transform.outputs(out)).to(q.dtype).view(q.shape)
+
+
+def _view(store: GPUStore, a: AttendArguments) -> AttendArguments:
+    """Fill in where the kernel finds pages, books, sinks and tail."""
+    a.pages, a.books = store.table.pages.data_ptr(), store.device_books.decoding.data_ptr()
+    a.capacity, a.ones = store.table.capacity, BFLOAT16_128
+    a.valid, a.count, a.sink_count, a.tail_begin = store.table.addresses
+    a.tail_tokens = store.tail.held.data_ptr()  # the low half of a number below 2^31
+    a.k_steps, a.v_steps = store.kernels.step_addresses
+    raw = (a.sinks_k, store.sinks_k), (a.sinks_v, store.sinks_v), (a.tail_k, store.tail.k), (a.tail_v, store.tail.v)
+    for described, x in raw:
+        described.values = x.data_ptr()
+        described.row, described.head, described.token, _ = x.stride()
+    return a
+
+
+def tile(store: GPUStore, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """K and V, or K' and V', of the pages ``first`` to ``last`` of a row, (KV heads, tokens, head_dim)."""
+    shape = store.heads, (last - first) * PAGE_TOKENS, store.channels
+    k, v = (torch.empty(shape, dtype=store.dtype, device=store.device) for _ in "KV")
+    a = DecompressArguments(page_count=last - first, heads=store.heads, ones=BFLOAT16_128)
+    a.pages = store.table.pages[row, first:last].data_ptr()
+    a.books = store.device_books.decoding[row].data_ptr()
+    a.k_steps, a.v_steps = store.kernels.step_addresses
+    a.out_k, a.out_v = k.data_ptr(), v.data_ptr()
+    a.k_head, a.k_token, a.v_head, a.v_token = (*k.stride()[:2], *v.stride()[:2])
+    launch.decompress(store.kernels.on, store.kernels.page_build, a)
+    valid = store.rows[row].valid[first:last]
+    if all(tokens == PAGE_TOKENS for tokens in valid):
+        return k, v
+    used = torch.tensor([t < tokens for tokens in valid for t in range(PAGE_TOKENS)], device=store.device)
+    return k[:, used], v[:, used]
+
+
+def tiles(store: GPUStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """A row's tokens in order: position of the first, and K and V as held, (KV heads, tokens, head_dim) each."""
+    of, position = store.rows[row], store.rows[row].start
+    if of.sinks:
+        yield position, store.sinks_k[row, :, : of.sinks], store.sinks_v[row, :, : of.sinks]
+        position += of.sinks
+    for first in range(0, len(of.valid), TILE_PAGES):
+        k, v = tile(store, row, first, min(first + TILE_PAGES, len(of.valid)))
+        yield position, k, v
+        position += k.shape[1]
+    base, last = store.tail.base, store.tokens - store.tail.base
+    for at in range(position - base, last, TILE_PAGES * PAGE_TOKENS):
+        part = slice(at, min(at + TILE_PAGES * PAGE_TOKENS, last))
+        yield base + at, store.tail.k[row, :, part], store.tail.v[row, :, part]
+
+
+def dense(store: GPUStore) -> tuple[Tensor, Tensor]:
+    """K and V as attention sees them, (batch, KV heads, tokens, head_dim); padding is 0 once a row is sealed."""
+    k, v = held(store)
+    if store.transform is None:
+        return k, v
+    k, v = store.transform.key.undo(k), store.transform.value.undo(v)
+    for index, row in enumerate(store.rows):
+        if row.tail_begin > row.start:
+            k[index, :, : row.start] = v[index, :, : row.start] = 0
+    return k, v
+
+
+def held(store: GPUStore) -> tuple[Tensor, Tensor]:
+    """The same as it is held: K' and V' where there is a transform."""
+    shape = store.batch, store.heads, store.tokens, store.channels
+    k, v = (torch.zeros(shape, dtype=store.dtype, device=store.device) for _ in "KV")
+    base = store.tail.base
+    for index, row in enumerate(store.rows):
+        begin = base if row.tail_begin == row.start else row.tail_begin  # nothing sealed: give the padding as it came
+        pages = tile(store, index, 0, len(row.valid)) if row.valid else None
+        first = row.start + row.sinks
+        for i, (out, sinks, tail) in enumerate(((k, store.sinks_k, store.tail.k), (v, store.sinks_v, store.tail.v))):
+            out[index, :, row.start : first] = sinks[index, :, : row.sinks]
+            if pages is not None:
+                out[index, :, first : row.tail_begin] = pages[i]
+            out[index, :, begin:] = tail[index, :, begin - base : store.tokens - base]
+    return k, v
+
+
+def memory(store: GPUStore) -> Memory:
+    """Bytes by part, pages as one (``codes``); waits for the device."""
+    chunks = {id(chunk): chunk for row in store.rows for chunk in row.chunks}
+    used = sum(int(chunk.cursor) for chunk in chunks.values())
+    values = 2 * store.heads * store.channels
+    tokens = sum(store.tokens - row.start for row in store.rows)
+    return Memory(
+        codes=used,
+        spare=sum(chunk.memory.nbytes for chunk in chunks.values()) - used,
+        table=store.table.nbytes,
+        table_entries=12 * sum(len(row.valid) for row in store.rows),
+        books=store.device_books.nbytes,
+        window=store.tail.nbytes,
+        sinks=store.sinks_k.nbytes + store.sinks_v.nbytes,
+        sealed_values=sum(row.tail_begin - row.start - row.sinks for row in store.rows) * values,
+        values=tokens * values,
+        dense=tokens * values * store.dtype.itemsize,
+    )
