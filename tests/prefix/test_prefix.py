@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.models import fingerprint_of
 from kvcomp.prefix import PrefixStore, chain
 from kvcomp.prefix.chain import CHUNK_TOKENS
-from kvcomp.serve.blobs import Buffer
 from kvcomp.spec import PRESETS, CodecSpec
 from kvcomp.store.tensors import as_array
 from redis_server import answering, free_port, running
@@ -278,68 +277,6 @@ def test_chunks_of_other_codebooks_are_not_mixed(model: PreTrainedModel, folder:
 
 
 # Values that are not what they should be
-
-
-class Faulty:
-    """A store whose answers are wrong in every way, each time in another."""
-
-    def __init__(self, inner: Any, draw: random.Random) -> None:
-        self.inner, self.draw, self.faults = inner, draw, 0
-        self.all: list[bytes] = [path.read_bytes() for path in sorted(inner.path.glob("*/*.kvc"))]
-
-    def get(self, keys: Sequence[str]) -> list[Buffer | None]:
-        return [self.wrong(value) if self.draw.random() < 0.25 else value for value in self.inner.get(keys)]
-
-    def wrong(self, value: Buffer | None) -> Buffer | None:
-        self.faults += 1
-        data = bytearray(value or b"")
-        match self.draw.randrange(6):
-            case 0:
-                return None
-            case 1:
-                return self.draw.choice(self.all)
-            case 2:
-                return bytes(data[: self.draw.randrange(len(data) + 1)])
-            case 3:
-                return self.draw.randbytes(self.draw.randrange(3000))
-            case 4:
-                return bytes(data) + b"\0" * 64
-        if data:
-            at = self.draw.randrange(len(data))
-            data[at] ^= 1 << self.draw.randrange(8)
-        return bytes(data)
-
-    def sizes(self, keys: Sequence[str]) -> list[int | None]:
-        return [
-            self.draw.choice([None, 1, 1 << 62]) if self.draw.random() < 0.02 else x for x in self.inner.sizes(keys)
-        ]
-
-    def touch(self, keys: Sequence[str]) -> None: ...
-
-    def delete(self, keys: Sequence[str]) -> None: ...
-
-
-@pytest.mark.parametrize("loads", [300, pytest.param(30_000, marks=pytest.mark.slow)])
-def test_wrong_answers_are_misses_and_never_other_tensors(
-    model: PreTrainedModel, folder: PrefixStore, loads: int
-) -> None:
-    ids = torch.cat([prompt(SINKS + 3 * CHUNK_TOKENS), prompt(100, seed=3)], dim=1)
-    cache = computed(model, ids)
-    stored = folder.save(ids, cache, model)
-    other = torch.cat([prompt(500), prompt(100, seed=4)], dim=1)
-    folder.save(other, computed(model, other), model, model_id="another")
-    dense = [layer.store.dense() for layer in cache.compressed_layers]
-    faulty, seen = Faulty(folder.blobs, random.Random(0)), set()
-    folder.blobs = faulty  # type: ignore[assignment]
-    for _ in range(loads):
-        loaded = folder.load(ids, model, LOSSY)
-        tokens = loaded.get_seq_length()
-        seen.add(tokens)
-        for layer, both in zip(loaded.compressed_layers, dense, strict=True):
-            if tokens:
-                assert all(torch.equal(x, y[:, :, :tokens]) for x, y in zip(layer.store.dense(), both, strict=True))
-    assert {0, stored} < seen
-    assert faulty.faults > loads // 3
 
 
 def test_swapped_values_are_removed_and_stored_anew(model: PreTrainedModel, store: PrefixStore) -> None:
