@@ -1,7 +1,8 @@
 """Saving and loading a cache of 32,768 tokens and four layers, against writing and reading the same bytes.
 
-Loading includes every check; nothing is decoded. It is held against `cat` of the same file, which is in the page cache, to /dev/null;
-saving against writing the same bytes with fsync, both over what the last run left. The runs take turns, and the medians count.
+Loading includes every check; nothing is decoded. It is held against `cat` of the same file, which is in the page cache,
+to /dev/null; saving against writing the same bytes with fsync, both over what the last run left. The runs take turns,
+and the medians count.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Decode attention, encoding and decompression on a GPU, beside what torch has: benchmarks/results/gpu_attention.json.
 
-Run by ``make gpu-check``. A time is that of a CUDA graph of CALLS calls, or, where a call cannot be recorded, of as many calls one after the
-other; the host's time for a call stands beside it. Every result is compared with float32 attention over the decompressed cache before it is
-timed. ``--once`` runs the fused kernel once on the middle shape, for a profiler.
+Run by ``make gpu-check``. A time is that of a CUDA graph of CALLS calls, or, where a call cannot be recorded, of as
+many calls one after the other; the host's time for a call stands beside it. Every result is compared with float32
+attention over the decompressed cache before it is timed. ``--once`` runs the fused kernel once on the middle shape, for
+a profiler.
 """
 
 from __future__ import annotations
@@ -133,7 +134,9 @@ def fill(spec: CodecSpec, k: Tensor, v: Tensor) -> GPUStore:
 
 
 def right(store: GPUStore, q: Tensor, out: Tensor) -> bool:
-    """Whether the fused output is that of float32 attention over the decompressed cache, for the first row and KV head."""
+    """Whether the fused output is that of float32 attention over the decompressed cache, for the first row
+    and KV head.
+    """
     tile_k, tile_v = store.dense()
     k, v = (x[0, 0].float() for x in (tile_k, tile_v))
     group = q.shape[1] // HEADS

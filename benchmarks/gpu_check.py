@@ -1,9 +1,11 @@
 """Everything there is to check on a machine with an NVIDIA GPU, in one command: ``make gpu-check``.
 
-Uses the Python it is run with: torch 2.11 or later with CUDA, transformers 5.17 or later, cuda-bindings with NVRTC, numpy, pytest; no
-Numba. Correctness first, then compute-sanitizer, then benchmarks, then hardware counters; what is missing is skipped, and said. All of it
-ends within ten minutes: a step gets what time is left but for the least that later steps need. benchmarks/results/gpu_check.json tells how
-each step ended and on what machine; gpu_check.md is the same to read.
+Uses the Python it is run with: torch 2.11 or later with CUDA, transformers 5.17 or later, cuda-bindings with NVRTC,
+numpy, pytest; no
+Numba. Correctness first, then compute-sanitizer, then benchmarks, then hardware counters; what is missing is skipped,
+and said. All of it
+ends within ten minutes: a step gets what time is left but for the least that later steps need.
+benchmarks/results/gpu_check.json tells how each step ended and on what machine; gpu_check.md is the same to read.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ PYTEST = ("-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-o", 
 
 @dataclass(frozen=True)
 class Step:
-    """command: without the Python that runs it, unless ``tool`` runs it; in it PYTHON stands for that, LIMIT for the seconds after which it
-    must begin nothing. tool: what must be there. least, most: seconds. benchmark: left out where results are wrong."""
+    """command: without the Python that runs it, unless ``tool`` runs it; in it PYTHON stands for that, LIMIT for the
+    seconds after which it must begin nothing. tool: what must be there. least, most: seconds. benchmark: left out where
+    results are wrong.
+    """
 
     name: str
     command: tuple[str, ...]
@@ -54,7 +58,10 @@ class Step:
 STEPS = (
     Step("correctness", (*PYTEST, "-m", "gpu", "tests/gpu"), 90, 180),
     *(
-        Step(kind, ("--tool", kind, "--error-exitcode", "1", "PYTHON", "benchmarks/gpu_sanitise.py"), 30, 75, "compute-sanitizer")
+        Step(
+            kind, ("--tool", kind, "--error-exitcode", "1", "PYTHON", "benchmarks/gpu_sanitise.py"), 30, 75,
+            "compute-sanitizer",
+        )
         for kind in ("memcheck", "racecheck")
     ),
     Step("attention", ("benchmarks/gpu_attention.py", "--limit", "LIMIT"), 90, 170, benchmark=True),

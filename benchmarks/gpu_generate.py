@@ -1,11 +1,14 @@
-"""A model of the shape of Llama 3.1 8B with random weights, generating after a long prompt on a GPU: benchmarks/results/gpu_generate.json.
+"""A model of the shape of Llama 3.1 8B with random weights, generating after a long prompt on a GPU:
+benchmarks/results/gpu_generate.json.
 
     python benchmarks/gpu_generate.py                          # 4 x 32K and 1 x 128K
     python benchmarks/gpu_generate.py --shapes 1x131072 --limit 300
-    python benchmarks/gpu_generate.py --longest                # the longest context that fits, by arithmetic, and one step there
+    python benchmarks/gpu_generate.py --longest                # the longest context that fits, by arithmetic, and one
+    step there
 
-Run by ``make gpu-check``. For each cache the time to the first token, tokens a second after it, launches of a step, and the most memory torch
-held. The longest contexts are filled with random K and V, as the model would take minutes to read them.
+Run by ``make gpu-check``. For each cache the time to the first token, tokens a second after it, launches of a step, and
+the most memory torch held. The longest contexts are filled with random K and V, as the model would take minutes to read
+them.
 """
 
 from __future__ import annotations
@@ -80,7 +83,9 @@ def run(model: Any, name: str, batch: int, tokens: int, new: int) -> dict[str, A
 
 @torch.inference_mode()
 def longest(model: Any, name: str, room: int) -> dict[str, Any]:
-    """The context of one sequence that fits so many bytes by the bytes a token of a shorter one; less where a step there fails."""
+    """The context of one sequence that fits so many bytes by the bytes a token of a shorter one; less where a step
+    there fails.
+    """
     release()
     if name in STOCK:
         a_token: float = DENSE_LAYER * (CONFIG.num_hidden_layers + (name == "dynamic"))  # which copies a layer

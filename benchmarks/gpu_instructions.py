@@ -1,15 +1,17 @@
 """Registers, shared memory, spills and instructions of the attention kernel, from machine code compiled without a GPU.
 
-Compiles the shipped builds for every architecture and writes benchmarks/results/gpu_instructions.json. Instructions are those of the path of a
-whole page through the machine code, from one page to the next: look-up of the page, copies, stream starts, scores, softmax, weights, sums. Where
-branches leave a choice the longest path counts, without
+Compiles the shipped builds for every architecture and writes benchmarks/results/gpu_instructions.json. Instructions are
+those of the path of a whole page through the machine code, from one page to the next: look-up of the page, copies,
+stream starts, scores, softmax, weights, sums. Where branches leave a choice the longest path counts, without
 
-- what reads raw tokens, or pages of which not all tokens count (RARE), and readers other than the one that is asked for;
+- what reads raw tokens, or pages of which not all tokens count (RARE), and readers other than the one that is asked
+  for;
 - scaling down the sums, which a page asks for only if a score is 2^8 times as likely as any before (``scale_down``);
-- copies of what lies behind the first 4 KB of a block, where 2.5 bits a code do not reach (at 256 channels they do, and count).
+- copies of what lies behind the first 4 KB of a block, where 2.5 bits a code do not reach (at 256 channels they do, and
+  count).
 
-A loop runs as often as makes the tensor-core products of a page. An instruction counts for all lanes whether its predicate holds or
-not. tests/emulator holds the products, shuffles and powers on the path against those of a run.
+A loop runs as often as makes the tensor-core products of a page. An instruction counts for all lanes whether its
+predicate holds or not. tests/emulator holds the products, shuffles and powers on the path against those of a run.
 """
 
 from __future__ import annotations
@@ -49,13 +51,16 @@ SPECS = {
     "kvcomp-klt, limit 10": _klt(10),
     "kvcomp-klt, limit 12": _klt(12),
 }
-# How the codes of a block are read: by symbols that are the codes, with low bits behind them, out of tables in global memory, at a fixed width.
+# How the codes of a block are read: by symbols that are the codes, with low bits behind them, out of tables in global
+# memory, at a fixed width.
 FORMS = ("symbols", "split", "global tables", "4 bits", "2 bits")
 
 
 @dataclass(frozen=True)
 class Page:
-    """Instructions of one page for one KV head, for each lane. rest: outside of the readers. names: how many of each operation."""
+    """Instructions of one page for one KV head, for each lane. rest: outside of the readers. names: how many of each
+    operation.
+    """
 
     keys: int
     values: int

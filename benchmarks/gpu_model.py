@@ -1,4 +1,5 @@
-"""What gpu_generate.py and gpu_throughput.py measure: a model of the shape of Llama 3.1 8B with random weights, and caches for it.
+"""What gpu_generate.py and gpu_throughput.py measure: a model of the shape of Llama 3.1 8B with random weights, and
+caches for it.
 
 Without a GPU there is a tiny model on the CPU in its place, to see that the benchmarks run; its times mean nothing.
 """
@@ -49,7 +50,9 @@ def model_with_random_weights() -> Any:
 
 
 def cache_for(model: Any, name: str, tokens: int) -> Any:
-    """An empty cache; the model gets the attention that suits it. name: with ``, graph`` or without. tokens: the most that it will hold."""
+    """An empty cache; the model gets the attention that suits it. name: with ``, graph`` or without. tokens: the most
+    that it will hold.
+    """
     kind = name.removesuffix(", graph")
     model.set_attn_implementation("kvcomp" if kind in SPECS else "sdpa")
     if kind in SPECS:
@@ -81,7 +84,9 @@ def decoder(model: Any, cache: Any, name: str) -> Callable[[Tensor], Tensor]:
 
 
 def seconds_of(step: Callable[[Tensor], Tensor], ids: Tensor, new: int) -> float:
-    """Of so many greedy steps from ids (batch, 1) on, after two: an ordinary one, then one that is recorded where there are graphs."""
+    """Of so many greedy steps from ids (batch, 1) on, after two: an ordinary one, then one that is recorded where there
+    are graphs.
+    """
     for _ in range(2):
         ids = step(ids).argmax(-1, keepdim=True)
     synchronise()

@@ -1,9 +1,10 @@
-"""Total tokens a second at the largest batch that fits a memory budget: benchmarks/results/gpu_throughput.json and a table.
+"""Total tokens a second at the largest batch that fits a memory budget: benchmarks/results/gpu_throughput.json and a
+table.
 
     python benchmarks/gpu_throughput.py --budget-gigabytes 40 --context 8192 --limit 300
 
-Each cache gets the batch that fits by arithmetic, less where memory ends all the same (the budget is enforced), filled with random K and V, and the
-model decodes. Weights and what a step needs beside the cache are not in the budget.
+Each cache gets the batch that fits by arithmetic, less where memory ends all the same (the budget is enforced), filled
+with random K and V, and the model decodes. Weights and what a step needs beside the cache are not in the budget.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['cache']} | - | - | {row['error']} | - |")
         else:
             lines.append(
-                f"| {row['cache']} | {row['batch']} | {row['context']} | {row['tokens_a_second']:.0f} | {row['step_ms']:.1f} |"
+                f"| {row['cache']} | {row['batch']} | {row['context']} | {row['tokens_a_second']:.0f} | "
+                f"{row['step_ms']:.1f} |"
             )
     return "\n".join(lines)
 

@@ -1,8 +1,10 @@
-"""Bits at equal quality: kvcomp-klt against KIVI-style quantisation and the paper's scheme, on text it was not calibrated on.
+"""Bits at equal quality: kvcomp-klt against KIVI-style quantisation and the paper's scheme, on text it was not
+calibrated on.
 
-Prompts of 2,048 tokens, each followed by 256 scored ones: `prefix` codes the prompt and scores the text exactly; `streaming` lets the window
-move over the text too. Rates between the named levels take steps between theirs. The calibration that comes with the shipped model was made on tests of
-the standard library; scored are held-out sources (code) and the second half of Python's manual (prose).
+Prompts of 2,048 tokens, each followed by 256 scored ones: `prefix` codes the prompt and scores the text exactly;
+`streaming` lets the window move over the text too. Rates between the named levels take steps between theirs. The
+calibration that comes with the shipped model was made on tests of the standard library; scored are held-out sources
+(code) and the second half of Python's manual (prose).
 
     make bench-klt                          # python benchmarks/klt.py --resume goes on after an interruption
 """
@@ -92,7 +94,9 @@ def envelope(kl: float, points: Mapping[str, Scores], kls: Mapping[str, float]) 
 
 
 def at_equal_kl(mode: Mapping[str, Scores]) -> dict[str, Any]:
-    """Our bits over the others' at the KL of KIVI-style 4, 3 and 2 bits, with 95 % intervals from drawing sequences anew."""
+    """Our bits over the others' at the KL of KIVI-style 4, 3 and 2 bits, with 95 % intervals from drawing sequences
+    anew.
+    """
     families = {
         "klt": {n: s for n, s in mode.items() if n.startswith("klt ")},
         "kivi": {n: s for n, s in mode.items() if n.startswith("kivi ") and "layer" not in n},
@@ -133,7 +137,9 @@ def mean_kls(mode: Mapping[str, Scores], rows: Any) -> dict[str, float]:
 
 
 def same_window(mode: Mapping[str, Scores]) -> dict[str, Any]:
-    """KL of each named level over that of the KIVI-style method it was to be as good as, both with the same raw tokens."""
+    """KL of each named level over that of the KIVI-style method it was to be as good as, both with the same
+    raw tokens.
+    """
 
     def ratios(rows: Any) -> dict[str, float]:
         kls = mean_kls(mode, rows)
@@ -143,8 +149,10 @@ def same_window(mode: Mapping[str, Scores]) -> dict[str, Any]:
 
 
 def sizes(model: Any, ids: np.ndarray[Any, Any], calibration: Calibration) -> dict[str, Any]:
-    """Bits of a value of one sequence of LONG tokens, everything counted: that of the cache, and with what decoding takes from the calibration; and at 32K
-    tokens, where cache and calibration are what they are at LONG and the sealed part is longer."""
+    """Bits of a value of one sequence of LONG tokens, everything counted: that of the cache, and with what decoding
+    takes from the calibration; and at 32K tokens, where cache and calibration are what they are at LONG and the sealed
+    part is longer.
+    """
     each = fidelity.sample(model, torch.from_numpy(ids[: LONG + 2])[None], LONG)
     found = {}
     for level in LEVELS:
@@ -170,7 +178,9 @@ def sizes(model: Any, ids: np.ndarray[Any, Any], calibration: Calibration) -> di
 
 
 def lookups(model: Any, tokenizer: Any, methods: Mapping[str, Method], journal: Journal) -> dict[str, Any]:
-    """Look-ups answered, each by every method: shares, and the difference to uncompressed with its 95 % interval over the lists."""
+    """Look-ups answered, each by every method: shares, and the difference to uncompressed with its 95 % interval over
+    the lists.
+    """
     drawn = quizzes(tokenizer, np.random.default_rng(SEED), LOOKUP_LISTS, PROMPT)
 
     def ask(quiz: Quiz) -> dict[str, list[bool]]:
@@ -198,7 +208,9 @@ def lookups(model: Any, tokenizer: Any, methods: Mapping[str, Method], journal: 
 
 
 def shift(modes: Mapping[str, Mapping[str, Scores]]) -> dict[str, Any]:
-    """Bits at equal KL under a calibration on other text over those under one on such text, at the KL of KIVI-style 4, 3 and 2 bits."""
+    """Bits at equal KL under a calibration on other text over those under one on such text, at the KL of KIVI-style 4,
+    3 and 2 bits.
+    """
     found: dict[str, Any] = {}
     for text, mode in modes.items():
         other = "prose" if text == "code" else "code"

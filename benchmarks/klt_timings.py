@@ -1,7 +1,9 @@
-"""What kvcomp-klt costs a CPU beside the paper's preset: decode attention and compression of the shipped model's layers, on one thread.
+"""What kvcomp-klt costs a CPU beside the paper's preset: decode attention and compression of the shipped model's
+layers, on one thread.
 
-K and V are those of held-out text, prompt after prompt. Processor time, all presets and layers in turn in every round; attention is
-``attend`` as a model calls it, the transform's products included. Writes benchmarks/results/klt_timings.json.
+K and V are those of held-out text, prompt after prompt. Processor time, all presets and layers in turn in every round;
+attention is ``attend`` as a model calls it, the transform's products included. Writes
+benchmarks/results/klt_timings.json.
 
     make bench-klt_timings
 """

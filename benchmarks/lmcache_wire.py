@@ -1,9 +1,13 @@
-"""Bytes between LMCache and Redis, and what they cost in accuracy: kvcomp's adapter against LMCache's own ways, on the same chunks.
+"""Bytes between LMCache and Redis, and what they cost in accuracy: kvcomp's adapter against LMCache's own ways, on the
+same chunks.
 
-Run by `make bench-lmcache`, which has LMCache and needs redis-server. Every method stores the same chunks of 256 tokens through LMCache's
-StorageManager in a real redis-server and loads them with another manager; the server itself counts the bytes. The chunks are K and V of the
-shipped model (D = 64) on held-out text, and the same values taken as heads of D = 128. The model then goes on from what was loaded:
-KL is against the uncompressed cache over the text that follows, the largest error is over the largest value of the layer's K or V.
+Run by `make bench-lmcache`, which has LMCache and needs redis-server. Every method stores the same chunks of 256 tokens
+through LMCache's
+StorageManager in a real redis-server and loads them with another manager; the server itself counts the bytes. The
+chunks are K and V of the shipped model (D = 64) on held-out text, and the same values taken as heads of D = 128. The
+model then goes on from what was loaded:
+KL is against the uncompressed cache over the text that follows, the largest error is over the largest value of the
+layer's K or V.
 """
 
 from __future__ import annotations
@@ -57,7 +61,9 @@ screen = Console()
 
 @dataclass(frozen=True)
 class Prompt:
-    """K and V of a prompt as LMCache holds it, (2, layers, tokens, hidden), and the text after it with what the model says of it."""
+    """K and V of a prompt as LMCache holds it, (2, layers, tokens, hidden), and the text after it with what the model
+    says of it.
+    """
 
     kv: Tensor
     text: Tensor

@@ -1,7 +1,9 @@
-"""Memory of `generate` at a long context: resident memory that goes back to the system with the cache, kvcomp against DynamicCache.
+"""Memory of `generate` at a long context: resident memory that goes back to the system with the cache, kvcomp against
+DynamicCache.
 
-A model of random weights reads 16,384 tokens in chunks and generates 32. Each cache runs in a process of its own; what it occupies is
-the resident memory before it is deleted less that after, and the peak is the process's largest resident memory.
+A model of random weights reads 16,384 tokens in chunks and generates 32. Each cache runs in a process of its own; what
+it occupies is the resident memory before it is deleted less that after, and the peak is the process's largest resident
+memory.
 """
 
 from __future__ import annotations

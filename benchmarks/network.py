@@ -1,7 +1,9 @@
-"""A network of a given bandwidth on one machine: sockets over the loopback that a token bucket slows down, and a proxy made of them.
+"""A network of a given bandwidth on one machine: sockets over the loopback that a token bucket slows down, and a proxy
+made of them.
 
-The pace is kept by the sender: bytes leave when the bucket has tokens for them, which fill it at the bandwidth and of which it holds
-``BURST`` seconds' worth. What was reached is measured, never assumed. Latency is the loopback's, so real networks are slower.
+The pace is kept by the sender: bytes leave when the bucket has tokens for them, which fill it at the bandwidth and of
+which it holds ``BURST`` seconds' worth. What was reached is measured, never assumed. Latency is the loopback's, so real
+networks are slower.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Quality and bits of every method on the shipped model, and bits at equal quality; ``kvcomp evaluate`` with more text.
 
-Prompts of 2,048 tokens of held-out text are cached and coded; the 256 tokens after each are scored teacher-forced. Some texts are streamed through
-a moving window, and look-ups are asked in lists. `coded` bits count coded tokens with all their metadata, `total` bits everything the cache
-allocates. The paper's scheme is measured at a grid of scales, on the same prompts, for its bits at another method's KL.
+Prompts of 2,048 tokens of held-out text are cached and coded; the 256 tokens after each are scored teacher-forced. Some
+texts are streamed through a moving window, and look-ups are asked in lists. `coded` bits count coded tokens with all
+their metadata, `total` bits everything the cache allocates. The paper's scheme is measured at a grid of scales, on the
+same prompts, for its bits at another method's KL.
 
     python benchmarks/quality.py [--resume]
 """

@@ -1,6 +1,8 @@
-"""Instructions along a path through a kernel's machine code: basic blocks from nvdisasm, and the longest way from one to another.
+"""Instructions along a path through a kernel's machine code: basic blocks from nvdisasm, and the longest way from one
+to another.
 
-A path is longest among all that the control flow allows, so what it counts is a bound, whatever the branches on it decide.
+A path is longest among all that the control flow allows, so what it counts is a bound, whatever the branches on it
+decide.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def listing(cubin: bytes, kernel: str) -> list[str | Instruction]:
 
 
 def blocks(lines: Iterable[str | Instruction]) -> list[Block]:
-    """The control flow of a warp that keeps together: it takes BRA.CONV and never BRA.DIV, which are there for lanes that have parted."""
+    """The control flow of a warp that keeps together: it takes BRA.CONV and never BRA.DIV, which are there for lanes
+    that have parted.
+    """
     made, labels = [Block()], dict[str, int]()
     targets = list[tuple[int, str]]()
     falls = True  # whether control runs from the last block into what comes next
@@ -148,7 +152,8 @@ def _dominators(made: list[Block]) -> dict[int, set[int]]:
 def longest(
     made: list[Block], begin: int, end: int, within: frozenset[int], times: Mapping[int, int], through: Iterable[int]
 ) -> list[int] | None:
-    """Blocks of the path with most instructions from ``begin`` to ``end`` inside ``within`` that meets all of ``through``.
+    """Blocks of the path with most instructions from ``begin`` to ``end`` inside ``within`` that meets all of
+    ``through``.
 
     Edges back to the header of a loop are left out: a block of a loop that runs n times has n in ``times``.
     """

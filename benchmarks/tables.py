@@ -1,4 +1,5 @@
-"""Write the tables of README.md and docs from benchmarks/results, between their markers: no figure there is typed by hand.
+"""Write the tables of README.md and docs from benchmarks/results, between their markers: no figure there is typed by
+hand.
 
 <!-- table: attention -->      everything from here
 <!-- end -->                   to here is made anew
@@ -94,7 +95,9 @@ def _right(cells: list[Any], task: str) -> str:
 
 
 def equal_quality(found: Any) -> str:
-    """Coded and total bits at the KL of others: the paper's scheme with its best split between K and V, and what is tuned or calibrated."""
+    """Coded and total bits at the KL of others: the paper's scheme with its best split between K and V, and what is
+    tuned or calibrated.
+    """
     families = sorted({_family(name) for row in found["equal_quality"] for name in row["curves"]}, reverse=True)
     rows = []
     for row in found["equal_quality"]:
@@ -118,11 +121,15 @@ def _beside(row: Any, bits: Any) -> str:
     if bits is None:
         return ""
     kinds = "coded_bits", "total_bits"
-    return f"{' / '.join(f'{bits[kind]:.2f}' for kind in kinds)} ({' / '.join(f'{bits[kind] / row[kind]:.2f}x' for kind in kinds)})"
+    here = " / ".join(f"{bits[kind]:.2f}" for kind in kinds)
+    share = " / ".join(f"{bits[kind] / row[kind]:.2f}x" for kind in kinds)
+    return f"{here} ({share})"
 
 
 def klt(found: Any) -> str:
-    """kvcomp-klt's coded bits at the KL of KIVI-style 4, 3 and 2 bits, and their share of the others', with 95 % intervals."""
+    """kvcomp-klt's coded bits at the KL of KIVI-style 4, 3 and 2 bits, and their share of the others', with 95 %
+    intervals.
+    """
 
     def share(of_mode: Any, name: str) -> str:
         low, high = of_mode[name]["interval"]
@@ -265,7 +272,9 @@ def files(found: Any) -> str:
 
 
 def claims(quality: Any, attention: Any) -> str:
-    """The paper's claims beside what was measured here. Memory reduction is bits of 16 over bits; higher by so much than another's."""
+    """The paper's claims beside what was measured here. Memory reduction is bits of 16 over bits; higher by so much
+    than another's.
+    """
     known = [row for row in quality["equal_quality"] if row["at"].startswith("kivi")]
     gains = []
     for family in sorted({_family(name) for row in known for name in row["curves"]}, reverse=True):
@@ -290,7 +299,10 @@ def claims(quality: Any, attention: Any) -> str:
         ],
         [
             "in some cases faster than cuBLAS in attention's products",
-            f"on a CPU, {faster} of {len(over)} cases faster than two grouped matrix products on one thread ({min(over):.2f} to {max(over):.2f} times their time)",
+            (
+                f"on a CPU, {faster} of {len(over)} cases faster than two grouped matrix products on one thread "
+                f"({min(over):.2f} to {max(over):.2f} times their time)"
+            ),
             "anything on a GPU",
         ],
     ]
@@ -302,7 +314,8 @@ def about(found: Any) -> str:
     given = found["setting"]
     versions = ", ".join(f"{name} {given[name]}" for name in ("python", "torch", "numba", "transformers"))
     load = f"load average {given['load_average']:.1f}" if "load_average" in given else "load not recorded"
-    return f"{given['device']}, {given['cores']} cores, {versions}, commit {given['commit']}, {given['date'][:10]}, {load}."
+    machine = f"{given['device']}, {given['cores']} cores, {versions}"
+    return f"{machine}, commit {given['commit']}, {given['date'][:10]}, {load}."
 
 
 def transfer(found: Any) -> str:

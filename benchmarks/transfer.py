@@ -1,14 +1,16 @@
-"""What compressed caches save on their way: encoding, sending over a network of 1 and 10 Gbit/s, and the time to a first token.
+"""What compressed caches save on their way: encoding, sending over a network of 1 and 10 Gbit/s, and the time to a
+first token.
 
 Three questions, each answered beside plain bfloat16:
 
 - How fast is the encoder? Bytes of bfloat16 that become sealed pages each second, on one thread and on two.
-- When has the receiver a cache that attention can read? From tensors in the sender's memory over a paced loopback connection (network.py)
-  to a checked cache in the receiver, another process; encoding, sending and checking overlap layer by layer. Plain tensors need none
-  of it. "dense" also decompresses them all, for receivers whose attention reads nothing else; "compressed before" sends what a
+- When has the receiver a cache that attention can read? From tensors in the sender's memory over a paced loopback
+  connection (network.py) to a checked cache in the receiver, another process; encoding, sending and checking overlap
+  layer by layer. Plain tensors need none of it. "dense" also decompresses them all, for receivers whose attention reads
+  nothing else; "compressed before" sends what a
   KVCompCache holds anyway, so nothing is encoded on the way.
-- When does the first token come? A prefix in a real redis-server behind a paced proxy, loaded by PrefixStore, then the rest of
-  the prompt; against loading the same tokens as plain bfloat16 from the same Redis, and against computing them.
+- When does the first token come? A prefix in a real redis-server behind a paced proxy, loaded by PrefixStore, then the
+  rest of the prompt; against loading the same tokens as plain bfloat16 from the same Redis, and against computing them.
 """
 
 from __future__ import annotations
@@ -126,7 +128,9 @@ def receiver(pipe: Any, sizes: tuple[int, ...]) -> None:
 def transfer(
     connection: socket.socket, layers: Layers, kind: bytes, spec: CodecSpec, rate: float, held: list[KVStore] | None
 ) -> tuple[float, int]:
-    """Seconds until the receiver says that it has all, and the bytes sent. held: the layers as a cache holds them that compressed them before."""
+    """Seconds until the receiver says that it has all, and the bytes sent. held: the layers as a cache holds them that
+    compressed them before.
+    """
     bucket, count, sent = Bucket(rate), len(layers), 0
 
     def packed(index: int) -> list[memoryview]:
@@ -325,7 +329,9 @@ def first_tokens(name: str, model: Any, ids: Tensor, rates: list[float], runs: i
 
 
 def wide_model(layers: int = 4, heads: int = 8, channels: int = 128) -> Any:
-    """Random weights around a cache of a usual shape; the time of its prefill says nothing of real models of that cache."""
+    """Random weights around a cache of a usual shape; the time of its prefill says nothing of real models of that
+    cache.
+    """
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=1024,

@@ -1,9 +1,11 @@
-"""Continuous batching with a KVCompCache: requests join a batch and leave it while the others go on. Runs on the CPU in seconds.
+"""Continuous batching with a KVCompCache: requests join a batch and leave it while the others go on. Runs on the CPU in
+seconds.
 
     python examples/continuous_batching.py
 
-A request's prompt is read into a cache of its own, whose row then joins the batch; when a request has all of its tokens, its row leaves. Nothing
-is compressed anew and no other row changes: every request gets the tokens that it gets alone, which is checked at the end.
+A request's prompt is read into a cache of its own, whose row then joins the batch; when a request has all of its
+tokens, its row leaves. Nothing is compressed anew and no other row changes: every request gets the tokens that it gets
+alone, which is checked at the end.
 """
 
 from __future__ import annotations

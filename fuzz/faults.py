@@ -1,10 +1,12 @@
-"""A prefix store whose values and answers go wrong, one fault a load: each must end in a miss, a shorter prefix or a typed error.
+"""A prefix store whose values and answers go wrong, one fault a load: each must end in a miss, a shorter prefix or a
+typed error.
 
     python fuzz/faults.py --faults 1000000              # writes benchmarks/results/faults.json as it goes on
     python fuzz/faults.py --faults 20000 --url redis://127.0.0.1:6379
 
-Every load is compared with the undamaged cache bit by bit. Damage keeps no checksum right: whoever can write right checksums can write
-other K and V (docs/serving.md). The same seed makes the same faults, whatever the number of processes.
+Every load is compared with the undamaged cache bit by bit. Damage keeps no checksum right: whoever can write right
+checksums can write other K and V (docs/serving.md). The same seed makes the same faults, whatever the number of
+processes.
 """
 
 from __future__ import annotations

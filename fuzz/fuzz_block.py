@@ -1,4 +1,5 @@
-"""Bytes as a page: refused by the check of pages, or decoded by the CPU kernel to what the readable decoder gives, bit by bit.
+"""Bytes as a page: refused by the check of pages, or decoded by the CPU kernel to what the readable decoder gives, bit
+by bit.
 
 The first byte picks a layout, and whether the size in the directory is put right; the rest is the page.
 """
@@ -34,8 +35,8 @@ torch.set_num_threads(1)
 
 
 def with_what_follows(page: bytes, layout: Layout) -> list[tuple[int, bytes]]:
-    """Blocks, each up to the end of the page: codes that run on behind their block, as none that were encoded do, are then the same
-    for both decoders."""
+    """Blocks, each up to the end of the page: codes that run on behind their block, as none that were encoded do, are
+    then the same for both decoders."""
     found, at = [], layout.first_block
     for mode, block in blocks_of(page, layout):
         found.append((mode, page[at:]))

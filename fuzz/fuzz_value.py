@@ -1,6 +1,7 @@
 """Bytes as a value of a remote store: the chunk that was asked for, or a typed error.
 
-Both kinds of value: the chunks of LMCache's tier and vLLM's connector, and those of prefixes, of which a file's header says in its first bytes.
+Both kinds of value: the chunks of LMCache's tier and vLLM's connector, and those of prefixes, of which a file's header
+says in its first bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""What the fuzz targets share: memory that must not be read past its end, checksums made right again, and mutations of parts.
+"""What the fuzz targets share: memory that must not be read past its end, checksums made right again, and mutations of
+parts.
 
-A fuzzer that does not mend checksums tests nothing but checksums. So ``mend`` puts right ones into whatever bytes came up, as far as they
-look like a .kvc file at all, and ``mutate`` changes sections and numbers of the header, besides libFuzzer's own changes.
+A fuzzer that does not mend checksums tests nothing but checksums. So ``mend`` puts right ones into whatever bytes came
+up, as far as they look like a .kvc file at all, and ``mutate`` changes sections and numbers of the header, besides
+libFuzzer's own changes.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ def mutate(data: bytes, largest: int, draw: random.Random) -> bytes:
     sections = [match for match in SECTION.finditer(text) if int(match[2]) and base + int(match[1]) < len(data)]
     if not sections:
         return mend(atheris.Mutate(data, largest))
-    # The section as long as before, so that it stays where the header says it is; pages most often, they are most of a file.
+    # The section as long as before, so that it stays where the header says it is; pages most often, they are most of a
+    # file.
     match = sections[0] if draw.random() < 0.4 else draw.choice(sections)
     begin, size = base + int(match[1]), int(match[2])
     part = data[begin : begin + size]
@@ -96,8 +99,8 @@ def mutate(data: bytes, largest: int, draw: random.Random) -> bytes:
 
 
 def instrumented(*names: str) -> Any:
-    """A context in which these modules of kvcomp are imported with coverage, which tells the fuzzer what is new, and no others: coverage
-    takes time, and the modules that decide are those that check bytes."""
+    """A context in which these modules of kvcomp are imported with coverage, which tells the fuzzer what is new, and no
+    others: coverage takes time, and the modules that decide are those that check bytes."""
     root = Path(str(find_spec("kvcomp").origin)).parent  # type: ignore[union-attr]
     found = (path.relative_to(root.parent).with_suffix("").parts for path in root.rglob("*.py"))
     modules = {".".join(parts[:-1] if parts[-1] == "__init__" else parts) for parts in found}
@@ -107,8 +110,8 @@ def instrumented(*names: str) -> Any:
 def fuzz(target: Callable[[bytes], None], mutator: Callable[[bytes, int, random.Random], bytes], seeds: Path) -> None:
     """Run libFuzzer over a target. The seeds are tried first, and once before, so that all kernels are compiled.
 
-    Most of what libFuzzer keeps is refused, each for a reason of its own; every fourth input is made of a seed, so that enough of them
-    are accepted and decoded.
+    Most of what libFuzzer keeps is refused, each for a reason of its own; every fourth input is made of a seed, so that
+    enough of them are accepted and decoded.
     """
     valid = [path.read_bytes() for path in sorted(seeds.iterdir())]
     for data in valid:

@@ -1,4 +1,5 @@
-"""Write the text that model.kvcal was calibrated on: tests of the running Python's standard library, which the model never saw.
+"""Write the text that model.kvcal was calibrated on: tests of the running Python's standard library, which the model
+never saw.
 
     python calibration_text.py > calibration.txt
     kvcomp calibrate . --text calibration.txt --windows 32 -o model.kvcal

@@ -1,6 +1,7 @@
 """Bytes in files: written whole or not at all, read by mapping them into memory.
 
-A file is either the old one or the new one, never a part: what is written gets another name until it is whole and on the disk.
+A file is either the old one or the new one, never a part: what is written gets another name until it is whole and on
+the disk.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def read(path: str | Path) -> Bytes:
-    """The bytes of a file, mapped into memory; they are read when they are first looked at. Raises CorruptData if there are none."""
+    """The bytes of a file, mapped into memory; they are read when they are first looked at. Raises CorruptData if there
+    are none.
+    """
     descriptor = os.open(
         path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     )  # opening a pipe must not wait for its writer
@@ -86,7 +89,8 @@ def _create(target: Path) -> tuple[int, Path]:
 
 
 def remove_abandoned(folder: Path, mark: str = "?" * MARK) -> None:
-    """Remove what processes left that were killed while they wrote files here: it has the name of a temporary, but no lock.
+    """Remove what processes left that were killed while they wrote files here: it has the name of a temporary, but no
+    lock.
 
     mark: what the temporaries of one file share; of all files if it is left out.
     """

@@ -32,15 +32,15 @@ class TensorSpec:
     """How one of K and V is coded.
 
     unit: the values that share a scale: ``block`` (64 tokens of a head), ``channel``, ``token`` (all heads) or
-        ``vector`` (one head's token); KVComp's BlockQuant, ChannelQuant, TokenQuant (arXiv 2509.00579, section 3). Or ``head``: all
-        values of a head, with a step that is known beforehand.
-    relative_scale: quantisation step over the unit's range (max - min), in (0, 1); one number, or one for each layer. None for
-        the unit ``head``.
+        ``vector`` (one head's token); KVComp's BlockQuant, ChannelQuant, TokenQuant (arXiv 2509.00579, section 3). Or
+        ``head``: all values of a head, with a step that is known beforehand.
+    relative_scale: quantisation step over the unit's range (max - min), in (0, 1); one number, or one for each layer.
+        None for the unit ``head``.
     coding: ``huffman`` (pairs of codes, variable length) or ``fixed`` (fixed width, chosen for each block).
     limit: longest Huffman code in bits, 10 to 12.
     classes: codebooks for each quarter of the channels (4) or one for all (1).
-    steps: for the unit ``head`` the step of each KV head, layer after layer, from 2^-100 to 2^100; rounded to 16 significant
-        bits, so that every multiple up to 256 is a float32. None for the others.
+    steps: for the unit ``head`` the step of each KV head, layer after layer, from 2^-100 to 2^100; rounded to 16
+        significant bits, so that every multiple up to 256 is a float32. None for the others.
     """
 
     unit: Unit
@@ -95,7 +95,9 @@ class TensorSpec:
 
     @property
     def scale(self) -> float | tuple[float, ...]:
-        """What ``quantise`` takes: the relative scale, or the heads' steps, of a spec for one layer, as every ``CodecSpec.layer()`` is."""
+        """What ``quantise`` takes: the relative scale, or the heads' steps, of a spec for one layer, as every
+        ``CodecSpec.layer()`` is.
+        """
         if self.layers not in (None, 1):
             raise InvalidInput("this spec has one relative_scale for each layer: take CodecSpec.layer(i) first")
         return float(self.scales[0]) if self.steps is None else self.steps[0]
@@ -106,7 +108,9 @@ class TensorSpec:
         return self.scale if isinstance(self.scale, tuple) else None
 
     def layer(self, index: int, layers: int) -> TensorSpec:
-        """The same for layer ``index`` of ``layers``. Raises InvalidInput if the spec lists another number of layers."""
+        """The same for layer ``index`` of ``layers``. Raises InvalidInput if the spec lists another number
+        of layers.
+        """
         if self.layers not in (None, layers):
             raise InvalidInput(
                 f"the spec has scales for {self.layers} layers, the model has {layers}: "
@@ -145,8 +149,8 @@ class CodecSpec:
     key, value: coding of K and V.
     window: most recent tokens that are never compressed; a page is sealed when 64 more have gathered.
     sinks: first tokens that are never compressed (attention sinks).
-    calibration: fingerprint, in hexadecimal digits, of the calibration that the steps belong to and without which the pages cannot be read; None if
-        there is none.
+    calibration: fingerprint, in hexadecimal digits, of the calibration that the steps belong to and without which the
+        pages cannot be read; None if there is none.
     """
 
     key: TensorSpec
@@ -168,7 +172,8 @@ class CodecSpec:
             raise InvalidInput(f"calibration must be 16 to 64 hexadecimal digits, not {self.calibration!r}")
 
     def layer(self, index: int, layers: int) -> CodecSpec:
-        """The spec of layer ``index`` of ``layers``: the same, with one relative scale each for K and V, or the steps of its heads.
+        """The spec of layer ``index`` of ``layers``: the same, with one relative scale each for K and V, or the steps
+        of its heads.
 
         Raises InvalidInput if the spec lists another number of layers, or there is no such layer.
         """
@@ -187,7 +192,9 @@ class CodecSpec:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what ``to_json`` wrote. Raises InvalidInput for anything else, UnsupportedVersion for a newer version."""
+        """Read what ``to_json`` wrote. Raises InvalidInput for anything else, UnsupportedVersion for a
+        newer version.
+        """
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -129,7 +129,9 @@ def test_tune_writes_a_spec_that_is_within_its_goal(tmp_path: Path, monkeypatch:
 
 
 def test_tune_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in its middle and gone on with, a search ends where one that was never stopped does, and measures nothing twice."""
+    """Stopped in its middle and gone on with, a search ends where one that was never stopped does, and measures nothing
+    twice.
+    """
     monkeypatch.setattr(advice, "BUDGET", 0.0)
     few = ("tune", "--max-kl", "0.02", "--prompts", "1", "--prompt-tokens", "300", "--scored-tokens", "32")
     measured: list[str] = []

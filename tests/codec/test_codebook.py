@@ -222,7 +222,9 @@ def test_hostile_bytes_are_a_book_or_corrupt() -> None:
 
 
 def pair_counts(ranges: list[tuple[int, int]], seed: int) -> npt.NDArray[np.uint64]:
-    """Pair counts as a block gives them, (classes, 256, 256): few pairs seen, of codes from ``first`` to ``last`` of each class."""
+    """Pair counts as a block gives them, (classes, 256, 256): few pairs seen, of codes from ``first`` to ``last`` of
+    each class.
+    """
     rng = np.random.default_rng(seed)
     counts = np.zeros((len(ranges), 256, 256), np.uint64)
     for of_class, (first, last) in zip(counts, ranges, strict=True):

@@ -154,7 +154,9 @@ HOSTILE = {
 @pytest.mark.emulated
 @pytest.mark.parametrize("case", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_streams_are_read_within_the_arena(case: Case) -> None:
-    """Every bit behind what is checked of a page is random, scales included: the result means nothing, but no read leaves the arena."""
+    """Every bit behind what is checked of a page is random, scales included: the result means nothing, but no read
+    leaves the arena.
+    """
     cache = build(replace(case, pages=(2,)))
     scramble(cache, np.random.default_rng(0))
     for stage in (None, 512):  # read from shared memory, and where it is

@@ -1,4 +1,6 @@
-"""What goes wrong in the middle: memory that ends at any allocation, a kernel that cannot be launched. The store is then what it was."""
+"""What goes wrong in the middle: memory that ends at any allocation, a kernel that cannot be launched. The store is
+then what it was.
+"""
 
 from __future__ import annotations
 

@@ -128,7 +128,9 @@ def test_a_model_repeats_a_step_across_seals(on: RecordingEmulator, monkeypatch:
 
 
 def test_launches_of_a_layer(on: RecordingEmulator) -> None:
-    """What a step launches for one layer more: of ours two writes, a counter, attention and its merge; DynamicCache has two writes and sdpa."""
+    """What a step launches for one layer more: of ours two writes, a counter, attention and its merge; DynamicCache has
+    two writes and sdpa.
+    """
 
     def launches(layers: int, compressed: bool) -> Counter[str]:
         made = model(layers=layers)

@@ -1,4 +1,6 @@
-"""The GPU's store, its kernels on the emulator, against the CPU's: the same pages, the same attention, through a sequence's life."""
+"""The GPU's store, its kernels on the emulator, against the CPU's: the same pages, the same attention, through a
+sequence's life.
+"""
 
 from __future__ import annotations
 

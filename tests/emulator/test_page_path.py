@@ -1,5 +1,5 @@
-"""The path that instructions are counted on (benchmarks/gpu_instructions.py) is the one that a page takes: as many products, shuffles and
-powers of two as the kernel makes of a page when it is run."""
+"""The path that instructions are counted on (benchmarks/gpu_instructions.py) is the one that a page takes: as many
+products, shuffles and powers of two as the kernel makes of a page when it is run."""
 
 from __future__ import annotations
 

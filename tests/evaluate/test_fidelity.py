@@ -81,7 +81,9 @@ def test_the_calibrated_preset_keeps_more_in_fewer_bits_and_its_bound(
 def test_streaming_by_the_methods_room_is_streaming_token_by_token(
     model_and_tokenizer: tuple[Any, Any], text: Sample, name: str
 ) -> None:
-    """What later tokens see is the same; the products of one token and of many differ in the last places of bfloat16."""
+    """What later tokens see is the same; the products of one token and of many differ in the last places of
+    bfloat16.
+    """
     model = model_and_tokenizer[0]
     method = KVComp(name) if name == "kvcomp" else baseline(name)
     by_room, one_by_one = fill(model, text, method), fill(model, text, method)

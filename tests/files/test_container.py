@@ -54,7 +54,9 @@ def tensor_specs(draw: Any) -> TensorSpec:
 
 @st.composite
 def stores(draw: Any) -> KVStore:
-    """A store with a past: padding, several seals, rows that were selected, cropped within pages, constant and infinite values."""
+    """A store with a past: padding, several seals, rows that were selected, cropped within pages, constant and infinite
+    values.
+    """
     spec = CodecSpec(draw(tensor_specs()), draw(tensor_specs()), draw(st.integers(0, 70)), draw(st.integers(0, 5)))
     rows, heads, channels = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([16, 32, 80]))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))

@@ -1,4 +1,6 @@
-"""Files mutated under right checksums: what is accepted is decoded, with memory that must not be touched right behind the file."""
+"""Files mutated under right checksums: what is accepted is decoded, with memory that must not be touched right behind
+the file.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ def test_fuzz_under_right_checksums(source: str, share: float) -> None:
 
 @pytest.mark.parametrize("channels", [16, 32, 64, 128, 256])
 def test_streams_that_begin_where_the_last_page_ends_are_read_within_the_file(channels: int) -> None:
-    """The worst that a block can do: its streams are as long as it has room, the last begins at its end and has the longest codes."""
+    """The worst that a block can do: its streams are as long as it has room, the last begins at its end and has the
+    longest codes.
+    """
     tensor = TensorSpec("token", 0.016)
     store = KVStore(CodecSpec(tensor, tensor, window=0, sinks=0))
     store.append(*torch.randn(2, 1, 1, 64, channels))

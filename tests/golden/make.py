@@ -36,8 +36,8 @@ Scale = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """A page: K has the unit and relative scale (for the unit ``head`` the heads' steps) at 0, V that at 1. data: how the input is made, see
-    ``source``."""
+    """A page: K has the unit and relative scale (for the unit ``head`` the heads' steps) at 0, V that at 1. data: how
+    the input is made, see ``source``."""
 
     name: str
     why: str
@@ -281,7 +281,9 @@ def books_of(case: Case, kernels: Any = reference) -> tuple[Books, Books]:
 
 
 def default_book(case: Case, index: int, x: Array, kernels: Any) -> Codebook:
-    """That of the relative scale; of the unit ``head``, as a calibration might give it, one trained on two heads at nine tenths of the step."""
+    """That of the relative scale; of the unit ``head``, as a calibration might give it, one trained on two heads at
+    nine tenths of the step.
+    """
     scale = case.scales[index]
     if not isinstance(scale, tuple):
         return codebook.default(scale, case.classes, case.limit)

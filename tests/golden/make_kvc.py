@@ -1,8 +1,8 @@
 """Write the golden .kvc files of version 1: ``python tests/golden/make_kvc.py [folder]``.
 
-A test runs this and compares every byte. For each case there are NAME.kvc; NAME.values.bin, K and then V of each layer, (rows, heads,
-tokens, channels), in the dtype, little-endian, as they decode; NAME.json, what the file holds, in words. The input is made of integers
-over powers of two, so that every machine makes the same.
+A test runs this and compares every byte. For each case there are NAME.kvc; NAME.values.bin, K and then V of each layer,
+(rows, heads, tokens, channels), in the dtype, little-endian, as they decode; NAME.json, what the file holds, in words.
+The input is made of integers over powers of two, so that every machine makes the same.
 
 These bytes are an interface: if a change of the source changes them, what was written before can no longer be read.
 """
@@ -71,7 +71,10 @@ def cases(backend: str) -> dict[str, tuple[str, CodecSpec, int, dict[str, Any] |
             {0: small},
         ),
         "batch": (
-            "layers 0 and 2 of 3, three rows of which two share their pages, left padding, own books, fixed width, cropped in a page",
+            (
+                "layers 0 and 2 of 3, three rows of which two share their pages, left padding, own books, fixed "
+                "width, cropped in a page"
+            ),
             BATCH,
             3,
             {"id": "golden", "configuration": {"model_type": "none"}},

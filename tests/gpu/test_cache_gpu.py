@@ -1,4 +1,6 @@
-"""The cache on a GPU as a system: rows that join and leave, copies to and from main memory, prompts, graphs. ``make gpu-check`` runs them."""
+"""The cache on a GPU as a system: rows that join and leave, copies to and from main memory, prompts, graphs. ``make
+gpu-check`` runs them.
+"""
 
 from __future__ import annotations
 

@@ -61,8 +61,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **{k: v for k, v in SMALL.items() if k != "num_key_value_heads"},
         rope_parameters={**ROPE, "rope_type": "default", "partial_rotary_factor": 0.25},
     ),
-    "no rope": GPT2Config(vocab_size=64, n_positions=2048, n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None),
-    "soft cap, sliding window": Gemma2Config(**{**SMALL, "pad_token_id": 0}, head_dim=16, query_pre_attn_scalar=16, sliding_window=128),
+    "no rope": GPT2Config(
+        vocab_size=64, n_positions=2048, n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
+    ),
+    "soft cap, sliding window": Gemma2Config(
+        **{**SMALL, "pad_token_id": 0}, head_dim=16, query_pre_attn_scalar=16, sliding_window=128
+    ),
 }  # fmt: skip
 
 

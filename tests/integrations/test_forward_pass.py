@@ -1,4 +1,6 @@
-"""A forward pass counts in every layer of a cache or in none, and a cache from outside gives right tokens or an error."""
+"""A forward pass counts in every layer of a cache or in none, and a cache from outside gives right tokens
+or an error.
+"""
 
 from __future__ import annotations
 

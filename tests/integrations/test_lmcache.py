@@ -1,4 +1,6 @@
-"""The adapter under LMCache itself, over a real redis-server and a folder. `make test-lmcache` runs it where LMCache is installed."""
+"""The adapter under LMCache itself, over a real redis-server and a folder. `make test-lmcache` runs it where LMCache is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -188,7 +190,9 @@ def test_a_chunk_that_one_manager_stored_another_loads(url: str, shape: torch.Si
 
 
 def test_lmcache_measures_it(url: str) -> None:
-    """LMCache's own benchmark, its check of the values included: it stores one byte over and over, which comes back exactly."""
+    """LMCache's own benchmark, its check of the values included: it stores one byte over and over, which comes back
+    exactly.
+    """
     size = 2 * LAYERS * TOKENS * HEADS * DIM * 2 // 1024
     adapter = json.dumps(plugin(url, layers=LAYERS, dtype="bfloat16"))
     command = [sys.executable, "-m", "lmcache.cli.main", "bench", "l2", "--l2-adapter", adapter, "--num-keys", "6"]
@@ -298,7 +302,9 @@ def test_a_redis_that_trickles_is_a_miss_in_time() -> None:
 
 
 def test_a_batch_ends_only_when_its_buffers_are_free_again(tmp_path: Path) -> None:
-    """One chunk fails at once, another takes long: LMCache hears of the task when both are over, since it reuses the buffers then."""
+    """One chunk fails at once, another takes long: LMCache hears of the task when both are over, since it reuses the
+    buffers then.
+    """
     tier, began, go_on, over = Tier(str(tmp_path)), threading.Event(), threading.Event(), threading.Event()
     put = tier.adapter._blobs.put
 

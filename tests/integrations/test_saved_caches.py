@@ -165,7 +165,9 @@ def test_a_file_is_bound_to_its_model_id(llama: PreTrainedModel, tmp_path: Path)
 
 
 def test_a_file_is_bound_to_the_weights(llama: PreTrainedModel, tmp_path: Path) -> None:
-    """The hash of a model's weights stands for them: another model of the same configuration is refused, the same one elsewhere is not."""
+    """The hash of a model's weights stands for them: another model of the same configuration is refused, the same one
+    elsewhere is not.
+    """
     cache = KVCompCache(llama.config, LOSSY)
     run(llama, cache, prompt(1, 20))
     cache.save(tmp_path / "a.kvc", llama)

@@ -1,4 +1,6 @@
-"""KVCompCache in transformers: the same tokens as DynamicCache where nothing is lost, dense attention's where something is."""
+"""KVCompCache in transformers: the same tokens as DynamicCache where nothing is lost, dense attention's where something
+is.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The CUDA sources compile without a GPU, for every architecture, as the committed table of registers, spills and instructions says."""
+"""The CUDA sources compile without a GPU, for every architecture, as the committed table of registers, spills and
+instructions says.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ def test_the_fused_kernel_takes_at_most_five_instructions_a_code() -> None:
     of_paper = {build: count for build, count in of_page.items() if build[0].startswith("huffman")}
     assert len(of_paper) == 2 * len(ARCHITECTURES)
     assert max(of_paper.values()) <= 5.0
-    # Pages of kvcomp-klt whose classes have no low bits, where the machine holds their tables: the same but for the four classes.
+    # Pages of kvcomp-klt whose classes have no low bits, where the machine holds their tables: the same but for the
+    # four classes.
     for (name, _, architecture), count in of_page.items():
         if name.startswith("kvcomp-klt"):
             assert count <= of_paper["huffman, limit 12", 128, architecture] + 0.2

@@ -1,4 +1,6 @@
-"""PrefixStore: what is loaded is what was computed for these tokens by this model, whatever the store and other processes do."""
+"""PrefixStore: what is loaded is what was computed for these tokens by this model, whatever the store and other
+processes do.
+"""
 
 from __future__ import annotations
 

@@ -146,7 +146,10 @@ TUNED: dict[str, Any] = {
     "spec": "{}",
     "coded_bits": 2.61, "total_bits": 3.4, "kl": 0.0071, "top1": 0.97,
     "before": {"kvcomp": {"coded_bits": 3.61, "total_bits": 4.5, "kl": 0.0085, "top1": 0.96}},
-    "advice": {"size": [{"context": 1024, "total_bits": 5.3}], "size_from": 1024, "speed": [{"context": 1024, "ratio": spread(1.4), "fastest": "matmul"}], "speed_from": None, "sentences": ["Do not compress contexts below 1,024 tokens."]},
+    "advice": {"size": [{"context": 1024, "total_bits": 5.3}],
+        "size_from": 1024,
+        "speed": [{"context": 1024, "ratio": spread(1.4), "fastest": "matmul"}], "speed_from": None,
+        "sentences": ["Do not compress contexts below 1,024 tokens."]},
 }  # fmt: skip
 
 

@@ -108,7 +108,9 @@ def snapshot(store: KVStore) -> dict[str, Any]:
 
 
 def bound_of(page: Tensor, unit: Unit, r: float | tuple[float, ...]) -> Tensor:
-    """r (max - min) / 2 for the values (heads, 64, channels) of a page; of the unit ``head`` half a step and half a unit in the last place."""
+    """r (max - min) / 2 for the values (heads, 64, channels) of a page; of the unit ``head`` half a step and half a
+    unit in the last place.
+    """
     if isinstance(r, tuple):
         step = torch.tensor(r, dtype=torch.float64)[:, None, None]
         top = (page.double().abs() + step / 2).log2().floor().exp2()

@@ -18,8 +18,8 @@ HEADS, CHANNELS, GROUP = 2, 64, 2
 
 @dataclass
 class Batch:
-    """make: an empty store. join: of stores and a number of positions. attend: of a store, queries and a scaling. pages: of a store, for each
-    row their bytes."""
+    """make: an empty store. join: of stores and a number of positions. attend: of a store, queries and a scaling.
+    pages: of a store, for each row their bytes."""
 
     make: Callable[[], Any]
     join: Callable[[list[Any], int], Any]

@@ -17,7 +17,9 @@ STEPS = {"near-lossless": 0.1, "balanced": 0.5, "aggressive": 1.5}  # over the r
 
 
 def like_keys(batch: int, heads: int, tokens: int, channels: int, seed: int = 0) -> Tensor:
-    """Correlated values with a mean, float32 (batch, heads, tokens, channels); the correlations are the same for every seed."""
+    """Correlated values with a mean, float32 (batch, heads, tokens, channels); the correlations are the same for every
+    seed.
+    """
     fixed = torch.Generator().manual_seed(1234)
     mix = torch.randn(heads, channels, channels, generator=fixed) * torch.logspace(0.5, -1, channels)
     mean = 2 * torch.randn(heads, 1, channels, generator=fixed)

@@ -93,7 +93,9 @@ class Dim3(ctypes.Structure):
 
 
 class Emulator:
-    """Stands in for a GPU (``kvcomp.kernels.cuda.launch.Launcher``). ascending: order in which the threads of a CTA get their turns."""
+    """Stands in for a GPU (``kvcomp.kernels.cuda.launch.Launcher``). ascending: order in which the threads of a CTA get
+    their turns.
+    """
 
     def __init__(self, architecture: int = 90, processors: int = 2, ascending: bool = True) -> None:
         self.machine = machine(architecture, processors)

@@ -1,4 +1,6 @@
-"""Caches for the tests of the CUDA sources, on the emulator (tests/emulator) and on a GPU (tests/gpu): pages from the readable reference."""
+"""Caches for the tests of the CUDA sources, on the emulator (tests/emulator) and on a GPU (tests/gpu): pages from the
+readable reference.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,11 @@ NUMPY = {name: dtype.array for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Case:
-    """What a cache is like. pages: of each row. queries: of a KV head, of the last ``new`` tokens. value: dtype of the cache.
+    """What a cache is like. pages: of each row. queries: of a KV head, of the last ``new`` tokens. value: dtype of the
+    cache.
 
-    own: whether rows have their own books, trained on the first page only, so that some blocks need the default. raw: one raw block
-    of K and one of V in each row. partial: tokens that count of each row's last page.
+    own: whether rows have their own books, trained on the first page only, so that some blocks need the default. raw:
+    one raw block of K and one of V in each row. partial: tokens that count of each row's last page.
     """
 
     channels: int = 128
@@ -63,7 +66,9 @@ class Case:
 
 @dataclass
 class Cache:
-    """A built case, as the arrays that ``reference.attend`` takes. owners: for each row the buffer of its pages, addressed by ``pages``."""
+    """A built case, as the arrays that ``reference.attend`` takes. owners: for each row the buffer of its pages,
+    addressed by ``pages``.
+    """
 
     case: Case
     spec: CodecSpec
@@ -175,8 +180,8 @@ def _steps_of(tensor: TensorSpec) -> tuple[float, ...] | None:
 
 
 def scramble(cache: Cache, rng: np.random.Generator) -> None:
-    """Random bits in the first row's pages wherever a reader of foreign bytes does not look (docs/format.md, section 5): scales, streams
-    and fixed codes; directories and lengths stay."""
+    """Random bits in the first row's pages wherever a reader of foreign bytes does not look (docs/format.md, section
+    5): scales, streams and fixed codes; directories and lengths stay."""
     case, buffer = cache.case, cache.owners[0]
     for page in cache.pages[0, : case.pages[0]] - cache.owners[0].ctypes.data:
         modes, offsets = directory_of(buffer, page, case.heads)

@@ -24,9 +24,11 @@ WAITING = {
 
 
 class Recorder(TorchDispatchMode):
-    """While it is active torch's operations and the kernels of ``on`` are written down; what changes memory is not done.
+    """While it is active torch's operations and the kernels of ``on`` are written down; what changes memory is not
+    done.
 
-    ``repeat`` does all of it on the same memory. Operations that would let the host wait for a GPU are refused, as under capture.
+    ``repeat`` does all of it on the same memory. Operations that would let the host wait for a GPU are refused, as
+    under capture.
     """
 
     def __init__(self, on: RecordingEmulator) -> None:

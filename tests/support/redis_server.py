@@ -25,7 +25,8 @@ def free_port() -> int:
 
 @contextmanager
 def running(folder: Path, *options: str, port: int | None = None) -> Iterator[str]:
-    """The URL of a redis-server that keeps nothing on the disk and evicts the least recently used values beyond ``MEMORY``.
+    """The URL of a redis-server that keeps nothing on the disk and evicts the least recently used values beyond
+    ``MEMORY``.
 
     Skips the test where redis-server is not installed; with KVCOMP_REQUIRE_REDIS set, as CI has it, that is a failure.
     """

@@ -1,4 +1,6 @@
-"""A .kvc file taken apart and put together again with right checksums: written from docs/format.md, section 7, alone."""
+"""A .kvc file taken apart and put together again with right checksums: written from docs/format.md, section
+7, alone.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def unseal(data: bytes) -> tuple[dict[str, Any], Sections]:
 
 
 def seal(header: dict[str, Any], sections: Sections, lay_out: bool = True, version: int = 1, flags: int = 0) -> bytes:
-    """A file with right checksums. lay_out: also give the sections their right places and sizes, else only right checksums."""
+    """A file with right checksums. lay_out: also give the sections their right places and sizes, else only right
+    checksums.
+    """
     body = b""
     for layer, of_layer in zip(header["layers"], sections, strict=False):
         for name in NAMES:

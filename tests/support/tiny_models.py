@@ -37,7 +37,9 @@ TINY: dict[str, Any] = {
 
 
 def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """The model whose random weights belong to this seed, three times as large as usual, so that K and V depend on everything."""
+    """The model whose random weights belong to this seed, three times as large as usual, so that K and V depend on
+    everything.
+    """
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config)).eval()
     with torch.no_grad():

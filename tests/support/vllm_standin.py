@@ -1,7 +1,7 @@
 """What the connector needs of vLLM 0.33, written from its published interface, for tests where vLLM is not installed.
 
-``importable`` puts it under vLLM's names. The abstract methods, their parameters and the attributes that the base class sets
-are those of ``KVConnectorBase_V1``; a test holds them against the real class where there is one.
+``importable`` puts it under vLLM's names. The abstract methods, their parameters and the attributes that the base class
+sets are those of ``KVConnectorBase_V1``; a test holds them against the real class where there is one.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ def bench(
 ) -> None:
     """Time decode attention, encoding, decompression and generation, with and without compression.
 
-    Every kernel is held against the float64 reference on the data it is timed with; no time is given of one that is wrong.
+    Every kernel is held against the float64 reference on the data it is timed with; no time is given of one that is
+    wrong.
     The defaults take under two minutes on two cores.
     """
     parts = [name for name in PARTS if part is None or name in part]

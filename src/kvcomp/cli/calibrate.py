@@ -22,7 +22,8 @@ def calibrate(
 ) -> None:
     """Measure a model on text and write what the preset kvcomp-klt needs of it: transforms, steps and codebooks.
 
-    The quality levels near-lossless, balanced and aggressive are then as good, in KL on this text, as KIVI-style quantisation at 4, 3 and 2 bits.
+    The quality levels near-lossless, balanced and aggressive are then as good, in KL on this text, as KIVI-style
+    quantisation at 4, 3 and 2 bits.
     """
     with plain_errors():
         with quiet_loading():

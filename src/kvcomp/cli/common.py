@@ -105,8 +105,8 @@ def resumable(
 ) -> Iterator[Journal]:
     """A run whose finished pieces outlive Ctrl-C.
 
-    ``identity`` tells runs apart: --resume takes the pieces of an equal one. ``report(stopped)`` writes what there is, at the end or
-    when stopped; then the command exits with 130 and says how to go on.
+    ``identity`` tells runs apart: --resume takes the pieces of an equal one. ``report(stopped)`` writes what there is,
+    at the end or when stopped; then the command exits with 130 and says how to go on.
     """
     from kvcomp.results.journal import Journal, pieces
 

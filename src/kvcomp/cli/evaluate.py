@@ -54,7 +54,8 @@ def evaluate(
 ) -> None:
     """Measure what compression costs a model: fidelity, look-ups, tasks, bits and errors, against other methods.
 
-    Without --spec: what was calibrated and tuned for the model, if it was, and the preset kvcomp; without --baseline: kivi-4 and kivi-2.
+    Without --spec: what was calibrated and tuned for the model, if it was, and the preset kvcomp; without --baseline:
+    kivi-4 and kivi-2.
     """
     size = {
         "prompts": prompts,

@@ -145,7 +145,8 @@ def verify(
                 f"{total.missed} of {total.values} values are not within their bound: these are other tensors"
             )
         screen.print(
-            f"{total.values} values are within their bounds; the largest error is {100 * total.worst:.1f} % of its bound"
+            f"{total.values} values are within their bounds; the largest error is {100 * total.worst:.1f} % of its "
+            "bound"
         )
 
 

@@ -155,7 +155,9 @@ def _generate(
 
 
 class _Shown:
-    """The text so far, and the cache's size, refreshed a few times a second: walking the cache at every token would slow it down."""
+    """The text so far, and the cache's size, refreshed a few times a second: walking the cache at every token would
+    slow it down.
+    """
 
     def __init__(self, live: Live, tokenizer: Any, cache: Any, count: int) -> None:
         self.live, self.tokenizer, self.cache, self.count = live, tokenizer, cache, count

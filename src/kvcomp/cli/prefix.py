@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 class Prefixes:
-    """A prefix store around one generation, and its times. Attributes in seconds; ``without`` is None if nothing was loaded."""
+    """A prefix store around one generation, and its times. Attributes in seconds; ``without`` is None if nothing was
+    loaded.
+    """
 
     def __init__(self, url: str, ids: Any, model: Any, spec: CodecSpec, calibration: Calibration | None) -> None:
         from kvcomp.prefix import PrefixStore
@@ -28,7 +30,9 @@ class Prefixes:
         self.loaded = self.cache.get_seq_length()
 
     def keep(self, new: list[int]) -> None:
-        """Store the prompt and what followed it; then compute the prompt from its beginning, for the time that takes."""
+        """Store the prompt and what followed it; then compute the prompt from its beginning, for the time
+        that takes.
+        """
         self.stored = self.store.save([*self.ids[0].tolist(), *new], self.cache, self.model)
         self.store.close()
         if self.loaded:

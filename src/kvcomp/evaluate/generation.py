@@ -49,7 +49,8 @@ class Generation:
 class Agreement:
     """The uncompressed cache, fed the same tokens.
 
-    top1: share of tokens at which both caches rank the same token first. kl: mean KL(uncompressed || compressed) in nats.
+    top1: share of tokens at which both caches rank the same token first. kl: mean KL(uncompressed || compressed) in
+    nats.
     dense: bytes of the uncompressed cache at the end.
     """
 

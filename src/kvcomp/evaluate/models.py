@@ -21,7 +21,9 @@ CALIBRATION = "model.kvcal"
 
 
 def shipped_model() -> Path:
-    """Directory of the model that comes with kvcomp: in the package where it is installed, in ``examples`` in a checkout."""
+    """Directory of the model that comes with kvcomp: in the package where it is installed, in ``examples`` in a
+    checkout.
+    """
     package = Path(__file__).parents[1]
     places = package / "tiny-lm", package.parents[1] / "examples" / "tiny-lm"
     for place in places:
@@ -45,7 +47,8 @@ def load_model(name: str | Path) -> tuple[Any, Any]:
 def spec_for(
     model: str | Path, spec: str | None = None, calibration: Path | None = None
 ) -> tuple[CodecSpec, Calibration | None]:
-    """``resolve`` with what lies in the model's directory: ``kvcomp.json`` if no spec is named, ``model.kvcal`` for kvcomp-klt.
+    """``resolve`` with what lies in the model's directory: ``kvcomp.json`` if no spec is named, ``model.kvcal`` for
+    kvcomp-klt.
 
     Raises InvalidInput if there is no such spec or calibration.
     """
@@ -58,13 +61,16 @@ def spec_for(
 
 
 def held_out_ids(tokenizer: Any, model: Path) -> list[int]:
-    """Token ids of the text that the shipped model never saw: files of the running Python's standard library, one after another."""
+    """Token ids of the text that the shipped model never saw: files of the running Python's standard library, one after
+    another.
+    """
     ids: list[int] = join(tokenizer, held_out_text(held_out_names(model / "held_out.txt"))).tolist()
     return ids
 
 
 def text_ids(tokenizer: Any, model: str | Path, text: Path | None) -> tuple[np.ndarray[Any, np.dtype[np.int64]], str]:
-    """Token ids to score a model on, and what they are of: a file's, of text the shipped model never saw, else of Python's manual.
+    """Token ids to score a model on, and what they are of: a file's, of text the shipped model never saw, else of
+    Python's manual.
 
     Raises InvalidInput for a file that is no UTF-8 text.
     """
@@ -82,7 +88,8 @@ def text_ids(tokenizer: Any, model: str | Path, text: Path | None) -> tuple[np.n
 def training_ids(
     tokenizer: Any, model: str | Path, text: Path | None
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], str]:
-    """Token ids to fit something to a model on, other than those of ``text_ids``: a file's, or the standard library's sources that it does not take.
+    """Token ids to fit something to a model on, other than those of ``text_ids``: a file's, or the standard library's
+    sources that it does not take.
 
     Raises InvalidInput for a file that is no UTF-8 text.
     """

@@ -1,7 +1,7 @@
 """Compressed layers <-> .kvc files.
 
-A cache that was read from a file uses its pages where they are mapped, so nobody may write into the file as long as the cache lives;
-kvcomp never does, it puts a new file in its place.
+A cache that was read from a file uses its pages where they are mapped, so nobody may write into the file as long as the
+cache lives; kvcomp never does, it puts a new file in its place.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def save(
 ) -> None:
     """Write layers to a file that takes the place of what was there.
 
-    stores: the layers by their index among ``model_layers``; all with the same rows and tokens. spec: that of the whole model.
+    stores: the layers by their index among ``model_layers``; all with the same rows and tokens. spec: that of the whole
+    model.
     model: its fingerprint, plain JSON. rows: the rows to write, all if None.
     Raises InvalidInput, LimitExceeded or OSError; a file that was there before is then still there, whole.
     """
@@ -91,9 +92,11 @@ def load(
 ) -> dict[int, KVStore]:
     """The layers of a file by their index in the model, ready to go on; only those asked for are read and checked.
 
-    layers, rows: which ones, all if None. tokens: how many to keep of the first, all if None; they are not compressed anew.
+    layers, rows: which ones, all if None. tokens: how many to keep of the first, all if None; they are not compressed
+    anew.
     calibration: the one that the file's spec names, if it names one.
-    Raises CorruptData or LimitExceeded, and InvalidInput if the file does not hold what is asked for, or the calibration is missing or another.
+    Raises CorruptData or LimitExceeded, and InvalidInput if the file does not hold what is asked for, or the
+    calibration is missing or another.
     """
     header = container.header
     _, calibration = resolve(header.spec, calibration)
@@ -117,7 +120,8 @@ def load(
 def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
     """A store of which only the last tokens are known, raw; the positions before them count as padding.
 
-    k, v: (batch, KV heads, last tokens, head_dim). tokens: positions in all. spec: that of the layer. Raises InvalidInput.
+    k, v: (batch, KV heads, last tokens, head_dim). tokens: positions in all. spec: that of the layer. Raises
+    InvalidInput.
     """
     rows, before = Rows.empty(k.shape[0]), tokens - k.shape[2]
     rows.starts[:] = rows.tail_begin[:] = before
@@ -173,7 +177,8 @@ def store_of(
 ) -> KVStore:
     """A store of parts that ``Container.layer`` has checked, whose arrays become the store's.
 
-    spec: that of the layer. tokens: positions that the layer holds. calibrated: what the layer's calibration has, if the spec has one.
+    spec: that of the layer. tokens: positions that the layer holds. calibrated: what the layer's calibration has, if
+    the spec has one.
     Raises InvalidInput if the calibration is of layers of another shape.
     """
     empty = KVStore(spec, backend, *(calibrated or ()))

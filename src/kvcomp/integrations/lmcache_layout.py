@@ -1,13 +1,14 @@
 """Where K and V of each layer lie in the memory objects of LMCache (0.5.6).
 
-LMCache hands over a chunk of tokens as one buffer with a shape and a type for each *group* of layers, laid out as one of
+LMCache hands over a chunk of tokens as one buffer with a shape and a type for each *group* of layers, laid out as one
+of
 
 - ``(2, layers, tokens, heads * head_dim)``: first all K, then all V;
-- ``(layers, tokens, heads * 2 * head_dim)``, also with a leading 1: what vLLM keeps in one tensor, in which each head has its K
-  channels, then its V channels. A model with latent attention looks the same but for the width.
+- ``(layers, tokens, heads * 2 * head_dim)``, also with a leading 1: what vLLM keeps in one tensor, in which each head
+  has its K channels, then its V channels. A model with latent attention looks the same but for the width.
 
-Neither says how many heads there are, so the adapter is told. Everything else is refused: with the wrong heads or order, units
-would run across the wrong values, and nobody would notice but for worse answers.
+Neither says how many heads there are, so the adapter is told. Everything else is refused: with the wrong heads or
+order, units would run across the wrong values, and nobody would notice but for worse answers.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class MemoryObject(Protocol):
 
 @dataclass(frozen=True)
 class Heads:
-    """What a memory object does not say: the KV heads of one rank, their width, and, where LMCache gives plain bytes (its
-    ``bench l2`` does), the layers and the type of a chunk."""
+    """What a memory object does not say: the KV heads of one rank, their width, and, where LMCache gives plain bytes
+    (its ``bench l2`` does), the layers and the type of a chunk."""
 
     heads: int
     head_dim: int
@@ -93,8 +94,10 @@ def _layers(group: Tensor, about: Heads) -> list[tuple[Tensor, Tensor]]:
         k, v = both[:, :, :, 0], both[:, :, :, 1]
     else:
         raise UnsupportedModel(
-            f"LMCache hands over a cache of the shape {shape}: with {about.heads} KV heads of {about.head_dim} channels kvcomp knows "
-            f"(2, layers, tokens, {width}) and (layers, tokens, {2 * width}); check heads and head_dim, which are those of one rank. "
+            f"LMCache hands over a cache of the shape {shape}: with {about.heads} KV heads of {about.head_dim} "
+            "channels kvcomp knows "
+            f"(2, layers, tokens, {width}) and (layers, tokens, {2 * width}); check heads and head_dim, which are "
+            "those of one rank. "
             "Models with latent attention (MLA) keep no K and V"
         )
     return list(zip(k.transpose(1, 2), v.transpose(1, 2), strict=True))

@@ -1,14 +1,17 @@
-"""A connector for vLLM (0.33) that keeps K and V of prompts compressed, in Redis, Valkey or a folder, for all engines that share it.
+"""A connector for vLLM (0.33) that keeps K and V of prompts compressed, in Redis, Valkey or a folder, for all engines
+that share it.
 
 vLLM loads it by its name:
 
     vllm serve MODEL --disable-hybrid-kv-cache-manager --kv-transfer-config '{"kv_connector": "KVCompConnector",
-      "kv_connector_module_path": "kvcomp.integrations.vllm", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+      "kv_connector_module_path": "kvcomp.integrations.vllm", "kv_role": "kv_both", "kv_load_failure_policy":
+      "recompute",
       "kv_connector_extra_config": {"url": "redis://127.0.0.1:6379"}}'
 
-A prompt is stored in chunks of tokens under hashes of all tokens up to their end, compressed and sent on a thread of its own after the
-step that computed them; a later prompt that begins alike gets them back. They are decompressed when they are loaded: vLLM's attention
-reads its own format, so this saves storage, network and prefill, not memory of the GPU.
+A prompt is stored in chunks of tokens under hashes of all tokens up to their end, compressed and sent on a thread of
+its own after the step that computed them; a later prompt that begins alike gets them back. They are decompressed when
+they are loaded: vLLM's attention reads its own format, so this saves storage, network and prefill, not memory of the
+GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ logger = init_logger(__name__)
 
 @dataclass
 class Transfer:
-    """A chunk on its way: its key without the rank, and the blocks of vLLM's cache that hold it. skip: blocks at its start to leave."""
+    """A chunk on its way: its key without the rank, and the blocks of vLLM's cache that hold it. skip: blocks at its
+    start to leave.
+    """
 
     key: str
     blocks: list[int]
@@ -60,7 +65,8 @@ class Transfers(KVConnectorMetadata):
 
 @dataclass
 class _Prompt:
-    """A request as the scheduler knows it. keys: of its whole chunks. stored: how many of them the store has, or will have.
+    """A request as the scheduler knows it. keys: of its whole chunks. stored: how many of them the store has, or will
+    have.
 
     found: (first, last) token that could be loaded; load: the same once vLLM has decided to.
     """
@@ -75,9 +81,10 @@ class _Prompt:
 class KVCompConnector(KVConnectorBase_V1):
     """vLLM's interface to other places of K and V, over ``kvcomp.serve.blobs``.
 
-    ``kv_connector_extra_config``: ``url`` of the store, and if not the default ``spec``, a preset's name or a JSON file (kvcomp); ``calibration``, a .kvcal file, for the preset ``kvcomp-klt``;
-    ``chunk_tokens`` (256); ``timeout``, seconds that one call to the store may take; ``limit``, bytes a folder may hold; ``model_id``,
-    which tells weights apart whose name and configuration are the same.
+    ``kv_connector_extra_config``: ``url`` of the store, and if not the default ``spec``, a preset's name or a JSON file
+    (kvcomp); ``calibration``, a .kvcal file, for the preset ``kvcomp-klt``; ``chunk_tokens`` (256); ``timeout``,
+    seconds that one call to the store may take; ``limit``, bytes a folder may hold; ``model_id``, which tells weights
+    apart whose name and configuration are the same.
     Raises InvalidInput, and UnsupportedModel for caches that are not plain K and V in float32, float16 or bfloat16.
     """
 
@@ -104,7 +111,8 @@ class KVCompConnector(KVConnectorBase_V1):
         self._about = _about(vllm_config, self._shape, extra.get("model_id"))
         if getattr(config, "kv_load_failure_policy", "recompute") != "recompute":
             logger.warning(
-                "kvcomp: a chunk that is gone when it is loaded fails its request: set kv_load_failure_policy to recompute"
+                "kvcomp: a chunk that is gone when it is loaded fails its request: set kv_load_failure_policy to "
+                "recompute"
             )
         self._blobs = open_blobs(extra["url"], limit=extra.get("limit"), timeout=extra.get("timeout", TIMEOUT))
         self._breaker = CircuitBreaker()
@@ -117,7 +125,9 @@ class KVCompConnector(KVConnectorBase_V1):
     # The scheduler's side
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens that the store has beyond those computed; the last token of a prompt is never among them, vLLM has to compute one."""
+        """Tokens that the store has beyond those computed; the last token of a prompt is never among them, vLLM has to
+        compute one.
+        """
         tokens = request.prompt_token_ids
         if not tokens or request.lora_request is not None or request.mm_features:
             return 0, False  # K and V that do not follow from the tokens alone
@@ -156,7 +166,9 @@ class KVCompConnector(KVConnectorBase_V1):
         return False, None
 
     def _plan(self, prompt: _Prompt, computed: int, transfers: Transfers) -> None:
-        """Add what a request loads before this step, and what of it is whole after ``computed`` tokens and not in the store."""
+        """Add what a request loads before this step, and what of it is whole after ``computed`` tokens and not in the
+        store.
+        """
         if prompt.load is not None:
             first, last = prompt.load
             for chunk in range(first // self._chunk, last // self._chunk):
@@ -193,12 +205,15 @@ class KVCompConnector(KVConnectorBase_V1):
     # The workers' side
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        """Take the caches of all layers, (blocks, KV heads, tokens of a block, 2 head_dim), K before V. Raises UnsupportedModel."""
+        """Take the caches of all layers, (blocks, KV heads, tokens of a block, 2 head_dim), K before V. Raises
+        UnsupportedModel.
+        """
         expected = self._shape.heads, self._block, 2 * self._shape.channels
         for name, layer in kv_caches.items():
             if layer.ndim != 4 or tuple(layer.shape[1:]) != expected or layer.dtype != self._shape.dtype:
                 raise UnsupportedModel(
-                    f"the cache of {name} is {tuple(layer.shape)} of {layer.dtype}: this connector knows (blocks, {expected}) of "
+                    f"the cache of {name} is {tuple(layer.shape)} of {layer.dtype}: this connector knows (blocks, "
+                    f"{expected}) of "
                     f"{self._shape.dtype}, which vLLM 0.33 gives for plain attention"
                 )
         if len(kv_caches) != self._shape.layers:
@@ -206,7 +221,9 @@ class KVCompConnector(KVConnectorBase_V1):
         self._layers = list(kv_caches.values())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Fill the blocks of all loads of this step. Those of a chunk that is gone or wrong are left, and vLLM is told."""
+        """Fill the blocks of all loads of this step. Those of a chunk that is gone or wrong are left, and
+        vLLM is told.
+        """
         loads = self._transfers().loads
         if not loads:
             return
@@ -238,7 +255,9 @@ class KVCompConnector(KVConnectorBase_V1):
         """Nothing to wait for: loads end before the step begins."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing yet: what a step computed is taken when it has ended, which also holds where a CUDA graph replays it."""
+        """Nothing yet: what a step computed is taken when it has ended, which also holds where a CUDA graph
+        replays it.
+        """
 
     def wait_for_save(self) -> None:
         """Copy the whole chunks of this step out of the cache; what follows needs it no more."""
@@ -293,8 +312,10 @@ def _shape(kv_cache_config: Any, tokens: int) -> ChunkShape:
     )
     if spec is None or not plain or spec.dtype not in TYPES.values():
         raise UnsupportedModel(
-            "this connector knows caches of plain attention in float32, float16 or bfloat16, all layers in one group: use "
-            "--disable-hybrid-kv-cache-manager for models with sliding windows, and kv_cache_dtype auto; not latent attention (MLA)"
+            "this connector knows caches of plain attention in float32, float16 or bfloat16, all layers in one "
+            "group: use "
+            "--disable-hybrid-kv-cache-manager for models with sliding windows, and kv_cache_dtype auto; not "
+            "latent attention (MLA)"
         )
     try:
         check_channels(spec.head_size)

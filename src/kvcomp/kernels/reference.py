@@ -102,7 +102,9 @@ def page_bytes(address: int, heads: int) -> bytes:
 def decode_page(
     page: bytes, layout: Layout, books: tuple[Books, Books], dtype: np.dtype[Any], steps: Steps = NO_STEPS
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """K and V of a page, (heads, 64, channels) each, as attention sees them: raw values, or (code + zero) * scale in float32."""
+    """K and V of a page, (heads, 64, channels) each, as attention sees them: raw values, or (code + zero) * scale in
+    float32.
+    """
     values = np.empty((2, layout.heads, PAGE_TOKENS, layout.channels), np.float32)
     for index, (mode, data) in enumerate(blocks_of(page, layout)):
         kind, head = divmod(index, layout.heads)
@@ -155,7 +157,8 @@ def decompress(
     out_v: Array,
     steps: Steps = NO_STEPS,
 ) -> None:
-    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels), with the pages at these addresses, rounded to their dtype.
+    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels), with the pages at these addresses, rounded to their
+    dtype.
 
     steps: the heads' steps of K and of V, where the unit is ``head``.
     """

@@ -1,9 +1,11 @@
-"""A sequence as a chain of chunks: whole pages of all layers, each chunk a .kvc file of its own under a key that says what it is.
+"""A sequence as a chain of chunks: whole pages of all layers, each chunk a .kvc file of its own under a key that says
+what it is.
 
-The first chunk holds the sinks and ``CHUNK_PAGES`` pages, every later one as many pages. The key of a chunk is a hash of the model, the
-spec, and all tokens up to its end, so prompts that begin alike share the chunks of what they share. A page can only be read with the
-codebooks it was written with: each chunk has them with it, and the keys after the first chunk are also a hash of its codebooks, so
-that a chain never mixes pages of two.
+The first chunk holds the sinks and ``CHUNK_PAGES`` pages, every later one as many pages. The key of a chunk is a hash
+of the model, the spec, and all tokens up to its end, so prompts that begin alike share the chunks of what they share. A
+page can only be read with the
+codebooks it was written with: each chunk has them with it, and the keys after the first chunk are also a hash of its
+codebooks, so that a chain never mixes pages of two.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ CHUNK_TOKENS = CHUNK_PAGES * PAGE_TOKENS
 class Origin:
     """Whose K and V: of which model under which spec; all of it goes into every key and every value.
 
-    model: its fingerprint, plain JSON. layers: how many it has. dtype: the name of its type. calibration: the one that the spec names.
+    model: its fingerprint, plain JSON. layers: how many it has. dtype: the name of its type. calibration: the one that
+    the spec names.
     """
 
     model: Mapping[str, Any]
@@ -75,7 +78,9 @@ class Origin:
 
 
 def key_of(of_tokens: bytes, books: bytes = b"") -> str:
-    """books: what ``books_of`` says of the chain's first chunk; nothing for the first chunk itself, which anyone must find."""
+    """books: what ``books_of`` says of the chain's first chunk; nothing for the first chunk itself, which anyone must
+    find.
+    """
     return f"kvcomp:prefix:{_hash(of_tokens + books).hex()}"
 
 
@@ -90,7 +95,9 @@ def books_of(header: Header) -> bytes:
 
 
 def storable(stores: Mapping[int, KVStore]) -> int:
-    """Whole chunks of a sequence that never change any more: those whose codebooks are fixed and whose pages are whole."""
+    """Whole chunks of a sequence that never change any more: those whose codebooks are fixed and whose
+    pages are whole.
+    """
     pages = []
     for store in stores.values():
         waiting = any(counts is not None and counts.any() for counts in store.rows.pair_counts[0])
@@ -107,7 +114,9 @@ def pack(origin: Origin, stores: Mapping[int, KVStore], chunk: int, key: str) ->
 
 
 def unpack(origin: Origin, value: Buffer, chunk: int, key: str, backend: str) -> tuple[Header, dict[int, KVStore]]:
-    """The layers of a chunk, after every check that there is. Raises CorruptData, UnsupportedVersion or LimitExceeded."""
+    """The layers of a chunk, after every check that there is. Raises CorruptData, UnsupportedVersion or
+    LimitExceeded.
+    """
     container = Container(np.frombuffer(value, np.uint8))
     header = container.header
     expected = (origin.end(0) if chunk == 0 else CHUNK_TOKENS), 1, list(range(origin.layers)), origin.spec_of(chunk)
@@ -123,7 +132,9 @@ def unpack(origin: Origin, value: Buffer, chunk: int, key: str, backend: str) ->
 
 
 def join_chunks(chunks: Sequence[KVStore]) -> KVStore:
-    """One sequence of a layer's chunks, all with the codebooks of the first. Raises CorruptData if they do not fit each other."""
+    """One sequence of a layer's chunks, all with the codebooks of the first. Raises CorruptData if they do not fit each
+    other.
+    """
     whole = chunks[0]
     for chunk in chunks[1:]:
         for name in ("heads", "channels"):

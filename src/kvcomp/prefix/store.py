@@ -1,12 +1,13 @@
 """PrefixStore: what a prompt begins with is computed once, and then loaded, by whichever process needs it.
 
     store = kvcomp.PrefixStore("redis://localhost:6379")     # or a folder
-    cache = store.load(ids, model)                           # a KVCompCache with as many of the first tokens as are stored
-    out = model.generate(ids, past_key_values=cache)
+    cache = store.load(ids, model)                           # a KVCompCache with as many of the first tokens as are
+    stored out = model.generate(ids, past_key_values=cache)
     store.save(out, cache, model)
 
-What is loaded is what was computed for the same tokens by the same weights under the same spec, compressed; a value that is anything else
-(damaged, of another key, cut off) counts as none and is removed. What is not protected against is someone who may write to the store
+What is loaded is what was computed for the same tokens by the same weights under the same spec, compressed; a value
+that is anything else (damaged, of another key, cut off) counts as none and is removed. What is not protected against is
+someone who may write to the store
 and means harm: checksums are no signatures.
 """
 
@@ -45,12 +46,15 @@ logger = logging.getLogger("kvcomp")
 class PrefixStore:
     """Compressed caches of prompts in a folder or in Redis, chunk by chunk; shared beginnings are there once.
 
-    url: a folder's path or ``file://``, or ``redis://``, ``rediss://``, ``valkey://``, ``valkeys://``, ``unix://`` (needs redis-py).
-    limit: bytes that a folder may hold, None for no limit; the least recently used chunks go first. Redis has its own: maxmemory
-        with allkeys-lru.
-    timeout: seconds that any one call to Redis may take in all; a call moves some 16 MB, or one chunk if that is larger.
+    url: a folder's path or ``file://``, or ``redis://``, ``rediss://``, ``valkey://``, ``valkeys://``, ``unix://``
+    (needs redis-py).
+    limit: bytes that a folder may hold, None for no limit; the least recently used chunks go first. Redis has its own:
+        maxmemory with allkeys-lru.
+    timeout: seconds that any one call to Redis may take in all; a call moves some 16 MB, or one chunk if that is
+    larger.
 
-    Several processes may use one store at once. ``load`` and ``save`` raise StoreUnavailable if it does not answer in time, or refuses.
+    Several processes may use one store at once. ``load`` and ``save`` raise StoreUnavailable if it does not answer in
+    time, or refuses.
     """
 
     def __init__(self, url: str | Path, *, limit: int | None = None, timeout: float = TIMEOUT) -> None:
@@ -66,9 +70,11 @@ class PrefixStore:
         model_id: str | None = None,
         backend: str = "cpu",
     ) -> KVCompCache:
-        """A cache of the longest stored beginning of a prompt that leaves at least one token to compute; an empty one if there is none.
+        """A cache of the longest stored beginning of a prompt that leaves at least one token to compute; an empty one
+        if there is none.
 
-        ids: (tokens,) or (1, tokens), of one prompt without padding. model: a transformers model. spec, calibration: as KVCompCache takes them.
+        ids: (tokens,) or (1, tokens), of one prompt without padding. model: a transformers model. spec, calibration: as
+        KVCompCache takes them.
         model_id: a name for the model's weights instead of their hash.
         Raises StoreUnavailable, and InvalidInput or UnsupportedModel if such a cache cannot be.
         """
@@ -91,10 +97,13 @@ class PrefixStore:
     def save(self, ids: Tensor | Sequence[int], cache: KVCompCache, model: Any, *, model_id: str | None = None) -> int:
         """Store what is compressed of a cache and not there yet. Returns of how many first tokens it is there now.
 
-        ids: the tokens that the cache was filled with, of one prompt without padding; more may follow. model, model_id: as in ``load``.
-        Nothing is stored of a cache whose codebooks are not fixed yet, or if another process has just stored the same beginning with
+        ids: the tokens that the cache was filled with, of one prompt without padding; more may follow. model, model_id:
+        as in ``load``.
+        Nothing is stored of a cache whose codebooks are not fixed yet, or if another process has just stored the same
+        beginning with
         codebooks of its own: whoever loads that goes on from there.
-        Raises StoreUnavailable, LimitExceeded if a folder's limit is less than a chunk, and InvalidInput or UnsupportedModel.
+        Raises StoreUnavailable, LimitExceeded if a folder's limit is less than a chunk, and InvalidInput or
+        UnsupportedModel.
         """
         from kvcomp.integrations.transformers.files import stores_of
 
@@ -104,7 +113,8 @@ class PrefixStore:
         first = stores[0]
         if first.batch != 1 or first.starts[0] or first.tokens > len(tokens):
             raise InvalidInput(
-                f"the cache holds {first.batch} rows of {first.tokens} tokens: give one row without padding, and the tokens it was filled with"
+                f"the cache holds {first.batch} rows of {first.tokens} tokens: give one row without padding, and "
+                "the tokens it was filled with"
             )
         origin = _origin(cache, model, first.dtype, model_id)
         if cache.session.length_matters(cache.session.longest):
@@ -171,7 +181,9 @@ class PrefixStore:
     def _open(
         self, origin: Origin, key: str, value: Buffer | None, chunk: int, backend: str, books: bytes | None = None
     ) -> tuple[Header, dict[int, KVStore]] | None:
-        """A chunk; None if there is none that can be used. What is damaged is deleted. books: what it must have been coded with."""
+        """A chunk; None if there is none that can be used. What is damaged is deleted. books: what it must have been
+        coded with.
+        """
         if value is None:
             return None
         try:
@@ -197,7 +209,8 @@ def _check_layers(cache: KVCompCache) -> None:
     others = [index for index, layer in enumerate(cache.layers) if layer not in cache.compressed_layers]
     if others:
         raise UnsupportedModel(
-            f"layers {others} are not full attention: of a sliding window only the last tokens are there, so no chunk of the "
+            f"layers {others} are not full attention: of a sliding window only the last tokens are there, so no "
+            "chunk of the "
             "earlier ones can be stored; save whole caches with KVCompCache.save"
         )
 

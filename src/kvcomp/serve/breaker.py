@@ -16,7 +16,9 @@ T = TypeVar("T")
 
 
 class CircuitBreaker:
-    """Lets calls to a store through unless it has just failed. A serving engine cannot wait for every deadline in turn."""
+    """Lets calls to a store through unless it has just failed. A serving engine cannot wait for every
+    deadline in turn.
+    """
 
     def __init__(self) -> None:
         self._until = 0.0
@@ -43,6 +45,8 @@ class CircuitBreaker:
 
 
 def drop_damaged(blobs: Blobs, key: str, error: Exception) -> None:
-    """Delete a value if reading it raised CorruptData. Any other error says nothing of the value, which others may be able to use."""
+    """Delete a value if reading it raised CorruptData. Any other error says nothing of the value, which others may be
+    able to use.
+    """
     if isinstance(error, CorruptData):
         blobs.delete([key])

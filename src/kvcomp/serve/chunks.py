@@ -1,7 +1,7 @@
 """Chunks: K and V of some tokens of all layers, as a store of values holds them.
 
-The value of a chunk is a .kvc file that names the key it was stored under, so that a value under another key is refused, whoever
-mixed them up. It is opened whole, every check included, before anything is decoded.
+The value of a chunk is a .kvc file that names the key it was stored under, so that a value under another key is
+refused, whoever mixed them up. It is opened whole, every check included, before anything is decoded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from kvcomp.store.tensors import TYPES
 
 @dataclass(frozen=True)
 class ChunkShape:
-    """What a chunk holds: ``layers`` times K and V of ``heads`` KV heads, ``tokens`` tokens and ``channels`` channels, in ``dtype``."""
+    """What a chunk holds: ``layers`` times K and V of ``heads`` KV heads, ``tokens`` tokens and ``channels`` channels,
+    in ``dtype``.
+    """
 
     layers: int
     heads: int
@@ -56,8 +58,8 @@ def pack_chunk(
 ) -> list[memoryview]:
     """The value of a chunk, in pieces that follow each other.
 
-    kv: for each layer K and V, (KV heads, tokens, head_dim), float32, float16 or bfloat16. calibration: the one that the spec names, if it
-    names one. Raises InvalidInput or LimitExceeded.
+    kv: for each layer K and V, (KV heads, tokens, head_dim), float32, float16 or bfloat16. calibration: the one that
+    the spec names, if it names one. Raises InvalidInput or LimitExceeded.
     """
     spec, stores = chunk_spec(spec), {}
     for layer, (k, v) in enumerate(kv):
@@ -73,8 +75,8 @@ def open_chunk(
 ) -> list[KVStore]:
     """The layers of a chunk, every check done: what ``unpack`` gives cannot fail any more.
 
-    data must not change as long as the stores are in use. Raises CorruptData, UnsupportedVersion or LimitExceeded; also if this is
-    the value of another key, or of another shape.
+    data must not change as long as the stores are in use. Raises CorruptData, UnsupportedVersion or LimitExceeded; also
+    if this is the value of another key, or of another shape.
     """
     container = Container(np.frombuffer(data, np.uint8))
     header = container.header

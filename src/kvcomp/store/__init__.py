@@ -23,7 +23,9 @@ def new_store(spec: CodecSpec, backend: str = "cpu", calibrated: LayerCalibratio
 def sealed(
     spec: CodecSpec, k: Tensor, v: Tensor, backend: str = "cpu", calibrated: LayerCalibration | None = None
 ) -> KVStore:
-    """A store that holds these K and V, (batch, KV heads, tokens, head_dim) each, compressed as far as the spec says."""
+    """A store that holds these K and V, (batch, KV heads, tokens, head_dim) each, compressed as far as the
+    spec says.
+    """
     store = KVStore(spec, backend, *(calibrated or ()))
     store.append(k, v)
     store.seal()

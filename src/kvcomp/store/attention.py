@@ -1,7 +1,8 @@
 """Attention over a store: fused where the queries are few, tile by tile where they are many.
 
-Both are softmax(cap(scaling q.K)) V with the softmax taken online (Milakov & Gimelshein, 2018), so that parts of the cache
-merge exactly. Nothing larger than a block (fused) or a tile is ever decompressed (KVComp, arXiv 2509.00579, "Fetch").
+Both are softmax(cap(scaling q.K)) V with the softmax taken online (Milakov & Gimelshein, 2018), so that parts of the
+cache merge exactly. Nothing larger than a block (fused) or a tile is ever decompressed (KVComp, arXiv 2509.00579,
+"Fetch").
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def attend_tiled(store: Store, q: Tensor, scaling: float, softcap: float = 0.0, 
 
 
 def _attend_row(store: Store, row: int, q: Tensor, scaling: float, softcap: float, mask: Tensor | None) -> Tensor:
-    """Attention of one row, float32. q: (heads, queries, head_dim), those of the last tokens; mask: (heads, queries, tokens)."""
+    """Attention of one row, float32. q: (heads, queries, head_dim), those of the last tokens; mask: (heads, queries,
+    tokens).
+    """
     _, queries, channels = q.shape
     # (KV heads, group, queries, ...): the heads that share K and V lie together
     grouped = (q * scaling).view(store.heads, -1, queries, channels)
@@ -107,7 +110,9 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _check(store: Store, q: Tensor, softcap: float) -> None:
-    """Raise InvalidInput if q does not fit the store, or a transform leaves out of the scores what a soft cap would notice."""
+    """Raise InvalidInput if q does not fit the store, or a transform leaves out of the scores what a soft cap would
+    notice.
+    """
     fits = q.ndim == 4 and (q.shape[0], q.shape[3]) == (store.batch, store.channels)
     if not store.batch or not fits or not q.shape[1] or q.shape[1] % store.heads or not 0 < q.shape[2] <= store.tokens:
         raise InvalidInput(

@@ -14,7 +14,9 @@ from kvcomp.store.tensors import NAMES
 
 
 def check_kv(k: Tensor, v: Tensor) -> None:
-    """Raise InvalidInput unless K and V are of one shape, (batch, KV heads, tokens, head_dim), and of one dtype that kvcomp codes."""
+    """Raise InvalidInput unless K and V are of one shape, (batch, KV heads, tokens, head_dim), and of one dtype that
+    kvcomp codes.
+    """
     if k.ndim != 4 or k.shape != v.shape:
         raise InvalidInput(
             f"K and V must both be (batch, KV heads, tokens, head_dim), not {tuple(k.shape)} and {tuple(v.shape)}"

@@ -1,7 +1,7 @@
 """KVStore: one layer's cache in main memory. Sealed pages are only ever added; recent tokens and sinks are raw.
 
-Tokens have positions from 0 to ``tokens``, the same for all rows of the batch. Left padding is never sealed. A row's pages depend on its own
-tokens alone.
+Tokens have positions from 0 to ``tokens``, the same for all rows of the batch. Left padding is never sealed. A row's
+pages depend on its own tokens alone.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from kvcomp.codec.page import Layout
 from kvcomp.errors import BackendUnavailable, InvalidInput
 from kvcomp.kernels import Books, CacheView, Steps, load_backend
 from kvcomp.spec import KINDS, PAGE_TOKENS, CodecSpec
+from kvcomp.store import read
 from kvcomp.store.checks import check_crop, check_kv, check_more, check_starts, row_index
 from kvcomp.store.join import join
 from kvcomp.store.memory import Memory, memory_of
 from kvcomp.store.protocol import Store
 from kvcomp.store.rows import Rows
 from kvcomp.store.seal import seal_row
-from kvcomp.store.tail import TILE_PAGES, grown_room, steady_room
+from kvcomp.store.tail import grown_room, steady_room
 from kvcomp.store.tensors import as_array
 from kvcomp.store.training import check_books, default_book
 
@@ -41,9 +42,9 @@ class KVStore:
     backend
         ``cpu``, or ``reference`` to check against it.
     books
-        For K and for V the default book and the one every row has for its own, as a calibration has them for the unit ``head``; rows
-        then train none. Without, default books follow from relative scales. The unit ``head`` has none: its blocks have a fixed width
-        until a row has trained its own book.
+        For K and for V the default book and the one every row has for its own, as a calibration has them for the unit
+        ``head``; rows then train none. Without, default books follow from relative scales. The unit ``head`` has none:
+        its blocks have a fixed width until a row has trained its own book.
     transform
         What K and V pass before they are held: pages, sinks and tail hold K' and V'.
     """
@@ -88,7 +89,8 @@ class KVStore:
     ) -> Self:
         """A store like this one that holds other rows, whose arrays become its own.
 
-        tail: K and V of the last positions, which are raw. sinks: none if None. Raises InvalidInput if the calibration is of another shape.
+        tail: K and V of the last positions, which are raw. sinks: none if None. Raises InvalidInput if the calibration
+        is of another shape.
         """
         store = object.__new__(type(self))
         vars(store).update(vars(self))
@@ -129,7 +131,9 @@ class KVStore:
         self.tokens += new
 
     def set_starts(self, starts: Sequence[int]) -> None:
-        """Say at which position each row's real tokens begin. Raises InvalidInput for a row that is sealed from another position."""
+        """Say at which position each row's real tokens begin. Raises InvalidInput for a row that is sealed from another
+        position.
+        """
         check_starts(starts, self.batch, self.tokens)
         new, rows = np.asarray(starts, np.int64), self.rows
         moved = new != rows.starts
@@ -158,7 +162,9 @@ class KVStore:
 
     @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
-        """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do not exist."""
+        """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do
+        not exist.
+        """
         index = row_index(rows, self.batch)
         chosen = torch.from_numpy(index)
         self.tail_k, self.tail_v, self.sinks_k, self.sinks_v = (
@@ -174,7 +180,9 @@ class KVStore:
         return join(stores, tokens)
 
     def slice(self, first: int, last: int, sinks: int) -> Self:
-        """The pages ``first`` to ``last`` of each row behind so many sinks, as a store of their own; nothing is copied."""
+        """The pages ``first`` to ``last`` of each row behind so many sinks, as a store of their own;
+        nothing is copied.
+        """
         rows = self.rows.slice(first, last, sinks)
         tail = self.tail_k[:, :, :0], self.tail_v[:, :, :0]
         return self.of(rows, int(rows.tail_begin.max()), tail, (self.sinks_k, self.sinks_v))
@@ -231,7 +239,9 @@ class KVStore:
         return queries <= self.tokens - int(self.rows.tail_begin.max()) + 1
 
     def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
-        """Fused attention of the last tokens, decoding the sealed pages on the fly; q: (batch, heads, queries, head_dim)."""
+        """Fused attention of the last tokens, decoding the sealed pages on the fly; q: (batch, heads, queries,
+        head_dim).
+        """
         group, queries = q.shape[1] // self.heads, q.shape[2]
         inner = q.detach().to(torch.float32) if self.transform is None else self.transform.queries(q)
         at = self.tokens - self.tail_base
@@ -274,33 +284,16 @@ class KVStore:
 
     def tiles(self, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """A row's tokens in order: position of the first, and K and V as held, (KV heads, tokens, head_dim) each."""
-        position, sinks, count = (int(x[row]) for x in (self.rows.starts, self.rows.sink_count, self.rows.count))
-        if sinks:
-            yield position, self.sinks_k[row, :, :sinks], self.sinks_v[row, :, :sinks]
-            position += sinks
-        for first in range(0, count, TILE_PAGES):
-            k, v = self.tile(row, first, min(first + TILE_PAGES, count))
-            yield position, k, v
-            position += k.shape[1]
-        last = self.tokens - self.tail_base
-        for at in range(position - self.tail_base, last, TILE_PAGES * PAGE_TOKENS):
-            part = slice(at, min(at + TILE_PAGES * PAGE_TOKENS, last))
-            yield self.tail_base + at, self.tail_k[row, :, part], self.tail_v[row, :, part]
+        return read.tiles(self, row)
 
     def tile(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """What the pages ``first`` to ``last`` of a row hold, K' and V' where there is a transform: (KV heads, tokens, head_dim) in the dtype."""
-        k = torch.empty((self.heads, (last - first) * PAGE_TOKENS, self.channels), dtype=self.dtype)
-        v = torch.empty_like(k)
-        pages = self.rows.pages[row, first:last].copy()
-        self.kernels.decompress(pages, self.units, *self.books(row), as_array(k), as_array(v), self.steps)
-        valid = torch.from_numpy(self.rows.valid[row, first:last])
-        if int(valid.sum()) == k.shape[1]:
-            return k, v
-        used = (torch.arange(PAGE_TOKENS)[None] < valid[:, None]).ravel()
-        return k[:, used], v[:, used]
+        """What the pages ``first`` to ``last`` of a row hold, (KV heads, tokens, head_dim) each."""
+        return read.tile(self, row, first, last)
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """K and V as attention sees them, (batch, KV heads, tokens, head_dim) in the dtype; padding is 0 once a row is sealed."""
+        """K and V as attention sees them, (batch, KV heads, tokens, head_dim) in the dtype; padding is 0 once a row is
+        sealed.
+        """
         k, v = self.held()
         if self.transform is None:
             return k, v
@@ -311,17 +304,7 @@ class KVStore:
 
     def held(self) -> tuple[Tensor, Tensor]:
         """The same as it is held: K' and V' where there is a transform."""
-        k = torch.zeros((self.batch, self.heads, self.tokens, self.channels), dtype=self.dtype)
-        v = torch.zeros_like(k)
-        for row, (start, begin) in enumerate(zip(self.starts.tolist(), self.rows.tail_begin.tolist(), strict=True)):
-            first = self.tail_base if begin == start else start  # nothing sealed: give the padding as it came
-            if first < start:
-                part = slice(0, start - self.tail_base)
-                k[row, :, first:start], v[row, :, first:start] = self.tail_k[row, :, part], self.tail_v[row, :, part]
-            for at, tile_k, tile_v in self.tiles(row):
-                part = slice(at, at + tile_k.shape[1])
-                k[row, :, part], v[row, :, part] = tile_k, tile_v
-        return k, v
+        return read.held(self)
 
     def memory(self) -> Memory:
         """Bytes by part; a test holds them against what is allocated."""
@@ -390,7 +373,9 @@ class KVStore:
 
     @torch.inference_mode(False)
     def _trim_tail(self) -> None:
-        """Give back what a prefill took for tokens that are now sealed: all of it, as nothing here holds the tail's address."""
+        """Give back what a prefill took for tokens that are now sealed: all of it, as nothing here holds the tail's
+        address.
+        """
         base = int(self.rows.tail_begin.min())
         kept = self.tokens - base
         if self.tail_k.shape[2] > self._steady_room() >= kept and self.compressed:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 @torch.inference_mode(False)
 def join(stores: Sequence[KVStore], tokens: int | None = None) -> KVStore:
-    """One batch of the rows of several stores of one layer, which stay as they are; pages are shared. Rows get padding on the left.
+    """One batch of the rows of several stores of one layer, which stay as they are; pages are shared. Rows get padding
+    on the left.
 
     tokens: positions that the batch has, not fewer than a row has tokens; None for those of the longest store.
     Raises InvalidInput unless all have the same spec, shape and dtype, and hold tokens.
@@ -40,15 +41,19 @@ def join(stores: Sequence[KVStore], tokens: int | None = None) -> KVStore:
 
 
 def first_of_tail(store: KVStore) -> int:
-    """The first position that a row needs of the tail; of a row of which nothing is sealed also the padding, as it came."""
+    """The first position that a row needs of the tail; of a row of which nothing is sealed also the padding, as it
+    came.
+    """
     begin = store.rows.tail_begin
     return int(np.where(begin == store.rows.starts, store.tail_base, begin).min())
 
 
 def last_tokens(store: KVStore, recent: int) -> npt.NDArray[Any]:
-    """The last ``recent`` tokens of K and V, (2, rows, heads, recent, D); 0 where a row has them compressed or not at all.
+    """The last ``recent`` tokens of K and V, (2, rows, heads, recent, D); 0 where a row has them compressed or not at
+    all.
 
-    In NumPy: torch shares copies of this size among threads, and waits for them longer than the rest takes where cores are busy.
+    In NumPy: torch shares copies of this size among threads, and waits for them longer than the rest takes where cores
+    are busy.
     """
     held = [as_array(x) for x in (store.tail_k, store.tail_v)]
     tail = np.zeros((2, store.batch, store.heads, recent, store.channels), held[0].dtype)

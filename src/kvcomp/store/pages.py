@@ -20,7 +20,9 @@ from kvcomp.store.tensors import as_array
 
 
 def bits_by_head(store: KVStore) -> npt.NDArray[np.float64]:
-    """Bits for each value in the blocks of K and V of each head, (2, heads); pages that rows share count once. NaN without pages."""
+    """Bits for each value in the blocks of K and V of each head, (2, heads); pages that rows share count once. NaN
+    without pages.
+    """
     sizes = np.zeros(2 * store.heads, np.int64)
     seen: set[int] = set()
     for owners, addresses, count in zip(
@@ -52,8 +54,8 @@ def compare(store: KVStore, k: Tensor, v: Tensor) -> Comparison:
     """Hold what a store gives back against what went in, each value with the bound of its unit.
 
     k, v: (batch, KV heads, tokens, head_dim) of the store's dtype; left padding is of no account.
-    Raises InvalidInput for tensors of another shape or dtype, and for a store whose pages were cropped: their bounds depend on tokens
-    that it no longer has.
+    Raises InvalidInput for tensors of another shape or dtype, and for a store whose pages were cropped: their bounds
+    depend on tokens that it no longer has.
     """
     shape = store.batch, store.heads, store.tokens, store.channels
     for x in (k, v):
@@ -78,7 +80,9 @@ def compare(store: KVStore, k: Tensor, v: Tensor) -> Comparison:
 
 
 def error_shares(store: KVStore, k: Tensor, v: Tensor) -> Iterator[tuple[Kind, npt.NDArray[np.float64]]]:
-    """Errors of what is sealed over their bounds, signed, of K and of V; without those of exact values. Arguments as in ``compare``."""
+    """Errors of what is sealed over their bounds, signed, of K and of V; without those of exact values. Arguments as in
+    ``compare``.
+    """
     tensors = store.spec.key, store.spec.value
     for kind, given, back, tensor in zip(KINDS, _held(store, k, v), store.held(), tensors, strict=True):
         for row in range(store.batch):
@@ -96,8 +100,8 @@ def _held(store: KVStore, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bound(x: npt.NDArray[Any], y: npt.NDArray[Any], tensor: TensorSpec) -> npt.NDArray[np.float64]:
-    """The bound of each value, (pages, heads, 64 or 1, D or 1); the unit ``head`` keeps its own before the rounding to the type, so that half of the
-    type's spacing comes on top."""
+    """The bound of each value, (pages, heads, 64 or 1, D or 1); the unit ``head`` keeps its own before the rounding to
+    the type, so that half of the type's spacing comes on top."""
     bound = error_bound(x, tensor.unit, tensor.scale)
     if tensor.unit != "head":
         return bound

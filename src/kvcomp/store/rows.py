@@ -129,7 +129,9 @@ class Rows:
 
     @classmethod
     def chained(cls, parts: Sequence[Rows]) -> Rows:
-        """The pages of several slices of the same rows, one after the other, behind the sinks of the first and with its books."""
+        """The pages of several slices of the same rows, one after the other, behind the sinks of the first and with its
+        books.
+        """
         first = parts[0]
         pages = np.concatenate([part.pages[:, : part.count.max()] for part in parts], axis=1)
         valid = np.concatenate([part.valid[:, : part.count.max()] for part in parts], axis=1)

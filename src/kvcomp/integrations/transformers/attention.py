@@ -40,11 +40,14 @@ def kvcomp_attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, over a KVCompCache or over plain tensors.
 
-    query: (batch, heads, new tokens, head_dim). key, value: what ``update`` returned, or (batch, KV heads, tokens, head_dim).
+    query: (batch, heads, new tokens, head_dim). key, value: what ``update`` returned, or (batch, KV heads, tokens,
+    head_dim).
     attention_mask: None for causal, or (batch, 1 or heads, new tokens, tokens), boolean or additive.
-    position_ids: of the new tokens, (batch or 1, new tokens), if the model tells; they are compared with what the cache holds.
+    position_ids: of the new tokens, (batch or 1, new tokens), if the model tells; they are compared with what the cache
+    holds.
     Returns (batch, new tokens, heads, head_dim) in the query's dtype, and no weights.
-    Raises UnsupportedModel or InvalidInput for what it cannot do; a KVCompCache layer is then as it was before its update.
+    Raises UnsupportedModel or InvalidInput for what it cannot do; a KVCompCache layer is then as it was before its
+    update.
     """
     source = key.source if isinstance(key, Handle) else None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)

@@ -7,9 +7,9 @@
     model.generate(**inputs, past_key_values=cache)
     print(cache.memory())
 
-A prompt is attended exactly and then compressed; decoding reads the compressed pages where they lie. Under another attention
-implementation (sdpa, eager) results are as right, but each layer's cache is decompressed whole for its turn, tokens are compressed
-one forward pass late, and left padding is stored as tokens are.
+A prompt is attended exactly and then compressed; decoding reads the compressed pages where they lie. Under another
+attention implementation (sdpa, eager) results are as right, but each layer's cache is decompressed whole for its turn,
+tokens are compressed one forward pass late, and left padding is stored as tokens are.
 
 Works with transformers 5.14 to 5.23.
 """
@@ -46,14 +46,17 @@ from kvcomp.store import Memory
 class KVCompCache(Cache):
     """A transformers cache that keeps the K and V of full-attention layers compressed.
 
-    config: the configuration of the model (``model.config``); of a multi-modal model the text part is taken. Sliding-window,
-        chunked and linear-attention layers, which are small, get the cache layers that transformers gives them.
+    config: the configuration of the model (``model.config``); of a multi-modal model the text part is taken.
+        Sliding-window, chunked and linear-attention layers, which are small, get the cache layers that transformers
+        gives them.
     spec: a CodecSpec, a preset's name or the path of a spec.json.
-    calibration: of the model, for the preset ``kvcomp-klt`` with its quality level, as in ``kvcomp-klt:balanced``: the path of a .kvcal file, which
-        ``kvcomp calibrate`` makes, or what ``Calibration.read`` read from it.
-    backend: ``cpu``, ``gpu`` for a model on NVIDIA GPUs, each layer's cache where the layer is, or ``reference`` to check against it.
+    calibration: of the model, for the preset ``kvcomp-klt`` with its quality level, as in ``kvcomp-klt:balanced``: the
+        path of a .kvcal file, which ``kvcomp calibrate`` makes, or what ``Calibration.read`` read from it.
+    backend: ``cpu``, ``gpu`` for a model on NVIDIA GPUs, each layer's cache where the layer is, or ``reference`` to
+    check against it.
 
-    Raises UnsupportedModel if the model's cache cannot be held, and InvalidInput or BackendUnavailable for the other arguments.
+    Raises UnsupportedModel if the model's cache cannot be held, and InvalidInput or BackendUnavailable for the other
+    arguments.
     """
 
     def __init__(
@@ -89,12 +92,17 @@ class KVCompCache(Cache):
         rows: Sequence[int] | None = None,
         layers: Sequence[int] | None = None,
     ) -> None:
-        """Write a .kvc file from which ``load`` goes on as if nothing had happened; it takes the place of what was there.
+        """Write a .kvc file from which ``load`` goes on as if nothing had happened; it takes the place of what was
+        there.
 
-        model_id: the model itself, whose weights are hashed, or a name for them, such as a commit; ``load`` must then be given the same.
-        The configuration is always compared; with None nothing else is, so that a model with other weights of the same shape passes.
-        rows: which of the batch to write, all if None. layers: which ones, all if None; ``kvcomp.load`` reads single layers.
-        Raises InvalidInput for an empty cache, UnsupportedModel if a layer is neither full attention nor a sliding window, and OSError.
+        model_id: the model itself, whose weights are hashed, or a name for them, such as a commit; ``load`` must then
+        be given the same.
+        The configuration is always compared; with None nothing else is, so that a model with other weights of the same
+        shape passes.
+        rows: which of the batch to write, all if None. layers: which ones, all if None; ``kvcomp.load`` reads single
+        layers.
+        Raises InvalidInput for an empty cache, UnsupportedModel if a layer is neither full attention nor a sliding
+        window, and OSError.
         """
         self.session.check_lengths(self.session.longest, self.get_seq_length())
         stores = transformers_files.stores_of(self.layers, self.spec)
@@ -116,11 +124,13 @@ class KVCompCache(Cache):
         calibration: Calibration | str | Path | None = None,
         backend: str = "cpu",
     ) -> Self:
-        """The cache that ``save`` wrote, without decoding anything; nobody may write into the file as long as the cache lives.
+        """The cache that ``save`` wrote, without decoding anything; nobody may write into the file as long as the cache
+        lives.
 
         path: a file, or several whose rows become one batch, padded on the left. model_id: as it was given to ``save``.
         tokens: how many of the first to keep, all if None; past a sliding window there is no prefix to cut.
-        rows: which of each file, all if None. calibration: the one that the cache was compressed with, if with any. Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError, and InvalidInput or
+        rows: which of each file, all if None. calibration: the one that the cache was compressed with, if with any.
+        Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError, and InvalidInput or
         UnsupportedModel for a file of another model or without what is asked for.
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
@@ -153,7 +163,9 @@ class KVCompCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def memory(self) -> Memory:
-        """Bytes by part, over all layers. Those of layers that are not compressed count as ``other``, and as much as ``dense``."""
+        """Bytes by part, over all layers. Those of layers that are not compressed count as ``other``, and as much as
+        ``dense``.
+        """
         parts = [layer.store.memory() if isinstance(layer, CompressedLayer) else _stock(layer) for layer in self.layers]
         return reduce(add, parts, Memory())
 
@@ -163,8 +175,8 @@ class KVCompCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Append the K and V of a layer, both (batch, KV heads, new tokens, head_dim); returns all of both.
 
-        Raises InvalidInput if they are not of the model that the cache was made for, LimitExceeded for more tokens than the model's
-        positions allow; the cache is then as it was.
+        Raises InvalidInput if they are not of the model that the cache was made for, LimitExceeded for more tokens than
+        the model's positions allow; the cache is then as it was.
         """
         session = self.session
         if layer_idx == self.first:
@@ -179,7 +191,9 @@ class KVCompCache(Cache):
             return both
 
     def _begin(self, new: int) -> None:
-        """Begin a forward pass with so many new tokens. Raises InvalidInput if the one before did not come to its end."""
+        """Begin a forward pass with so many new tokens. Raises InvalidInput if the one before did not come
+        to its end.
+        """
         self.session.check_whole()
         before = self.session.forward
         if before is not None and not before.ended:
@@ -190,7 +204,9 @@ class KVCompCache(Cache):
         self.session.begin(ForwardPass(self), seen, new)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the mask for this many new tokens. Raises LimitExceeded if the model's positions do not allow them."""
+        """Length and offset of the mask for this many new tokens. Raises LimitExceeded if the model's positions do not
+        allow them.
+        """
         self.session.check_whole()
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         self._check_limit(query_length, length + offset - query_length)
@@ -206,7 +222,9 @@ class KVCompCache(Cache):
         self.session.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as it was in older transformers."""
+        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as it was in older
+        transformers.
+        """
         layers: list[Any] = list(self.layers)
         layers.sort(key=lambda layer: isinstance(layer, CompressedLayer))  # those that may refuse go first
         for layer in layers:
@@ -218,12 +236,14 @@ class KVCompCache(Cache):
             super().reorder_cache(beam_idx)
 
     def join(self, other: KVCompCache) -> None:
-        """Add the rows of another cache of the same model and spec, behind those that there are; nothing is compressed anew.
+        """Add the rows of another cache of the same model and spec, behind those that there are; nothing is compressed
+        anew.
 
-        All rows end at the same position: the shorter ones get padding on the left, and padding that every row has goes. The next forward
-        pass needs ``attention_mask``, and positions that follow from it. Rows leave with ``batch_select_indices``. The other cache stays as it is.
-        Raises InvalidInput for a cache of another model, spec or backend or without tokens, UnsupportedModel if a layer's cache is not
-        kvcomp's, and LimitExceeded if memory ends; the cache is then as it was.
+        All rows end at the same position: the shorter ones get padding on the left, and padding that every row has
+        goes. The next forward pass needs ``attention_mask``, and positions that follow from it. Rows leave with
+        ``batch_select_indices``. The other cache stays as it is.
+        Raises InvalidInput for a cache of another model, spec or backend or without tokens, UnsupportedModel if a
+        layer's cache is not kvcomp's, and LimitExceeded if memory ends; the cache is then as it was.
         """
         self.session.check_configuration(other.session.configuration)
         self.session.check_lengths(self.session.longest, other.session.longest)
@@ -243,7 +263,9 @@ class KVCompCache(Cache):
             layer.store = store
 
     def attention_mask(self, new: int = 1) -> Tensor:
-        """The mask that a forward pass with so many new tokens needs: int64 (batch, tokens held + new), 0 where a row has padding."""
+        """The mask that a forward pass with so many new tokens needs: int64 (batch, tokens held + new), 0 where a row
+        has padding.
+        """
         store = self.compressed_layers[0].store
         start = torch.from_numpy(store.starts).to(store.device)
         position = torch.arange(store.tokens + new, device=store.device)

@@ -36,7 +36,9 @@ def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
 
 
 def give(layer: Any, store: KVStore) -> None:
-    """Give a layer what was read from a file. Raises InvalidInput if a sliding window lacks tokens that were cut off."""
+    """Give a layer what was read from a file. Raises InvalidInput if a sliding window lacks tokens that
+    were cut off.
+    """
     if isinstance(layer, CompressedLayer):
         layer.store = store
         layer.is_initialized = True

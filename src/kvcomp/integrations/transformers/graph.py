@@ -9,8 +9,8 @@
     while ...:
         logits = graph.step(logits.argmax(-1))
 
-That works because a step is a function of what lies on the device: how many tokens there are is a number there, and neither pages, tail nor
-books move while tokens are added. Pages are compressed between two steps, outside the graph.
+That works because a step is a function of what lies on the device: how many tokens there are is a number there, and
+neither pages, tail nor books move while tokens are added. Pages are compressed between two steps, outside the graph.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from kvcomp.store.gpu.arena import to_pinned
 class DecodeGraph:
     """The decoding step of a model over a cache that holds a prompt.
 
-    model: a causal language model of transformers with the attention "kvcomp", all of it on one GPU. cache: with the backend ``gpu``. Between
-    two steps rows may join and leave, and tokens be cropped; the next steps then record anew.
+    model: a causal language model of transformers with the attention "kvcomp", all of it on one GPU. cache: with the
+    backend ``gpu``. Between two steps rows may join and leave, and tokens be cropped; the next steps then record anew.
 
-    Raises UnsupportedModel if a layer's cache is not kvcomp's, and InvalidInput for another attention, an empty cache or several GPUs.
+    Raises UnsupportedModel if a layer's cache is not kvcomp's, and InvalidInput for another attention, an empty cache
+    or several GPUs.
     """
 
     def __init__(self, model: PreTrainedModel, cache: KVCompCache) -> None:
@@ -68,10 +69,13 @@ class DecodeGraph:
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
-        """Add one token to each row and return what the model makes of it: logits (batch, vocabulary), valid until the next step.
+        """Add one token to each row and return what the model makes of it: logits (batch, vocabulary), valid until the
+        next step.
 
-        ids: int64 (batch,) or (batch, 1), on the model's device. The first step, and the first with another batch, is an ordinary one.
-        Raises InvalidInput for another shape, LimitExceeded if the model's positions end or memory does; the cache is then as it was.
+        ids: int64 (batch,) or (batch, 1), on the model's device. The first step, and the first with another batch, is
+        an ordinary one.
+        Raises InvalidInput for another shape, LimitExceeded if the model's positions end or memory does; the cache is
+        then as it was.
         """
         stores, batch = self._stores, self._stores[0].batch
         if ids.numel() != batch:

@@ -26,7 +26,9 @@ class Source:
         self.unread: dict[int, Tensor] = {}
 
     def dense(self, part: int) -> Tensor:
-        """K (0) or V (1), (batch, KV heads, tokens, head_dim). Both are decompressed at once and kept until they are read."""
+        """K (0) or V (1), (batch, KV heads, tokens, head_dim). Both are decompressed at once and kept until they are
+        read.
+        """
         self.check()
         if self.fresh is not None:
             return self.fresh[part]

@@ -50,12 +50,13 @@ class CompressedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append K and V, both (batch, KV heads, new tokens, head_dim), and return all of both as handles.
 
-        Raises UnsupportedModel if K and V differ in shape, InvalidInput or BackendUnavailable if they do not fit what is held;
-        the layer is then as it was.
+        Raises UnsupportedModel if K and V differ in shape, InvalidInput or BackendUnavailable if they do not fit what
+        is held; the layer is then as it was.
         """
         if key_states.shape != value_states.shape:
             raise UnsupportedModel(
-                f"K is {tuple(key_states.shape)}, V {tuple(value_states.shape)}: kvcomp needs both of one shape (so no MLA)"
+                f"K is {tuple(key_states.shape)}, V {tuple(value_states.shape)}: kvcomp needs both of one shape "
+                "(so no MLA)"
             )
         if self.unsealed:  # another attention implementation has the last word on when it has read its keys and values
             self.seal()

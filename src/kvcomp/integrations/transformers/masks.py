@@ -78,7 +78,8 @@ def kvcomp_mask(
     given = None if attention_mask is None else attention_mask.shape[-1]
     if given not in (None, kv_length + kv_offset) and kv_length + kv_offset == q_offset + q_length:
         raise InvalidInput(
-            f"the attention mask has {given} entries, and there are {int(q_offset)} tokens in the cache and {q_length} new "
+            f"the attention mask has {given} entries, and there are {int(q_offset)} tokens in the cache and "
+            f"{q_length} new "
             "ones: give the mask of all of them, and ids that go beyond those in the cache"
         )
     mask: Tensor | None = sdpa_mask(

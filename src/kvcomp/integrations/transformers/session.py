@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 class ForwardPass:
     """One forward pass over a cache, which counts in every layer or in none.
 
-    It begins with the update of the first layer. Each update, and each attention of "kvcomp", runs inside ``with``. If one
-    fails before all layers have the new tokens and have compressed what they must, all go back to where they were. A
-    failure between two layers shows when the next pass begins: that one is refused. Sliding windows and linear attention
+    It begins with the update of the first layer. Each update, and each attention of "kvcomp", runs inside ``with``. If
+    one fails before all layers have the new tokens and have compressed what they must, all go back to where they were.
+    A failure between two layers shows when the next pass begins: that one is refused. Sliding windows and linear
+    attention
     cannot go back: the cache then refuses everything until it is reset.
     """
 
@@ -75,7 +76,9 @@ class ForwardPass:
 
 
 class Session:
-    """The model a cache belongs to, the forward pass under way with its mask, and the layer that a GPU compresses meanwhile."""
+    """The model a cache belongs to, the forward pass under way with its mask, and the layer that a GPU compresses
+    meanwhile.
+    """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = ref(config)
@@ -117,11 +120,15 @@ class Session:
         self.longest = max(self.longest if before else 0, before + new)
 
     def length_matters(self, tokens: int) -> bool:
-        """Whether the rotary frequencies of a forward pass that ends at so many tokens are others than those of a short one."""
+        """Whether the rotary frequencies of a forward pass that ends at so many tokens are others than those of a short
+        one.
+        """
         return self.rope_switch is not None and tokens >= self.rope_switch
 
     def check_lengths(self, *lengths: int) -> None:
-        """Raise InvalidInput if the K of sequences of different lengths would come together, and depend on the length."""
+        """Raise InvalidInput if the K of sequences of different lengths would come together, and depend on
+        the length.
+        """
         if len(set(lengths)) > 1 and self.length_matters(max(lengths)):
             raise InvalidInput(
                 f"the model's rotary frequencies depend on the length from {self.rope_switch} tokens on, "
@@ -148,14 +155,18 @@ class Session:
         return self.plan
 
     def check_positions(self, positions: Tensor, expected: npt.NDArray[np.int64]) -> None:
-        """Raise InvalidInput if the last new token comes before its place in a row. positions: (batch or 1, new tokens)."""
+        """Raise InvalidInput if the last new token comes before its place in a row. positions: (batch or 1, new
+        tokens).
+        """
         if positions is self.positions:
             return
         last = positions[:, -1].cpu().numpy()
         if (last < expected).any():
             raise InvalidInput(
-                f"the new tokens end at the positions {last.tolist()}, in the cache they end at {expected.tolist()}: give "
-                "generate ids that go beyond those in the cache (crop takes the last ones out), and their whole attention mask"
+                f"the new tokens end at the positions {last.tolist()}, in the cache they end at "
+                f"{expected.tolist()}: give "
+                "generate ids that go beyond those in the cache (crop takes the last ones out), and their whole "
+                "attention mask"
             )
         self.positions = positions
 

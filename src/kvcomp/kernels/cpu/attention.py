@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Fused decode attention on compressed pages (KVComp, arXiv 2509.00579, "Fetch").
 
-One task is one KV head of one part of a sequence: sixteen pages, or the raw sinks and tail. A block is decoded into a few
-kilobytes of scratch, used at once and forgotten. Scales are folded into q (K) and into the weights (V), zeros into one
-number for each query, so the products run on bare codes. The parts do not depend on the number of threads, so neither does
-the result.
+One task is one KV head of one part of a sequence: sixteen pages, or the raw sinks and tail. A block is decoded into a
+few kilobytes of scratch, used at once and forgotten. Scales are folded into q (K) and into the weights (V), zeros into
+one number for each query, so the products run on bare codes. The parts do not depend on the number of threads, so
+neither does the result.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def score_coded_keys(unit, slot, books, s):
 
 @compiled(fastmath=FAST)
 def add_coded_values(unit, slot, books, s, out):
-    """out[g, c] += sum over tokens of weight * (code + zero) * scale, from pairs [token pair][channel]; in part through ``rest``."""
+    """out[g, c] += sum over tokens of weight * (code + zero) * scale, from pairs [token pair][channel]; in part through
+    ``rest``.
+    """
     pitch, rows, step = i64(4 * FACTORS), TOKENS // 2, 4 * s.channels
     rest, zero, scale = floats_at(s.rest, s.queries), floats_at(s.zero, s.channels), floats_at(s.scale, s.channels)
     part, sums = floats_at(s.part, (s.queries, s.channels)), floats_at(out, (s.queries, s.channels))
@@ -229,7 +231,9 @@ def attend_page(
 
 @compiled
 def attend_raw(keys, key_step, values, value_step, begin, end, ends, dtype, softcap, s, peak, total, out):
-    """Online softmax over the raw tokens ``begin`` to ``end``, ``step`` bytes apart; query g sees those before ends[g]."""
+    """Online softmax over the raw tokens ``begin`` to ``end``, ``step`` bytes apart; query g sees those
+    before ends[g].
+    """
     seen = integers_at(s.seen, s.queries)
     for token in range(begin, end, TOKENS):
         tokens = min(TOKENS, end - token)
@@ -248,9 +252,10 @@ def attend_tasks(
 ):  # fmt: skip
     """Take tasks (row, part, KV head) until none is left.
 
-    first_part: (rows + 1,), number of the first part of each row; a row's parts are its pages by sixteen, then its tail by 512 tokens,
-    the sinks with the first of these. sinks, tail: addresses of K and of V; their strides: bytes between rows, heads, tokens.
-    partial_out (parts, heads, queries, channels), partial_peak, partial_total (parts, heads, queries): unnormalised sums.
+    first_part: (rows + 1,), number of the first part of each row; a row's parts are its pages by sixteen, then its tail
+    by 512 tokens, the sinks with the first of these. sinks, tail: addresses of K and of V; their strides: bytes between
+    rows, heads, tokens. partial_out (parts, heads, queries, channels), partial_peak, partial_total (parts, heads,
+    queries): unnormalised sums.
     """
     rows, heads, queries, channels = q.shape
     table_bytes, begin = i64(0), np.empty((4, MOST_CLASSES), i64)

@@ -149,10 +149,11 @@ def decompress(
 
 
 def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised:
-    """Quantise whole pages so that every value of a block that is not raw comes back within its bound (docs/format.md, section 3).
+    """Quantise whole pages so that every value of a block that is not raw comes back within its bound (docs/format.md,
+    section 3).
 
-    x: (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits. scale: the relative scale, or, for the unit ``head``,
-        the step of each head.
+    x: (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits. scale: the relative scale, or, for the
+        unit ``head``, the step of each head.
     Raises InvalidInput for another shape or type, or if ``scale`` does not fit the unit and the heads.
     """
     check_values(x)

@@ -34,7 +34,8 @@ _cacheable = True
 def compiled(
     function: Callable[..., Any] | None = None, *, entry: bool = False, fastmath: set[str] | bool = False
 ) -> Any:
-    """Compile with Numba, without the GIL, and cache on disk; where no directory for that is writable, warn once and go without.
+    """Compile with Numba, without the GIL, and cache on disk; where no directory for that is writable, warn once and go
+    without.
 
     entry: Python calls it; others are called from compiled code only and get no wrapper, which saves compile time.
     """
@@ -74,7 +75,9 @@ def emitted(result: types.Type, arguments: Sequence[types.Type], emit: Emit) -> 
 
 @compiled
 def address_of(array):
-    """Address of an array's first element. Take it where the array is a parameter: Numba frees a local after its last mention."""
+    """Address of an array's first element. Take it where the array is a parameter: Numba frees a local after its last
+    mention.
+    """
     return np.int64(array.ctypes.data)
 
 
@@ -113,7 +116,8 @@ def _storer(given: types.Type) -> Any:
     return emitted(types.void, [types.int64, given], emit)
 
 
-# Arrays on memory that somebody else keeps alive: (address, shape). They cost no reference counting, an array argument does.
+# Arrays on memory that somebody else keeps alive: (address, shape). They cost no reference counting, an array argument
+# does.
 floats_at, integers_at, halves_at, words_at = (
     _viewer(element) for element in (types.float32, types.int64, types.uint16, types.uint32)
 )

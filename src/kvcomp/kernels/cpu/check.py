@@ -1,6 +1,7 @@
 """The checks that keep a decoder in range, compiled: what ``kvcomp.files.check`` asks of every page of foreign bytes.
 
-No byte is read at a place that was not found to be within its page before, or within the spare bytes behind the last one.
+No byte is read at a place that was not found to be within its page before, or within the spare bytes behind the last
+one.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def _scales_are_fine(data: Any, at: int, count: int) -> Any:
 
 @compiled
 def _stream_units(address: int, width: int) -> Any:
-    """The lengths of all 64 streams together, from the word with the bases and the differences behind it; reads up to 8 bytes more."""
+    """The lengths of all 64 streams together, from the word with the bases and the differences behind it; reads up to 8
+    bytes more.
+    """
     bases = np.int64(load_u32(address)) >> 4
     total = (
         STREAMS
@@ -82,11 +85,13 @@ def check_pages(
     unit: int,
     own: Any,
 ) -> Any:
-    """Check pages; 0 if all are fine, else what is wrong with one; for ``MODE`` with kind and mode in the bits from 12 and 8 on.
+    """Check pages; 0 if all are fine, else what is wrong with one; for ``MODE`` with kind and mode in the bits from 12
+    and 8 on.
 
-    data: uint8, the pages and at least 16 spare bytes. begin, sizes: int64, of each page, multiples of 16 within the data, no size
-    below ``first_block``. least: int64 (2, 16), bytes that a block of K or V of each mode needs, -1 for no mode. scale_counts:
-    int64 (2,), scales at the head of a block. shared: int64 (2,), where the token scales of K and V are, -1 for none.
+    data: uint8, the pages and at least 16 spare bytes. begin, sizes: int64, of each page, multiples of 16 within the
+    data, no size below ``first_block``. least: int64 (2, 16), bytes that a block of K or V of each mode needs, -1 for
+    no mode. scale_counts: int64 (2,), scales at the head of a block. shared: int64 (2,), where the token scales of K
+    and V are, -1 for none.
     unit: bits of a unit of length. own: bool (pages, 2), set where a block needs the sequence's own codebook.
     """
     base = address_of(data)

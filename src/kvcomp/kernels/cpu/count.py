@@ -39,7 +39,9 @@ def code_range(codes, low, high):
 
 @compiled(entry=True)
 def count_blocks(codes, raw, kind, counts):
-    """counts[class, a, b] += how often the pair (a, b) occurs in the blocks (pages, heads, 64, channels) that are not raw."""
+    """counts[class, a, b] += how often the pair (a, b) occurs in the blocks (pages, heads, 64, channels) that are not
+    raw.
+    """
     pages, heads, _, channels = codes.shape
     classes = counts.shape[0]
     shape = (TOKENS, channels // 2) if kind == K else (TOKENS // 2, channels)

@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Blocks -> pairs of codes (docs/format.md, sections 4 and 5), the innermost loop of every reader.
 
-Decoded pairs lie where the products want them: K as [channel pair][token], V as [token pair][channel], 16 bits each, in one of two
+Decoded pairs lie where the products want them: K as [channel pair][token], V as [token pair][channel], 16 bits each, in
+one of two
 forms: *narrow* ``bits : 6 | a : 5 | b : 5``, an entry of a decode table as it is, or *wide* ``a : 8 | b : 8``.
 """
 
@@ -36,7 +37,8 @@ from kvcomp.spec import PAGE_TOKENS as TOKENS
 K, V = np.int64(0), np.int64(1)  # not int: Numba would compile for each of the two numbers
 NARROW_A, NARROW_B = 6, 11  # first bits of a and b
 
-# A book's description (see ``_describe`` in cpu.py): how many classes it has, 0 for no book, and for each of four classes these columns.
+# A book's description (see ``_describe`` in cpu.py): how many classes it has, 0 for no book, and for each of four
+# classes these columns.
 CLASSES, MOST_CLASSES = 0, 4
 LENGTHS, FIRST, LEVELS, SPLIT, SYMBOLS, BITS, FORM, FAST, OF_CLASS = 0, 1, 2, 3, 4, 5, 6, 7, 8
 COLUMNS = 1 + MOST_CLASSES * OF_CLASS
@@ -79,7 +81,8 @@ def canonical_words(lengths, count, limit, words):
 
 @compiled
 def build_table(lengths, symbols, bits, table):
-    """Decode table of 2^bits narrow entries for one class, whose longest code has that many bits; of the high parts where codes are split.
+    """Decode table of 2^bits narrow entries for one class, whose longest code has that many bits; of the high parts
+    where codes are split.
 
     The codes of a length are entered when the table has just one place for each, then the table is doubled.
     """
@@ -108,14 +111,18 @@ def build_table(lengths, symbols, bits, table):
 
 
 def _pair_decoder(*window_pairs: int, checked: bool = False, split: bool = False) -> Any:
-    """``decode(positions, table, table_bits, k, offsets, out, low, pairs)``: the next pairs of eight streams, interleaved; how many there were.
+    """``decode(positions, table, table_bits, k, offsets, out, low, pairs)``: the next pairs of eight streams,
+    interleaved; how many there were.
 
-    positions: address of the absolute bit positions of the streams, int64, which move on; three lie between two of these streams. table: address.
-    offsets: address of int64, where each pair lies in the output, in bytes; the eight streams lie side by side. pairs: a multiple of all window_pairs.
-    checked: stop before a window whose pairs do not fit the 57 bits that are sure. split: k low bits of a, then of b follow each code word;
-    what follows goes to ``low``, at the same place, for ``join``.
+    positions: address of the absolute bit positions of the streams, int64, which move on; three lie between two of
+    these streams. table: address.
+    offsets: address of int64, where each pair lies in the output, in bytes; the eight streams lie side by side. pairs:
+    a multiple of all window_pairs.
+    checked: stop before a window whose pairs do not fit the 57 bits that are sure. split: k low bits of a, then of b
+    follow each code word; what follows goes to ``low``, at the same place, for ``join``.
 
-    A stream's window is 64 bits from its position, ended by a sentinel 1, so that the leading zeros count what was taken. Positions
+    A stream's window is 64 bits from its position, ended by a sentinel 1, so that the leading zeros count what was
+    taken. Positions
     stay in memory: registers are for the windows.
     """
 
@@ -170,7 +177,9 @@ def _pair_decoder(*window_pairs: int, checked: bool = False, split: bool = False
 
 
 def _joiner(lanes: int) -> Any:
-    """``join(pairs, low, k, count)``: narrow pairs and the low bits of each, k of a and then of b, to wide pairs, in place; count: a multiple of lanes."""
+    """``join(pairs, low, k, count)``: narrow pairs and the low bits of each, k of a and then of b, to wide pairs, in
+    place; count: a multiple of lanes.
+    """
     words_of = vector(I16, lanes)
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
@@ -201,7 +210,9 @@ _join_8, _join_16 = _joiner(8), _joiner(16)
 
 @compiled
 def decode_pairs(book, index, positions, table, offsets, out, low, pairs):
-    """The pairs of a class, in windows of as many as always fit or, where such mostly do, of twice as many. pairs: a multiple of 8."""
+    """The pairs of a class, in windows of as many as always fit or, where such mostly do, of twice as many. pairs: a
+    multiple of 8.
+    """
     form, bits, split = of_class(book, index, FORM), of_class(book, index, BITS), of_class(book, index, SPLIT)
     fast = of_class(book, index, FAST)
     done = pairs if form == EMPTY else 0
@@ -223,7 +234,9 @@ def decode_pairs(book, index, positions, table, offsets, out, low, pairs):
 
 @compiled
 def join(book, index, rows, columns, row_bytes, pairs, low):
-    """Make the pairs of a class wide, if that is its form: rows of so many columns, a multiple of 8, and their low bits."""
+    """Make the pairs of a class wide, if that is its form: rows of so many columns, a multiple of 8, and their low
+    bits.
+    """
     split = of_class(book, index, SPLIT)
     if of_class(book, index, FORM) == WIDE:
         for row in range(rows):
@@ -292,7 +305,8 @@ def _begin(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> Non
         so_far = builder.add(so_far, builder.shuffle_vector(sums, sums, integers(I32, [3] * 4)))
 
 
-# begin_streams(codes, kind, unit_bits, positions): where the streams of a block begin, in bits from address 0, by the lengths at ``codes`` in
+# begin_streams(codes, kind, unit_bits, positions): where the streams of a block begin, in bits from address 0, by the
+# lengths at ``codes`` in
 # units of 2^unit_bits bits.
 begin_streams = emitted(types.void, [types.int64] * 4, _begin)
 

@@ -87,8 +87,9 @@ transpose_tile = emitted(types.void, [types.int64] * 4, _transpose_tile)
 def _restorer(interleaved: bool, by_channel: bool) -> Any:
     """``restore(pairs, count, scale, zero, out_a, out_b)``: ``count`` pairs to (code + zero) * scale.
 
-    Interleaved: the codes are neighbours, out_a gets both, a before b. Else they go to two rows. By channel: scale and zero are
-    arrays along the output; else the first is for out_a, the second for out_b, or the first for both if interleaved.
+    Interleaved: the codes are neighbours, out_a gets both, a before b. Else they go to two rows. By channel: scale and
+    zero are arrays along the output; else the first is for out_a, the second for out_b, or the first for both if
+    interleaved.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
@@ -141,7 +142,9 @@ _values_by_channel, _values_by_token = _restorer(False, True), _restorer(False, 
 
 
 def _widener(form: int) -> Any:
-    """``widen(pairs, count, first)``: pairs ``a : 8 | b : 8`` from those of a form, in place; first: uint16 at an address, added to each."""
+    """``widen(pairs, count, first)``: pairs ``a : 8 | b : 8`` from those of a form, in place; first: uint16 at an
+    address, added to each.
+    """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
         pairs, count, first = args
@@ -182,7 +185,9 @@ def widen(form, pairs, count, first):
 
 @compiled
 def widen_pairs(kind, slot, books, channels, pairs, first):
-    """Pairs of a block as codes of eight bits each, in place; all addresses. first: scratch, uint16 [channels or tokens]."""
+    """Pairs of a block as codes of eight bits each, in place; all addresses. first: scratch, uint16 [channels or
+    tokens].
+    """
     if slot == NO_BOOK:
         return
     book = book_at(books, slot)
@@ -204,7 +209,9 @@ def widen_pairs(kind, slot, books, channels, pairs, first):
 
 @compiled
 def restore(kind, pairs, by_channel, scale, zero, turned, channels, values):
-    """Pairs of codes of eight bits -> float32 values [token, channel]; all addresses. turned: scratch for the pairs of K, token by token."""
+    """Pairs of codes of eight bits -> float32 values [token, channel]; all addresses. turned: scratch for the pairs of
+    K, token by token.
+    """
     half, row_bytes = channels // 2, 4 * channels
     if kind == K:
         for i in range(0, half, TILE):

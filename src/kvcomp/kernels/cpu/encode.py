@@ -65,7 +65,9 @@ def order_streams(kind, words, streams):
 
 @compiled
 def build_words(book, words):
-    """word[b << 8 | a] = code word with the split bits, and its length << 18; words: for each class the address of the word of (0, 0)."""
+    """word[b << 8 | a] = code word with the split bits, and its length << 18; words: for each class the address of the
+    word of (0, 0).
+    """
     canonical = np.empty(MAX_CODES * MAX_CODES, np.uint16)
     for index in range(book[CLASSES]):
         split, levels, symbols = (
@@ -114,10 +116,11 @@ def fill_bytes(source, array):
 
 
 def _packer(pairs_a_flush: int) -> Any:
-    """``pack(streams, of_pair, tables, to, unit, lengths)``: Huffman streams at an address, and their lengths in units. Returns their end.
+    """``pack(streams, of_pair, tables, to, unit, lengths)``: Huffman streams at an address, and their lengths in units.
+    Returns their end.
 
-    tables: int64, for each class the address where the words of ``build_words`` would begin if ``first`` were 0. A flush leaves at most 7
-    bits, so ``pairs_a_flush`` pairs may have 57 bits.
+    tables: int64, for each class the address where the words of ``build_words`` would begin if ``first`` were 0. A
+    flush leaves at most 7 bits, so ``pairs_a_flush`` pairs may have 57 bits.
     """
 
     @compiled
@@ -184,7 +187,9 @@ def store_lengths(kind, lengths, to):
 
 @compiled
 def pack_fixed(streams, width, least, to):
-    """Codes of a fixed width, from ``least`` on: word i of stream x to 4 (64 i + x) bytes behind an address. Returns the end."""
+    """Codes of a fixed width, from ``least`` on: word i of stream x to 4 (64 i + x) bytes behind an address. Returns
+    the end.
+    """
     size = u64(width)
     rows = (2 * streams.shape[1] * width + 31) // 32
     for stream in range(STREAMS):
@@ -227,7 +232,9 @@ def pad(to, begin):
 
 @compiled
 def place_words(books, tables):
-    """Byte offsets of the words of each book's classes, rows of 256 words, as if ``first`` were 0. Returns the words of all."""
+    """Byte offsets of the words of each book's classes, rows of 256 words, as if ``first`` were 0. Returns the words of
+    all.
+    """
     total = 0
     for slot in range(4):
         for index in range(books[slot, CLASSES]):
@@ -265,8 +272,10 @@ def encode_blocks(
 ):  # fmt: skip
     """Pages to ``buffer``, large enough; offsets[i] is where page i begins.
 
-    values: addresses of K and V (heads, 64*pages, channels), value_strides: their bytes between heads and tokens. codes, raws,
-    scale_bits, zeros: pairs of arrays, of K and of V. fixed: whether their codes have a fixed width. books: K default, K own, V default, V own, as ``cpu_decode`` describes them.
+    values: addresses of K and V (heads, 64*pages, channels), value_strides: their bytes between heads and tokens.
+    codes, raws,
+    scale_bits, zeros: pairs of arrays, of K and of V. fixed: whether their codes have a fixed width. books: K default,
+    K own, V default, V own, as ``cpu_decode`` describes them.
     """
     pages, heads, _, channels = codes[0].shape
     pairs = channels // 2

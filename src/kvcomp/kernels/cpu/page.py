@@ -48,7 +48,9 @@ NO_BOOK = i64(4)  # slot of codes of fixed width, behind the four books
 
 @compiled
 def load_scales(address, unit, channels, scale, zero):
-    """Scales and zeros at an address as float32 to two others, one for each token or, if the unit is that, channel. Returns their bytes."""
+    """Scales and zeros at an address as float32 to two others, one for each token or, if the unit is that, channel.
+    Returns their bytes.
+    """
     if unit == BLOCK:
         floats_at(scale, TOKENS)[:] = load_f32(address)
         floats_at(zero, TOKENS)[:] = f32(load_i32(address + 4))
@@ -70,7 +72,9 @@ def block_at(page, index):
 
 @compiled
 def prefetch_block(page, index):
-    """Ask for the cache lines of a block while another is decoded: streams are not read in order, so the hardware does not guess."""
+    """Ask for the cache lines of a block while another is decoded: streams are not read in order, so the hardware does
+    not guess.
+    """
     begin, end = i64(load_u32(page + 4 * index)), i64(load_u32(page + 4 * index + 4))
     for offset in range(begin & ~i64(15), end & ~i64(15), 64):
         prefetch(page + offset)
@@ -125,7 +129,8 @@ def build_tables(book, places):
 def decode_block(codes, mode, kind, channels, books, begin, built, offsets, streams, pairs, low):
     """Codes of a coded block to pairs. Returns the slot of its book, ``NO_BOOK`` where codes have a fixed width.
 
-    All but mode, kind and channels are addresses; begin: int64 [4, 4], where the tables of each book's classes lie; built: int64 [4], whether
+    All but mode, kind and channels are addresses; begin: int64 [4, 4], where the tables of each book's classes lie;
+    built: int64 [4], whether
     they are there: they are built when first needed.
     """
     if mode >= FIXED:

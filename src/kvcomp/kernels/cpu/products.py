@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Products of a block's codes with queries and weights.
 
-Scales and zeros are folded into the factors, so that the inner loops run on bare codes. Everything here takes addresses.
+Scales and zeros are folded into the factors, so that the inner loops run on bare codes. Everything here takes
+addresses.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ FLOATS = vector(F32)
 def _accumulator(queries: int, vectors: int) -> Any:
     """``accumulate(pairs, row_bytes, rows, mask_a, mask_b, of_a, of_b, factor_bytes, out, out_bytes)``
 
-    out[g, m] += sum over rows r of of_a[g, r] * a[r, m] + of_b[g, r] * b[r, m]  for ``queries`` g and 16 * ``vectors`` columns m,
-    where a and b are what the masks leave of pairs[r, m]. All are addresses and strides in bytes. The sums stay in registers, those of a and of
+    out[g, m] += sum over rows r of of_a[g, r] * a[r, m] + of_b[g, r] * b[r, m]  for ``queries`` g and 16 * ``vectors``
+    columns m, where a and b are what the masks leave of pairs[r, m]. All are addresses and strides in bytes. The sums
+    stay in registers, those of a and of
     b apart where there are few: an addition waits for the one before.
     """
     apart = queries * vectors < 8
@@ -146,7 +148,8 @@ def _fold(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.V
     return sum_of_lanes(builder, builder.load(total, typ=FLOATS))
 
 
-# fold(source, scale, zero, unit, count, of_a, of_b): x = source * scale; the even and odd elements of x * unit to of_a and of_b; the sum of
+# fold(source, scale, zero, unit, count, of_a, of_b): x = source * scale; the even and odd elements of x * unit to of_a
+# and of_b; the sum of
 # x * zero as the result. ``count`` floats are read up to the next multiple of 32.
 fold = emitted(types.float32, [types.int64] * 7, _fold)
 
@@ -186,7 +189,9 @@ rescale = emitted(types.void, [types.int64] * 3 + [types.float32, types.int64], 
 
 @compiled(fastmath=FAST)
 def score_raw_keys(q, keys, step, tokens, dtype, scratch, score):
-    """score[g, t] = q[g] . k[t] for up to 64 raw tokens at an address, ``step`` bytes apart; q [queries, channels], scratch [64, channels]."""
+    """score[g, t] = q[g] . k[t] for up to 64 raw tokens at an address, ``step`` bytes apart; q [queries, channels],
+    scratch [64, channels].
+    """
     queries, channels = q.shape[0], scratch.shape[1]
     for t in range(tokens):
         widen(dtype, keys + t * step, row_address(scratch, t), channels)
@@ -200,7 +205,9 @@ def score_raw_keys(q, keys, step, tokens, dtype, scratch, score):
 
 @compiled(fastmath=FAST)
 def add_raw_values(weight, seen, values, step, tokens, dtype, scratch, out):
-    """out[g] += sum over the tokens that g sees of weight[g, t] * v[t]; a token out of sight may be anything, NaN too."""
+    """out[g] += sum over the tokens that g sees of weight[g, t] * v[t]; a token out of sight may be
+    anything, NaN too.
+    """
     queries, channels = out.shape
     for t in range(tokens):
         widen(dtype, values + t * step, row_address(scratch, t), channels)

@@ -49,9 +49,11 @@ f32, i64 = np.float32, np.int64
 
 
 class Scratch(NamedTuple):
-    """What a task runner works in, by address; float32 where nothing is said. Addresses, as passing arrays on counts references.
+    """What a task runner works in, by address; float32 where nothing is said. Addresses, as passing arrays on counts
+    references.
 
-    A *slot* is one of a row's four books, or ``NO_BOOK``; for K there are three: 0 the default, 1 the own book, 2 fixed width.
+    A *slot* is one of a row's four books, or ``NO_BOOK``; for K there are three: 0 the default, 1 the own book, 2 fixed
+    width.
     """
 
     queries: int
@@ -124,7 +126,8 @@ def lay_out(base, queries, channels, table_bytes):
     end = tables + table_bytes
     return Scratch(
         queries, channels, padded, q, q_sum, key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen,
-        scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, low, streams, offsets, begin, built, tables, end,
+        scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, low, streams, offsets,
+        begin, built, tables, end,
     )  # fmt: skip
 
 
@@ -157,7 +160,9 @@ def take_books(books, s):
 
 @compiled
 def set_form(kind, value_unit, slot, books, s):
-    """Fill ``unit`` and ``first`` of a slot; of the unit ``head``, whose zero is always the same, ``first`` takes in the zero."""
+    """Fill ``unit`` and ``first`` of a slot; of the unit ``head``, whose zero is always the same, ``first`` takes in
+    the zero.
+    """
     form = integers_at(s.form, SLOTS)
     if form[slot]:
         return
@@ -180,7 +185,8 @@ def set_form(kind, value_unit, slot, books, s):
 
 @compiled
 def run_of_form(index, slot, books, count):
-    """Of ``count`` channels, or channel pairs, those from a class on whose classes have pairs of the same form: (begin, end, form).
+    """Of ``count`` channels, or channel pairs, those from a class on whose classes have pairs of the same form: (begin,
+    end, form).
 
     None for a class that the run from an earlier one takes in.
     """
@@ -198,7 +204,8 @@ def run_of_form(index, slot, books, count):
 
 @compiled
 def decode_coded(page, block, mode, kind, head, heads, k_unit, v_unit, books, steps, s):
-    """Scales, zeros and pairs of a coded block to scratch; zeros that are not in ``first``. Returns the slot of the book.
+    """Scales, zeros and pairs of a coded block to scratch; zeros that are not in ``first``. Returns the slot of the
+    book.
 
     steps: address of float32 [K or V, heads].
     """

@@ -116,7 +116,8 @@ shrink_row = emitted(types.void, [types.int64, types.float32, types.int64], _shr
 
 @compiled(fastmath=FAST)
 def weigh(scores, queries, seen, peaks, totals, rests, out, channels):
-    """One step of the online softmax: scores [g, 64] become weights relative to the new peaks, what was summed is scaled down.
+    """One step of the online softmax: scores [g, 64] become weights relative to the new peaks, what was summed is
+    scaled down.
 
     All but the counts are addresses. seen: int64, how many of the tokens query g sees; the others get weight 0.
     """

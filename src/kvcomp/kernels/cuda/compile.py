@@ -1,4 +1,6 @@
-"""CUDA sources to machine code at run time, by NVRTC: no compiler and no GPU needed. Kept on disk by source, architecture and options."""
+"""CUDA sources to machine code at run time, by NVRTC: no compiler and no GPU needed. Kept on disk by source,
+architecture and options.
+"""
 
 from __future__ import annotations
 

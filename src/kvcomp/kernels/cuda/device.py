@@ -84,13 +84,16 @@ class Gpu:
         return function
 
     def _check(self, result: tuple[Any, ...]) -> Any:
-        """The value of a driver call. Raises LimitExceeded if memory is short, or BackendUnavailable with the driver's name for what is wrong."""
+        """The value of a driver call. Raises LimitExceeded if memory is short, or BackendUnavailable with the driver's
+        name for what is wrong.
+        """
         codes = self._driver.CUresult
         if result[0] == codes.CUDA_ERROR_OUT_OF_MEMORY:
             raise LimitExceeded("the device has no memory left for a kernel: use a smaller batch or a shorter context")
         if result[0] != codes.CUDA_SUCCESS:
             raise BackendUnavailable(
-                f"the CUDA driver fails: {result[0].name}. A kernel that failed before it, or a driver older than the CUDA of cuda-bindings, "
+                f"the CUDA driver fails: {result[0].name}. A kernel that failed before it, or a driver older than "
+                "the CUDA of cuda-bindings, "
                 "can be the reason; backend='cpu' needs neither"
             )
         return result[1] if len(result) > 1 else None

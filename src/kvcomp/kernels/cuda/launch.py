@@ -39,7 +39,9 @@ class Launcher(Protocol):
         arguments: ctypes.Structure,
         extra: int | None = None,
     ) -> None:
-        """Queue a kernel of ``kernels/cuda/<source>.cu`` on the current stream. extra: its second argument, if it has one."""
+        """Queue a kernel of ``kernels/cuda/<source>.cu`` on the current stream. extra: its second argument, if it has
+        one.
+        """
 
 
 def splits_for(on: Launcher, build: AttendBuild, rows: int, heads: int, queries: int, tokens: int) -> int:

@@ -1,4 +1,5 @@
-"""What Python and the CUDA sources must agree on: the structures passed to kernels, and the constants that a kernel is built with.
+"""What Python and the CUDA sources must agree on: the structures passed to kernels, and the constants that a kernel is
+built with.
 
 No torch and no CUDA in here: the GPU backend and the emulator (tests/emulator) share it.
 """
@@ -101,12 +102,15 @@ def check_channels(channels: int) -> None:
     """Raise BackendUnavailable for a head_dim that no kernel is built for."""
     if channels % 16 or not 64 <= channels <= 256:
         raise BackendUnavailable(
-            f"the GPU kernels take a head_dim that is a multiple of 16 from 64 to 256, not {channels}: use backend='cpu'"
+            f"the GPU kernels take a head_dim that is a multiple of 16 from 64 to 256, not {channels}: use "
+            "backend='cpu'"
         )
 
 
 def table_entries(book: Codebook, index_bits: int) -> npt.NDArray[np.uint32]:
-    """The decode table of a book for the GPU, (classes, 2^index_bits): ``length | hi_a << k << 16 | hi_b << k << 24``."""
+    """The decode table of a book for the GPU, (classes, 2^index_bits): ``length | hi_a << k << 16 | hi_b <<
+    k << 24``.
+    """
     table = np.zeros((book.classes, 1 << index_bits), np.uint32)
     for of_class in range(book.classes):
         m, k = book.symbols(of_class), book.split[of_class]
@@ -162,7 +166,9 @@ class Machine:
 
     @property
     def reserved(self) -> int:
-        """Where a CTA's shared memory begins in its address space, behind what the system keeps; the kernel checks it."""
+        """Where a CTA's shared memory begins in its address space, behind what the system keeps; the kernel
+        checks it.
+        """
         return 1024 if self.architecture >= 90 else 0
 
 
@@ -297,9 +303,11 @@ COPIES: Final = (8, 4, 2, 1)
 
 
 def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap: bool, on: Machine) -> AttendBuild:
-    """The build of the attention kernel that suits a machine: as many warps as fit with the decode tables in shared memory.
+    """The build of the attention kernel that suits a machine: as many warps as fit with the decode tables in shared
+    memory.
 
-    value, query: dtypes of the cache and of the queries. Raises BackendUnavailable for a head_dim that no kernel is built for.
+    value, query: dtypes of the cache and of the queries. Raises BackendUnavailable for a head_dim that no kernel is
+    built for.
     """
     check_channels(channels)
 
@@ -322,7 +330,8 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
             reserved=on.reserved,
         )
 
-    # More copies of the tables are not worth fewer warps; tables in global memory are worth it where fewer than three warps are left.
+    # More copies of the tables are not worth fewer warps; tables in global memory are worth it where fewer than three
+    # warps are left.
     choices = (
         [(WARPS[0], copies) for copies in COPIES]
         + [(warps, 1) for warps in WARPS if warps >= 3]

@@ -1,4 +1,5 @@
-"""Values under keys, in a folder or in Redis, for several processes at once: what the prefix stores keep their bytes in.
+"""Values under keys, in a folder or in Redis, for several processes at once: what the prefix stores keep their bytes
+in.
 
 A value is there whole or not at all. Nothing here trusts a value: whoever reads one checks it.
 """
@@ -19,9 +20,11 @@ TIMEOUT = 5.0
 
 
 def open_blobs(url: str | Path, *, limit: int | None = None, timeout: float = TIMEOUT) -> Blobs:
-    """The store at a URL: a folder's path or ``file://``, or ``redis://``, ``rediss://``, ``valkey://``, ``valkeys://``, ``unix://``.
+    """The store at a URL: a folder's path or ``file://``, or ``redis://``, ``rediss://``, ``valkey://``,
+    ``valkeys://``, ``unix://``.
 
-    limit: bytes that a folder may hold; the least recently used values go first. Redis has its own: maxmemory with allkeys-lru.
+    limit: bytes that a folder may hold; the least recently used values go first. Redis has its own: maxmemory with
+    allkeys-lru.
     timeout: seconds that any one call to Redis, and any wait for another process, may take in all.
     Raises InvalidInput; a store that does not answer is found out at the first call.
     """

@@ -22,8 +22,8 @@ LOCK = "lock"
 class FolderBlobs:
     """The values of ``kvcomp.serve.blobs.Blobs`` in files, in 256 subfolders so that none gets long.
 
-    path: the folder, made when something is stored. limit: bytes it may hold, None for no limit; writers that are at work at the same
-    time may go beyond it by what they write. timeout: seconds to wait for a process that makes room.
+    path: the folder, made when something is stored. limit: bytes it may hold, None for no limit; writers that are at
+    work at the same time may go beyond it by what they write. timeout: seconds to wait for a process that makes room.
     """
 
     def __init__(self, path: Path, limit: int | None, timeout: float) -> None:

@@ -1,7 +1,8 @@
 """Values in Redis or Valkey. Every call has one deadline for all it does, retries included.
 
-A socket's own time-out is for each piece that arrives: a server that sends a byte now and then would hold a caller for ever. So the client
-is redis-py's asynchronous one, on a thread of its own, and a call is cancelled as a whole when its time is up.
+A socket's own time-out is for each piece that arrives: a server that sends a byte now and then would hold a caller for
+ever. So the client is redis-py's asynchronous one, on a thread of its own, and a call is cancelled as a whole when its
+time is up.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ T = TypeVar("T")
 
 
 class RedisBlobs:
-    """The values of ``kvcomp.serve.blobs.Blobs`` as Redis strings; the server keeps its memory in bounds (maxmemory, allkeys-lru).
+    """The values of ``kvcomp.serve.blobs.Blobs`` as Redis strings; the server keeps its memory in bounds (maxmemory,
+    allkeys-lru).
 
     url: as redis-py takes it. timeout: seconds of one call in all, whatever it moves.
     """

@@ -14,7 +14,9 @@ KEY = re.compile(r"[0-9A-Za-z:_.@-]{1,250}")
 
 
 class Blobs(Protocol):
-    """Values under keys. All methods may be called from several threads and raise StoreUnavailable if the store cannot be used."""
+    """Values under keys. All methods may be called from several threads and raise StoreUnavailable if the store cannot
+    be used.
+    """
 
     def sizes(self, keys: Sequence[str]) -> list[int | None]:
         """Bytes of each value, None where there is none."""
@@ -29,7 +31,9 @@ class Blobs(Protocol):
         ...
 
     def put(self, items: Sequence[tuple[str, Sequence[Buffer]]]) -> None:
-        """Store values, each given in pieces that follow each other, in place of what was there; readers see all of one or nothing."""
+        """Store values, each given in pieces that follow each other, in place of what was there; readers see all of one
+        or nothing.
+        """
         ...
 
     def delete(self, keys: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Memory for pages whose sizes only the device knows, and how the host learns them.
 
-A chunk's next free byte is a number on the device, which the encoder moves on. The host reads it late and without waiting.
+A chunk's next free byte is a number on the device, which the encoder moves on. The host reads it late and without
+waiting.
 Until then it takes every page for as large as pages can be.
 """
 

@@ -52,7 +52,8 @@ def _content(chunk: Chunk, spare: int) -> npt.NDArray[np.uint8]:
 def to_device(
     of: KVStore, device: torch.device, launcher: Callable[[torch.device], Launcher] | None = None
 ) -> GPUStore:
-    """The same cache in the memory of a GPU. A row's pages lie in one chunk, those that an earlier row has too in that one's.
+    """The same cache in the memory of a GPU. A row's pages lie in one chunk, those that an earlier row has too in that
+    one's.
 
     Raises BackendUnavailable if the kernels cannot run there, LimitExceeded if memory ends.
     """

@@ -15,7 +15,8 @@ from kvcomp.store.gpu.arena import Chunk
 
 
 class Encoding:
-    """Some pages of a row on their way: ``quantise``, ``count_pairs`` if books are to be trained, ``measure``, ``pack``.
+    """Some pages of a row on their way: ``quantise``, ``count_pairs`` if books are to be trained, ``measure``,
+    ``pack``.
 
     k and v are (KV heads, 64 x pages, head_dim); steps are float32 (KV heads,) where the unit is ``head``.
     """

@@ -57,7 +57,9 @@ class LayerKernels:
 
 @lru_cache(maxsize=64)
 def gpu_of(device: torch.device) -> Launcher:
-    """The GPU behind a device of torch; kernels go to its current stream. Raises BackendUnavailable for another device."""
+    """The GPU behind a device of torch; kernels go to its current stream. Raises BackendUnavailable for
+    another device.
+    """
     if device.type != "cuda" or torch.version.hip is not None:
         raise BackendUnavailable(
             f"backend='gpu' takes K and V on an NVIDIA GPU, not on {device}: "

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def attend(store: GPUStore, q: Tensor, scaling: float, softcap: float) -> Tensor:
-    """Fused attention of the last tokens, decoding the sealed pages on the fly. Arguments as ``GPUStore.attend`` has them."""
+    """Fused attention of the last tokens, decoding the sealed pages on the fly. Arguments as ``GPUStore.attend`` has
+    them.
+    """
     rows, heads, new, channels = q.shape
     if rows != store.batch or channels != store.channels or heads % store.heads or not store.can_attend(new):
         raise InvalidInput(

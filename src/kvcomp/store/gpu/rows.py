@@ -62,8 +62,8 @@ class Row:
 class Table:
     """Rows and pages as the attention kernel reads them.
 
-    ``pages``, int64 (rows, capacity), holds addresses. ``numbers``, int32, holds three numbers for each row: the count of its
-    pages, its sinks, where its tail begins. Then come (rows, capacity) numbers of valid tokens of a page.
+    ``pages``, int64 (rows, capacity), holds addresses. ``numbers``, int32, holds three numbers for each row: the count
+    of its pages, its sinks, where its tail begins. Then come (rows, capacity) numbers of valid tokens of a page.
     Both stay where they are until the table grows.
     """
 

@@ -55,7 +55,8 @@ class SideStream:
 class Sealing:
     """One row's pages on their way: ``start``, then ``learn`` if the row trains books, ``place``, ``commit``.
 
-    The row changes in ``commit`` only. ``learn``, and ``place`` for a prompt, wait for the device: ``step`` returns before them.
+    The row changes in ``commit`` only. ``learn``, and ``place`` for a prompt, wait for the device: ``step`` returns
+    before them.
     """
 
     def __init__(self, store: GPUStore, index: int) -> None:

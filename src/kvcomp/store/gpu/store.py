@@ -1,10 +1,11 @@
 """GPUStore: the cache of one layer in the memory of a GPU, with the same bytes in its pages as a ``KVStore``.
 
-Everything that attention reads lies on the device. How many tokens a row holds where follows from the number of tokens, so
-the host knows it without asking. Sizes and places of pages depend on the data and stay on the device.
+Everything that attention reads lies on the device. How many tokens a row holds where follows from the number of tokens,
+so the host knows it without asking. Sizes and places of pages depend on the data and stay on the device.
 
-Of a prompt the host needs two things from the device: pair counts, to train a row's books, and the size of its pages. It reads
-them back when the device has other work: at the next layer's prompt, or when the store is used again (sealing.py).
+Of a prompt the host needs two things from the device: pair counts, to train a row's books, and the size of its pages.
+It reads them back when the device has other work: at the next layer's prompt, or when the store is used again
+(sealing.py).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from kvcomp.store.training import default_book
 class GPUStore:
     """The K and V of one layer on one device, compressed as they grow.
 
-    While ``seal`` is under way the rows are as they were before it. ``step`` takes it on, ``drain`` and ``sync`` end it.
+    While ``seal`` is under way the rows are as they were before it. ``step`` takes it on, ``drain`` and ``sync`` end
+    it.
 
     Parameters
     ----------
@@ -82,7 +84,9 @@ class GPUStore:
         return twin
 
     def empty_twin(self) -> GPUStore:
-        """A store of the same layer, dtype and device to ``hold`` other rows; until then it has these, but no arena of theirs."""
+        """A store of the same layer, dtype and device to ``hold`` other rows; until then it has these, but no arena of
+        theirs.
+        """
         if self.batch:
             self.sync()
         twin = object.__new__(GPUStore)
@@ -289,32 +293,13 @@ class GPUStore:
         return np.array([row.start for row in self.rows], np.int64)
 
     def can_attend(self, queries: int) -> bool:
-        """Whether all of the last ``queries`` tokens lie in the tail, as ``attend`` needs: a crop may leave some in pages."""
+        """Whether all of the last ``queries`` tokens lie in the tail, as ``attend`` needs: a crop may leave some in
+        pages.
+        """
         return queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
 
     def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
-        """Fused attention of the last tokens, decoding the sealed pages on the fly.
-
-        Parameters
-        ----------
-        q
-            (batch, heads, queries, head_dim), on the device. Query i is at position ``tokens - queries + i`` and sees what is
-            not after it.
-        scaling
-            Factor on q.K.
-        softcap
-            Scores become softcap * tanh(score / softcap); 0 for none.
-
-        Returns
-        -------
-        Tensor
-            (batch, heads, queries, head_dim) in q's dtype.
-
-        Raises
-        ------
-        InvalidInput
-            If q does not fit the store.
-        """
+        """Fused attention of the last tokens, decoding the sealed pages on the fly; q: (batch, heads, queries, head_dim)."""
         self.sync()
         return read.attend(self, q, scaling, softcap)
 
@@ -346,7 +331,9 @@ class GPUStore:
 
     @property
     def places(self) -> tuple[Any, ...]:
-        """Where everything lies that a step reads or writes: a recorded step can be repeated while this stays the same."""
+        """Where everything lies that a step reads or writes: a recorded step can be repeated while this
+        stays the same.
+        """
         held = self.tail.k, self.tail.v, self.tail.held, self.sinks_k, self.sinks_v
         device = self.table.pages, self.table.numbers, self.device_books.decoding
         return (*(x.data_ptr() for x in (*held, *device)), self.tail.room, self.table.capacity, self.batch)

@@ -11,8 +11,9 @@ from torch import Tensor
 class Tail:
     """K and V of the last tokens, the same positions for all rows.
 
-    ``k`` and ``v`` are (rows, KV heads, room, head_dim), ``base`` is the position of the first token. ``held``, int64 (1,) on the
-    device, counts the tokens. One new token is written where it says, so that this is the same work every time.
+    ``k`` and ``v`` are (rows, KV heads, room, head_dim), ``base`` is the position of the first token. ``held``, int64
+    (1,) on the device, counts the tokens. One new token is written where it says, so that this is the same work every
+    time.
     """
 
     def __init__(self, k: Tensor, v: Tensor, base: int = 0) -> None:
