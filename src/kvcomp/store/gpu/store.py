@@ -161,13 +161,7 @@ class GPUStore:
         self.tokens += new
 
     def set_starts(self, starts: Sequence[int]) -> None:
-        """Say at which position each row's real tokens begin.
-
-        Raises
-        ------
-        InvalidInput
-            For a row that is sealed from another position.
-        """
+        """Say at which position each row's real tokens begin. Raises InvalidInput for a row sealed from another one."""
         check_starts(starts, self.batch, self.tokens)
         self.sync()
         for row, start in zip(self.rows, starts, strict=True):
@@ -299,7 +293,7 @@ class GPUStore:
         return queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
 
     def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
-        """Fused attention of the last tokens, decoding the sealed pages on the fly; q: (batch, heads, queries, head_dim)."""
+        """Fused attention of the last tokens, decoding the sealed pages; q: (batch, heads, queries, head_dim)."""
         self.sync()
         return read.attend(self, q, scaling, softcap)
 
