@@ -76,10 +76,9 @@ bench-quality: $(BASELINES)/.ready
 bench-%: $(READY)
 	$(BIN)/python benchmarks/$*.py
 
-# Decode attention, and once more with OpenMP workers that soon stop spinning (docs/kernels.md); some ten minutes.
+# Decode attention, some five minutes.
 bench-attention: $(READY)
 	$(BIN)/kvcomp bench $(ATTENTION) -o benchmarks/results/attention_cpu.json
-	GOMP_SPINCOUNT=1000 $(BIN)/kvcomp bench $(ATTENTION) -o benchmarks/results/attention_cpu_short_spin.json
 
 bench-codec: $(READY)
 	$(BIN)/kvcomp bench --full --part codec -o benchmarks/results/codec.json

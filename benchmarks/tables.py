@@ -368,7 +368,6 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "klt-shift": ("klt.json", klt_shift),
     "memory": ("memory.json", memory),
     "attention": ("attention_cpu.json", attention),
-    "attention-short-spin": ("attention_cpu_short_spin.json", attention),
     "codec": ("codec.json", codec),
     "generate": ("generate.json", generate),
     "files": ("files.json", files),

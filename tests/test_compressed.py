@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kvcomp
+from calibrating import calibrated, like_keys
 from kvcomp.codec.quantise import error_bound
 from kvcomp.store.tensors import as_array
 
@@ -58,3 +59,20 @@ def test_a_spec_of_many_layers_and_bad_tensors_are_refused() -> None:
         kvcomp.compress(k, v, backend="tpu")
     with pytest.raises(kvcomp.BackendUnavailable, match="run on the CPU"):
         kvcomp.compress(k.to("meta"), v.to("meta"))
+
+
+def test_certificates_hold_for_what_was_compressed() -> None:
+    made = calibrated(1, 2, 32)
+    k, v = like_keys(1, 2, 320, 32, 0), like_keys(1, 2, 320, 32, 1)
+    compressed = kvcomp.compress(k, v, "kvcomp-klt:balanced", calibration=made)
+    bounds = compressed.value_bound()
+    for x, back, bound in zip((k, v), compressed.decompress(), bounds, strict=True):
+        assert ((back - x).abs() <= bound).all()
+        assert ((back - x).abs() > bound / 50).any()  # and it is not idle
+    q = torch.randn(1, 4, 3, 32)
+    exact, ours = (0.3 * q @ x.repeat_interleave(2, 1).mT for x in (k, compressed.decompress()[0]))
+    assert ((ours - exact).abs() <= compressed.logit_bound(q, 0.3)).all()
+    with pytest.raises(kvcomp.InvalidInput, match="a multiple of 2"):
+        compressed.logit_bound(q[:, :3])
+    with pytest.raises(kvcomp.InvalidInput, match="kvcomp-klt"):
+        kvcomp.compress(k, v).logit_bound(q)

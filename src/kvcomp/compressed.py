@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kvcomp import files
 from kvcomp.calibration import Calibration, resolve
+from kvcomp.calibration import transform as transform_bounds
+from kvcomp.calibration.transform import Transform
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, Memory, sealed
@@ -66,6 +69,67 @@ class CompressedKV:
             If q does not fit.
         """
         return attend(self._store, q, self._store.channels**-0.5 if scaling is None else scaling, softcap)
+
+    def logit_bound(self, q: Tensor, scaling: float | None = None) -> Tensor:
+        """A certificate: how far each logit scaling q.(k - mean) lies, at most, from that of the uncompressed k.
+
+        Parameters
+        ----------
+        q
+            (batch, heads, queries, head_dim).
+        scaling
+            Factor of the logits; head_dim^-0.5 if None.
+
+        Returns
+        -------
+        Tensor
+            float32 (batch, heads, queries, tokens).
+
+        Raises
+        ------
+        InvalidInput
+            Unless compressed with a calibration, or if q does not fit. Without one the spec's own bound holds: no value
+            is off by more than half a step.
+
+        Examples
+        --------
+        >>> bound = compressed.logit_bound(q)              # doctest: +SKIP
+        >>> sure = logits[..., 0] - bound[..., 0] > logits[..., 1] + bound[..., 1]   # doctest: +SKIP
+        """
+        store, transform = self._store, self._certified()
+        if q.ndim != 4 or (q.shape[0], q.shape[3]) != (store.batch, store.channels) or q.shape[1] % store.heads:
+            raise InvalidInput(
+                f"q must be ({store.batch}, a multiple of {store.heads}, queries, {store.channels}), "
+                f"not {tuple(q.shape)}"
+            )
+        scaling = store.channels**-0.5 if scaling is None else scaling
+        return transform_bounds.logit_bound(q, store.held()[0], torch.tensor(store.steps[0]), transform, scaling)
+
+    def value_bound(self) -> tuple[Tensor, Tensor]:
+        """A certificate: how far each value of K and V that ``decompress`` gives is off, at most.
+
+        Returns
+        -------
+        k, v
+            float32 (batch, KV heads, tokens, head_dim) each.
+
+        Raises
+        ------
+        InvalidInput
+            Unless compressed with a calibration.
+        """
+        transform, steps = self._certified(), self._store.steps
+        bounds = [
+            transform_bounds.value_bound(held, torch.tensor(of_kind), affine)
+            for held, of_kind, affine in zip(self._store.held(), steps, (transform.key, transform.value), strict=True)
+        ]
+        return bounds[0], bounds[1]
+
+    def _certified(self) -> Transform:
+        """The transform. Raises InvalidInput if there is none."""
+        if self._store.transform is None:
+            raise InvalidInput("certificates need a calibration: compress with the spec kvcomp-klt and calibration=")
+        return self._store.transform
 
     def memory(self) -> Memory:
         """Bytes by part."""

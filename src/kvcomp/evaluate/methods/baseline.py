@@ -18,7 +18,6 @@ What ``encode`` returns is what is held and counted: no size is computed from a 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -30,10 +29,10 @@ from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.methods.method import Method, Pair
 from kvcomp.spec import KINDS, Kind
 from kvcomp.store import Memory
+from kvcomp.store.memory import PARTS
 
 Parts = dict[str, Tensor]
 FURTHEST = 1024  # tokens in one pass of a baseline that codes more rarely than that
-PARTS = {field.name for field in fields(Memory)} - {"table_entries", "sealed_values", "values", "dense"}
 
 
 class Baseline(Method):
@@ -131,7 +130,7 @@ class BaselineLayer(CacheLayerMixin):
                 continue
             x = self.tail[kind][:, :, : end - done]
             parts = {name: part.clone() for name, part in self.method.encode(x.contiguous(), kind).items()}
-            if not parts or not set(parts) <= PARTS:
+            if not parts or not set(parts) <= set(PARTS):
                 raise InvalidInput(
                     f"{self.method.name}: encode returned {sorted(parts)}: "
                     "name the parts as in Memory, such as codes and scales"
