@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import kvcomp
+from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
+
 COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=60, **COMMON)
 settings.register_profile("ci", max_examples=60, derandomize=True, database=None, print_blob=True, **COMMON)
@@ -28,8 +31,19 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """Numba has compiled the kernels: it cannot while ``np.empty`` is another function."""
+    pytest.importorskip(MODULES["cpu"], exc_type=ImportError)
+    head = TensorSpec("head", steps=((0.1,),))
+    for spec in (PRESETS["kvcomp"], CodecSpec(head, head)):
+        compressed = kvcomp.compress(*torch.randn(2, 1, 1, 321, 16), spec.layer(0, 1))
+        compressed.attend(torch.randn(1, 1, 1, 16))
+        compressed.decompress()
+
+
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poison(compiled: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Memory that torch and NumPy give without a value holds NaN, so that whoever reads it is found out."""
     plain = np.empty
 

@@ -23,7 +23,7 @@ def tiles(store: KVStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield position, store.sinks_k[row, :, :sinks], store.sinks_v[row, :, :sinks]
         position += sinks
     for first in range(0, count, TILE_PAGES):
-        k, v = tile(store, row, first, min(first + TILE_PAGES, count))
+        k, v = store.tile(row, first, min(first + TILE_PAGES, count))
         yield position, k, v
         position += k.shape[1]
     last = store.tokens - store.tail_base

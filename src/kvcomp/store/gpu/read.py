@@ -91,7 +91,7 @@ def tiles(store: GPUStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield position, store.sinks_k[row, :, : of.sinks], store.sinks_v[row, :, : of.sinks]
         position += of.sinks
     for first in range(0, len(of.valid), TILE_PAGES):
-        k, v = tile(store, row, first, min(first + TILE_PAGES, len(of.valid)))
+        k, v = store.tile(row, first, min(first + TILE_PAGES, len(of.valid)))
         yield position, k, v
         position += k.shape[1]
     base, last = store.tail.base, store.tokens - store.tail.base
