@@ -122,8 +122,8 @@ def test_the_mask_of_the_last_turn_is_refused(llama: PreTrainedModel) -> None:
     cache = filled(llama)
     more = torch.cat([IDS, STEP], 1)
     for ids, entries, padding, match in (
-        (more, 122, 0, "end at the positions"),
-        (STEP, 120, 0, "end at the positions"),
+        (more, 122, 0, "go beyond those in the cache"),
+        (STEP, 120, 0, "go beyond those in the cache"),
         (STEP, 120, 1, "has 120 entries"),
     ):
         mask = torch.ones((1, entries), dtype=torch.int64)

@@ -214,11 +214,11 @@ class KVCompCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the next tokens may be of another batch size."""
-        super().reset()  # type: ignore[no-untyped-call]
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):  # of which transformers before 5.15 keeps zeros that count as tokens
                 layer.keys = layer.values = None
                 layer.is_initialized = False
+        super().reset()  # type: ignore[no-untyped-call]
         self.session.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
