@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 def target(data: bytes) -> None:
     data = mend(data[:LARGEST])
     try:
-        stores = files.load(kvcomp.container.Container(guarded.place(data)))
+        stores = files.load(kvcomp.files.container.Container(guarded.place(data)))
     except (CorruptData, LimitExceeded, UnsupportedVersion):
         return
     for store in stores.values():
