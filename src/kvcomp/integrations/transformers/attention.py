@@ -107,6 +107,8 @@ def _over_store(
         out = _dense(module, query, *(fresh or store.dense()), mask, scaling, softcap, causal)
     else:
         out = attend_tiled(store, query, scaling, softcap or 0.0, None if plain else mask).transpose(1, 2).contiguous()
+    if not plain:
+        layer.session.not_from_ids = "it was filled under a mask that is not causal over the whole prompt"
     del fresh  # not needed while the layer is compressed
     layer.seal()
     return out

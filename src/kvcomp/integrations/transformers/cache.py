@@ -106,10 +106,15 @@ class KVCompCache(Cache):
         """
         self.session.check_lengths(self.session.longest, self.get_seq_length())
         stores = transformers_files.stores_of(self.layers, self.spec)
+        session = self.session
         chosen = sorted(stores) if layers is None else list(layers)
         if not chosen or not set(chosen) <= set(stores):
             raise InvalidInput(f"layers must be some of the {len(stores)} that the cache has, not {chosen}")
-        model = {"id": weights_id(model_id), "configuration": self.session.configuration}
+        model = {
+            "id": weights_id(model_id),
+            "configuration": session.configuration,
+            "not_from_ids": session.not_from_ids,
+        }
         files.save(path, {index: stores[index] for index in chosen}, self.spec, len(stores), model, rows)
 
     @classmethod
@@ -151,6 +156,8 @@ class KVCompCache(Cache):
             cache._check_limit(max(1, kept), 0)
             cache.session.check_lengths(header.tokens, kept, containers[0].header.tokens)
             cache.session.longest = header.tokens
+            unknown = "it is of a file that does not say how it was filled"
+            cache.session.not_from_ids = (header.model or {}).get("not_from_ids", unknown)
         host = host_backend(backend)
         read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
         for index, layer in enumerate(cache.layers):
@@ -251,8 +258,8 @@ class KVCompCache(Cache):
         if len(layers) != len(self.layers):
             raise UnsupportedModel("rows join only where every layer's cache is compressed: not with sliding windows")
         pairs = list(zip(layers, other.compressed_layers, strict=True))
-        for layer in (layer for pair in pairs for layer in pair if layer.unsealed):
-            layer.seal()
+        for layer in (layer for pair in pairs for layer in pair):
+            layer.settle()
         for layer, beside in (*pairs, *((theirs, mine) for mine, theirs in pairs)):
             if beside.store.batch:
                 layer.upload(beside.store.device)
@@ -261,6 +268,7 @@ class KVCompCache(Cache):
         joined = [mine.join([theirs], tokens) for mine, theirs in stores]
         for layer, store in zip(layers, joined, strict=True):
             layer.store = store
+        self.session.not_from_ids = self.session.not_from_ids or other.session.not_from_ids
 
     def attention_mask(self, new: int = 1) -> Tensor:
         """The mask that a forward pass with so many new tokens needs: int64 (batch, tokens held + new), 0 where a row

@@ -24,6 +24,15 @@ def uncompiled(function: F) -> F:
     return cast(F, torch.compiler.disable(function))
 
 
+def matched(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V of one dtype: under ``torch.autocast`` rotary embeddings leave K in float32, and attention casts it."""
+    kind = k.device.type
+    if k.dtype == v.dtype or not torch.is_autocast_enabled(kind):
+        return k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return k.to(dtype), v.to(dtype)
+
+
 class CompressedLayer(CacheLayerMixin):
     """The cache of one full-attention layer: a KVStore behind the interface of a transformers cache layer."""
 
@@ -58,8 +67,8 @@ class CompressedLayer(CacheLayerMixin):
                 f"K is {tuple(key_states.shape)}, V {tuple(value_states.shape)}: kvcomp needs both of one shape "
                 "(so no MLA)"
             )
-        if self.unsealed:  # another attention implementation has the last word on when it has read its keys and values
-            self.seal()
+        key_states, value_states = matched(key_states, value_states)
+        self.settle()
         self.upload(key_states.device)
         if self.session.sealing is not None:  # the device has the work up to this layer's attention to do
             self.session.sealing.step()
@@ -72,6 +81,12 @@ class CompressedLayer(CacheLayerMixin):
         """Move to a GPU what was read from a file for the backend ``gpu``."""
         if self.backend == "gpu":
             self.store = self.store.to_gpu(device)
+
+    def settle(self) -> None:
+        """Compress what another attention implementation has read: it does not say when it has done so."""
+        if self.unsealed:
+            self.session.another_attention()
+            self.seal()
 
     def seal(self) -> None:
         """Compress what is older than the window. On a GPU a prompt is done when the next layer has come as far."""

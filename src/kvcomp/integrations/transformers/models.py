@@ -40,6 +40,15 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return text
 
 
+def check_text_only(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModel for models whose K and V depend on more than token ids."""
+    if config.get_text_config(decoder=True) is not config:
+        raise UnsupportedModel(
+            f"{config.model_type} takes more than text, such as images, which token ids do not tell apart: "
+            "no prefix of it is stored or loaded; save whole caches with KVCompCache.save"
+        )
+
+
 def check_layer(config: PreTrainedConfig, index: int) -> None:
     """Raise UnsupportedModel if the heads of a full-attention layer do not fit the format."""
     own = getattr(config, "per_layer_config", None)
