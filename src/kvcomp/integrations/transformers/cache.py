@@ -194,6 +194,7 @@ class KVCompCache(Cache):
                     f"this cache was made for a model of {len(self.layers)} layers, and this one has more"
                 )
             layer: Any = self.layers[layer_idx]
+            self._check_batch(layer, key_states.shape[0])
             both: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
             return both
 
@@ -291,6 +292,14 @@ class KVCompCache(Cache):
     def _batch(self) -> int:
         return next((layer.store.batch for layer in self.compressed_layers), 0)
 
+    def _check_batch(self, layer: Any, rows: int) -> None:
+        held = layer.store.batch if isinstance(layer, CompressedLayer) else _rows(layer)
+        if held not in (0, rows):
+            more = (
+                f"call batch_repeat_interleave({rows // held}) on it before beams or samples, " if rows > held else ""
+            )
+            raise InvalidInput(f"the cache holds {held} rows, and {rows} come: {more}or use a cache for each batch")
+
     def _check_limit(self, new: int, seen: int) -> None:
         if new < 1:
             raise InvalidInput("there are no new tokens: give at least one")
@@ -299,6 +308,12 @@ class KVCompCache(Cache):
             raise LimitExceeded(
                 f"the model's positions end at {limit} tokens: the cache holds {seen}, so {new} more do not fit"
             )
+
+
+def _rows(layer: Any) -> int:
+    """The batch of one of transformers' own cache layers; 0 if it is empty."""
+    keys = getattr(layer, "keys", None)
+    return keys.shape[0] if isinstance(keys, Tensor) and keys.numel() else 0
 
 
 def _stock(layer: Any) -> Memory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvcomp.calibration import LayerCalibration
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.integrations.transformers.handle import Handle, Source
+from kvcomp.integrations.transformers.handle import Handle, Source, without_gradient
 from kvcomp.integrations.transformers.session import Session
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Store, new_store
@@ -75,7 +76,10 @@ class CompressedLayer(CacheLayerMixin):
         self.store.append(key_states, value_states)
         self.unsealed = self.is_initialized = True
         source = Source(self, (key_states, value_states) if self.store.tokens == key_states.shape[2] else None)
-        return Handle(source, 0), Handle(source, 1)
+        return (
+            without_gradient(partial(Handle, source, 0), key_states),
+            without_gradient(partial(Handle, source, 1), value_states),
+        )
 
     def upload(self, device: torch.device) -> None:
         """Move to a GPU what was read from a file for the backend ``gpu``."""
