@@ -24,8 +24,8 @@ from transformers import (
 from kvcomp import PrefixStore
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
-from kvcomp.integrations.transformers.first_layer import check_first_layer, first_layer
-from kvcomp.store import KVStore
+from kvcomp.integrations.transformers.files import stores_of
+from kvcomp.integrations.transformers.recompute import check_recomputed, first_layer
 from tiny_models import LOSSY, TINY, exact, random_model, run
 
 TOKENS, STORED = 600, 516
@@ -78,6 +78,10 @@ OTHERWISE: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "an image among the embeddings": (
         "not those of these token ids",
         lambda model: {"inputs_embeds": with_image(model)},
+    ),
+    "embeddings of another size": (  # which the first layer's norm takes back
+        "in layer 1 are not those of this model",
+        lambda model: {"inputs_embeds": 2 * model.get_input_embeddings()(ids_of())},
     ),
     "other ids": ("not those of these token ids", lambda model: {"input_ids": ids_of(seed=1)}),
     "one other id": (
@@ -205,11 +209,15 @@ def test_models_that_see_images_are_refused_by_name(tmp_path: Path) -> None:
             call()
 
 
-def test_adapters_that_changed_since_the_cache_was_filled_are_noticed(tmp_path: Path) -> None:
-    model: Any = random_model(LLAMA)
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_changed_since_the_cache_was_filled_are_noticed(
+    tmp_path: Path, layer: int, dtype: torch.dtype
+) -> None:
+    model: Any = random_model(LLAMA).to(dtype)
     cache = forward(model, KVCompCache(LLAMA, LOSSY), input_ids=ids_of())
     with torch.no_grad():
-        model.model.layers[0].self_attn.v_proj.weight.mul_(1.5)
+        model.model.layers[layer].self_attn.v_proj.weight.mul_(1.5)
     with pytest.raises(InvalidInput, match="the adapters that it had then"):
         PrefixStore(tmp_path / "store").save(ids_of(), cache, model)
 
@@ -232,13 +240,12 @@ def test_the_first_layer_is_that_of_a_forward_pass(config: Any, tokens: int) -> 
 def test_a_single_value_out_of_its_bound_is_found() -> None:
     model: Any = random_model(LLAMA)
     cache = forward(model, KVCompCache(LLAMA, replace(LOSSY, window=0)), input_ids=ids_of(260))
-    store = cache.compressed_layers[0].store
-    assert isinstance(store, KVStore)
+    stores = stores_of(cache.layers, cache.spec)
     ids = ids_of(260)[0].tolist()
-    check_first_layer(store, model, ids)
+    check_recomputed(stores, model, ids, 4)
     ids[130] = ids[130] % 96 + 1
     with pytest.raises(InvalidInput, match="values in the first layer"):
-        check_first_layer(store, model, ids)
+        check_recomputed(stores, model, ids, 4)
 
 
 def test_autocast_is_another_computation(tmp_path: Path) -> None:

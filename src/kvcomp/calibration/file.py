@@ -201,12 +201,13 @@ class Calibration:
         UnsupportedVersion, LimitExceeded
             If it is of another version, or larger than a calibration can be.
         """
+        file = disk.place(path)
         try:
-            size = Path(path).stat().st_size
+            size = file.stat().st_size
             if size > MAX_BYTES:
                 raise LimitExceeded(f"{path} has {size} bytes, a calibration has at most {MAX_BYTES}")
-            content = Path(path).read_bytes()
-        except OSError as error:
+            content = disk.read(file).tobytes()
+        except (OSError, InvalidInput) as error:
             raise InvalidInput(f"cannot read the calibration {path}: {error}") from None
         return cls.from_bytes(content)
 

@@ -66,7 +66,7 @@ def pack_stores(
     if rows is not None:
         stores = {layer: deepcopy(store) for layer, store in stores.items()}
         for store in stores.values():
-            store.select(torch.tensor(list(rows), dtype=torch.int64))
+            store.select(rows)
     shapes = {(store.batch, store.tokens) for store in stores.values()}
     if len(shapes) != 1 or (0, 0) in shapes:
         raise InvalidInput(
@@ -110,7 +110,7 @@ def load(
         spec = header.spec.layer(layer, header.model_layers)
         store = store_of(container.layer(places[layer]), spec, header.tokens, backend, calibrated)
         if rows is not None:
-            store.select(torch.tensor(list(rows), dtype=torch.int64))
+            store.select(rows)
         if tokens is not None:
             store.crop(tokens)
         stores[layer] = store

@@ -82,7 +82,7 @@ class PrefixStore:
         from kvcomp.integrations.transformers.files import give
         from kvcomp.integrations.transformers.models import check_text_only
 
-        check_text_only(model.config)
+        check_text_only(model)
         cache = KVCompCache(model.config, spec, calibration=calibration, backend=backend)
         _check_layers(cache)
         origin = _origin(cache, model, model.dtype, model_id)
@@ -107,11 +107,14 @@ class PrefixStore:
         Raises StoreUnavailable, LimitExceeded if a folder's limit is less than a chunk, and InvalidInput or
         UnsupportedModel.
         """
+        from kvcomp.integrations.transformers import KVCompCache
         from kvcomp.integrations.transformers.files import stores_of
-        from kvcomp.integrations.transformers.first_layer import check_first_layer
         from kvcomp.integrations.transformers.models import check_text_only
+        from kvcomp.integrations.transformers.recompute import check_recomputed
 
-        check_text_only(model.config)
+        check_text_only(model)
+        if not isinstance(cache, KVCompCache):
+            raise InvalidInput(f"only a KVCompCache can be stored, not a {type(cache).__name__}")
         tokens = _tokens(ids)
         _check_layers(cache)
         stores = stores_of(cache.layers, cache.spec)
@@ -141,7 +144,7 @@ class PrefixStore:
         keys = [key_of(x, books_of(header)) for x in hashes[1:]]
         missing = [chunk for chunk, size in enumerate(self.blobs.sizes(keys), 1) if size is None]
         if there is None or missing:
-            check_first_layer(first.slice(0, count * CHUNK_PAGES, cache.spec.sinks), model, tokens)
+            check_recomputed(stores, model, tokens, count * CHUNK_PAGES)
         if there is None:
             self.blobs.put([(first_key, value)])
         step = max(1, CALL_BYTES // sum(len(piece) for piece in value))
@@ -206,10 +209,15 @@ class PrefixStore:
 
 
 def _tokens(ids: Tensor | Sequence[int]) -> list[int]:
-    x = torch.as_tensor(ids)
+    try:
+        x = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"ids must be the token ids of one prompt, a tensor or a list of numbers: {error}") from None
     if x.is_floating_point() or x.dtype == torch.bool or x.ndim not in (1, 2) or (x.ndim == 2 and x.shape[0] != 1):
         raise InvalidInput(f"ids must be the token ids of one prompt, (tokens,) or (1, tokens), not {tuple(x.shape)}")
     found: list[int] = x.reshape(-1).tolist()
+    if min(found, default=0) < 0:
+        raise InvalidInput(f"ids must be token ids from 0, and there is {min(found)}: give them without padding")
     return found
 
 

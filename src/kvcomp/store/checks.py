@@ -13,10 +13,22 @@ from kvcomp.errors import InvalidInput
 from kvcomp.store.tensors import NAMES
 
 
+def check_tensor(name: str, x: object) -> None:
+    """Raise InvalidInput unless this is a tensor whose values lie in memory."""
+    if not isinstance(x, Tensor):
+        fix = ": torch.from_numpy makes one" if isinstance(x, np.ndarray) else ""
+        raise InvalidInput(f"{name} must be a torch tensor, not {type(x).__name__}{fix}")
+    if x.layout != torch.strided or x.is_nested or x.is_meta:
+        what = "on the device meta" if x.is_meta else "nested" if x.is_nested else f"of the layout {x.layout}"
+        raise InvalidInput(f"{name} must be a dense tensor with values, and is {what}")
+
+
 def check_kv(k: Tensor, v: Tensor) -> None:
     """Raise InvalidInput unless K and V are of one shape, (batch, KV heads, tokens, head_dim), and of one dtype that
     kvcomp codes.
     """
+    check_tensor("K", k)
+    check_tensor("V", v)
     if k.ndim != 4 or k.shape != v.shape:
         raise InvalidInput(
             f"K and V must both be (batch, KV heads, tokens, head_dim), not {tuple(k.shape)} and {tuple(v.shape)}"
@@ -49,8 +61,12 @@ def check_crop(tokens: int, held: int) -> None:
         raise InvalidInput(f"cannot crop a cache of {held} tokens to {tokens}")
 
 
-def row_index(rows: Tensor, batch: int) -> npt.NDArray[np.int64]:
+def row_index(rows: Tensor | Sequence[int], batch: int) -> npt.NDArray[np.int64]:
     """The numbers of rows from 0. Raises InvalidInput for rows that do not exist."""
+    try:
+        rows = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInput(f"rows must be a list or tensor of row numbers, not {rows!r}") from None
     if rows.is_floating_point() or rows.dtype == torch.bool:
         raise InvalidInput(f"rows must be whole numbers, not {rows.dtype}")
     index = rows.detach().cpu().numpy().astype(np.int64).ravel()

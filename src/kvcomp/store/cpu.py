@@ -33,8 +33,7 @@ from kvcomp.store.tail import grown_room, steady_room
 from kvcomp.store.tensors import as_array
 from kvcomp.store.training import check_books, default_book
 
-
-# torch's threads do not survive a fork, and the child would wait for them: there it computes on one, as DataLoader's do.
+# torch's threads do not survive a fork, and the child would wait for them: it computes on one, as DataLoader's do.
 os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
@@ -167,7 +166,7 @@ class KVStore:
         self.tail_base = min(self.tail_base, tokens)
 
     @torch.inference_mode(False)
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor | Sequence[int]) -> None:
         """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do
         not exist.
         """

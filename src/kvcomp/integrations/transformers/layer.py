@@ -147,11 +147,14 @@ class CompressedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.store.batch:
+            if not isinstance(repeats, int) or repeats < 1:
+                raise InvalidInput(f"repeats must be a whole number from 1, not {repeats!r}")
             self.store.select(torch.arange(self.store.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.store.batch:
-            self.store.select(indices.nonzero() if indices.dtype == torch.bool else indices)
+            boolean = isinstance(indices, Tensor) and indices.dtype == torch.bool
+            self.store.select(indices.nonzero() if boolean else indices)
 
     def offload(self) -> None:
         raise InvalidInput("a KVCompCache cannot be offloaded: it is in main memory already")
