@@ -127,7 +127,7 @@ class Evaluation:
     def run(self, advance: Callable[[str, float], None]) -> None:
         """Measure what the journal lacks; a KeyboardInterrupt leaves there what is done.
 
-        advance: told what is done, and its cost.
+        ``advance`` is told what is done, and its cost.
         """
         for piece in self.pieces:
             made = cache(piece.make)  # once for all methods, and only if one of them is missing

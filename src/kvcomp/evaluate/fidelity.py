@@ -76,7 +76,7 @@ def sample(model: Any, ids: Tensor, prompt: int) -> Sample:
 
 @torch.inference_mode()
 def fill(model: Any, each: Sample, method: Method) -> Cache:
-    """A cache of the method that holds the prompt."""
+    """Make a cache of the method that holds the prompt."""
     cache = method.cache(model.config)
     if each.cache:
         for layer, (k, v) in enumerate(each.cache):
@@ -89,9 +89,19 @@ def fill(model: Any, each: Sample, method: Method) -> Cache:
 
 @torch.inference_mode()
 def predict(model: Any, ids: Tensor, cache: Cache, method: Method, streaming: bool = False) -> Tensor:
-    """Log probabilities after each of ``ids`` on top of what the cache holds, float32 (tokens, vocabulary).
+    """Predict what follows each of ``ids`` on top of what the cache holds.
 
-    ids: int64 (1, tokens). streaming: as if the tokens came one by one.
+    Parameters
+    ----------
+    ids
+        int64 (1, tokens).
+    streaming
+        As if the tokens came one by one.
+
+    Returns
+    -------
+    Tensor
+        Log probabilities, float32 (tokens, vocabulary).
     """
     attend_plainly(model)
     parts, at = [], 0
@@ -114,7 +124,7 @@ def compare(each: Sample, log_probs: Tensor) -> Comparison:
 
 
 def measure(model: Any, each: Sample, method: Method, streaming: bool = False) -> tuple[Comparison, Memory]:
-    """A method on a sample, and the cache's bytes: of the prompt, or, streaming, of prompt and text."""
+    """Measure a method on a sample, and the cache's bytes: of the prompt, or, streaming, of prompt and text."""
     cache = fill(model, each, method)
     memory = method.memory(cache)
     log_probs = predict(model, each.text, cache, method, streaming)
@@ -123,7 +133,7 @@ def measure(model: Any, each: Sample, method: Method, streaming: bool = False) -
 
 @torch.inference_mode()
 def predict_from(model: Any, each: Sample, values: Sequence[Pair]) -> Tensor:
-    """Log probabilities of a sample's text from these K and V of the prompt in place of its own."""
+    """Predict a sample's text from these K and V of the prompt in place of its own, as ``predict`` does."""
     attend_plainly(model)
     cache = DynamicCache(config=model.config)
     for layer, (k, v) in enumerate(values):

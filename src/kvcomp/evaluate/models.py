@@ -21,8 +21,9 @@ CALIBRATION = "model.kvcal"
 
 
 def shipped_model() -> Path:
-    """Directory of the model that comes with kvcomp: in the package where it is installed, in ``examples`` in a
-    checkout.
+    """Find the model that comes with kvcomp: in the package where it is installed, in ``examples`` in a checkout.
+
+    Raises InvalidInput if it is in neither.
     """
     package = Path(__file__).parents[1]
     places = package / "tiny-lm", package.parents[1] / "examples" / "tiny-lm"
@@ -33,7 +34,13 @@ def shipped_model() -> Path:
 
 
 def load_model(name: str | Path) -> tuple[Any, Any]:
-    """Model, in the type of its weights, and tokenizer. Raises InvalidInput if transformers cannot load them."""
+    """Load a model, in the type of its weights, and its tokenizer.
+
+    Raises
+    ------
+    InvalidInput
+        If transformers cannot load them, or the type is not float32, float16 or bfloat16.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
@@ -47,9 +54,9 @@ def load_model(name: str | Path) -> tuple[Any, Any]:
 def spec_for(
     model: str | Path, spec: str | None = None, calibration: Path | None = None
 ) -> tuple[CodecSpec, Calibration | None]:
-    """``resolve`` with what lies in the model's directory: ``kvcomp.json`` if no spec is named, ``model.kvcal`` for
-    kvcomp-klt.
+    """``resolve`` with what lies in the model's directory.
 
+    That is ``kvcomp.json`` if no spec is named, and ``model.kvcal`` for kvcomp-klt.
     Raises InvalidInput if there is no such spec or calibration.
     """
     tuned, beside = Path(model) / TUNED_SPEC, Path(model) / CALIBRATION
@@ -61,17 +68,18 @@ def spec_for(
 
 
 def held_out_ids(tokenizer: Any, model: Path) -> list[int]:
-    """Token ids of the text that the shipped model never saw: files of the running Python's standard library, one after
-    another.
+    """Token ids of the text that the shipped model never saw.
+
+    It is files of the running Python's standard library, one after another.
     """
     ids: list[int] = join(tokenizer, held_out_text(held_out_names(model / "held_out.txt"))).tolist()
     return ids
 
 
 def text_ids(tokenizer: Any, model: str | Path, text: Path | None) -> tuple[np.ndarray[Any, np.dtype[np.int64]], str]:
-    """Token ids to score a model on, and what they are of: a file's, of text the shipped model never saw, else of
-    Python's manual.
+    """Token ids to score a model on, and what they are of.
 
+    They are those of a file, else of text that the shipped model never saw, else of Python's manual.
     Raises InvalidInput for a file that is no UTF-8 text.
     """
     if text is not None:
@@ -88,9 +96,9 @@ def text_ids(tokenizer: Any, model: str | Path, text: Path | None) -> tuple[np.n
 def training_ids(
     tokenizer: Any, model: str | Path, text: Path | None
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], str]:
-    """Token ids to fit something to a model on, other than those of ``text_ids``: a file's, or the standard library's
-    sources that it does not take.
+    """Token ids to fit something to a model on, and what they are of.
 
+    They are those of a file, else of the standard library's sources that ``text_ids`` does not take.
     Raises InvalidInput for a file that is no UTF-8 text.
     """
     if text is not None:

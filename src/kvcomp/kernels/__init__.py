@@ -87,12 +87,12 @@ class Backend(Protocol):
 
 
 def host_backend(name: str) -> str:
-    """The backend of stores in main memory, where those of the backend ``gpu`` wait until their device is known."""
+    """Name the backend of stores in main memory: those of ``gpu`` wait there until their device is known."""
     return "reference" if name == "gpu" else name
 
 
 def load_backend(name: str) -> Backend:
-    """The backend of this name, ``cpu`` or ``reference``. Raises BackendUnavailable for any other."""
+    """Import the backend of this name, ``cpu`` or ``reference``. Raises BackendUnavailable for any other."""
     if name not in ("cpu", "reference"):
         raise BackendUnavailable(f"there is no backend {name!r}: use 'cpu', or 'reference' to check against it")
     module = "kvcomp.kernels.cpu.backend" if name == "cpu" else "kvcomp.kernels.reference"

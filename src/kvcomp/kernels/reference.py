@@ -33,7 +33,7 @@ __all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quan
 
 
 def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
-    """How often each pair of codes occurs in the blocks that are not raw: (classes, 256, 256)."""
+    """Count how often each pair of codes occurs in the blocks that are not raw: uint64 (classes, 256, 256)."""
     counts = np.zeros((classes, MAX_CODES, MAX_CODES), np.uint64)
     for page, head in np.argwhere(~q.raw):
         counts += block.count_pairs(q.codes[page, head], kind, classes)
@@ -50,10 +50,27 @@ def encode_pages(
     k_books: Books,
     v_books: Books,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Pages of K and V.
+    """Encode pages of K and V (docs/format.md, sections 2 to 5).
 
-    k, v: the values, (heads, 64*pages, channels); kq, vq: the same, quantised.
-    Returns the bytes, with D spare bytes after the last page, and the offset of each page and of the end.
+    Parameters
+    ----------
+    k, v
+        The values, (heads, 64*pages, channels).
+    kq, vq
+        The same, quantised.
+    coding
+        Of K and V. Where neither book covers a block, ``huffman`` falls back to a fixed width.
+    units
+        Of K and V.
+    k_books, v_books
+        The default book and the sequence's own; None for one that does not exist.
+
+    Returns
+    -------
+    pages
+        The bytes, with D spare bytes after the last page.
+    offsets
+        (pages + 1,): where each page begins, and the end of the last.
     """
     heads, tokens, channels = k.shape
     layout = Layout(heads, channels, units, k.dtype.itemsize)
@@ -95,15 +112,37 @@ def _encode_codes(
 
 
 def page_bytes(address: int, heads: int) -> bytes:
-    """The bytes of the page at an address of this process."""
+    """Copy the page at an address of this process."""
     return ctypes.string_at(address, size_of(ctypes.string_at(address, words_bytes(heads)), 0, heads))
 
 
 def decode_page(
     page: bytes, layout: Layout, books: tuple[Books, Books], dtype: np.dtype[Any], steps: Steps = NO_STEPS
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """K and V of a page, (heads, 64, channels) each, as attention sees them: raw values, or (code + zero) * scale in
-    float32.
+    """Decode a page to what attention sees: raw values, or (code + zero) * scale in float32.
+
+    Parameters
+    ----------
+    page
+        Its bytes.
+    layout
+        What the sizes in it depend on.
+    books
+        For K and V the default book and the sequence's own.
+    dtype
+        Of raw values.
+    steps
+        Of the heads, for K and V, where the unit is ``head``.
+
+    Returns
+    -------
+    k, v
+        (heads, 64, channels) each.
+
+    Raises
+    ------
+    CorruptData
+        If the page does not fit the layout, or needs a book that is missing.
     """
     values = np.empty((2, layout.heads, PAGE_TOKENS, layout.channels), np.float32)
     for index, (mode, data) in enumerate(blocks_of(page, layout)):
@@ -157,10 +196,25 @@ def decompress(
     out_v: Array,
     steps: Steps = NO_STEPS,
 ) -> None:
-    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels), with the pages at these addresses, rounded to their
-    dtype.
+    """Decode pages to values, rounded to their dtype.
 
-    steps: the heads' steps of K and of V, where the unit is ``head``.
+    Parameters
+    ----------
+    pages
+        (pages,): addresses.
+    units
+        Of K and V.
+    k_books, v_books
+        The default book and the sequence's own.
+    out_k, out_v
+        (heads, 64*pages, channels) of the dtype, filled.
+    steps
+        Of the heads, for K and V, where the unit is ``head``.
+
+    Raises
+    ------
+    CorruptData
+        As ``decode_page``; compiled kernels take pages that are already checked.
     """
     layout = Layout(out_k.shape[0], out_k.shape[2], units, out_k.dtype.itemsize)
     for index, address in enumerate(pages.tolist()):
@@ -177,7 +231,7 @@ def attend(
     softcap: float = 0.0,
     threads: int = 1,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """``Backend.attend`` in float64, written as the formula."""
+    """Compute ``Backend.attend`` in float64, written as the formula."""
     rows, heads, queries, channels = q.shape
     layout = Layout(heads, channels, view.units, view.tail_k.dtype.itemsize)
     out, lse = np.zeros(q.shape, np.float32), np.full(q.shape[:3], -np.inf, np.float32)

@@ -50,7 +50,7 @@ class Baseline(Method):
     def encode(self, x: Tensor, kind: Kind) -> Parts:
         """What is held of the tokens coded next: tensors named by their part of ``Memory``, such as codes and scales.
 
-        x: (batch, KV heads, tokens, head_dim), in the model's type.
+        ``x`` is (batch, KV heads, tokens, head_dim), in the model's type.
         """
 
     @abstractmethod

@@ -66,7 +66,7 @@ def attend(
     softcap: float = 0.0,
     threads: int = 1,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """``Backend.attend``: tasks of some pages of a row and KV head, whose partial results are merged."""
+    """Compute ``Backend.attend`` in tasks of some pages of a row and KV head, whose partial results are merged."""
     rows, heads, queries, channels = q.shape
     tail_k, tail_v, sinks_k, sinks_v = (
         _rows_of_values(x) for x in (view.tail_k, view.tail_v, view.sinks_k, view.sinks_v)
@@ -126,9 +126,12 @@ def decompress(
     out_v: Array,
     steps: Steps = NO_STEPS,
 ) -> None:
-    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels) of the dtype, with the pages at these addresses.
+    """Decode pages to values, as ``kernels.reference.decompress`` does.
 
-    steps: the heads' steps of K and of V, where the unit is ``head``.
+    Raises
+    ------
+    InvalidInput
+        If the values' dtype is none of the three.
     """
     heads, _, channels = out_k.shape
     results = [x if x.strides[-1] == x.itemsize else np.empty(x.shape, x.dtype) for x in (out_k, out_v)]
@@ -149,12 +152,12 @@ def decompress(
 
 
 def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised:
-    """Quantise whole pages so that every value of a block that is not raw comes back within its bound (docs/format.md,
-    section 3).
+    """Quantise whole pages, as ``codec.quantise.quantise`` does (docs/format.md, section 3).
 
-    x: (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits. scale: the relative scale, or, for the
-        unit ``head``, the step of each head.
-    Raises InvalidInput for another shape or type, or if ``scale`` does not fit the unit and the heads.
+    Raises
+    ------
+    InvalidInput
+        For another shape, dtype or head_dim, or if ``scale`` does not fit the unit and the heads.
     """
     check_values(x)
     check_channels(x.shape[2])
@@ -193,7 +196,7 @@ def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantise
 
 
 def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
-    """How often each pair of codes occurs in the blocks that are not raw: uint64 (classes, 256, 256)."""
+    """Count pairs of codes, as ``kernels.reference.count_pairs`` does: uint64 (classes, 256, 256)."""
     counts = np.zeros((classes, MAX_CODES, MAX_CODES), np.uint64)
     count_blocks(np.ascontiguousarray(q.codes), np.ascontiguousarray(q.raw), 0 if kind == "K" else 1, counts)
     return counts
@@ -209,11 +212,7 @@ def encode_pages(
     k_books: Books,
     v_books: Books,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Pages of K and V.
-
-    k, v: the values, (heads, 64*pages, channels); kq, vq: the same, quantised.
-    Returns the bytes, with D spare bytes after the last page, and the offset of each page and of the end.
-    """
+    """Encode pages of K and V, byte for byte as ``kernels.reference.encode_pages`` does."""
     k, v = _rows_of_values(k), _rows_of_values(v)
     heads, tokens, channels = k.shape
     pages = tokens // PAGE_TOKENS

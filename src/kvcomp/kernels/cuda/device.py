@@ -1,6 +1,6 @@
 """NVIDIA GPUs: which there are, and how a kernel is loaded and launched on one. Memory and streams are the caller's.
 
-Kernels are compiled when first needed, for the GPU at hand, and kept on disk (gpu_compile.py).
+Kernels are compiled when first needed, for the GPU at hand, and kept on disk (compile.py).
 """
 
 from __future__ import annotations
@@ -19,9 +19,19 @@ DEFAULT_SHARED = 48 << 10  # more needs the kernel's consent
 
 
 class Gpu:
-    """One GPU. stream: gives the address of the stream that launches go to, in whose context the caller is.
+    """One GPU.
 
-    Raises BackendUnavailable if there is no such GPU, no driver, or the kernels are not built for it.
+    Parameters
+    ----------
+    index
+        Which one.
+    stream
+        Gives the address of the stream that launches go to, in whose context the caller is.
+
+    Raises
+    ------
+    BackendUnavailable
+        If there is no such GPU, no driver, or the kernels are not built for it.
     """
 
     machine: Machine
@@ -57,7 +67,7 @@ class Gpu:
         arguments: ctypes.Structure,
         extra: int | None = None,
     ) -> None:
-        """See ``gpu_launch.Launcher``."""
+        """See ``kernels.cuda.launch.Launcher``. Raises BackendUnavailable or LimitExceeded."""
         second = ctypes.c_int32(extra or 0)
         parameters = (ctypes.c_void_p * 2)(ctypes.addressof(arguments), ctypes.addressof(second))
         self._check(self._driver.cuCtxPushCurrent(self._context))  # a model's layers may lie on several GPUs
@@ -84,8 +94,9 @@ class Gpu:
         return function
 
     def _check(self, result: tuple[Any, ...]) -> Any:
-        """The value of a driver call. Raises LimitExceeded if memory is short, or BackendUnavailable with the driver's
-        name for what is wrong.
+        """The value of a driver call.
+
+        Raises LimitExceeded if memory is short, or BackendUnavailable with the driver's name for what is wrong.
         """
         codes = self._driver.CUresult
         if result[0] == codes.CUDA_ERROR_OUT_OF_MEMORY:
