@@ -14,13 +14,12 @@ from kvcomp.store.tensors import NAMES
 
 
 def check_tensor(name: str, x: object) -> None:
-    """Raise InvalidInput unless this is a tensor whose values lie in memory."""
+    """Raise InvalidInput unless this is a dense tensor."""
     if not isinstance(x, Tensor):
         fix = ": torch.from_numpy makes one" if isinstance(x, np.ndarray) else ""
         raise InvalidInput(f"{name} must be a torch tensor, not {type(x).__name__}{fix}")
-    if x.layout != torch.strided or x.is_nested or x.is_meta:
-        what = "on the device meta" if x.is_meta else "nested" if x.is_nested else f"of the layout {x.layout}"
-        raise InvalidInput(f"{name} must be a dense tensor with values, and is {what}")
+    if x.layout != torch.strided or x.is_nested:
+        raise InvalidInput(f"{name} must be dense, and is {'nested' if x.is_nested else x.layout}: give x.to_dense()")
 
 
 def check_kv(k: Tensor, v: Tensor) -> None:
