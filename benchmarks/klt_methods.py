@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,9 +101,12 @@ def reader(
 ) -> Calibrator:
     """A calibrator that has read windows of a text under the transforms of a calibration."""
     made = Calibrator(model, ids, Settings(windows, PROMPT, SCORED), journal)
-    for index, (transform, _) in calibration.layers.items():
-        made.affines[index, 0], made.affines[index, 1] = transform.key, transform.value
-    made.read()
+    transforms = {
+        (index, kind): affine
+        for index, (transform, _) in calibration.layers.items()
+        for kind, affine in enumerate((transform.key, transform.value))
+    }
+    made.read(transforms)
     return made
 
 
@@ -141,8 +143,6 @@ def renamed(method: KVComp, name: str) -> KVComp:
     return method
 
 
-def calibrated_on(model: Any, ids: np.ndarray[Any, Any], journal: Journal, statistics: Path) -> Calibration:
+def calibrated_on(model: Any, ids: np.ndarray[Any, Any], journal: Journal) -> Calibration:
     """A calibration made as ``kvcomp calibrate`` makes one."""
-    made = Calibrator(model, ids, Settings(WINDOWS, PROMPT, SCORED), journal).run(statistics, "manual")
-    statistics.unlink()
-    return made
+    return Calibrator(model, ids, Settings(WINDOWS, PROMPT, SCORED), journal).run("manual")

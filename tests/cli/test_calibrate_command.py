@@ -60,7 +60,7 @@ def test_calibrate_goes_on_after_a_stop_and_leaves_one_file(
     assert not output.exists()
     assert Path(f"{output}.partial").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(Calibrator, "_curve", stop)  # everything before the levels is there
+        patched.setattr(Calibrator, "_alone", stop)  # everything before the levels is there
         resumed = run("calibrate", model, "--text", text, "-o", str(output), *SMALL, "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert output.read_bytes() == whole.read_bytes()

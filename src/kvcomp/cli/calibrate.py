@@ -15,7 +15,7 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="Model directory or hub name")],
     text: Annotated[Path, typer.Option(help="UTF-8 text like what the model will read", exists=True, dir_okay=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .kvcal file to write")],
-    windows: Annotated[int, typer.Option(min=4, help="Windows of text to measure on")] = 24,
+    windows: Annotated[int, typer.Option(min=4, help="Windows of text to measure on")] = 12,
     prompt_tokens: Annotated[int, typer.Option(min=256, help="Tokens of each that are compressed")] = 2048,
     scored_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each that are predicted from them")] = 256,
     resume: Resume = False,
@@ -35,9 +35,6 @@ def calibrate(
             ids, _ = text_ids(tokenizer, model, text)
         settings = Settings(windows, prompt_tokens, scored_tokens)
         identity = {"model": model, "text": str(text), "tokens": ids.size, **vars(settings)}
-        statistics = output.with_name(output.name + ".statistics")
-        if not resume:
-            statistics.unlink(missing_ok=True)
         with resumable(output, identity, resume) as journal:
             with bar() as progress:
                 task = progress.add_task("", total=None)
@@ -45,7 +42,6 @@ def calibrate(
                 def tell(what: str, done: int, total: int | None) -> None:
                     progress.update(task, description=what, completed=done, total=total)
 
-                calibration = Calibrator(loaded.float(), ids, settings, journal, tell).run(statistics, text.name)
+                calibration = Calibrator(loaded.float(), ids, settings, journal, tell).run(text.name)
             calibration.write(output)
-        statistics.unlink(missing_ok=True)
         show_calibration(f"{output}: {len(calibration.content)} bytes", calibration.about.levels)

@@ -27,7 +27,7 @@ Tell = Callable[[str, int, int], None]  # what is being done, how much of it is 
 class Settings:
     """How much text a calibration is measured on. Lengths are in tokens."""
 
-    windows: int = 24
+    windows: int = 12
     """Of text: half go on with text, half with a repetition."""
     prompt: int = 2048
     """Of each window, coded."""
