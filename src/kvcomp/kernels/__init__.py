@@ -1,4 +1,4 @@
-"""Kernels. Every backend is a module with the functions of ``kvcomp.kernels.reference``."""
+"""Kernels. Every backend is a module with the functions of ``Backend``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ __all__ = ["NO_STEPS", "Array", "Backend", "Books", "CacheView", "Steps", "load_
 
 
 class Backend(Protocol):
-    """What a backend can do; ``kvcomp.kernels.reference`` says what each function means."""
+    """What a backend can do; all give the same bytes as ``kvcomp.kernels.reference``."""
 
-    def quantise(self, x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised: ...
+    def quantise(self, x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised:
+        """``kvcomp.codec.quantise.quantise``."""
 
-    def count_pairs(self, q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]: ...
+    def count_pairs(self, q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
+        """How often each pair of codes occurs in the blocks that are not raw: (classes, 256, 256)."""
 
     def encode_pages(
         self,
@@ -33,7 +35,12 @@ class Backend(Protocol):
         units: tuple[Unit, Unit],
         k_books: Books,
         v_books: Books,
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]: ...
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """Pages of K and V.
+
+        k, v: the values, (heads, 64*pages, channels); kq, vq: the same, quantised.
+        Returns the bytes, with D spare bytes after the last page, and the offset of each page and of the end.
+        """
 
     def decompress(
         self,
@@ -44,7 +51,12 @@ class Backend(Protocol):
         out_k: Array,
         out_v: Array,
         steps: Steps = NO_STEPS,
-    ) -> None: ...
+    ) -> None:
+        """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels), with the pages at these addresses, rounded to
+        their dtype.
+
+        steps: the heads' steps of K and of V, where the unit is ``head``.
+        """
 
     def attend(
         self,
@@ -83,7 +95,6 @@ class Backend(Protocol):
         InvalidInput
             If the values' dtype is none of the three.
         """
-        ...
 
 
 def host_backend(name: str) -> str:

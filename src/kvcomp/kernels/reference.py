@@ -33,7 +33,7 @@ __all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quan
 
 
 def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
-    """How often each pair of codes occurs in the blocks that are not raw: (classes, 256, 256)."""
+    """``Backend.count_pairs``, block by block."""
     counts = np.zeros((classes, MAX_CODES, MAX_CODES), np.uint64)
     for page, head in np.argwhere(~q.raw):
         counts += block.count_pairs(q.codes[page, head], kind, classes)
@@ -50,11 +50,7 @@ def encode_pages(
     k_books: Books,
     v_books: Books,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Pages of K and V.
-
-    k, v: the values, (heads, 64*pages, channels); kq, vq: the same, quantised.
-    Returns the bytes, with D spare bytes after the last page, and the offset of each page and of the end.
-    """
+    """``Backend.encode_pages``, block by block."""
     heads, tokens, channels = k.shape
     layout = Layout(heads, channels, units, k.dtype.itemsize)
     pages = []
@@ -157,11 +153,7 @@ def decompress(
     out_v: Array,
     steps: Steps = NO_STEPS,
 ) -> None:
-    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels), with the pages at these addresses, rounded to their
-    dtype.
-
-    steps: the heads' steps of K and of V, where the unit is ``head``.
-    """
+    """``Backend.decompress``, page by page."""
     layout = Layout(out_k.shape[0], out_k.shape[2], units, out_k.dtype.itemsize)
     for index, address in enumerate(pages.tolist()):
         k, v = decode_page(page_bytes(address, layout.heads), layout, (k_books, v_books), out_k.dtype, steps)

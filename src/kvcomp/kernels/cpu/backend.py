@@ -1,4 +1,4 @@
-"""The CPU backend: the functions of ``kvcomp.kernels.reference``, compiled with Numba.
+"""The CPU backend: the functions of ``Backend``, compiled with Numba.
 
 The first call of each function compiles it, once for a machine (the cache is on disk); the logger "kvcomp" says so.
 """
@@ -126,10 +126,7 @@ def decompress(
     out_v: Array,
     steps: Steps = NO_STEPS,
 ) -> None:
-    """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels) of the dtype, with the pages at these addresses.
-
-    steps: the heads' steps of K and of V, where the unit is ``head``.
-    """
+    """``Backend.decompress``, whatever strides the arrays to fill have."""
     heads, _, channels = out_k.shape
     results = [x if x.strides[-1] == x.itemsize else np.empty(x.shape, x.dtype) for x in (out_k, out_v)]
     decompress_pages(
@@ -149,13 +146,7 @@ def decompress(
 
 
 def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised:
-    """Quantise whole pages so that every value of a block that is not raw comes back within its bound (docs/format.md,
-    section 3).
-
-    x: (heads, 64*pages, channels), float32, float16 or bfloat16 as uint16 bits. scale: the relative scale, or, for the
-        unit ``head``, the step of each head.
-    Raises InvalidInput for another shape or type, or if ``scale`` does not fit the unit and the heads.
-    """
+    """``Backend.quantise``."""
     check_values(x)
     check_channels(x.shape[2])
     check_scale(x, unit, scale)
@@ -193,7 +184,7 @@ def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantise
 
 
 def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
-    """How often each pair of codes occurs in the blocks that are not raw: uint64 (classes, 256, 256)."""
+    """``Backend.count_pairs``."""
     counts = np.zeros((classes, MAX_CODES, MAX_CODES), np.uint64)
     count_blocks(np.ascontiguousarray(q.codes), np.ascontiguousarray(q.raw), 0 if kind == "K" else 1, counts)
     return counts
@@ -209,11 +200,7 @@ def encode_pages(
     k_books: Books,
     v_books: Books,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Pages of K and V.
-
-    k, v: the values, (heads, 64*pages, channels); kq, vq: the same, quantised.
-    Returns the bytes, with D spare bytes after the last page, and the offset of each page and of the end.
-    """
+    """``Backend.encode_pages``; K and V are read where they lie."""
     k, v = _rows_of_values(k), _rows_of_values(v)
     heads, tokens, channels = k.shape
     pages = tokens // PAGE_TOKENS
