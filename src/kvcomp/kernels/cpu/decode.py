@@ -37,7 +37,7 @@ from kvcomp.spec import PAGE_TOKENS as TOKENS
 K, V = np.int64(0), np.int64(1)  # not int: Numba would compile for each of the two numbers
 NARROW_A, NARROW_B = 6, 11  # first bits of a and b
 
-# A book's description (see ``_describe`` in cpu.py): how many classes it has, 0 for no book, and for each of four
+# A book's description (see ``_describe`` in tables.py): how many classes it has, 0 for no book, and for each of four
 # classes these columns.
 CLASSES, MOST_CLASSES = 0, 4
 LENGTHS, FIRST, LEVELS, SPLIT, SYMBOLS, BITS, FORM, FAST, OF_CLASS = 0, 1, 2, 3, 4, 5, 6, 7, 8
