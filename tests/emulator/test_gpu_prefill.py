@@ -14,6 +14,7 @@ from kvcomp.store.gpu import arena as gpu_arena
 from kvcomp.store.gpu import books as gpu_books
 from kvcomp.store.gpu import rows as gpu_rows
 from kvcomp.store.gpu import store as gpu_store
+from kvcomp.store.tensors import to_pinned
 from recorder import WAITING
 
 transformers = pytest.importorskip("transformers")
@@ -99,7 +100,7 @@ def test_decoding_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
 def pinned(content: Any, device: torch.device) -> torch.Tensor:
     with _disable_current_modes():
-        return gpu_arena.to_pinned(content, device)
+        return to_pinned(content, device)
 
 
 class NoWaiting(TorchDispatchMode):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.methods import BASELINES, KVComp, Method, baseline
@@ -18,6 +18,7 @@ from kvcomp.evaluate.methods.turboquant import levels, rotation
 CONFIG = LlamaConfig(
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=256, head_dim=64, vocab_size=64
 )
+SIZES = "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim"
 OWN = """
 from kvcomp.evaluate.methods import Baseline
 import torch
@@ -92,6 +93,21 @@ def _check(method: Method, kv: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
             cache.update(k[:, :, 300 : 300 + new], v[:, :, 300 : 300 + new], layer)
         for x, (y, _) in zip(before, method.values(cache), strict=True):
             assert torch.equal(x, y[:, :, :300])
+
+
+@pytest.mark.parametrize("name", ["kvcomp", "fp8", "uncompressed"])
+def test_a_sliding_window_counts_as_what_it_keeps_allocated(
+    name: str, kv: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    config = MistralConfig(**{key: getattr(CONFIG, key) for key in SIZES}, sliding_window=64)
+    method = made(name)
+    cache = method.cache(config)
+    for layer, (k, v) in enumerate(kv):
+        cache.update(k, v, layer)
+    memory, held = method.memory(cache), 2 * 2 * 2 * 63 * 64
+    assert memory.values == held
+    assert memory.dense == 2 * held
+    assert memory.other == 2 * 2 * 2 * 2 * 320 * 64  # a view of all the tokens of the prompt
 
 
 @pytest.mark.parametrize("name", ["kivi-4", "kivi-2", "turboquant-3", "fp8"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from kvcomp.kernels.cuda.launch import Grid
+from kvcomp.kernels.cuda.launch import Launch
 from kvcomp.kernels.cuda.layout import SOURCES, machine
 
 HERE = Path(__file__).parents[1] / "emulator"
@@ -102,30 +102,20 @@ class Emulator:
         self.ascending = ascending
         self.launches: list[str] = []
 
-    def launch(
-        self,
-        source: str,
-        kernel: str,
-        defines: Mapping[str, int],
-        grid: Grid,
-        threads: int,
-        shared: int,
-        arguments: ctypes.Structure,
-        extra: int | None = None,
-    ) -> None:
-        assert shared <= self.machine.shared
-        self.launches.append(kernel)
-        status = build(source, defines).run(
-            kernel.encode(),
-            ctypes.byref(arguments),
-            extra or 0,
-            Dim3(*grid),
-            threads,
-            ctypes.c_size_t(shared),
+    def launch(self, of: Launch) -> None:
+        assert of.shared <= self.machine.shared
+        self.launches.append(of.kernel)
+        status = build(of.source, of.defines).run(
+            of.kernel.encode(),
+            ctypes.byref(of.arguments),
+            of.extra or 0,
+            Dim3(*of.grid),
+            of.threads,
+            ctypes.c_size_t(of.shared),
             int(self.ascending),
         )
         if status:
-            raise Failed(f"{kernel} {STATUS[status]}")
+            raise Failed(f"{of.kernel} {STATUS[status]}")
 
 
 class Arena:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from emulator import Emulator
-from kvcomp.kernels.cuda.launch import Grid
+from kvcomp.kernels.cuda.launch import Launch
 
 WAITING = {
     "_local_scalar_dense",
@@ -70,10 +69,10 @@ class Recorder(TorchDispatchMode):
             self.work.append(again)
         return out
 
-    def launch(self, arguments: ctypes.Structure, *how: Any, extra: int | None) -> None:
-        copied = type(arguments).from_buffer_copy(arguments)
-        self.names.append(how[1])
-        self.work.append(lambda: self._on.launch(*how, copied, extra))
+    def launch(self, of: Launch) -> None:
+        copied = of._replace(arguments=type(of.arguments).from_buffer_copy(of.arguments))
+        self.names.append(of.kernel)
+        self.work.append(lambda: self._on.launch(copied))
 
     @torch.inference_mode()
     def repeat(self) -> None:
@@ -86,22 +85,8 @@ class RecordingEmulator(Emulator):
 
     recorder: Recorder | None = None
 
-    def launch(
-        self,
-        source: str,
-        kernel: str,
-        defines: Mapping[str, int],
-        grid: Grid,
-        threads: int,
-        shared: int,
-        arguments: ctypes.Structure,
-        extra: int | None = None,
-    ) -> None:
-        how = source, kernel, defines, grid, threads, shared
-        if self.recorder is None:
-            super().launch(*how, arguments, extra)
-        else:
-            self.recorder.launch(arguments, *how, extra=extra)
+    def launch(self, of: Launch) -> None:
+        (super() if self.recorder is None else self.recorder).launch(of)
 
 
 def _tensors(of: Any) -> Iterable[Tensor]:

@@ -13,7 +13,6 @@ from transformers import Cache, LogitsProcessor, LogitsProcessorList
 from kvcomp.bench import checks
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.layer import CompressedLayer
-from kvcomp.store import KVStore
 
 
 class _TokenTimes(LogitsProcessor):
@@ -50,9 +49,5 @@ def token_times(
 def attention_error(cache: Cache) -> float:
     """The worst layer's error of attention on the model's own K and V, against the reference. Raises CheckFailed."""
     layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
-    stores = [layer.store for layer in layers if isinstance(layer.store, KVStore)]
-    errors = []
-    for store in stores:
-        q = torch.randn(store.batch, store.heads, 1, store.channels)
-        errors.append(checks.reference_error(store, q))
-    return max(errors)
+    stores = [layer.store.to_main_memory() for layer in layers]
+    return max(checks.reference_error(x, torch.randn(x.batch, x.heads, 1, x.channels)) for x in stores)

@@ -12,7 +12,6 @@ from torch import Tensor
 from kvcomp.evaluate.fidelity import Sample, compare, fill, predict_from
 from kvcomp.evaluate.methods import KVComp, Method, Pair
 from kvcomp.spec import KINDS, Kind
-from kvcomp.store import KVStore
 from kvcomp.store.pages import bits_by_head, error_shares
 from kvcomp.store.pages import compare as compare_with_bound
 
@@ -26,7 +25,7 @@ def errors_by_head(model: Any, each: Sample, method: Method) -> dict[str, Any]:
     cache = fill(model, each, method)
     values = method.values(cache)
     held = method.stores(cache) if isinstance(method, KVComp) else {}
-    stores = {layer: store for layer, store in held.items() if isinstance(store, KVStore)}
+    stores = {layer: store.to_main_memory() for layer, store in held.items()}
     bits = {layer: bits_by_head(store).tolist() for layer, store in stores.items()}
     heads, shares = [], {kind: np.zeros(EDGES.size - 1, np.int64) for kind in KINDS}
     for layer, kind, head, before, after in _by_head(each.cache, values):

@@ -155,9 +155,7 @@ def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
     InvalidInput
         If they do not fit the spec.
     """
-    rows, before = Rows.empty(k.shape[0]), tokens - k.shape[2]
-    rows.starts[:] = rows.tail_begin[:] = before
-    return KVStore(spec).of(rows, tokens, (k, v))
+    return KVStore(spec).of(Rows.empty(k.shape[0], start=tokens - k.shape[2]), tokens, (k, v))
 
 
 # Stores <-> parts

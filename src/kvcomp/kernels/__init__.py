@@ -1,4 +1,4 @@
-"""Kernels. Every backend is a module with the functions of ``kvcomp.kernels.reference``."""
+"""Kernels. Every backend is a module with the functions of ``Backend``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ __all__ = ["NO_STEPS", "Array", "Backend", "Books", "CacheView", "Steps", "load_
 
 
 class Backend(Protocol):
-    """What a backend can do; ``kvcomp.kernels.reference`` says what each function means."""
+    """What a backend can do; all give the same bytes as ``kvcomp.kernels.reference``."""
 
-    def quantise(self, x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised: ...
+    def quantise(self, x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised:
+        """``kvcomp.codec.quantise.quantise``."""
 
-    def count_pairs(self, q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]: ...
+    def count_pairs(self, q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
+        """How often each pair of codes occurs in the blocks that are not raw: (classes, 256, 256)."""
 
     def encode_pages(
         self,
@@ -33,7 +35,29 @@ class Backend(Protocol):
         units: tuple[Unit, Unit],
         k_books: Books,
         v_books: Books,
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]: ...
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """Encode pages of K and V (docs/format.md, sections 2 to 5).
+
+        Parameters
+        ----------
+        k, v
+            The values, (heads, 64*pages, channels).
+        kq, vq
+            The same, quantised.
+        coding
+            Of K and V. Where neither book covers a block, ``huffman`` falls back to a fixed width.
+        units
+            Of K and V.
+        k_books, v_books
+            The default book and the sequence's own; None for one that does not exist.
+
+        Returns
+        -------
+        pages
+            The bytes, with D spare bytes after the last page.
+        offsets
+            (pages + 1,): where each page begins, and the end of the last.
+        """
 
     def decompress(
         self,
@@ -44,7 +68,29 @@ class Backend(Protocol):
         out_k: Array,
         out_v: Array,
         steps: Steps = NO_STEPS,
-    ) -> None: ...
+    ) -> None:
+        """Decode pages to values, rounded to their dtype.
+
+        Parameters
+        ----------
+        pages
+            (pages,): addresses.
+        units
+            Of K and V.
+        k_books, v_books
+            The default book and the sequence's own.
+        out_k, out_v
+            (heads, 64*pages, channels) of the dtype, filled.
+        steps
+            Of the heads, for K and V, where the unit is ``head``.
+
+        Raises
+        ------
+        InvalidInput
+            If the values' dtype is none of the three.
+        CorruptData
+            From the reference alone, which trusts no page; compiled kernels take pages that are checked.
+        """
 
     def attend(
         self,
@@ -83,7 +129,6 @@ class Backend(Protocol):
         InvalidInput
             If the values' dtype is none of the three.
         """
-        ...
 
 
 def host_backend(name: str) -> str:

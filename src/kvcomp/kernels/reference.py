@@ -33,7 +33,7 @@ __all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quan
 
 
 def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
-    """Count how often each pair of codes occurs in the blocks that are not raw: uint64 (classes, 256, 256)."""
+    """``Backend.count_pairs``, block by block."""
     counts = np.zeros((classes, MAX_CODES, MAX_CODES), np.uint64)
     for page, head in np.argwhere(~q.raw):
         counts += block.count_pairs(q.codes[page, head], kind, classes)
@@ -50,28 +50,7 @@ def encode_pages(
     k_books: Books,
     v_books: Books,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Encode pages of K and V (docs/format.md, sections 2 to 5).
-
-    Parameters
-    ----------
-    k, v
-        The values, (heads, 64*pages, channels).
-    kq, vq
-        The same, quantised.
-    coding
-        Of K and V. Where neither book covers a block, ``huffman`` falls back to a fixed width.
-    units
-        Of K and V.
-    k_books, v_books
-        The default book and the sequence's own; None for one that does not exist.
-
-    Returns
-    -------
-    pages
-        The bytes, with D spare bytes after the last page.
-    offsets
-        (pages + 1,): where each page begins, and the end of the last.
-    """
+    """``Backend.encode_pages``, block by block."""
     heads, tokens, channels = k.shape
     layout = Layout(heads, channels, units, k.dtype.itemsize)
     pages = []
@@ -196,26 +175,7 @@ def decompress(
     out_v: Array,
     steps: Steps = NO_STEPS,
 ) -> None:
-    """Decode pages to values, rounded to their dtype.
-
-    Parameters
-    ----------
-    pages
-        (pages,): addresses.
-    units
-        Of K and V.
-    k_books, v_books
-        The default book and the sequence's own.
-    out_k, out_v
-        (heads, 64*pages, channels) of the dtype, filled.
-    steps
-        Of the heads, for K and V, where the unit is ``head``.
-
-    Raises
-    ------
-    CorruptData
-        As ``decode_page``; compiled kernels take pages that are already checked.
-    """
+    """``Backend.decompress``, page by page."""
     layout = Layout(out_k.shape[0], out_k.shape[2], units, out_k.dtype.itemsize)
     for index, address in enumerate(pages.tolist()):
         k, v = decode_page(page_bytes(address, layout.heads), layout, (k_books, v_books), out_k.dtype, steps)

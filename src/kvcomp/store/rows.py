@@ -41,9 +41,9 @@ class Rows:
     """For each row the pair counts of K and V, as long as there is no own book."""
 
     @classmethod
-    def empty(cls, rows: int, books: Sequence[Codebook | None] = (None, None)) -> Rows:
-        """Rows without tokens. books: own codebooks that every row begins with."""
-        starts, tail_begin, sink_count, count = np.zeros((4, rows), np.int64)
+    def empty(cls, rows: int, books: Sequence[Codebook | None] = (None, None), start: int = 0) -> Rows:
+        """Rows without tokens, each with these own codebooks, that begin at position ``start``."""
+        starts, tail_begin, sink_count, count = np.array([[start], [start], [0], [0]], np.int64).repeat(rows, 1)
         return cls(
             starts,
             tail_begin,

@@ -1,4 +1,4 @@
-"""Tensors as NumPy arrays and back, without a copy."""
+"""Tensors as NumPy arrays and back."""
 
 from __future__ import annotations
 
@@ -24,3 +24,9 @@ def as_array(x: Tensor) -> npt.NDArray[Any]:
 def as_tensor(x: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
     """An array as a tensor, without a copy."""
     return torch.from_numpy(x.view(np.int16)).view(dtype) if dtype == torch.bfloat16 else torch.from_numpy(x)
+
+
+def to_pinned(content: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An array in pinned memory, from which ``.to(device, non_blocking=True)`` copies. Nobody else may change it."""
+    host = torch.from_numpy(content)
+    return host.pin_memory() if device.type == "cuda" else host

@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.methods.method import Method, Pair
+from kvcomp.integrations.transformers.cache import stock_memory
 from kvcomp.spec import KINDS, Kind
 from kvcomp.store import Memory
 from kvcomp.store.memory import PARTS
@@ -62,10 +63,8 @@ class Baseline(Method):
         return Cache(layers=[BaselineLayer(self) if type(layer) is DynamicLayer else layer for layer in layers])
 
     def memory(self, cache: Cache) -> Memory:
-        memory = Memory()
-        for layer in cache.layers:
-            memory += layer.memory() if isinstance(layer, BaselineLayer) else stock_memory(layer)
-        return memory
+        layers = cache.layers
+        return sum((x.memory() if isinstance(x, BaselineLayer) else stock_memory(x) for x in layers), Memory())
 
     def values(self, cache: Cache) -> list[Pair]:
         layers: list[Any] = list(cache.layers)
@@ -74,14 +73,6 @@ class Baseline(Method):
     def room(self, cache: Cache) -> int:
         layers = [layer for layer in cache.layers if isinstance(layer, BaselineLayer)]
         return min((layer.room() for layer in layers), default=FURTHEST)
-
-
-def stock_memory(layer: Any) -> Memory:
-    """The memory of a layer that transformers holds uncompressed: its tensors of values, plain or by name."""
-    parts = [part for x in vars(layer).values() for part in (x.values() if isinstance(x, dict) else [x])]
-    held = [x for x in parts if isinstance(x, Tensor) and x.is_floating_point()]
-    size = sum(x.numel() * x.itemsize for x in held)
-    return Memory(other=size, values=sum(x.numel() for x in held), dense=size)
 
 
 class BaselineLayer(CacheLayerMixin):

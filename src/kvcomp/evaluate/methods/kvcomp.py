@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from kvcomp.calibration import Calibration, resolve
-from kvcomp.evaluate.methods.baseline import FURTHEST, stock_memory
+from kvcomp.evaluate.methods.baseline import FURTHEST
 from kvcomp.evaluate.methods.method import Method, Pair
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.layer import CompressedLayer
@@ -50,11 +50,8 @@ class KVComp(Method):
         return KVCompCache(config, self.spec, calibration=self.calibration)
 
     def memory(self, cache: Cache) -> Memory:
-        memory = Memory()
-        stores = self.stores(cache)
-        for index, layer in enumerate(cache.layers):
-            memory += stores[index].memory() if index in stores else stock_memory(layer)
-        return memory
+        self.stores(cache)  # which compresses what is due
+        return cast(KVCompCache, cache).memory()
 
     def values(self, cache: Cache) -> list[Pair]:
         stores = self.stores(cache)

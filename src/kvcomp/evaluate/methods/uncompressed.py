@@ -7,8 +7,9 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from kvcomp.evaluate.methods.baseline import FURTHEST, stock_memory
+from kvcomp.evaluate.methods.baseline import FURTHEST
 from kvcomp.evaluate.methods.method import Method, Pair
+from kvcomp.integrations.transformers.cache import stock_memory
 from kvcomp.store import Memory
 
 
@@ -19,10 +20,7 @@ class Uncompressed(Method):
         return DynamicCache(config=config)
 
     def memory(self, cache: Cache) -> Memory:
-        memory = Memory()
-        for layer in cache.layers:
-            memory += stock_memory(layer)
-        return memory
+        return sum((stock_memory(layer) for layer in cache.layers), Memory())
 
     def values(self, cache: Cache) -> list[Pair]:
         layers: list[Any] = list(cache.layers)

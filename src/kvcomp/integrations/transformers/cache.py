@@ -174,7 +174,7 @@ class KVCompCache(Cache):
         """Bytes by part, over all layers. Those of layers that are not compressed count as ``other``, and as much as
         ``dense``.
         """
-        parts = [layer.store.memory() if isinstance(layer, CompressedLayer) else _stock(layer) for layer in self.layers]
+        parts = [x.store.memory() if isinstance(x, CompressedLayer) else stock_memory(x) for x in self.layers]
         return reduce(operator.add, parts, Memory())
 
     @uncompiled
@@ -328,8 +328,8 @@ def _rows(layer: Any) -> int:
     return keys.shape[0] if isinstance(keys, Tensor) and keys.numel() else 0
 
 
-def _stock(layer: Any) -> Memory:
-    """The memory of one of transformers' own cache layers."""
+def stock_memory(layer: Any) -> Memory:
+    """The memory of one of transformers' own cache layers: what its tensors of values keep allocated."""
     found: list[Tensor] = []
     for value in vars(layer).values():
         inside = value.values() if isinstance(value, dict) else [value]

@@ -1,6 +1,6 @@
 """Decoding with CUDA graphs: what a step does on the device is recorded once, and the host repeats it with one call.
 
-    from kvcomp.integrations.transformers_graph import DecodeGraph
+    from kvcomp.integrations.transformers.graph import DecodeGraph
 
     cache = KVCompCache(model.config, backend="gpu")
     model.set_attn_implementation("kvcomp")
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.attention import NAME
-from kvcomp.store.gpu.arena import to_pinned
+from kvcomp.store.tensors import to_pinned
 
 
 class DecodeGraph:

@@ -1,4 +1,4 @@
-"""The CPU backend: the functions of ``kvcomp.kernels.reference``, compiled with Numba.
+"""The CPU backend: the functions of ``Backend``, compiled with Numba.
 
 The first call of each function compiles it, once for a machine (the cache is on disk); the logger "kvcomp" says so.
 """
@@ -126,13 +126,7 @@ def decompress(
     out_v: Array,
     steps: Steps = NO_STEPS,
 ) -> None:
-    """Decode pages to values, as ``kernels.reference.decompress`` does.
-
-    Raises
-    ------
-    InvalidInput
-        If the values' dtype is none of the three.
-    """
+    """``Backend.decompress``, whatever strides the arrays to fill have."""
     heads, _, channels = out_k.shape
     results = [x if x.strides[-1] == x.itemsize else np.empty(x.shape, x.dtype) for x in (out_k, out_v)]
     decompress_pages(
@@ -152,13 +146,7 @@ def decompress(
 
 
 def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised:
-    """Quantise whole pages, as ``codec.quantise.quantise`` does (docs/format.md, section 3).
-
-    Raises
-    ------
-    InvalidInput
-        For another shape, dtype or head_dim, or if ``scale`` does not fit the unit and the heads.
-    """
+    """``Backend.quantise``."""
     check_values(x)
     check_channels(x.shape[2])
     check_scale(x, unit, scale)
@@ -196,7 +184,7 @@ def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantise
 
 
 def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
-    """Count pairs of codes, as ``kernels.reference.count_pairs`` does: uint64 (classes, 256, 256)."""
+    """``Backend.count_pairs``."""
     counts = np.zeros((classes, MAX_CODES, MAX_CODES), np.uint64)
     count_blocks(np.ascontiguousarray(q.codes), np.ascontiguousarray(q.raw), 0 if kind == "K" else 1, counts)
     return counts
@@ -212,7 +200,7 @@ def encode_pages(
     k_books: Books,
     v_books: Books,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Encode pages of K and V, byte for byte as ``kernels.reference.encode_pages`` does."""
+    """``Backend.encode_pages``; K and V are read where they lie."""
     k, v = _rows_of_values(k), _rows_of_values(v)
     heads, tokens, channels = k.shape
     pages = tokens // PAGE_TOKENS

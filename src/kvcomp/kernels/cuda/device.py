@@ -12,7 +12,7 @@ from typing import Any
 
 from kvcomp.errors import BackendUnavailable, LimitExceeded
 from kvcomp.kernels.cuda.compile import compile_kernel
-from kvcomp.kernels.cuda.launch import Grid
+from kvcomp.kernels.cuda.launch import Launch
 from kvcomp.kernels.cuda.layout import Machine, machine
 
 DEFAULT_SHARED = 48 << 10  # more needs the kernel's consent
@@ -56,41 +56,32 @@ class Gpu:
         self._modules: dict[tuple[Any, ...], Any] = {}
         self._functions: dict[tuple[str, str, int], tuple[Mapping[str, int], Any]] = {}
 
-    def launch(
-        self,
-        source: str,
-        kernel: str,
-        defines: Mapping[str, int],
-        grid: Grid,
-        threads: int,
-        shared: int,
-        arguments: ctypes.Structure,
-        extra: int | None = None,
-    ) -> None:
-        """See ``kernels.cuda.launch.Launcher``. Raises BackendUnavailable or LimitExceeded."""
-        second = ctypes.c_int32(extra or 0)
-        parameters = (ctypes.c_void_p * 2)(ctypes.addressof(arguments), ctypes.addressof(second))
+    def launch(self, of: Launch) -> None:
+        """See ``Launcher``. Raises BackendUnavailable or LimitExceeded."""
+        second = ctypes.c_int32(of.extra or 0)
+        parameters = (ctypes.c_void_p * 2)(ctypes.addressof(of.arguments), ctypes.addressof(second))
         self._check(self._driver.cuCtxPushCurrent(self._context))  # a model's layers may lie on several GPUs
         try:
-            function = self._function(source, kernel, defines, shared)
-            where = ctypes.addressof(parameters)
-            self._check(self._driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, self._stream(), where, 0))
+            function = self._function(of)
+            threads, where = (of.threads, 1, 1), ctypes.addressof(parameters)
+            self._check(self._driver.cuLaunchKernel(function, *of.grid, *threads, of.shared, self._stream(), where, 0))
         finally:
             self._driver.cuCtxPopCurrent()
 
-    def _function(self, source: str, kernel: str, defines: Mapping[str, int], shared: int) -> Any:
-        found = self._functions.get((source, kernel, id(defines)))
+    def _function(self, of: Launch) -> Any:
+        name = of.source, of.kernel, id(of.defines)
+        found = self._functions.get(name)
         if found is not None:
             return found[1]
-        key = source, *sorted(defines.items())
+        key = of.source, *sorted(of.defines.items())
         if key not in self._modules:
-            cubin = compile_kernel(f"{source}.cu", defines, self.machine.architecture)
+            cubin = compile_kernel(f"{of.source}.cu", of.defines, self.machine.architecture)
             self._modules[key] = self._check(self._driver.cuModuleLoadData(cubin))
-        function = self._check(self._driver.cuModuleGetFunction(self._modules[key], kernel.encode()))
-        if shared > DEFAULT_SHARED:
+        function = self._check(self._driver.cuModuleGetFunction(self._modules[key], of.kernel.encode()))
+        if of.shared > DEFAULT_SHARED:
             most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._check(self._driver.cuFuncSetAttribute(function, most, shared))
-        self._functions[source, kernel, id(defines)] = defines, function  # which keeps the id from being another's
+            self._check(self._driver.cuFuncSetAttribute(function, most, of.shared))
+        self._functions[name] = of.defines, function  # which keeps the id from being another's
         return function
 
     def _check(self, result: tuple[Any, ...]) -> Any:

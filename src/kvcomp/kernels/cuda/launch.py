@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvcomp.codec.dtypes import TOKEN
 from kvcomp.kernels.cuda.layout import (
@@ -23,43 +23,28 @@ MOST_CTAS = 8  # for each multiprocessor, of the kernels whose warps take blocks
 COUNTING_CTAS = 2  # the same for those that gather counts of their own
 
 
+class Launch(NamedTuple):
+    """A kernel of ``kernels/cuda/<source>.cu``, and how it runs."""
+
+    source: str
+    kernel: str
+    defines: Mapping[str, int]
+    grid: Grid
+    threads: int
+    shared: int
+    """Bytes of shared memory."""
+    arguments: ctypes.Structure
+    extra: int | None = None
+    """Its second argument, if it has one."""
+
+
 class Launcher(Protocol):
     """A GPU, or what stands in for one."""
 
     machine: Machine
 
-    def launch(
-        self,
-        source: str,
-        kernel: str,
-        defines: Mapping[str, int],
-        grid: Grid,
-        threads: int,
-        shared: int,
-        arguments: ctypes.Structure,
-        extra: int | None = None,
-    ) -> None:
-        """Queue a kernel on the current stream.
-
-        Parameters
-        ----------
-        source
-            Of ``kernels/cuda/<source>.cu``.
-        kernel
-            Its name there.
-        defines
-            Constants of the build.
-        grid
-            CTAs.
-        threads
-            Of a CTA.
-        shared
-            Bytes of shared memory for a CTA.
-        arguments
-            The kernel's first argument.
-        extra
-            Its second argument, if it has one.
-        """
+    def launch(self, of: Launch) -> None:
+        """Queue a kernel on the current stream."""
 
 
 def splits_for(on: Launcher, build: AttendBuild, rows: int, heads: int, queries: int, tokens: int) -> int:
@@ -72,44 +57,44 @@ def splits_for(on: Launcher, build: AttendBuild, rows: int, heads: int, queries:
 def attend(on: Launcher, build: AttendBuild, a: AttendArguments, splits: int) -> None:
     """Launch fused attention; a second launch joins the partial results of several splits."""
     grid = splits, a.heads * -(-a.queries // QUERIES), a.rows
-    on.launch("decode_attention", "attend", build.defines, grid, LANES * build.warps, build.shared, a)
+    on.launch(Launch("decode_attention", "attend", build.defines, grid, LANES * build.warps, build.shared, a))
     if splits > 1:
         queries = a.rows * a.heads * a.queries
-        on.launch("decode_attention", "merge", build.defines, (queries, 1, 1), build.channels, 0, a, splits)
+        on.launch(Launch("decode_attention", "merge", build.defines, (queries, 1, 1), build.channels, 0, a, splits))
 
 
 def decompress(on: Launcher, build: PageBuild, a: DecompressArguments) -> None:
     """Launch the decoding of pages to tiles."""
     grid = _ctas(on, build, 2 * a.page_count * a.heads, MOST_CTAS), 1, 1
-    on.launch("decompress", "decompress", build.defines, grid, LANES * build.warps, build.shared, a)
+    on.launch(Launch("decompress", "decompress", build.defines, grid, LANES * build.warps, build.shared, a))
 
 
 def quantise(on: Launcher, build: PageBuild, a: EncodeArguments) -> None:
     """Turn values into codes, scales and zeros."""
     threads = LANES * build.warps
     if TOKEN in (build.k_unit, build.v_unit):
-        on.launch("encode", "measure_tokens", build.defines, (a.pages, 2, 1), threads, 0, a)
-    on.launch("encode", "quantise", build.defines, (a.pages, a.heads, 2), threads, build.quantise_shared, a)
+        on.launch(Launch("encode", "measure_tokens", build.defines, (a.pages, 2, 1), threads, 0, a))
+    on.launch(Launch("encode", "quantise", build.defines, (a.pages, a.heads, 2), threads, build.quantise_shared, a))
 
 
 def count_pairs(on: Launcher, build: PageBuild, a: EncodeArguments) -> None:
     """Add the pairs of the codes to the counts."""
     grid = _ctas(on, build, a.pages * a.heads, COUNTING_CTAS), 2, 1
-    on.launch("encode", "count_pairs", build.defines, grid, LANES * build.warps, build.count_shared, a)
+    on.launch(Launch("encode", "count_pairs", build.defines, grid, LANES * build.warps, build.count_shared, a))
 
 
 def measure(on: Launcher, build: PageBuild, a: EncodeArguments) -> None:
     """Find modes, lengths and sizes of the blocks, and where the pages will lie."""
     threads = LANES * build.warps
     grid = _ctas(on, build, 2 * a.pages * a.heads, MOST_CTAS), 1, 1
-    on.launch("encode", "measure_blocks", build.defines, grid, threads, 0, a)
-    on.launch("encode", "place_pages", build.defines, (1, 1, 1), threads, build.place_shared, a)
+    on.launch(Launch("encode", "measure_blocks", build.defines, grid, threads, 0, a))
+    on.launch(Launch("encode", "place_pages", build.defines, (1, 1, 1), threads, build.place_shared, a))
 
 
 def pack(on: Launcher, build: PageBuild, a: EncodeArguments) -> None:
     """Write the pages."""
     grid = _ctas(on, build, 2 * a.pages * a.heads, MOST_CTAS), 1, 1
-    on.launch("encode", "pack", build.defines, grid, LANES * build.warps, build.pack_shared, a)
+    on.launch(Launch("encode", "pack", build.defines, grid, LANES * build.warps, build.pack_shared, a))
 
 
 def _ctas(on: Launcher, build: PageBuild, blocks: int, most: int) -> int:

@@ -31,12 +31,6 @@ def enough_memory() -> Iterator[None]:
         ) from None
 
 
-def to_pinned(content: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """An array in pinned memory, from which ``.to(device, non_blocking=True)`` copies. Nobody else may change it."""
-    host = torch.from_numpy(content)
-    return host.pin_memory() if device.type == "cuda" else host
-
-
 class Readback:
     """A copy of a tensor on its way to the host, behind the work of the current stream."""
 

@@ -23,7 +23,7 @@ from kvcomp.kernels.cuda.layout import (
     table_entries,
 )
 from kvcomp.spec import TensorSpec
-from kvcomp.store.gpu.arena import to_pinned
+from kvcomp.store.tensors import to_pinned
 
 
 class DeviceBooks:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.codec.codebook import Codebook
-from kvcomp.store.gpu.arena import Chunk, to_pinned
+from kvcomp.store.gpu.arena import Chunk
+from kvcomp.store.tensors import to_pinned
 
 LEAST_PAGES = 16  # for which a table has room
 
