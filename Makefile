@@ -98,7 +98,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || (echo "making $(VENV) failed; on Debian and Ubuntu: apt-get install python3-venv" && false)
 	@echo "setting up $(VENV), once"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,cuda,eval,plots,serve]' --group dev
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,cuda,eval,gguf,plots,serve]' --group dev
 	@touch $@
 
 $(DOCS): $(READY)
