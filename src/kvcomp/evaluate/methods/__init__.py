@@ -28,6 +28,7 @@ BASELINES: dict[str, Callable[[], Method]] = {
     "uncompressed": Uncompressed,
     "fp8": Fp8,
     **{f"kivi-{bits}": lambda bits=bits: Kivi(bits) for bits in (4, 3, 2)},  # type: ignore[misc]
+    **{f"kivi-{bits}-same-raw": lambda bits=bits: Kivi(bits, raw=PRESETS["kvcomp"]) for bits in (4, 3, 2)},  # type: ignore[misc]
     **{f"turboquant-{bits}": lambda bits=bits: TurboQuant(bits) for bits in (4, 3, 2)},  # type: ignore[misc]
     **{f"hqq-{bits}": lambda bits=bits: Quantized("hqq", bits) for bits in (4, 2)},  # type: ignore[misc]
     **{f"quanto-{bits}": lambda bits=bits: Quantized("quanto", bits) for bits in (4, 2)},  # type: ignore[misc]
