@@ -18,7 +18,7 @@ from kvcomp.evaluate.methods.kivi import Kivi
 from kvcomp.fit.calibrate import Calibrator, Curve
 from kvcomp.fit.windows import Settings
 from kvcomp.results.journal import Journal
-from kvcomp.spec import LEVELS, PAGE_TOKENS, CodecSpec, Kind, TensorSpec
+from kvcomp.spec import LEVELS, CodecSpec, Kind, TensorSpec
 
 PROMPT, SCORED = 2048, 256
 OURS = CodecSpec.resolve("kvcomp")
@@ -53,23 +53,12 @@ class KiviSplit(Kivi):
         return super().decode(parts, kind)
 
 
-class KiviAlike(KiviSplit):
+class KiviAlike(Kivi):
     """KIVI-style that leaves the tokens raw that kvcomp does: its sinks and its window."""
 
     def __init__(self, bits: int) -> None:
-        super().__init__(bits, bits)
+        super().__init__(bits, raw=OURS)
         self.name = f"kivi-style {bits}, our window"
-
-    def coded(self, tokens: int, kind: Kind) -> int:
-        pages = (tokens - OURS.sinks - OURS.window) // PAGE_TOKENS
-        return OURS.sinks + pages * PAGE_TOKENS if pages > 0 else 0
-
-    def encode(self, x: torch.Tensor, kind: Kind) -> Any:
-        sinks = x.shape[2] % PAGE_TOKENS
-        return {"sinks": x[:, :, :sinks], **super().encode(x[:, :, sinks:], kind)}
-
-    def decode(self, parts: Any, kind: Kind) -> torch.Tensor:
-        return torch.cat([parts["sinks"].float(), super().decode(parts, kind)], 2)
 
 
 def paper(key: float, value: float) -> KVComp:

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from kvcomp.cli.common import Resume, bar, plain_errors, quiet_loading, resumable
+from kvcomp.cli.common import MODEL_HELP, Resume, bar, plain_errors, quiet_loading, resumable
 from kvcomp.cli.tables import show_calibration
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Model directory or hub name")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     text: Annotated[Path, typer.Option(help="UTF-8 text like what the model will read", exists=True, dir_okay=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .kvcal file to write")],
     windows: Annotated[int, typer.Option(min=4, help="Windows of text to measure on")] = 12,

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 SHIPPED = "tiny-lm"
 SPEC_NAMES = f"{', '.join(PRESETS)}, {CALIBRATED}:LEVEL or a spec.json"
 
-Model = Annotated[str | None, typer.Argument(help="Model directory or hub name [default: the shipped one]")]
+MODEL_HELP = "Model directory, hub name, GGUF file or its folder"
+Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} [default: the shipped one]")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16 [default: of the weights; float32 if a GGUF quantises]"),
+]
 TextFile = Annotated[
     Path | None,
     typer.Option("--text", help="UTF-8 text to score [default: text the shipped model never saw, or Python's manual]"),

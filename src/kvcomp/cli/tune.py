@@ -10,6 +10,7 @@ import typer
 
 from kvcomp.cli.common import (
     SHIPPED,
+    Dtype,
     Model,
     Resume,
     Seed,
@@ -37,6 +38,7 @@ def tune(
         str | None, typer.Option(help="Fewest bits within the KL of this method, such as kivi-4; scales for each layer")
     ] = None,
     spec: Annotated[str, typer.Option(help=f"What to start from: {', '.join(PRESETS)} or a spec.json")] = "kvcomp",
+    dtype: Dtype = None,
     text: TextFile = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of text")] = 4,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each")] = None,
@@ -74,7 +76,7 @@ def tune(
             from kvcomp.results import schema
 
             place = model if model is not None else str(shipped_model())
-            loaded, tokenizer = load_model(place)
+            loaded, tokenizer = load_model(place, dtype)
             check_has_keys(loaded.config)
             start, reference = KVComp(spec), None if goal["like"] is None else baseline(str(goal["like"]))
             plan = Plan.for_model(positions(loaded.config), lengths=(), **size)
@@ -82,12 +84,13 @@ def tune(
             begins, asked = _drawn(tokenizer, ids, plan, goal["keep"] is not None)
         about = schema.environment(
             model=SHIPPED if model is None else model,
+            dtype=str(loaded.dtype),
             text=source,
             goal=goal,
             start=start.settings(),
             **{key: vars(plan)[key] for key in size},
         )
-        identity = {key: about[key] for key in ("model", "text", "goal", "start", *size)}
+        identity = {key: about[key] for key in ("model", "dtype", "text", "goal", "start", *size)}
         with resumable(output, identity, resume) as journal:
             with bar() as progress:
                 task = progress.add_task("")

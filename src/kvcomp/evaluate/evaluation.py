@@ -245,6 +245,7 @@ class Evaluation:
         streaming = mode == "streaming"
         return results.size(memory), {
             "kl": results.figure([row["kl"] for row in rows]),
+            "kl_99_9": float(np.quantile(np.concatenate([row["kls"] for row in rows]), 0.999)),
             "top1": results.figure([row["top1"] for row in rows]),
             "loss_difference": results.figure([row["loss"] - row["loss_uncompressed"] for row in rows]),
             "perplexity": float(np.exp(loss)),

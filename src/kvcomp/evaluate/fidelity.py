@@ -52,6 +52,8 @@ class Comparison:
     loss: float
     """Mean loss, nats a token."""
     loss_uncompressed: float
+    kls: tuple[float, ...] = ()
+    """KL of each token, in six digits."""
 
 
 def attend_plainly(model: Any) -> None:
@@ -115,11 +117,13 @@ def predict(model: Any, ids: Tensor, cache: Cache, method: Method, streaming: bo
 def compare(each: Sample, log_probs: Tensor) -> Comparison:
     """Hold predictions of a sample's text, float32 (tokens, vocabulary), against the uncompressed ones."""
     target = each.text[0, 1:, None]
+    kls = (each.log_probs.exp() * (each.log_probs - log_probs)).sum(-1)
     return Comparison(
-        kl=float((each.log_probs.exp() * (each.log_probs - log_probs)).sum(-1).mean()),
+        kl=float(kls.mean()),
         top1=float((each.log_probs.argmax(-1) == log_probs.argmax(-1)).float().mean()),
         loss=-float(log_probs[:-1].gather(1, target).mean()),
         loss_uncompressed=-float(each.log_probs[:-1].gather(1, target).mean()),
+        kls=tuple(float(f"{kl:.6g}") for kl in kls.tolist()),
     )
 
 

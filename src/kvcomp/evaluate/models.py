@@ -1,4 +1,4 @@
-"""Load a model for a command: a directory, a hub name, or the small one that comes with kvcomp."""
+"""Load a model for a command: a directory, a GGUF file, a hub name, or the small one that comes with kvcomp."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from transformers.cache_utils import DynamicLayer
 
 from kvcomp.calibration import Calibration, resolve
 from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.evaluate import gguf_file
 from kvcomp.evaluate.text import held_out_names, held_out_text, join, manual_text, training_text
 from kvcomp.spec import CodecSpec, is_calibrated
 
 TUNED_SPEC = "kvcomp.json"
 FITTING_CHARACTERS = 2_000_000
 CALIBRATION = "model.kvcal"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def shipped_model() -> Path:
@@ -33,21 +35,35 @@ def shipped_model() -> Path:
     raise InvalidInput(f"the shipped model is not at {places[0]} or {places[1]}: name a model directory")
 
 
-def load_model(name: str | Path) -> tuple[Any, Any]:
-    """Load a model, in the type of its weights, and its tokenizer.
+def load_model(name: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
+    """Load a model and its tokenizer.
+
+    Parameters
+    ----------
+    name
+        A directory, a hub name, a GGUF file or the folder of one.
+    dtype
+        One of DTYPES; by default that of the weights, and float32 for a GGUF's that are quantised.
 
     Raises
     ------
     InvalidInput
         If transformers cannot load them, or the type is not float32, float16 or bfloat16.
+    CorruptData, UnsupportedModel
+        For a GGUF that is damaged or of another kind of model.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidInput(f"no dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if files := gguf_file.find(name):
+        model, tokenizer = gguf_file.load(files, DTYPES[dtype] if dtype else None)
+        return model.eval(), tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
     except (OSError, ValueError, KeyError) as error:
         raise InvalidInput(f"cannot load a model from {name}: {error}") from None
-    if model.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise InvalidInput(f"{name} has weights of {model.dtype}: float32, float16 or bfloat16 are possible")
+    if model.dtype not in DTYPES.values():
+        raise InvalidInput(f"{name} has weights of {model.dtype}: {', '.join(DTYPES)} are possible")
     return model.eval(), tokenizer
 
 
@@ -59,7 +75,8 @@ def spec_for(
     That is ``kvcomp.json`` if no spec is named, and ``model.kvcal`` for kvcomp-klt.
     Raises InvalidInput if there is no such spec or calibration.
     """
-    tuned, beside = Path(model) / TUNED_SPEC, Path(model) / CALIBRATION
+    folder = gguf_file.folder_of(model)
+    tuned, beside = folder / TUNED_SPEC, folder / CALIBRATION
     if spec is None:
         return resolve(tuned if tuned.is_file() else "kvcomp", calibration)
     if calibration is None and is_calibrated(spec) and beside.is_file():

@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens."""
+    if not texts:  # which not every tokenizer takes
+        return []
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return ids
 
