@@ -39,6 +39,12 @@ def rounded(x: Array, value: str) -> Array:
     return round_to(x.astype(np.float32), NUMPY[value])
 
 
+def scales_for(units: tuple[Unit, Unit], scales: tuple[float, float]) -> tuple[float, float]:
+    """Scales of a case, larger where they are of the heads: so that these have about as many codes."""
+    key, value = (1.5 * scale if unit == "head" else scale for unit, scale in zip(units, scales, strict=True))
+    return key, value
+
+
 def build(
     channels: int,
     queries: int,
@@ -48,11 +54,8 @@ def build(
     scales: tuple[float, float] = (0.05, 0.1),
     **how: Any,
 ) -> Cache:
-    """A case with a longer tail, of which each query sees a part, as many classes for K as for V, and steps of heads
-    that give about as many codes as the relative scales.
-    """
-    key, value = (1.5 * scale if unit == "head" else scale for unit, scale in zip(units, scales, strict=True))
-    how = {"tail": 100, "classes": (classes, classes), "scales": (key, value), **how}
+    """A case with a longer tail, of which each query sees a part, and as many classes for K as for V."""
+    how = {"tail": 100, "classes": (classes, classes), "scales": scales_for(units, scales), **how}
     return attention_cases.build(Case(channels, queries, 0, pages, units=units, **how))
 
 
@@ -276,7 +279,7 @@ def test_bytes_equal_reference(channels: int, units: tuple[Unit, Unit], classes:
     rng = np.random.default_rng(case)
     dtype, coding = DTYPES[case % 3], CODINGS[case % 3]
     scales = ((0.05, 0.1), (0.02, 0.3), (0.013, 0.04))[case % 3]
-    spec = Case(heads=3, units=units, scales=scales).spec
+    spec = Case(heads=3, units=units, scales=scales_for(units, scales)).spec
     tensors = spec.key, spec.value
     k, v = (values_like(rng, 3, 192, channels, dtype) for _ in "KV")
     kq, vq = (reference.quantise(x, t.unit, t.scale) for x, t in zip((k, v), tensors, strict=True))
