@@ -277,7 +277,7 @@ def resolve(
         which = "" if resolved is None else f" with the fingerprint {resolved.calibration}"
         raise InvalidInput(
             f"{CALIBRATED} needs a calibration of the model{which}: give calibration=, the file that "
-            "'kvcomp calibrate MODEL --text FILE -o model.kvcal' makes"
+            "'kvcomp calibrate MODEL -o model.kvcal' makes"
         )
     read = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
     if resolved is None:

@@ -34,7 +34,7 @@ from kvcomp.evaluate.methods.kivi import GROUP, Kivi
 from kvcomp.fit.codebooks import fit_books
 from kvcomp.fit.gradients import fisher
 from kvcomp.fit.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
-from kvcomp.fit.windows import Settings, Tell, draw_windows, write
+from kvcomp.fit.windows import Settings, Tell, draw_windows, first_token, write
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, position_limit, setting, text_config
 from kvcomp.kernels import Books, load_backend
 from kvcomp.results.journal import Journal
@@ -103,7 +103,7 @@ class Calibrator:
     model
         In float32, as the noise of narrower types hides what small errors do.
     ids
-        The text, int64.
+        The text, int64 (tokens,); None for text that the model writes itself.
     settings
         Windows of text, and tokens of each.
     journal
@@ -120,7 +120,12 @@ class Calibrator:
     """
 
     def __init__(
-        self, model: Any, ids: npt.NDArray[np.int64], settings: Settings, journal: Journal, tell: Tell | None = None
+        self,
+        model: Any,
+        ids: npt.NDArray[np.int64] | None,
+        settings: Settings,
+        journal: Journal,
+        tell: Tell | None = None,
     ) -> None:
         self.model, self.settings, self.journal = model, settings, journal
         self.tell: Tell = tell or (lambda what, done, total: None)
@@ -138,12 +143,13 @@ class Calibrator:
         self.coded = slice(settings.sinks, settings.sinks + pages * PAGE_TOKENS)
         if settings.windows < 2 * EVERY:
             raise InvalidInput(f"{settings.windows} windows are too few: give at least {2 * EVERY}")
-        if ids.size < 2 * settings.length:
+        if ids is not None and ids.size < 2 * settings.length:
             raise InvalidInput(
-                f"the text has {ids.size} tokens, and {2 * settings.length} is the least: give a longer --text"
+                f"the text has {ids.size} tokens, and {2 * settings.length} is the least: give a longer --text, or "
+                "none, and the model writes its own"
             )
         self.text = ids
-        self.drawn = draw_windows(ids, settings.windows, settings)
+        self.drawn = [] if ids is None else draw_windows(ids, settings.windows, settings)
         self.affines: dict[tuple[int, int], Affine] = {}
         self.windows: list[Window] = []
         self.coordinates: dict[tuple[int, int], Tensor] = {}
@@ -158,12 +164,13 @@ class Calibrator:
     # Statistics and windows
 
     def write(self) -> None:
-        """Let the model write some windows more."""
-        rows = self.settings.written
+        """Let the model write some windows more, or all of them."""
+        rows = self.settings.written + (self.settings.windows if self.text is None else 0)
+        starts = np.array([first_token(self.config)]) if self.text is None else self.text
         attend_plainly(self.model)
         length = -(-self.settings.length // PIECES)
         written = self.journal.piece(
-            "written", lambda: write(self.model, self.text, rows * PIECES, length, self.tell).tolist()
+            "written", lambda: write(self.model, starts, rows * PIECES, length, self.tell).tolist()
         )
         whole = np.array(written, np.int64).reshape(rows, -1)[:, : self.settings.length]
         self.drawn += draw_windows(whole.reshape(-1), rows, self.settings)
@@ -372,7 +379,7 @@ class Calibrator:
             {
                 "text": text,
                 "tokens_digest": digest,
-                "written": len(self.drawn) - self.settings.windows,
+                "written": len(self.drawn) - (0 if self.text is None else self.settings.windows),
                 **asdict(self.settings),
             },
         )
