@@ -5,10 +5,9 @@
     stored out = model.generate(ids, past_key_values=cache)
     store.save(out, cache, model)
 
-What is loaded is what was computed for the same tokens by the same weights under the same spec, compressed; a value
-that is anything else (damaged, of another key, cut off) counts as none and is removed. What is not protected against is
-someone who may write to the store
-and means harm: checksums are no signatures.
+What is loaded is what was computed for the same tokens by the same weights under the same spec, compressed. A value
+that is anything else (damaged, of another key, cut off) counts as none and is removed. Nothing protects against someone
+who may write to the store and means harm: checksums are no signatures.
 """
 
 from __future__ import annotations
@@ -46,15 +45,23 @@ logger = logging.getLogger("kvcomp")
 class PrefixStore:
     """Compressed caches of prompts in a folder or in Redis, chunk by chunk; shared beginnings are there once.
 
-    url: a folder's path or ``file://``, or ``redis://``, ``rediss://``, ``valkey://``, ``valkeys://``, ``unix://``
-    (needs redis-py).
-    limit: bytes that a folder may hold, None for no limit; the least recently used chunks go first. Redis has its own:
-        maxmemory with allkeys-lru.
-    timeout: seconds that any one call to Redis may take in all; a call moves some 16 MB, or one chunk if that is
-    larger.
+    Several processes may use one store at once.
 
-    Several processes may use one store at once. ``load`` and ``save`` raise StoreUnavailable if it does not answer in
-    time, or refuses.
+    Parameters
+    ----------
+    url
+        A folder's path or ``file://``, or ``redis://``, ``rediss://``, ``valkey://``, ``valkeys://``, ``unix://``,
+        which need redis-py.
+    limit
+        Bytes that a folder may hold, None for no limit; the least recently used chunks go first. Redis has its own:
+        maxmemory with allkeys-lru.
+    timeout
+        Seconds that any one call to Redis may take in all. A call moves some 16 MB, or one chunk if that is larger.
+
+    Raises
+    ------
+    InvalidInput
+        For a URL that is none. Whether a server is there shows at the first call.
     """
 
     def __init__(self, url: str | Path, *, limit: int | None = None, timeout: float = TIMEOUT) -> None:
@@ -70,13 +77,30 @@ class PrefixStore:
         model_id: str | None = None,
         backend: str = "cpu",
     ) -> KVCompCache:
-        """A cache of the longest stored beginning of a prompt that leaves at least one token to compute; an empty one
-        if there is none.
+        """Load the longest stored beginning of a prompt that leaves at least one token to compute.
 
-        ids: (tokens,) or (1, tokens), of one prompt without padding. model: a transformers model. spec, calibration: as
-        KVCompCache takes them.
-        model_id: a name for the model's weights instead of their hash.
-        Raises StoreUnavailable, and InvalidInput or UnsupportedModel if such a cache cannot be.
+        Parameters
+        ----------
+        ids
+            (tokens,) or (1, tokens), of one prompt without padding.
+        model
+            A transformers model.
+        spec, calibration, backend
+            As KVCompCache takes them.
+        model_id
+            A name for the model's weights instead of their hash.
+
+        Returns
+        -------
+        KVCompCache
+            An empty one if nothing is stored.
+
+        Raises
+        ------
+        StoreUnavailable
+            If the store does not answer in time, or refuses.
+        InvalidInput, UnsupportedModel
+            If such a cache cannot be.
         """
         from kvcomp.integrations.transformers import KVCompCache
         from kvcomp.integrations.transformers.files import give
@@ -97,15 +121,33 @@ class PrefixStore:
         return cache
 
     def save(self, ids: Tensor | Sequence[int], cache: KVCompCache, model: Any, *, model_id: str | None = None) -> int:
-        """Store what is compressed of a cache and not there yet. Returns of how many first tokens it is there now.
+        """Store what is compressed of a cache and not there yet.
 
-        ids: the tokens that the cache was filled with, of one prompt without padding; more may follow. model, model_id:
-        as in ``load``.
         Nothing is stored of a cache whose codebooks are not fixed yet, or if another process has just stored the same
-        beginning with
-        codebooks of its own: whoever loads that goes on from there.
-        Raises StoreUnavailable, LimitExceeded if a folder's limit is less than a chunk, and InvalidInput or
-        UnsupportedModel.
+        beginning with codebooks of its own: whoever loads that goes on from there.
+
+        Parameters
+        ----------
+        ids
+            The tokens that the cache was filled with, of one prompt without padding; more may follow.
+        cache
+            Filled from these ids alone, under the attention "kvcomp".
+        model, model_id
+            As in ``load``: the model that filled the cache.
+
+        Returns
+        -------
+        int
+            Of how many first tokens the store has K and V now.
+
+        Raises
+        ------
+        StoreUnavailable
+            If the store does not answer in time, or refuses.
+        LimitExceeded
+            If a folder's limit is less than a chunk.
+        InvalidInput, UnsupportedModel
+            If K and V are not, or may not be, those of the ids under the model; nothing is stored then.
         """
         from kvcomp.integrations.transformers import KVCompCache
         from kvcomp.integrations.transformers.files import stores_of

@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.methods.method import Method, Pair
-from kvcomp.integrations.transformers.cache import stock_memory
+from kvcomp.integrations.transformers.stock import stock_memory
 from kvcomp.spec import KINDS, Kind
 from kvcomp.store import Memory
 from kvcomp.store.memory import PARTS

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 
 from kvcomp.evaluate.methods.baseline import FURTHEST
 from kvcomp.evaluate.methods.method import Method, Pair
-from kvcomp.integrations.transformers.cache import stock_memory
+from kvcomp.integrations.transformers.stock import stock_memory
 from kvcomp.store import Memory
 
 

@@ -38,6 +38,7 @@ from kvcomp.integrations.transformers.layer import CompressedLayer, uncompiled
 from kvcomp.integrations.transformers.masks import kvcomp_mask
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, text_config
 from kvcomp.integrations.transformers.session import ForwardPass, Session
+from kvcomp.integrations.transformers.stock import stock_memory, stock_rows
 from kvcomp.kernels import host_backend, load_backend
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Memory
@@ -47,17 +48,32 @@ from kvcomp.store.checks import check_tensor, row_index
 class KVCompCache(Cache):
     """A transformers cache that keeps the K and V of full-attention layers compressed.
 
-    config: the configuration of the model (``model.config``); of a multi-modal model the text part is taken.
-        Sliding-window, chunked and linear-attention layers, which are small, get the cache layers that transformers
-        gives them.
-    spec: a CodecSpec, a preset's name or the path of a spec.json.
-    calibration: of the model, for the preset ``kvcomp-klt`` with its quality level, as in ``kvcomp-klt:balanced``: the
-        path of a .kvcal file, which ``kvcomp calibrate`` makes, or what ``Calibration.read`` read from it.
-    backend: ``cpu``, ``gpu`` for a model on NVIDIA GPUs, each layer's cache where the layer is, or ``reference`` to
-    check against it.
+    Sliding-window, chunked and linear-attention layers, which are small, get the layers that transformers gives them.
 
-    Raises UnsupportedModel if the model's cache cannot be held, and InvalidInput or BackendUnavailable for the other
-    arguments.
+    Parameters
+    ----------
+    config
+        The configuration of the model (``model.config``). Of a multi-modal model the text part is taken.
+    spec
+        A CodecSpec, a preset's name or the path of a spec.json. ``kvcomp-klt:balanced`` names a level of a calibration.
+    calibration
+        Of the model, for ``kvcomp-klt``: a .kvcal file, which ``kvcomp calibrate`` makes, or what was read from it.
+    backend
+        ``cpu``, or ``gpu`` for a model on NVIDIA GPUs, or ``reference`` to check against it.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the model's cache cannot be held.
+    InvalidInput, BackendUnavailable
+        For the other arguments.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig
+    >>> cache = KVCompCache(LlamaConfig())
+    >>> cache.get_seq_length()
+    0
     """
 
     def __init__(
@@ -93,17 +109,28 @@ class KVCompCache(Cache):
         rows: Sequence[int] | None = None,
         layers: Sequence[int] | None = None,
     ) -> None:
-        """Write a .kvc file from which ``load`` goes on as if nothing had happened; it takes the place of what was
-        there.
+        """Write a .kvc file, from which ``load`` goes on as if nothing had happened.
 
-        model_id: the model itself, whose weights are hashed, or a name for them, such as a commit; ``load`` must then
-        be given the same.
-        The configuration is always compared; with None nothing else is, so that a model with other weights of the same
-        shape passes.
-        rows: which of the batch to write, all if None. layers: which ones, all if None; ``kvcomp.load`` reads single
-        layers.
-        Raises InvalidInput for an empty cache, UnsupportedModel if a layer is neither full attention nor a sliding
-        window, and OSError.
+        Parameters
+        ----------
+        path
+            Takes the place of a file that is there.
+        model_id
+            The model itself, whose weights are hashed, or a name for them, such as a commit. ``load`` must be given the
+            same. With None only the configuration is compared, and another model of the same shape passes.
+        rows
+            Which of the batch to write; all if None.
+        layers
+            Which ones to write; all if None. ``kvcomp.load`` reads single layers.
+
+        Raises
+        ------
+        InvalidInput
+            For an empty cache, or a path, rows or layers that are none.
+        UnsupportedModel
+            If a layer is neither full attention nor a sliding window.
+        OSError
+            If the file cannot be written; what was there is then as it was.
         """
         self.session.check_lengths(self.session.longest, self.get_seq_length())
         stores = transformers_files.stores_of(self.layers, self.spec)
@@ -130,14 +157,31 @@ class KVCompCache(Cache):
         calibration: Calibration | str | Path | None = None,
         backend: str = "cpu",
     ) -> Self:
-        """The cache that ``save`` wrote, without decoding anything; nobody may write into the file as long as the cache
-        lives.
+        """Read a cache that ``save`` wrote, without decoding anything. Nobody may write into the file meanwhile.
 
-        path: a file, or several whose rows become one batch, padded on the left. model_id: as it was given to ``save``.
-        tokens: how many of the first to keep, all if None; past a sliding window there is no prefix to cut.
-        rows: which of each file, all if None. calibration: the one that the cache was compressed with, if with any.
-        Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError, and InvalidInput or
-        UnsupportedModel for a file of another model or without what is asked for.
+        Parameters
+        ----------
+        path
+            A file, or several whose rows become one batch, padded on the left.
+        config
+            The model's configuration.
+        model_id
+            As it was given to ``save``.
+        tokens
+            How many of the first to keep; all if None. Past a sliding window there is no prefix to cut.
+        rows
+            Which of each file; all if None.
+        calibration
+            The one that the cache was compressed with, if with any.
+        backend
+            As for a new cache.
+
+        Raises
+        ------
+        CorruptData, UnsupportedVersion, LimitExceeded, OSError
+            If the file is damaged, newer, too large, or cannot be read.
+        InvalidInput, UnsupportedModel
+            If it is of another model, or does not hold what is asked for.
         """
         paths = list(path) if isinstance(path, Sequence) and not isinstance(path, str) else [path]
         if not paths:
@@ -171,9 +215,7 @@ class KVCompCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def memory(self) -> Memory:
-        """Bytes by part, over all layers. Those of layers that are not compressed count as ``other``, and as much as
-        ``dense``.
-        """
+        """Bytes by part, over all layers. Those that are not compressed count as ``other``, and as ``dense``."""
         parts = [x.store.memory() if isinstance(x, CompressedLayer) else stock_memory(x) for x in self.layers]
         return reduce(operator.add, parts, Memory())
 
@@ -181,10 +223,26 @@ class KVCompCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append the K and V of a layer, both (batch, KV heads, new tokens, head_dim); returns all of both.
+        """Append the K and V of a layer, as transformers calls it.
 
-        Raises InvalidInput if they are not of the model that the cache was made for, LimitExceeded for more tokens than
-        the model's positions allow; the cache is then as it was.
+        Parameters
+        ----------
+        key_states, value_states
+            (batch, KV heads, new tokens, head_dim) each, float32, float16 or bfloat16.
+        layer_idx
+            The layer's number.
+
+        Returns
+        -------
+        keys, values
+            All of both, old and new. They hold no values until a torch operation asks for them.
+
+        Raises
+        ------
+        InvalidInput
+            If they are not of the model that the cache was made for; the cache is then as it was.
+        LimitExceeded
+            For more tokens than the model's positions allow.
         """
         session = self.session
         check_tensor("K", key_states)
@@ -215,9 +273,7 @@ class KVCompCache(Cache):
         self.session.begin(ForwardPass(self), seen, new)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the mask for this many new tokens. Raises LimitExceeded if the model's positions do not
-        allow them.
-        """
+        """Length and offset of the mask for this many new tokens. Raises LimitExceeded if positions end before."""
         self.session.check_whole()
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         self._check_limit(query_length, length + offset - query_length)
@@ -233,9 +289,7 @@ class KVCompCache(Cache):
         self.session.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as it was in older
-        transformers.
-        """
+        """Remove the last ``-tokens_to_remove`` tokens. A positive number is the length to keep."""
         try:
             tokens_to_remove = operator.index(tokens_to_remove)
         except TypeError:
@@ -252,14 +306,25 @@ class KVCompCache(Cache):
             super().reorder_cache(torch.as_tensor(rows))  # type: ignore[arg-type]
 
     def join(self, other: KVCompCache) -> None:
-        """Add the rows of another cache of the same model and spec, behind those that there are; nothing is compressed
-        anew.
+        """Add the rows of another cache of the same model and spec; nothing is compressed anew.
 
         All rows end at the same position: the shorter ones get padding on the left, and padding that every row has
         goes. The next forward pass needs ``attention_mask``, and positions that follow from it. Rows leave with
-        ``batch_select_indices``. The other cache stays as it is.
-        Raises InvalidInput for a cache of another model, spec or backend or without tokens, UnsupportedModel if a
-        layer's cache is not kvcomp's, and LimitExceeded if memory ends; the cache is then as it was.
+        ``batch_select_indices``.
+
+        Parameters
+        ----------
+        other
+            Stays as it is.
+
+        Raises
+        ------
+        InvalidInput
+            For a cache of another model, spec or backend or without tokens; this one is then as it was.
+        UnsupportedModel
+            If a layer's cache is not kvcomp's.
+        LimitExceeded
+            If memory ends.
         """
         if not isinstance(other, KVCompCache):
             raise InvalidInput(f"only another KVCompCache can join, not a {type(other).__name__}")
@@ -282,8 +347,9 @@ class KVCompCache(Cache):
         self.session.not_from_ids = self.session.not_from_ids or other.session.not_from_ids
 
     def attention_mask(self, new: int = 1) -> Tensor:
-        """The mask that a forward pass with so many new tokens needs: int64 (batch, tokens held + new), 0 where a row
-        has padding.
+        """The mask that a forward pass with so many new tokens needs.
+
+        Returns int64 (batch, tokens held + new), 0 where a row has padding. Raises InvalidInput for an empty cache.
         """
         store = next((layer.store for layer in self.compressed_layers if layer.store.batch), None)
         if store is None or not isinstance(new, int) or new < 0:
@@ -305,7 +371,7 @@ class KVCompCache(Cache):
         return next((layer.store.batch for layer in self.compressed_layers), 0)
 
     def _check_batch(self, layer: Any, rows: int) -> None:
-        held = layer.store.batch if isinstance(layer, CompressedLayer) else _rows(layer)
+        held = layer.store.batch if isinstance(layer, CompressedLayer) else stock_rows(layer)
         if held not in (0, rows):
             more = (
                 f"call batch_repeat_interleave({rows // held}) on it before beams or samples, " if rows > held else ""
@@ -320,26 +386,6 @@ class KVCompCache(Cache):
             raise LimitExceeded(
                 f"the model's positions end at {limit} tokens: the cache holds {seen}, so {new} more do not fit"
             )
-
-
-def _rows(layer: Any) -> int:
-    """The batch of one of transformers' own cache layers; 0 if it is empty."""
-    keys = getattr(layer, "keys", None)
-    return keys.shape[0] if isinstance(keys, Tensor) and keys.numel() else 0
-
-
-def stock_memory(layer: Any) -> Memory:
-    """The memory of one of transformers' own cache layers: what its tensors of values keep allocated."""
-    found: list[Tensor] = []
-    for value in vars(layer).values():
-        inside = value.values() if isinstance(value, dict) else [value]
-        found += [x for x in inside if isinstance(x, Tensor) and x.is_floating_point()]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
-    return Memory(
-        other=sum(storages.values()),
-        values=sum(x.numel() for x in found),
-        dense=sum(x.numel() * x.itemsize for x in found),
-    )
 
 
 AttentionInterface.register(NAME, kvcomp_attention)
