@@ -16,6 +16,7 @@ from kvcomp.cli.common import (
     Seed,
     TextFile,
     bar,
+    model_with_keys,
     plain_errors,
     quiet_loading,
     resumable,
@@ -71,12 +72,10 @@ def evaluate(
     with plain_errors():
         with quiet_loading():
             from kvcomp.evaluate.evaluation import Evaluation, Plan
-            from kvcomp.evaluate.models import check_has_keys, load_model, positions, shipped_model, text_ids
+            from kvcomp.evaluate.models import positions, text_ids
             from kvcomp.results import schema
 
-            place = model if model is not None else str(shipped_model())
-            loaded, tokenizer = load_model(place)
-            check_has_keys(loaded.config)
+            place, loaded, tokenizer = model_with_keys(model)
             methods = _methods(place, spec, calibration, baseline)
             plan = Plan.for_model(positions(loaded.config), **size)
             ids, source = text_ids(tokenizer, place, text)
