@@ -102,11 +102,16 @@ def predict(model: Any, ids: Tensor, cache: Cache, method: Method, streaming: bo
     return torch.cat(parts)
 
 
+def mean_kl(reference: Tensor, ours: Tensor) -> float:
+    """Mean KL(reference || ours) in nats a token, of log probabilities (tokens, vocabulary)."""
+    return float((reference.exp() * (reference - ours)).sum(-1).mean())
+
+
 def compare(each: Sample, log_probs: Tensor) -> Comparison:
     """Hold predictions of a sample's text, float32 (tokens, vocabulary), against the uncompressed ones."""
     target = each.text[0, 1:, None]
     return Comparison(
-        kl=float((each.log_probs.exp() * (each.log_probs - log_probs)).sum(-1).mean()),
+        kl=mean_kl(each.log_probs, log_probs),
         top1=float((each.log_probs.argmax(-1) == log_probs.argmax(-1)).float().mean()),
         loss=-float(log_probs[:-1].gather(1, target).mean()),
         loss_uncompressed=-float(each.log_probs[:-1].gather(1, target).mean()),

@@ -29,7 +29,7 @@ from xxhash import xxh3_64
 from kvcomp.calibration import CLASSES, About, Calibration, LevelOfLayer, quantise_matrix
 from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.errors import InvalidInput
-from kvcomp.evaluate.fidelity import attend_plainly
+from kvcomp.evaluate.fidelity import attend_plainly, mean_kl
 from kvcomp.evaluate.methods.kivi import GROUP, Kivi
 from kvcomp.fit.codebooks import fit_books
 from kvcomp.fit.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
@@ -206,10 +206,8 @@ class Calibrator:
                 whole = _values(layers[index], kind).clone()
                 whole[:, :, self.coded] = values[number]
                 setattr(layers[index], "values" if kind else "keys", whole)
-            log_probs = self._predict(layers, window.text)
-            kls[window.repeats].append(
-                float((window.log_probs.exp() * (window.log_probs - log_probs)).sum(-1).mean().clamp_min(0))
-            )
+            kl = mean_kl(window.log_probs, self._predict(layers, window.text))
+            kls[window.repeats].append(max(kl, 0.0))
         return Quality(*(float(np.mean(kl)) for kl in kls))
 
     # Steps
