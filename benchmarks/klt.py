@@ -277,7 +277,7 @@ def main(
 
     manual = np.asarray(join(tokenizer, manual_text()))
     half = manual.size // 2
-    on_prose = calibrated_on(wide, manual[:half], journal, output.with_name("klt-prose.statistics"))
+    on_prose = calibrated_on(wide, manual[:half], journal)
     prose = with_rates(reader(wide, manual[:half], on_prose, journal, 12), on_prose)
     by_text = {
         text: [renamed(klt(each, level), f"{text} {level}") for each in made for level in each.levels]

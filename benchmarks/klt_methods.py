@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from kvcomp.evaluate.methods.kivi import Kivi
 from kvcomp.fit.calibrate import Calibrator, Curve
 from kvcomp.fit.windows import Settings
 from kvcomp.results.journal import Journal
-from kvcomp.spec import LEVELS, PAGE_TOKENS, CodecSpec, Kind, TensorSpec
+from kvcomp.spec import LEVELS, CodecSpec, Kind, TensorSpec
 
 PROMPT, SCORED = 2048, 256
 OURS = CodecSpec.resolve("kvcomp")
@@ -54,23 +53,12 @@ class KiviSplit(Kivi):
         return super().decode(parts, kind)
 
 
-class KiviAlike(KiviSplit):
+class KiviAlike(Kivi):
     """KIVI-style that leaves the tokens raw that kvcomp does: its sinks and its window."""
 
     def __init__(self, bits: int) -> None:
-        super().__init__(bits, bits)
+        super().__init__(bits, raw=OURS)
         self.name = f"kivi-style {bits}, our window"
-
-    def coded(self, tokens: int, kind: Kind) -> int:
-        pages = (tokens - OURS.sinks - OURS.window) // PAGE_TOKENS
-        return OURS.sinks + pages * PAGE_TOKENS if pages > 0 else 0
-
-    def encode(self, x: torch.Tensor, kind: Kind) -> Any:
-        sinks = x.shape[2] % PAGE_TOKENS
-        return {"sinks": x[:, :, :sinks], **super().encode(x[:, :, sinks:], kind)}
-
-    def decode(self, parts: Any, kind: Kind) -> torch.Tensor:
-        return torch.cat([parts["sinks"].float(), super().decode(parts, kind)], 2)
 
 
 def paper(key: float, value: float) -> KVComp:
@@ -102,9 +90,12 @@ def reader(
 ) -> Calibrator:
     """A calibrator that has read windows of a text under the transforms of a calibration."""
     made = Calibrator(model, ids, Settings(windows, PROMPT, SCORED), journal)
-    for index, (transform, _) in calibration.layers.items():
-        made.affines[index, 0], made.affines[index, 1] = transform.key, transform.value
-    made.read()
+    transforms = {
+        (index, kind): affine
+        for index, (transform, _) in calibration.layers.items()
+        for kind, affine in enumerate((transform.key, transform.value))
+    }
+    made.read(transforms)
     return made
 
 
@@ -141,8 +132,6 @@ def renamed(method: KVComp, name: str) -> KVComp:
     return method
 
 
-def calibrated_on(model: Any, ids: np.ndarray[Any, Any], journal: Journal, statistics: Path) -> Calibration:
+def calibrated_on(model: Any, ids: np.ndarray[Any, Any], journal: Journal) -> Calibration:
     """A calibration made as ``kvcomp calibrate`` makes one."""
-    made = Calibrator(model, ids, Settings(WINDOWS, PROMPT, SCORED), journal).run(statistics, "manual")
-    statistics.unlink()
-    return made
+    return Calibrator(model, ids, Settings(WINDOWS, PROMPT, SCORED), journal).run("manual")

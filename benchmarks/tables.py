@@ -27,6 +27,7 @@ LABELS = {
     "packed": "packed: fixed-width codes",
     "fp8": "fp8 (E4M3, scale 1)",
     **{f"kivi-{bits}": f"KIVI-style {bits} bit" for bits in (4, 3, 2)},
+    **{f"kivi-{bits}-same-raw": f"KIVI-style {bits} bit, raw tokens as kvcomp's" for bits in (4, 3, 2)},
     **{f"turboquant-{bits}": f"TurboQuant-style {bits} bit" for bits in (4, 3, 2)},
     **{f"hqq-{bits}": f"transformers QuantizedCache, hqq {bits} bit" for bits in (4, 2)},
     **{f"quanto-{bits}": f"transformers QuantizedCache, quanto {bits} bit" for bits in (4, 2)},

@@ -180,6 +180,7 @@ class World:
         torch.set_num_threads(1)
         logging.getLogger("kvcomp").setLevel(logging.ERROR)
         self.model = LlamaForCausalLM(CONFIG).eval()
+        self.model.set_attn_implementation("kvcomp")
         self.store = PrefixStore(url or Path("/nowhere"))
         self.blobs = Recorded(self.store.blobs if url else Values())
         self.store.blobs = self.blobs

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from kvcomp import disk
+from kvcomp.errors import InvalidInput
 
 OLD, NEW = b"old" * 1000, [b"new" * 100_000, b"", memoryview(b"!" * 100)]
 WHOLE = b"".join(NEW)
@@ -95,13 +96,41 @@ def test_an_interrupted_save_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_full_device_is_an_os_error_and_a_folder_too(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="directory"):
-        disk.write(tmp_path / "folder", NEW)
+def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         disk.write(tmp_path / "none" / "a.kvc", NEW)
-    assert names(tmp_path) == ["folder"]
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("through", ["itself", "a link"])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, through: str) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "folder", tmp_path / "pipe", Path("/dev/null")):
+        before = path.lstat()
+        if through == "a link":
+            (tmp_path / f"to-{path.name}").symlink_to(path)
+            path = tmp_path / f"to-{path.name}"
+        for call in (lambda path=path: disk.write(path, NEW), lambda path=path: disk.read(path)):
+            with pytest.raises(InvalidInput, match="a folder, a pipe or a device"):
+                call()
+        assert (path.stat().st_mode, path.stat().st_ino) == (before.st_mode, before.st_ino)
+    assert {"folder", "pipe"} <= set(names(tmp_path))
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    disk.write("~/a.kvc", [OLD])
+    assert bytes(disk.read("~/a.kvc")) == OLD == (tmp_path / "a.kvc").read_bytes()
+    assert names(tmp_path) == ["a.kvc"]
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", b"a", None, 3, "~nobody-of-this-name/a"])
+def test_what_names_no_file(path: Any) -> None:
+    for call in (lambda: disk.read(path), lambda: disk.write(path, NEW)):
+        with pytest.raises(InvalidInput, match=r"path|expanded"):
+            call()
 
 
 def test_data_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from kvcomp.errors import InvalidInput
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, Memory, sealed
 from kvcomp.store.attention import attend
+from kvcomp.store.checks import check_tensor
 
 
 class Place(NamedTuple):
@@ -97,6 +98,7 @@ class CompressedKV:
         >>> sure = logits[..., 0] - bound[..., 0] > logits[..., 1] + bound[..., 1]   # doctest: +SKIP
         """
         store, transform = self._store, self._certified()
+        check_tensor("q", q)
         if q.ndim != 4 or (q.shape[0], q.shape[3]) != (store.batch, store.channels) or q.shape[1] % store.heads:
             raise InvalidInput(
                 f"q must be ({store.batch}, a multiple of {store.heads}, queries, {store.channels}), "
@@ -171,6 +173,8 @@ def compress(
     BackendUnavailable
         If there is no such backend, or K and V are on another device.
     """
+    if not isinstance(layer, int) or layer < 0:
+        raise InvalidInput(f"layer must be a layer's number from 0, not {layer!r}")
     resolved, read = resolve(spec, calibration)
     bare = resolved.bare()
     if read is not None:

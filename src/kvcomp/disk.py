@@ -27,19 +27,30 @@ MARK = 16  # hex digits of a file's mark, and of what tells its temporaries apar
 Bytes = npt.NDArray[np.uint8]
 
 
+def place(path: str | Path) -> Path:
+    """A path that someone gave, with ``~`` expanded. Raises InvalidInput for what names no file."""
+    if not isinstance(path, str | Path):
+        raise InvalidInput(f"a path must be a str or a Path, not {type(path).__name__}")
+    text = str(path)
+    if not text or "\0" in text:
+        raise InvalidInput(f"{text!r} is no path: give one without zero bytes that is not empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InvalidInput(f"{text} cannot be expanded: {error}") from None
+
+
 def read(path: str | Path) -> Bytes:
-    """The bytes of a file, mapped into memory; they are read when they are first looked at. Raises CorruptData if there
-    are none.
+    """The bytes of a file, mapped into memory; they are read when they are first looked at.
+
+    Raises CorruptData if there are none, InvalidInput if it is no file, and OSError.
     """
-    descriptor = os.open(
-        path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    )  # opening a pipe must not wait for its writer
+    wait = os.O_NONBLOCK  # opening a pipe must not wait for its writer
+    descriptor = os.open(place(path), os.O_RDONLY | os.O_CLOEXEC | wait)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise InvalidInput(
-                f"{path} is no file: a .kvc file is mapped into memory, so it cannot be a pipe or a folder"
-            )
+            raise InvalidInput(f"{path} is a folder, a pipe or a device: only a file can be mapped into memory")
         if not status.st_size:
             raise CorruptData(f"{path} is empty")
         return np.frombuffer(mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ), np.uint8)
@@ -48,8 +59,13 @@ def read(path: str | Path) -> Bytes:
 
 
 def write(path: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Put a file of these bytes in the place of ``path``: all of them, on the disk, or nothing. Raises OSError."""
-    target = Path(os.path.realpath(path))  # a link stays a link
+    """Put a file of these bytes in the place of ``path``: all of them, on the disk, or nothing.
+
+    Raises OSError, and InvalidInput if something other than a file is there.
+    """
+    target = Path(os.path.realpath(place(path)))  # a link stays a link
+    if target.exists() and not target.is_file():
+        raise InvalidInput(f"{path} is a folder, a pipe or a device, which no file replaces: give another path")
     remove_abandoned(target.parent, _mark(target))
     descriptor, temporary = _create(target)
     try:

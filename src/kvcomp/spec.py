@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
+from kvcomp.disk import place
 from kvcomp.errors import InvalidInput, UnsupportedVersion
 
 Unit = Literal["block", "channel", "token", "vector", "head"]
@@ -197,7 +198,7 @@ class CodecSpec:
         """
         try:
             content = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise InvalidInput(f"a spec must be JSON: {error}") from None
         if not isinstance(content, Mapping) or "kvcomp_spec" not in content:
             raise InvalidInput('this JSON is no kvcomp spec: the field "kvcomp_spec" is missing')
@@ -217,9 +218,9 @@ class CodecSpec:
             return spec
         if isinstance(spec, str) and spec in PRESETS:
             return PRESETS[spec]
-        path = Path(spec)
-        if path.suffix != ".json":
+        if not str(spec).endswith(".json"):
             raise InvalidInput(f"no preset {str(spec)!r}: use {', '.join(PRESETS)} or the path of a spec.json file")
+        path = place(spec)
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:

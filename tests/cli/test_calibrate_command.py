@@ -60,7 +60,7 @@ def test_calibrate_goes_on_after_a_stop_and_leaves_one_file(
     assert not output.exists()
     assert Path(f"{output}.partial").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(Calibrator, "_curve", stop)  # everything before the levels is there
+        patched.setattr(Calibrator, "_alone", stop)  # everything before the levels is there
         resumed = run("calibrate", model, "--text", text, "-o", str(output), *SMALL, "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert output.read_bytes() == whole.read_bytes()
@@ -68,6 +68,14 @@ def test_calibrate_goes_on_after_a_stop_and_leaves_one_file(
     calibration = Calibration.read(output)
     assert calibration.levels == LEVELS
     assert calibration.about.made["written"] == 1
+
+
+def test_calibrate_without_a_text_lets_the_model_write(model: str, tmp_path: Path) -> None:
+    output = tmp_path / "model.kvcal"
+    done = run("calibrate", model, "-o", str(output), *SMALL)
+    assert done.exit_code == 0, done.output
+    made = Calibration.read(output).about.made
+    assert (made["text"], made["written"]) == ("written by the model", 5)
 
 
 def test_calibrate_says_what_it_needs(model: str, text: str, tmp_path: Path) -> None:
@@ -78,4 +86,4 @@ def test_calibrate_says_what_it_needs(model: str, text: str, tmp_path: Path) -> 
     assert (nothing.exit_code, "run once without --resume" in nothing.output) == (1, True)
     without = run("generate", model, "--spec", "kvcomp-klt", "--prompt", "a")
     assert without.exit_code == 1
-    assert "kvcomp calibrate MODEL --text FILE -o model.kvcal" in " ".join(without.output.split())
+    assert "kvcomp calibrate MODEL -o model.kvcal" in " ".join(without.output.split())

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import gpu_cases
+import attention_cases
+from attention_cases import NUMPY, Case, build, relative_error, scramble
 from emulated_attention import attend
 from emulated_decompression import decompress
 from emulator import COMPILER, Array
-from gpu_cases import NUMPY, Case, build, relative_error, scramble
 from kvcomp.codec.quantise import round_to, to_float32
 from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, describe_book, machine
 
@@ -46,7 +46,7 @@ GRID = {
 
 
 def build_for(case: Case, query: str = "float32", warps: int = 2) -> AttendBuild:
-    chosen = attend_build(case.spec.layer(0, 1), case.channels, case.value, query, bool(case.softcap), machine(90))
+    chosen = attend_build(case.spec, case.channels, case.value, query, bool(case.softcap), machine(90))
     return replace(chosen, warps=warps)
 
 
@@ -111,9 +111,11 @@ def test_tokens_that_do_not_count_may_hold_anything() -> None:
     case = Case(value="float16", raw=True, partial=37, pages=(2,))
     cache = build(case)
     expected = cache.attend()[0]
-    cache.tail = tuple(
-        np.concatenate([x, np.full((*x.shape[:2], 10, x.shape[3]), np.nan, x.dtype)], axis=2) for x in cache.tail
-    )  # type: ignore[assignment]
+    tail_k, tail_v = (
+        np.concatenate([x, np.full((*x.shape[:2], 10, x.shape[3]), np.nan, x.dtype)], axis=2)
+        for x in (cache.view.tail_k, cache.view.tail_v)
+    )
+    cache.view = replace(cache.view, tail_k=tail_k, tail_v=tail_v)
     result = attend(cache, build_for(case))
     assert relative_error(result.out, expected) < TOLERANCE
 
@@ -125,10 +127,10 @@ def test_short_codes_with_low_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     def alike(rng: np.random.Generator, heads: int, tokens: int, channels: int, value: str) -> Array:
         return round_to(rng.integers(0, 34, (heads, tokens, channels)).astype(np.float32), NUMPY[value])
 
-    monkeypatch.setattr(gpu_cases, "values_like", alike)
+    monkeypatch.setattr(attention_cases, "values_like", alike)
     case = Case(scales=(1.01 / 33, 1.01 / 33), units=("block", "block"))
     cache = build(case)
-    own = [describe_book(of_kind[1], 0) for of_kind in cache.books[0]]
+    own = [describe_book(of_kind[1], 0) for of_kind in cache.view.books[0]]
     assert all(book.split[0] == 1 and book.bits <= case.limit for book in own)
     result = attend(cache, replace(build_for(case), stage=8192))
     assert relative_error(result.out, cache.attend()[0]) < TOLERANCE

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from attention_cases import Case, build
 from emulated_decompression import decompress
 from emulator import COMPILER
-from gpu_cases import Case, build
 from kvcomp.kernels import reference
 
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
@@ -26,7 +26,7 @@ def test_equals_the_reference(case: Case) -> None:
     cache = build(case)
     out_k, out_v = decompress(cache)
     expected_k, expected_v = np.empty_like(out_k), np.empty_like(out_v)
-    pages = cache.pages[0, : case.pages[0]]
-    reference.decompress(pages, case.units, *cache.books[0], expected_k, expected_v, cache.steps)
+    pages = cache.view.pages[0, : case.pages[0]]
+    reference.decompress(pages, case.units, *cache.view.books[0], expected_k, expected_v, cache.view.steps)
     np.testing.assert_array_equal(out_k, expected_k)
     np.testing.assert_array_equal(out_v, expected_v)

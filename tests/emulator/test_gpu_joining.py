@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batching import Batch, pages_of
+from batching import Batch
 from emulator import COMPILER, Emulator
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store.gpu.copies import to_main_memory
 from kvcomp.store.gpu.join import join
 from kvcomp.store.gpu.store import GPUStore
+from stores import page_bytes
 
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
 
@@ -26,7 +27,7 @@ def test_rows_join_and_leave_without_touching_the_others(seed: int) -> None:
         make=lambda: GPUStore(SPEC, launcher=lambda device: on),
         join=join,
         attend=lambda store, q, by: store.attend(q, by),
-        pages=lambda store: pages_of(to_main_memory(store)),
+        pages=lambda store: page_bytes(to_main_memory(store)),
         seed=seed,
     )
     batch.live(TOLERANCE, rounds=6)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import emulator
+from attention_cases import Case, build
 from emulated_attention import attend
 from emulator import COMPILER
-from gpu_cases import Case, build
 from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, machine
 
 pytest.importorskip("cuda.bindings.nvrtc", exc_type=ImportError)
@@ -49,7 +49,7 @@ def counted(case: Case, build_of_it: AttendBuild) -> dict[str, int]:
 )
 def test_the_path_does_what_a_page_does(gpu_instructions: Any, form: str, architecture: int) -> None:
     case = CASES[form]
-    chosen = attend_build(case.spec.layer(0, 1), 128, "bfloat16", "float32", False, machine(architecture))
+    chosen = attend_build(case.spec, 128, "bfloat16", "float32", False, machine(architecture))
     lines, _, _ = gpu_instructions.compiled(chosen, architecture)
     page = gpu_instructions.page_of(lines, chosen, form)
     run = counted(case, replace(chosen, warps=1))

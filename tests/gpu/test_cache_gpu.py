@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from batching import Batch, pages_of
+from batching import Batch
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store.gpu.copies import to_device, to_main_memory
 from kvcomp.store.gpu.join import join
 from kvcomp.store.gpu.store import GPUStore
+from stores import page_bytes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +33,7 @@ def test_rows_join_and_leave_without_touching_the_others(seed: int) -> None:
         make=lambda: GPUStore(SPEC),
         join=join,
         attend=lambda store, q, by: store.attend(q, by),
-        pages=lambda store: pages_of(to_main_memory(store)),
+        pages=lambda store: page_bytes(to_main_memory(store)),
         seed=seed,
         device=DEVICE,
     )
@@ -46,7 +47,7 @@ def test_to_main_memory_and_back() -> None:
     store.select(torch.tensor([2, 0, 0]))
     host = to_main_memory(store)
     back = to_device(host, DEVICE)
-    assert pages_of(to_main_memory(back)) == pages_of(host)
+    assert page_bytes(to_main_memory(back)) == page_bytes(host)
     q = torch.randn((3, 4, 1, 64), device=DEVICE)
     assert torch.equal(back.attend(q, 0.125), store.attend(q, 0.125))
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
-from kvcomp.errors import InvalidInput
+from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.integrations.transformers import KVCompCache
-from tiny_models import HYBRIDS, LOSSY, TINY
+from kvcomp.integrations.transformers import attention as transformers_attention
+from tiny_models import HYBRIDS, LOSSY, TINY, random_model
 
 IDS = torch.randint(3, 97, (1, 120), generator=torch.Generator().manual_seed(0))
 STEP = torch.full((1, 1), 5)
 
 
 def model_of(config: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    model = random_model(config)
     model.set_attn_implementation("kvcomp")
     return model
 
@@ -48,6 +48,10 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def no_room(*_: object) -> None:
+    raise LimitExceeded("no room")
+
+
 def interrupted(model: PreTrainedModel, cache: KVCompCache) -> None:
     """A pass that ends between the first layer and the second."""
     stop = model.model.layers[0].register_forward_hook(interrupt)
@@ -64,6 +68,32 @@ def test_a_pass_that_stopped_between_two_layers_is_taken_back_by_the_next(llama:
         step(llama, cache)
     assert [layer.store.tokens for layer in cache.compressed_layers] == [120, 120]
     assert torch.equal(step(llama, cache), step(llama, twin))
+
+
+def test_a_pass_that_fails_in_a_later_layer_is_taken_back_from_all(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, twin = KVCompCache(llama.config, LOSSY), KVCompCache(llama.config, LOSSY)
+    ids = torch.arange(120)[None] % 97
+    with torch.no_grad():
+        for one in (cache, twin):
+            llama(ids, past_key_values=one)
+        for method in ("append", "seal"):
+            with monkeypatch.context() as patch:
+                patch.setattr(cache.layers[1].store, method, no_room)
+                with pytest.raises(LimitExceeded, match="no room"):
+                    llama(ids[:, :3], past_key_values=cache)
+            assert cache.get_seq_length() == 120
+            assert {layer.store.tokens for layer in cache.compressed_layers} == {120}
+        stale = cache.update(*torch.zeros(2, 1, 2, 1, 16), 0)
+        cache.crop(120)
+        with pytest.raises(InvalidInput, match="before the cache changed"):
+            transformers_attention.kvcomp_attention(
+                llama.model.layers[0].self_attn, torch.zeros(1, 4, 1, 16), *stale, None
+            )
+        assert cache.get_seq_length() == 120  # which is no reason to take anything back
+        logits = [llama(ids[:, :3], past_key_values=one).logits for one in (cache, twin)]
+    assert torch.equal(*logits)
 
 
 def test_another_thread_cannot_go_into_the_middle_of_a_pass(llama: PreTrainedModel) -> None:
@@ -96,18 +126,6 @@ def test_a_window_that_cannot_go_back_makes_the_cache_refuse_until_it_is_reset()
     with torch.inference_mode():
         model(IDS, past_key_values=cache)
     assert torch.equal(step(model, cache), expected)
-
-
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_a_cache_that_was_reset_is_as_good_as_new(name: str) -> None:
-    model = model_of(HYBRIDS[name])
-    cache = filled(model)
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    assert cache.memory().total == 0
-    with torch.inference_mode():
-        short = [model(IDS[:, :20], past_key_values=one).logits for one in (cache, KVCompCache(model.config, LOSSY))]
-    assert torch.equal(*short)
 
 
 # Caches from outside

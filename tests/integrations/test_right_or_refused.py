@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kvcomp.errors import InvalidInput
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.store import KVStore
 from kvcomp.store.pages import compare
-from tiny_models import LOSSY, TINY, exact, random_model, run
+from tiny_models import LOSSY, TINY, exact, random_model
 
 TOKENS, STORED = 340, 260
 SETTINGS: dict[str, Any] = {
@@ -90,6 +91,28 @@ class State:
         return replace(self, setting=NEUTRAL.get(self.setting, self.setting), adapters=adapters)
 
 
+def with_hole(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    mask = torch.ones_like(ids)
+    mask[:, 90:100] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def from_ids(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids}
+
+
+OTHERWISE: dict[str, Callable[[Any, Tensor], dict[str, Tensor]]] = {
+    "other ids": lambda model, ids: {"input_ids": ids.flip(1)},
+    "embeddings": lambda model, ids: {"inputs_embeds": 2 * model.get_input_embeddings()(ids)},
+    "positions": lambda model, ids: {"input_ids": ids, "position_ids": 2 * torch.arange(ids.shape[1])[None]},
+    "a hole": with_hole,
+    "both directions": lambda model, ids: {
+        "input_ids": ids,
+        "attention_mask": torch.ones((1, 1, ids.shape[1], ids.shape[1]), dtype=torch.bool),
+    },
+    "by sdpa": from_ids,
+}
+
 STATES = st.builds(
     State, st.integers(0, 1), st.sampled_from(sorted(SETTINGS)), st.sampled_from(CHANGES), st.sampled_from(ADAPTERS)
 )
@@ -119,7 +142,7 @@ def in_bound(cache: KVCompCache, expected: list[tuple[Tensor, Tensor]]) -> bool:
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @settings(max_examples=60)
-@given(pairs(), st.sampled_from(["alone", "in a batch", "cropped"]))
+@given(pairs(), st.sampled_from(["alone", "in a batch", "cropped", *OTHERWISE]))
 def test_what_is_served_is_right_and_what_is_right_is_served(pair: tuple[State, State], fill: str) -> None:
     saved, asked = pair
     ids, model, other = ids_of(TOKENS), saved.model(), asked.model()
@@ -127,13 +150,20 @@ def test_what_is_served_is_right_and_what_is_right_is_served(pair: tuple[State, 
         "alone": ids,
         "in a batch": torch.cat([ids, ids.flip(1)]),
         "cropped": torch.cat([ids, ids[:, :50]], dim=1),
-    }[fill]
+    }.get(fill, ids)
     cache = KVCompCache(model.config, LOSSY)
-    run(model, cache, all_ids)
+    model.set_attn_implementation("sdpa" if fill == "by sdpa" else "kvcomp")
+    with torch.inference_mode():
+        model(past_key_values=cache, **OTHERWISE.get(fill, from_ids)(model, all_ids))
     cache.batch_select_indices(torch.tensor([0]))
     cache.crop(TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         store, path = PrefixStore(folder), Path(folder, "a.kvc")
+        if fill in OTHERWISE:
+            with pytest.raises(InvalidInput, match=r"token ids|in layer 1 are not"):
+                store.save(ids, cache, model)
+            assert not store.load(ids, model, LOSSY).get_seq_length()
+            return
         assert store.save(ids, cache, model) == STORED
         cache.save(path, model)
         try:

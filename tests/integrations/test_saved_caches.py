@@ -27,17 +27,6 @@ from sealing import seal, unseal
 from tiny_models import HYBRIDS, LOSSY, TINY, run, steps
 
 
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3)
-    return model
-
-
 def prompt(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 97, shape, generator=torch.Generator().manual_seed(seed))
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+import attention_cases
+from attention_cases import NUMPY, Cache, Case, make_raw, relative_error, steps_of, values_like
 from kvcomp.codec import codebook
-from kvcomp.codec.quantise import Quantised
+from kvcomp.codec.quantise import round_to
 from kvcomp.errors import InvalidInput
-from kvcomp.kernels import Books, CacheView, Steps, reference
+from kvcomp.kernels import Books, Steps, reference
 from kvcomp.spec import KINDS, UNITS, Coding, Unit
 
 cpu = pytest.importorskip("kvcomp.kernels.cpu.backend", exc_type=ImportError)
 
 Array = npt.NDArray[Any]
-DTYPES = ("uint16", "float32", "float16")  # uint16: the bits of bfloat16
+DTYPES = ("bfloat16", "float32", "float16")
 UNIT_PAIRS: tuple[tuple[Unit, Unit], ...] = (
     ("block", "token"),
     ("channel", "vector"),
@@ -34,122 +35,35 @@ CODINGS: tuple[tuple[Coding, Coding], ...] = (("huffman", "huffman"), ("fixed", 
 TOLERANCE = 2e-5
 
 
-def as_dtype(x: Array, dtype: str) -> Array:
-    with np.errstate(over="ignore"):
-        if dtype != "uint16":
-            return x.astype(dtype)
-        bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+def rounded(x: Array, value: str) -> Array:
+    return round_to(x.astype(np.float32), NUMPY[value])
 
 
-def keys_like(rng: np.random.Generator, heads: int, tokens: int, channels: int, dtype: str) -> Array:
-    """Values with a scale and some an offset for each channel."""
-    spread = np.exp(rng.normal(size=(heads, 1, channels)) / 2)
-    offset = np.where(rng.random((heads, 1, channels)) < 0.1, 4.0, 0.0)
-    return as_dtype(rng.laplace(size=(heads, tokens, channels)) * spread + offset, dtype)
-
-
-def scale_of(unit: Unit, r: float, heads: int) -> float | tuple[float, ...]:
-    """A relative scale, or for the unit ``head`` steps that give about as many codes as that."""
-    return tuple(6 * r * (1 + head / 3) for head in range(heads)) if unit == "head" else r
-
-
-def steps_of(scales: Sequence[float | tuple[float, ...]]) -> Steps:
-    key, value = (scale if isinstance(scale, tuple) else None for scale in scales)
+def scales_for(units: tuple[Unit, Unit], scales: tuple[float, float]) -> tuple[float, float]:
+    """Scales of a case, larger where they are of the heads: so that these have about as many codes."""
+    key, value = (1.5 * scale if unit == "head" else scale for unit, scale in zip(units, scales, strict=True))
     return key, value
-
-
-def make_raw(q: Quantised, page: int, head: int) -> None:
-    """Mark a block as raw, as the quantiser does where a bound fails."""
-    q.raw[page, head] = True
-    q.codes[page, head] = 0
-
-
-@dataclass
-class Cache:
-    """Arguments of ``attend`` for some rows; keeps the pages alive."""
-
-    q: Array
-    view: CacheView
-    tail_end: Array
-    scaling: float
-    softcap: float
-    owners: list[Array] = field(default_factory=list)
-
-    def attend(self, kernels: Any, threads: int = 1) -> tuple[Array, Array]:
-        out: tuple[Array, Array] = kernels.attend(self.q, self.view, self.tail_end, self.scaling, self.softcap, threads)
-        return out
 
 
 def build(
     channels: int,
-    group: int,
+    queries: int,
     pages: tuple[int, ...],
-    units: tuple[Unit, Unit],
-    *,
-    seed: int = 0,
-    heads: int = 2,
+    units: tuple[Unit, Unit] = ("block", "token"),
     classes: int = 1,
-    coding: tuple[Coding, Coding] = ("huffman", "huffman"),
-    dtype: str = "uint16",
     scales: tuple[float, float] = (0.05, 0.1),
-    own: bool = True,
-    raw: bool = False,
-    partial: bool = False,
-    sinks: int = 4,
-    tail: int = 100,
-    softcap: float = 0.0,
+    **how: Any,
 ) -> Cache:
-    rng = np.random.default_rng(seed)
-    scaled = [scale_of(unit, scale, heads) for unit, scale in zip(units, scales, strict=True)]
-    rows, capacity = len(pages), max(pages) + 1
-    addresses, valid = np.zeros((rows, capacity), np.int64), np.zeros((rows, capacity), np.int32)
-    books: list[tuple[Books, Books]] = []
-    owners: list[Array] = []
-    for row, count in enumerate(pages):
-        k, v = (keys_like(rng, heads, 64 * count, channels, dtype) for _ in "KV")
-        kq, vq = (reference.quantise(x, unit, scale) for x, unit, scale in zip((k, v), units, scaled, strict=True))
-        if raw and count > 1:
-            make_raw(kq, 1, 0)
-            make_raw(vq, 1, heads - 1)
-        of_row: list[Books] = []
-        for q, kind, scale in zip((kq, vq), KINDS, scaled, strict=True):
-            trained = codebook.train(reference.count_pairs(q, kind, classes), 12) if own and count else None
-            default = None if isinstance(scale, tuple) else codebook.default(scale, classes, 12)
-            of_row.append((default, trained))
-        books.append((of_row[0], of_row[1]))
-        buffer, offsets = reference.encode_pages(k, v, kq, vq, coding, units, *books[-1])
-        owners.append(buffer)
-        addresses[row, :count] = buffer.ctypes.data + offsets[:-1]
-        valid[row, :count] = 64
-        if partial and count:
-            valid[row, count - 1] = 37
-    sink_k, sink_v = (as_dtype(rng.normal(size=(rows, heads, sinks, channels)), dtype) for _ in "KV")
-    tail_k, tail_v = (as_dtype(rng.normal(size=(rows, heads, tail, channels)), dtype) for _ in "KV")
-    tail_end = np.sort(rng.integers(tail // 2, tail + 1, group))
-    q = rng.normal(size=(rows, heads, group, channels)).astype(np.float32)
-    view = CacheView(
-        pages=addresses,
-        valid=valid,
-        count=np.array(pages),
-        units=units,
-        books=books,
-        sinks_k=sink_k,
-        sinks_v=sink_v,
-        sink_count=np.array([max(0, sinks - row) for row in range(rows)]),
-        tail_k=tail_k,
-        tail_v=tail_v,
-        tail_begin=np.array([min(3 * row, tail // 2) for row in range(rows)]),
-        steps=steps_of(scaled),
-    )
-    return Cache(q, view, tail_end, channels**-0.5, softcap, owners)
+    """A case with a longer tail, of which each query sees a part, and as many classes for K as for V."""
+    how = {"tail": 100, "classes": (classes, classes), "scales": scales_for(units, scales), **how}
+    return attention_cases.build(Case(channels, queries, 0, pages, units=units, **how))
 
 
 def assert_attends(cache: Cache, threads: int = 1) -> None:
     out, lse = cache.attend(cpu, threads)
-    expected, expected_lse = cache.attend(reference)
+    expected, expected_lse = cache.attend()
     assert out.dtype == lse.dtype == np.float32
-    np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE * max(1e-3, np.abs(expected).max()))
+    assert relative_error(out, expected) <= TOLERANCE
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=3e-5)
 
 
@@ -166,9 +80,9 @@ def test_attend_shapes(channels: int, case: int) -> None:
             seed=case + channels,
             classes=(1, 4)[(case + channels // 16) % 2],
             coding=CODINGS[(case + channels // 16) % 3],
-            dtype=DTYPES[(case + channels // 32) % 3],
+            value=DTYPES[(case + channels // 32) % 3],
             raw=True,
-            partial=True,
+            partial=37,
         ),
         threads=2,
     )
@@ -176,7 +90,7 @@ def test_attend_shapes(channels: int, case: int) -> None:
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 33])
 def test_attend_groups(group: int) -> None:
-    assert_attends(build(64, group, (2,), ("block", "token"), seed=group))
+    assert_attends(build(64, group, (2,), seed=group))
 
 
 @pytest.mark.parametrize("units", UNIT_PAIRS)
@@ -194,7 +108,7 @@ def test_attend_precision(scales: tuple[float, float], coding: tuple[Coding, Cod
     for units in (("channel", "block"), ("head", "head")):
         for classes in (1, 4):
             assert_attends(
-                build(64, 3, (2,), units, scales=scales, coding=coding, own=own, dtype="float32", classes=classes)
+                build(64, 3, (2,), units, scales=scales, coding=coding, own=own, value="float32", classes=classes)
             )
 
 
@@ -204,7 +118,7 @@ def test_classes_of_every_form_side_by_side(channels: int, swap: bool) -> None:
     """One symbol, narrow and wide tables, low bits apart: each class of K and V in another form."""
     rng = np.random.default_rng(channels)
     spread = np.repeat([5.0, 0.01, 25.0, 1.0], channels // 4)[:: -1 if swap else 1]
-    k, v = (as_dtype(rng.normal(size=(2, 128, channels)) * spread, "uint16") for _ in "KV")
+    k, v = (rounded(rng.normal(size=(2, 128, channels)) * spread, "bfloat16") for _ in "KV")
     steps: Steps = ((1.0, 0.75), (0.5, 1.25))
     quantised = [reference.quantise(x, "head", scale) for x, scale in zip((k, v), steps, strict=True) if scale]
     books: list[Books] = []
@@ -235,8 +149,8 @@ def test_classes_of_every_form_side_by_side(channels: int, swap: bool) -> None:
 def test_codes_much_longer_than_their_book_is_made_for(channels: int, classes: int, spread: float) -> None:
     """Decoders guess how many pairs fit a window; here most guesses fail."""
     rng = np.random.default_rng(channels)
-    k, v = (as_dtype(np.rint(rng.uniform(0, 5 * spread, (2, 128, channels))), "uint16") for _ in "KV")
-    usual = as_dtype(np.abs(np.rint(rng.normal(size=(2, 4096, channels)) * spread / 2)), "uint16")
+    k, v = (rounded(np.rint(rng.uniform(0, 5 * spread, (2, 128, channels))), "bfloat16") for _ in "KV")
+    usual = rounded(np.abs(np.rint(rng.normal(size=(2, 4096, channels)) * spread / 2)), "bfloat16")
     steps: Steps = ((1.0, 1.0), (1.0, 1.0))
     quantised = [reference.quantise(x, "head", (1.0, 1.0)) for x in (k, v)]
     books: list[Books] = []
@@ -256,15 +170,15 @@ def test_codes_much_longer_than_their_book_is_made_for(channels: int, classes: i
     ("sinks", "tail", "pages"), [(0, 0, (2,)), (4, 0, (0,)), (0, 70, (0,)), (65, 1200, (18,)), (0, 64, (16, 17))]
 )
 def test_attend_parts(sinks: int, tail: int, pages: tuple[int, ...]) -> None:
-    assert_attends(build(16, 2, pages, ("block", "token"), sinks=sinks, tail=tail, heads=1))
+    assert_attends(build(16, 2, pages, sinks=sinks, tail=tail, heads=1))
 
 
 def test_attend_softcap() -> None:
-    assert_attends(build(64, 4, (2,), ("block", "token"), raw=True, softcap=3.0))
+    assert_attends(build(64, 4, (2,), raw=True, softcap=3.0))
 
 
 def test_attend_sees_nothing() -> None:
-    cache = build(16, 2, (0, 1), ("block", "token"), sinks=0, tail=0)
+    cache = build(16, 2, (0, 1), sinks=0, tail=0)
     out, lse = cache.attend(cpu)
     assert (out[0] == 0).all()
     assert np.isneginf(lse[0]).all()
@@ -272,7 +186,7 @@ def test_attend_sees_nothing() -> None:
 
 
 def test_attend_ignores_what_is_out_of_sight() -> None:
-    cache = build(64, 2, (2,), ("block", "token"), tail=80)
+    cache = build(64, 2, (2,), tail=80)
     out, _ = cache.attend(cpu)
     for sinks in (cache.view.sinks_k, cache.view.sinks_v):
         sinks[0, :, cache.view.sink_count[0] :] = 0x7FC0  # NaN
@@ -283,7 +197,7 @@ def test_attend_ignores_what_is_out_of_sight() -> None:
 
 
 def test_attend_passes_on_nan() -> None:
-    cache = build(64, 2, (2,), ("block", "token"), tail=80)
+    cache = build(64, 2, (2,), tail=80)
     cache.view.tail_k[0, 0, 5, 3] = 0x7FC0
     out, _ = cache.attend(cpu)
     assert np.isnan(out[0, 0]).all()
@@ -291,7 +205,7 @@ def test_attend_passes_on_nan() -> None:
 
 
 def test_attend_rows_are_independent() -> None:
-    cache = build(64, 4, (19, 0, 2), ("block", "token"), partial=True)
+    cache = build(64, 4, (19, 0, 2), partial=37)
     together, lse = cache.attend(cpu, 2)
     for row in range(3):
         fields = {name: x[row : row + 1] for name, x in vars(cache.view).items() if name not in ("units", "steps")}
@@ -302,7 +216,7 @@ def test_attend_rows_are_independent() -> None:
 
 
 def test_attend_does_not_depend_on_threads() -> None:
-    cache = build(64, 4, (70,), ("block", "token"), heads=3, partial=True)
+    cache = build(64, 4, (70,), heads=3, partial=37)
     expected = cache.attend(cpu, 1)
     for threads in (2, 3, 5):
         for _ in range(3):
@@ -311,7 +225,7 @@ def test_attend_does_not_depend_on_threads() -> None:
 
 
 def test_attend_takes_strided_values() -> None:
-    cache = build(64, 2, (1,), ("block", "token"), tail=64)
+    cache = build(64, 2, (1,), tail=64)
     expected, _ = cache.attend(cpu)
     strided = {}
     for name in ("sinks_k", "sinks_v", "tail_k", "tail_v"):
@@ -339,8 +253,8 @@ def test_quantise_equals_reference(unit: Unit, dtype: str, seed: int) -> None:
     special = {0: np.nan, 2: np.inf, 3: 1e30}
     if seed in special:
         x[1, 200, 3] = special[seed]
-    x = as_dtype(x, dtype)
-    if seed == 0 and dtype == "uint16":
+    x = rounded(x, dtype)
+    if seed == 0 and dtype == "bfloat16":
         x[1, 200, 3] = 0x7FC1
     if unit == "head":
         scale = (
@@ -364,22 +278,24 @@ def test_bytes_equal_reference(channels: int, units: tuple[Unit, Unit], classes:
     case = channels // 16 + classes + UNIT_PAIRS.index(units)
     rng = np.random.default_rng(case)
     dtype, coding = DTYPES[case % 3], CODINGS[case % 3]
-    scales: Any = ((0.05, 0.1), (0.02, 0.3), (0.013, 0.04))[case % 3]
-    scales = [scale_of(unit, scale, 3) for unit, scale in zip(units, scales, strict=True)]
-    k, v = (keys_like(rng, 3, 192, channels, dtype) for _ in "KV")
-    kq, vq = (reference.quantise(x, unit, scale) for x, unit, scale in zip((k, v), units, scales, strict=True))
+    scales = ((0.05, 0.1), (0.02, 0.3), (0.013, 0.04))[case % 3]
+    spec = Case(heads=3, units=units, scales=scales_for(units, scales)).spec
+    tensors = spec.key, spec.value
+    k, v = (values_like(rng, 3, 192, channels, dtype) for _ in "KV")
+    kq, vq = (reference.quantise(x, t.unit, t.scale) for x, t in zip((k, v), tensors, strict=True))
     make_raw(kq, 1, 0)
     make_raw(vq, 2, 1)
     books: list[Books] = []
-    for q, kind, scale in zip((kq, vq), KINDS, scales, strict=True):
+    for q, kind, tensor in zip((kq, vq), KINDS, tensors, strict=True):
         counts = reference.count_pairs(q, kind, classes)
         np.testing.assert_array_equal(cpu.count_pairs(q, kind, classes), counts, strict=True)
         few = counts.copy()
-        middle = 128 if isinstance(scale, tuple) else 0
+        middle = 128 if tensor.unit == "head" else 0
         few[:, middle + 10 :] = few[:, :, middle + 10 :] = 0  # so that some blocks need the default book
-        default = None if isinstance(scale, tuple) else codebook.default(scale, classes, 12)
-        if middle and case % 4:
-            default = codebook.train(counts, 12)
+        if middle:
+            default = codebook.train(counts, 12) if case % 4 else None
+        else:
+            default = codebook.default(tensor.scale, classes, 12)
         books.append((default, codebook.train(few if case % 2 else counts, 10 + case % 3)))
     expected, offsets = reference.encode_pages(k, v, kq, vq, coding, units, *books)
     got, got_offsets = cpu.encode_pages(k, v, kq, vq, coding, units, *books)
@@ -389,20 +305,20 @@ def test_bytes_equal_reference(channels: int, units: tuple[Unit, Unit], classes:
     addresses = expected.ctypes.data + offsets[:-1]
     results = []
     for kernels in (reference, cpu):
-        outs = [as_dtype(np.full(x.shape, np.nan), dtype) for x in (k, v)]
-        kernels.decompress(addresses, units, *books, *outs, steps_of(scales))
+        outs = [rounded(np.full(x.shape, np.nan), dtype) for x in (k, v)]
+        kernels.decompress(addresses, units, *books, *outs, steps_of(spec))
         results.append(outs)
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
 
 
 def test_decompress_into_strided_memory() -> None:
-    cache = build(64, 1, (2,), ("block", "token"))
+    cache = build(64, 1, (2,))
     addresses, books = cache.view.pages[0, :2], cache.view.books[0]
     plain = [np.zeros((2, 128, 64), np.uint16) for _ in "KV"]
     strided = [np.zeros((128, 2, 64), np.uint16).transpose(1, 0, 2), np.zeros((2, 128, 64, 2), np.uint16)[..., 1]]
     for outs in (plain, strided):
-        cpu.decompress(addresses, ("block", "token"), *books, *outs)
+        cpu.decompress(addresses, cache.case.units, *books, *outs)
     for one, other in zip(plain, strided, strict=True):
         np.testing.assert_array_equal(one, other)
 

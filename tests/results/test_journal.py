@@ -27,6 +27,19 @@ def test_pieces_are_there_again_after_a_stop(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_part_of_a_journal_keeps_its_pieces_apart(tmp_path: Path) -> None:
+    path = tmp_path / "results.json.partial"
+    with_parts = Journal(path, {}, resume=False)
+    for name in "a", "b":
+        part = with_parts.part(name).part("x")
+        assert part.piece("one", lambda name=name: name) == name  # type: ignore[misc]
+        assert "one" in part
+        assert part["one"] == name
+        assert part.some(["none", "one"]) == [name]
+        part.close()
+    assert Journal(path, {}, resume=True).pieces == {"a/x/one": "a", "b/x/one": "b"}
+
+
 def test_without_resume_it_begins_anew(tmp_path: Path) -> None:
     path = tmp_path / "a.partial"
     Journal(path, {}, resume=False).piece("a", lambda: 1)

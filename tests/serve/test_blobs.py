@@ -298,6 +298,35 @@ def test_a_folder_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert not list(tmp_path.glob("*/.*"))
 
 
+@pytest.mark.parametrize("url", ["redis:/host", "redis:host:6379", "REDIS:/host", "file:/a", "unix:/a", "redis://[::1"])
+def test_a_url_that_looks_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidInput, match="is no URL"):
+        open_blobs(url)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("url", ["", "a\0b", b"a", None, 3, "file://"])
+def test_what_names_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidInput):
+        open_blobs(url)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("url", ["~/store", "store", "./a:b", "file://{home}/store"])
+def test_a_folder_stays_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    store = open_blobs(url.format(home=tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    store.put([(KEYS[0], [b"x"])])
+    assert values(store, KEYS[:1]) == [b"x"]
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "a:b" if ":b" in url else "store"}
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     store = open_blobs(tmp_path / "file")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from batching import Batch, pages_of
+from batching import Batch
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
 from kvcomp.store.attention import attend
 from kvcomp.store.join import join
+from stores import page_bytes
 
 SPECS = {
     "the preset's units": CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=16, sinks=4),
@@ -19,4 +20,4 @@ SPECS = {
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_join_and_leave_without_touching_the_others(spec: CodecSpec, seed: int) -> None:
-    Batch(lambda: KVStore(spec), join, attend, pages_of, seed).live(tolerance=0.0)
+    Batch(lambda: KVStore(spec), join, attend, page_bytes, seed).live(tolerance=0.0)

@@ -10,9 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcomp.kernels.reference import page_bytes
-from kvcomp.store import KVStore
-
 HEADS, CHANNELS, GROUP = 2, 64, 2
 
 
@@ -93,11 +90,3 @@ class Batch:
             for _ in range(int(choose.integers(1, 4))):
                 self.step(int(choose.choice([1, 1, 5, 70])))
             self.check(tolerance)
-
-
-def pages_of(store: KVStore) -> list[list[bytes]]:
-    """Of each row the bytes of its pages."""
-    return [
-        [page_bytes(address, HEADS) for address in row[:count]]
-        for row, count in zip(store.rows.pages.tolist(), store.rows.count.tolist(), strict=True)
-    ]

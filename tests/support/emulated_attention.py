@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 import emulator
+from attention_cases import NUMPY, Cache
 from emulator import Arena, Array, Emulator, address
-from gpu_cases import NUMPY, Cache
 from kvcomp.codec.quantise import round_to, to_float32
 from kvcomp.kernels.cuda import launch as gpu_launch
 from kvcomp.kernels.cuda.layout import (
@@ -44,11 +44,12 @@ def attend(
         return address(kept[-1])
 
     rows, heads, queries, _ = cache.q.shape
-    pages = cache.pages.copy()
+    view = cache.view
+    pages = view.pages.copy()
     for row, buffer in enumerate(cache.owners):
         arena = Arena(library, buffer)
         kept.append(arena)
-        pages[row, : cache.count[row]] += arena.address - buffer.ctypes.data
+        pages[row, : view.count[row]] += arena.address - buffer.ctypes.data
     a = AttendArguments(rows=rows, heads=heads, queries=queries, new_tokens=cache.case.new, capacity=pages.shape[1])
     a.scaling, a.softcap, a.ones = cache.scaling, cache.case.softcap, BFLOAT16_128
     q = round_to(cache.q, NUMPY[query])
@@ -58,26 +59,21 @@ def attend(
     a.out, a.lse = address(out), address(lse)
     a.partial_out = place(np.full((splits, *q.shape), np.nan, np.float32))
     a.partial_peak, a.partial_total = (place(np.full((splits, rows, heads, queries), np.nan, np.float32)) for _ in "mt")
-    a.pages, a.valid, a.count = place(pages), place(cache.valid), place(cache.count.astype(np.int32))
+    a.pages, a.valid, a.count = place(pages), place(view.valid), place(view.count.astype(np.int32))
     books = (Book * (BOOKS * rows))()
-    for row, of_row in enumerate(cache.books):
+    for row, of_row in enumerate(view.books):
         for index, book in enumerate(book for of_kind in of_row for book in of_kind):
             bits = (build.k_bits, build.v_bits)[index // 2]
             if book is not None and bits:
                 books[BOOKS * row + index] = describe_book(book, place(table_entries(book, bits)))
     a.books = ctypes.addressof(books)
-    for name, steps in zip(("k_steps", "v_steps"), cache.steps, strict=True):
+    for name, steps in zip(("k_steps", "v_steps"), view.steps, strict=True):
         setattr(a, name, 0 if steps is None else place(np.array(steps, np.float32)))
-    for name, x in (
-        ("sinks_k", cache.sinks[0]),
-        ("sinks_v", cache.sinks[1]),
-        ("tail_k", cache.tail[0]),
-        ("tail_v", cache.tail[1]),
-    ):
-        tensor = getattr(a, name)
+    for name in ("sinks_k", "sinks_v", "tail_k", "tail_v"):
+        tensor, x = getattr(a, name), getattr(view, name)
         tensor.values = place(x)
         tensor.row, tensor.head, tensor.token = (stride // x.itemsize for stride in x.strides[:3])
-    a.sink_count, a.tail_begin = place(cache.sink_count.astype(np.int32)), place(cache.tail_begin.astype(np.int32))
+    a.sink_count, a.tail_begin = place(view.sink_count.astype(np.int32)), place(view.tail_begin.astype(np.int32))
     a.tail_tokens = place(np.array([cache.case.tail], np.int32))
     gpu_launch.attend(Emulator(ascending=ascending), build, a, splits)
     return Result(to_float32(out), lse)

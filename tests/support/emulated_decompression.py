@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 import emulator
+from attention_cases import NUMPY, Cache
 from emulator import Arena, Array, Emulator, address
-from gpu_cases import NUMPY, Cache
 from kvcomp.kernels.cuda import launch as gpu_launch
 from kvcomp.kernels.cuda.layout import (
     BFLOAT16_128,
@@ -25,14 +25,14 @@ from kvcomp.kernels.cuda.layout import (
 def decompress(cache: Cache) -> tuple[Array, Array]:
     """K and V of the first row's pages, which end where memory ends; what the kernel should write holds NaN before."""
     case = cache.case
-    chosen = page_build(cache.spec, case.channels, case.value)
+    chosen = page_build(case.spec, case.channels, case.value)
     library = emulator.build("decompress", chosen.defines)
     count, buffer = case.pages[0], cache.owners[0]
     arena = Arena(library, buffer)
-    pages = cache.pages[0, :count] - buffer.ctypes.data + arena.address
+    pages = cache.view.pages[0, :count] - buffer.ctypes.data + arena.address
     books = (Book * BOOKS)()
     kept: list[Any] = []
-    for index, book in enumerate(book for of_kind in cache.books[0] for book in of_kind):
+    for index, book in enumerate(book for of_kind in cache.view.books[0] for book in of_kind):
         bits = (chosen.k_bits, chosen.v_bits)[index // 2]
         if book is not None and bits:
             kept.append(table_entries(book, bits))
@@ -41,7 +41,7 @@ def decompress(cache: Cache) -> tuple[Array, Array]:
     out_k, out_v = (np.full(shape, 0x7FFF, np.int16).view(np.uint16).astype(NUMPY[case.value]) for _ in "KV")
     a = DecompressArguments(page_count=count, heads=case.heads, ones=BFLOAT16_128)
     a.pages, a.books = address(pages), ctypes.addressof(books)
-    for name, steps in zip(("k_steps", "v_steps"), cache.steps, strict=True):
+    for name, steps in zip(("k_steps", "v_steps"), cache.view.steps, strict=True):
         if steps is not None:
             kept.append(np.array(steps, np.float32))
             setattr(a, name, address(kept[-1]))

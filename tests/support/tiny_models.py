@@ -12,6 +12,7 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
+    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -47,6 +48,15 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
             if parameter.ndim > 1:
                 parameter.mul_(3)
     return model
+
+
+def tiny_config(kind: type[PreTrainedConfig] = LlamaConfig, **settings: object) -> PreTrainedConfig:
+    return kind(**{**TINY, **settings})
+
+
+def tiny_model(kind: type[PreTrainedConfig] = LlamaConfig, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    dtype = settings.pop("dtype", torch.float32)
+    return random_model(tiny_config(kind, **settings), seed).to(dtype)
 
 
 def exact(model: PreTrainedModel, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

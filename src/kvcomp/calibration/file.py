@@ -201,12 +201,13 @@ class Calibration:
         UnsupportedVersion, LimitExceeded
             If it is of another version, or larger than a calibration can be.
         """
+        file = disk.place(path)
         try:
-            size = Path(path).stat().st_size
+            size = file.stat().st_size
             if size > MAX_BYTES:
                 raise LimitExceeded(f"{path} has {size} bytes, a calibration has at most {MAX_BYTES}")
-            content = Path(path).read_bytes()
-        except OSError as error:
+            content = disk.read(file).tobytes()
+        except (OSError, InvalidInput) as error:
             raise InvalidInput(f"cannot read the calibration {path}: {error}") from None
         return cls.from_bytes(content)
 
@@ -222,10 +223,17 @@ class Calibration:
         transforms: Mapping[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
         levels: Mapping[int, Mapping[str, LevelOfLayer]],
     ) -> Self:
-        """A calibration from its parts.
+        """Build a calibration from its parts.
 
-        transforms: of each layer (A, mean) of K and of V, (heads, D, D) and (heads, D). A is as ``quantise_matrix``
-        gives it, else it is rounded once more.
+        Parameters
+        ----------
+        about
+            What it says of itself.
+        transforms
+            Of each layer (A, mean) of K and of V, (heads, D, D) and (heads, D). An A that does not come from
+            ``quantise_matrix`` is rounded once more.
+        levels
+            Of each layer its levels, by name.
         """
         tensors: dict[str, Array] = {}
         for index, parts in transforms.items():
@@ -244,10 +252,21 @@ class Calibration:
 def resolve(
     spec: str | Path | CodecSpec, calibration: Calibration | str | Path | None = None
 ) -> tuple[CodecSpec, Calibration | None]:
-    """A spec, and the calibration it needs if it needs one.
+    """Resolve a spec, and the calibration it needs if it needs one.
 
-    spec: as for ``CodecSpec.resolve``, or ``kvcomp-klt``, or ``kvcomp-klt:LEVEL``. Raises InvalidInput if the
-    calibration is missing, not needed or another one, and as ``Calibration.read`` does.
+    Parameters
+    ----------
+    spec
+        As for ``CodecSpec.resolve``, or ``kvcomp-klt``, or ``kvcomp-klt:LEVEL``.
+    calibration
+        One, or the path of its file.
+
+    Raises
+    ------
+    InvalidInput
+        If the calibration is missing, not needed or another one, or if there is no such spec or level.
+    CorruptData, UnsupportedVersion, LimitExceeded
+        As for ``Calibration.read``.
     """
     resolved = None if is_calibrated(spec) else CodecSpec.resolve(spec)
     if resolved is not None and resolved.calibration is None:
@@ -258,7 +277,7 @@ def resolve(
         which = "" if resolved is None else f" with the fingerprint {resolved.calibration}"
         raise InvalidInput(
             f"{CALIBRATED} needs a calibration of the model{which}: give calibration=, the file that "
-            "'kvcomp calibrate MODEL --text FILE -o model.kvcal' makes"
+            "'kvcomp calibrate MODEL -o model.kvcal' makes"
         )
     read = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
     if resolved is None:
@@ -268,7 +287,7 @@ def resolve(
 
 
 def quantise_matrix(matrix: Tensor) -> Tensor:
-    """A (heads, D, D) as the file keeps it, float32."""
+    """Round A (heads, D, D) as the file keeps it, float32."""
     rounded, scale = _eight_bits(matrix)
     return torch.from_numpy(rounded * scale[..., None])
 

@@ -29,19 +29,24 @@ UNIT = 2.0**-24  # relative error of one float32 operation
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """x' = A (x - mean), for each KV head.
-
-    matrix: float32 (KV heads, D, D), A. mean: float32 (KV heads, D). inverse: A^-1.
-    Raises InvalidInput if a matrix or mean is not finite, or cannot be inverted in float32.
-    """
+    """x' = A (x - mean), for each KV head; ``of`` makes one."""
 
     matrix: Tensor
+    """A, float32 (KV heads, D, D)."""
     mean: Tensor
+    """float32 (KV heads, D)."""
     inverse: Tensor
+    """A^-1."""
 
     @classmethod
     def of(cls, matrix: Tensor, mean: Tensor) -> Affine:
-        """From A (KV heads, D, D) and the mean (KV heads, D)."""
+        """Make one from A (KV heads, D, D) and the mean (KV heads, D).
+
+        Raises
+        ------
+        InvalidInput
+            If a matrix or mean has another shape, is not finite, or cannot be inverted in float32.
+        """
         if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2] or mean.shape != matrix.shape[:2]:
             raise InvalidInput(f"a transform of {tuple(matrix.shape)} with a mean of {tuple(mean.shape)} fits no heads")
         if not (matrix.isfinite().all() and mean.isfinite().all()):
@@ -63,7 +68,7 @@ class Affine:
         return ((x.detach().to(torch.float32) - self.mean[:, None]) @ self.matrix.mT).to(x.dtype)
 
     def undo(self, x: Tensor) -> Tensor:
-        """The inverse of ``apply``, (batch, KV heads, tokens, D) or (KV heads, tokens, D)."""
+        """Undo ``apply``, for (batch, KV heads, tokens, D) or (KV heads, tokens, D)."""
         matrix, mean = self.back
         return (x.to(torch.float32) @ matrix + mean).to(x.dtype)
 
@@ -101,11 +106,20 @@ def _of_rows(x: Tensor, rows: int) -> Tensor:
 
 
 def metric_klt(covariance: Tensor, metric: Tensor) -> Tensor:
-    """A of the Karhunen-Loeve transform in a metric M, float64 (D, D).
+    """A of the Karhunen-Loeve transform in a metric M.
 
     ||A e||^2 is proportional to e^T M e, and the rows of A x are uncorrelated, largest variance first. No row has an L1
     norm above 1: no |A x| is larger than the largest |x|, so a type that holds x holds A x.
-    covariance, metric: float64 (D, D), symmetric and positive semidefinite.
+
+    Parameters
+    ----------
+    covariance, metric
+        float64 (D, D), symmetric and positive semidefinite.
+
+    Returns
+    -------
+    Tensor
+        float64 (D, D).
     """
     size = metric.diagonal().mean()
     scaled = metric / size if size > 0 else torch.zeros_like(metric)

@@ -7,15 +7,22 @@ from typing import Annotated
 
 import typer
 
-from kvcomp.cli.common import Resume, bar, plain_errors, quiet_loading, resumable
+from kvcomp.cli.common import MODEL_HELP, Resume, bar, plain_errors, quiet_loading, resumable
 from kvcomp.cli.tables import show_calibration
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Model directory or hub name")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text like what the model will read", exists=True, dir_okay=False)],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .kvcal file to write")],
-    windows: Annotated[int, typer.Option(min=4, help="Windows of text to measure on")] = 24,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text like what the model will read [default: the model writes some]",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=4, help="Windows of text to measure on")] = 12,
     prompt_tokens: Annotated[int, typer.Option(min=256, help="Tokens of each that are compressed")] = 2048,
     scored_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each that are predicted from them")] = 256,
     resume: Resume = False,
@@ -32,12 +39,9 @@ def calibrate(
             from kvcomp.fit.windows import Settings
 
             loaded, tokenizer = load_model(model)
-            ids, _ = text_ids(tokenizer, model, text)
+            ids = None if text is None else text_ids(tokenizer, model, text)[0]
         settings = Settings(windows, prompt_tokens, scored_tokens)
-        identity = {"model": model, "text": str(text), "tokens": ids.size, **vars(settings)}
-        statistics = output.with_name(output.name + ".statistics")
-        if not resume:
-            statistics.unlink(missing_ok=True)
+        identity = {"model": model, "text": str(text), "tokens": 0 if ids is None else ids.size, **vars(settings)}
         with resumable(output, identity, resume) as journal:
             with bar() as progress:
                 task = progress.add_task("", total=None)
@@ -45,7 +49,8 @@ def calibrate(
                 def tell(what: str, done: int, total: int | None) -> None:
                     progress.update(task, description=what, completed=done, total=total)
 
-                calibration = Calibrator(loaded.float(), ids, settings, journal, tell).run(statistics, text.name)
+                calibration = Calibrator(loaded.float(), ids, settings, journal, tell).run(
+                    text.name if text else "written by the model"
+                )
             calibration.write(output)
-        statistics.unlink(missing_ok=True)
         show_calibration(f"{output}: {len(calibration.content)} bytes", calibration.about.levels)

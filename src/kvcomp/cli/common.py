@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 SHIPPED = "tiny-lm"
 SPEC_NAMES = f"{', '.join(PRESETS)}, {CALIBRATED}:LEVEL or a spec.json"
 
-Model = Annotated[str | None, typer.Argument(help="Model directory or hub name [default: the shipped one]")]
+MODEL_HELP = "Model directory, hub name, GGUF file or its folder"
+Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} [default: the shipped one]")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16 [default: of the weights; float32 if a GGUF quantises]"),
+]
 TextFile = Annotated[
     Path | None,
     typer.Option("--text", help="UTF-8 text to score [default: text the shipped model never saw, or Python's manual]"),
@@ -93,12 +98,12 @@ def quiet_loading() -> Iterator[None]:
         yield
 
 
-def model_with_keys(name: str | None) -> tuple[str, Any, Any]:
+def model_with_keys(name: str | None, dtype: str | None = None) -> tuple[str, Any, Any]:
     """Place, model and tokenizer; without a name of the shipped one. Raises InvalidInput or UnsupportedModel."""
     from kvcomp.evaluate.models import check_has_keys, load_model, shipped_model
 
     place = name if name is not None else str(shipped_model())
-    model, tokenizer = load_model(place)
+    model, tokenizer = load_model(place, dtype)
     check_has_keys(model.config)
     return place, model, tokenizer
 

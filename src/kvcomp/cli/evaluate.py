@@ -11,6 +11,7 @@ from kvcomp.cli.common import (
     SHIPPED,
     SPEC_NAMES,
     CalibrationFile,
+    Dtype,
     Model,
     Resume,
     Seed,
@@ -36,6 +37,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="What to compare with, such as kivi-2, fp8, hqq-4 or ./mine.py; may be given again"),
     ] = None,
+    dtype: Dtype = None,
     text: TextFile = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Prompts to score after, teacher-forced")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each")] = None,
@@ -75,14 +77,15 @@ def evaluate(
             from kvcomp.evaluate.models import positions, text_ids
             from kvcomp.results import schema
 
-            place, loaded, tokenizer = model_with_keys(model)
+            place, loaded, tokenizer = model_with_keys(model, dtype)
             methods = _methods(place, spec, calibration, baseline)
             plan = Plan.for_model(positions(loaded.config), **size)
             ids, source = text_ids(tokenizer, place, text)
             names = [part.strip() for part in (tasks or "").split(",") if part.strip()]
             harness = _harness(names) if names else None
-        about = schema.environment(model=SHIPPED if model is None else model, text=source, **vars(plan))
-        identity = {key: about[key] for key in ("model", "text", *vars(plan))}
+        chosen = {"model": SHIPPED if model is None else model, "dtype": str(loaded.dtype), "text": source}
+        about = schema.environment(**chosen, **vars(plan))
+        identity = {key: about[key] for key in (*chosen, *vars(plan))}
         identity["methods"] = {one.name: one.settings() for one in methods}
         identity["tasks"] = [names, task_limit]
 

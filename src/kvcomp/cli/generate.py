@@ -17,7 +17,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvcomp.cli.common import SPEC_NAMES, CalibrationFile, check_spec, errors, plain_errors, quiet_loading, screen
+from kvcomp.cli.common import (
+    SPEC_NAMES,
+    CalibrationFile,
+    Dtype,
+    Model,
+    check_spec,
+    errors,
+    plain_errors,
+    quiet_loading,
+    screen,
+)
 from kvcomp.cli.prefix import Prefixes
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import CodecSpec
@@ -32,7 +42,7 @@ MIB = 1024 * 1024
 
 
 def generate(
-    model: Annotated[str | None, typer.Argument(help="Model directory or hub name [default: the shipped one]")] = None,
+    model: Model = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue, or what to ask a chat model")] = None,
     prompt_file: Annotated[
         Path | None,
@@ -44,6 +54,7 @@ def generate(
         str | None, typer.Option(help=f"{SPEC_NAMES} [default: kvcomp.json beside the model, else kvcomp]")
     ] = None,
     calibration: CalibrationFile = None,
+    dtype: Dtype = None,
     compare: Annotated[bool, typer.Option("--compare", help="Hold every token against the uncompressed cache")] = False,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sample at this temperature; 0 takes the likeliest token")
@@ -62,7 +73,7 @@ def generate(
         raise typer.BadParameter("a model of your own needs --prompt or --prompt-file")
     check_spec(spec)
     with plain_errors():
-        loaded = _load(model, spec, calibration)
+        loaded = _load(model, spec, calibration, dtype)
         if prompt_file is not None:
             prompt = _read_text(prompt_file) + (prompt or "")
         ids = _own_prompt(loaded.tokenizer) if prompt is None else _prompt_ids(loaded.tokenizer, prompt, raw)
@@ -80,7 +91,7 @@ class Loaded(NamedTuple):
     calibration: Calibration | None
 
 
-def _load(name: str | None, spec: str | None, calibration: Path | None) -> Loaded:
+def _load(name: str | None, spec: str | None, calibration: Path | None, dtype: str | None) -> Loaded:
     with quiet_loading():
         import torch
 
@@ -90,7 +101,7 @@ def _load(name: str | None, spec: str | None, calibration: Path | None) -> Loade
         logging.getLogger("kvcomp").addHandler(_ToScreen())
         logging.getLogger("kvcomp").setLevel(logging.INFO)
         place = name if name is not None else shipped_model()
-        model, tokenizer = load_model(place)
+        model, tokenizer = load_model(place, dtype)
         tokens = torch.zeros(2, 1, 1, 65, 16, dtype=model.dtype)
         compress(*tokens).attend(tokens[0, :, :, :1])  # loads the kernels, or compiles them
         return Loaded(str(place), model, tokenizer, *spec_for(place, spec, calibration))

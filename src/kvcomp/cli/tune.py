@@ -10,6 +10,7 @@ import typer
 
 from kvcomp.cli.common import (
     SHIPPED,
+    Dtype,
     Model,
     Resume,
     Seed,
@@ -38,6 +39,7 @@ def tune(
         str | None, typer.Option(help="Fewest bits within the KL of this method, such as kivi-4; scales for each layer")
     ] = None,
     spec: Annotated[str, typer.Option(help=f"What to start from: {', '.join(PRESETS)} or a spec.json")] = "kvcomp",
+    dtype: Dtype = None,
     text: TextFile = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of text")] = 4,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each")] = None,
@@ -74,19 +76,20 @@ def tune(
             from kvcomp.fit.tune import Tuner
             from kvcomp.results import schema
 
-            place, loaded, tokenizer = model_with_keys(model)
+            place, loaded, tokenizer = model_with_keys(model, dtype)
             start, reference = KVComp(spec), None if goal["like"] is None else baseline(str(goal["like"]))
             plan = Plan.for_model(positions(loaded.config), lengths=(), **size)
             ids, source = training_ids(tokenizer, place, text)
             begins, asked = _drawn(tokenizer, ids, plan, goal["keep"] is not None)
         about = schema.environment(
             model=SHIPPED if model is None else model,
+            dtype=str(loaded.dtype),
             text=source,
             goal=goal,
             start=start.settings(),
             **{key: vars(plan)[key] for key in size},
         )
-        identity = {key: about[key] for key in ("model", "text", "goal", "start", *size)}
+        identity = {key: about[key] for key in ("model", "dtype", "text", "goal", "start", *size)}
         with resumable(output, identity, resume) as journal:
             with bar() as progress:
                 task = progress.add_task("")

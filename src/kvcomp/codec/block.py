@@ -1,7 +1,7 @@
 """One block: 64 tokens x D channels of one head as 64 bit streams (docs/format.md, sections 4 and 5).
 
-This is the readable reference: it fixes the order of the codes and the meaning of every bit.
-The kernels are checked against it.
+This is the readable reference, which the kernels are checked against: it fixes the order of the codes and the meaning
+of every bit.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def lengths_bytes(lengths: Indices, kind: Kind) -> bytes:
 
 
 def lengths_from(data: bytes, kind: Kind) -> tuple[Indices, int]:
-    """Inverse of ``lengths_bytes``, and how many bytes that took. Raises CorruptData."""
+    """Undo ``lengths_bytes``, and say how many bytes that took. Raises CorruptData."""
     head = int.from_bytes(data[:4], "little")
     width = head & 15
     size = 4 + 8 * width
@@ -107,7 +107,7 @@ def from_streams(streams: Codes, kind: Kind) -> Codes:
 
 
 def count_pairs(codes: Codes, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
-    """How often each pair of codes occurs in a block (64, D): (classes, 256, 256)."""
+    """Count how often each pair of codes occurs in a block (64, D): (classes, 256, 256)."""
     streams = to_streams(codes, kind).astype(np.int64)
     of_class = pair_classes(kind, codes.shape[1], classes)
     symbol = (of_class * MAX_CODES + streams[:, ::2]) * MAX_CODES + streams[:, 1::2]
@@ -125,7 +125,7 @@ def covers(book: Codebook, codes: Codes, kind: Kind) -> bool:
 
 
 def encode_huffman(codes: Codes, kind: Kind, book: Codebook) -> bytes:
-    """Lengths and streams of a block of codes (64, D), which the book covers; not padded to 16 bytes."""
+    """Encode a block of codes (64, D), which the book covers, as lengths and streams; not padded to 16 bytes."""
     channels = codes.shape[1]
     streams = to_streams(codes, kind).astype(np.int64)
     classes = pair_classes(kind, channels, book.classes)
@@ -151,7 +151,7 @@ def encode_huffman(codes: Codes, kind: Kind, book: Codebook) -> bytes:
 
 
 def decode_huffman(data: bytes, channels: int, kind: Kind, book: Codebook) -> Codes:
-    """Codes (64, D) of a block from its lengths and streams. Raises CorruptData if the streams leave the data."""
+    """Decode lengths and streams to a block of codes (64, D). Raises CorruptData if the streams leave the data."""
     lengths, size = lengths_from(data, kind)
     tables = [decode_table(book, of_class) for of_class in range(book.classes)]
     classes = pair_classes(kind, channels, book.classes).tolist()
@@ -192,7 +192,7 @@ def encode_fixed(codes: Codes, kind: Kind, width: int) -> bytes:
 
 
 def decode_fixed(data: bytes, channels: int, kind: Kind, width: int) -> Codes:
-    """Inverse of ``encode_fixed``. Raises CorruptData if the data is too short."""
+    """Undo ``encode_fixed``. Raises CorruptData if the data is too short."""
     count = fixed_words(channels, width)
     if len(data) < 4 * STREAMS * count:
         raise CorruptData("a fixed-width block is too short for its codes")
@@ -215,7 +215,7 @@ def scale_bytes(scale: npt.NDArray[np.float32], zero: npt.NDArray[np.int32]) -> 
 
 
 def scales_from(data: bytes, count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """Inverse of ``scale_bytes``: ``count`` scales and zeros. Raises CorruptData if one is out of range."""
+    """Undo ``scale_bytes``, for ``count`` scales and zeros. Raises CorruptData if one is missing or out of range."""
     if len(data) < scales_size(count):
         raise CorruptData("a block is too short for its scales")
     scale: npt.NDArray[Any]

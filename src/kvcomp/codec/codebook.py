@@ -120,7 +120,7 @@ class Codebook:
 
 
 def read(data: bytes, at: int = 0) -> tuple[Codebook, int]:
-    """The book that begins at a place, and where it ends. Raises CorruptData."""
+    """Read the book that begins at a place, and say where it ends. Raises CorruptData."""
     if len(data) - at < HEAD.size:
         raise CorruptData("a codebook is cut off")
     classes, limit = HEAD.unpack_from(data, at)
@@ -138,9 +138,16 @@ def read(data: bytes, at: int = 0) -> tuple[Codebook, int]:
 
 
 def train(counts: npt.NDArray[Any], limit: int) -> Codebook:
-    """The best codebook for pair counts: each class has every pair of codes from the least to the largest seen in it.
+    """Train the best codebook for pair counts.
 
-    counts: integers (classes, n, n), ``counts[class, a, b]``, n at most 256. limit: longest code in bits.
+    Each class has every pair of codes from the least to the largest seen in it.
+
+    Parameters
+    ----------
+    counts
+        Integers (classes, n, n), ``counts[class, a, b]``, n at most 256.
+    limit
+        Longest code in bits.
     """
     firsts, levels, splits, lengths = zip(*(_train_class(of_class, limit) for of_class in counts), strict=True)
     return Codebook(firsts, levels, splits, limit, np.concatenate(lengths))
@@ -190,7 +197,10 @@ def _symbols(levels: int, split: int) -> int:
 
 
 def code_lengths(weights: npt.NDArray[np.int64], limit: int) -> Lengths:
-    """Optimal code lengths of at most ``limit`` bits, weights positive: package-merge (Larmore & Hirschberg, 1990)."""
+    """Find optimal code lengths of at most ``limit`` bits by package-merge (Larmore & Hirschberg, 1990).
+
+    Weights are positive. Raises InvalidInput if there are more than 2^limit.
+    """
     n = weights.size
     if n > 1 << limit:
         raise InvalidInput(f"{n} symbols need codes longer than {limit} bits")

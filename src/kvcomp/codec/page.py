@@ -55,7 +55,7 @@ class Layout:
         ]
 
     def least_block_bytes(self, mode: int, kind_index: int) -> int:
-        """Bytes that a block of this mode needs at the least; raises CorruptData for a mode that does not exist."""
+        """Bytes that a block of this mode needs at the least. Raises CorruptData for a mode that does not exist."""
         count = self.block_scales(kind_index)
         scales = scales_size(count) if count else 0
         if mode == RAW:
@@ -106,7 +106,7 @@ def ceil16(size: int) -> int:
 
 
 def assemble(layout: Layout, token_scales: Iterable[bytes], blocks: Iterable[tuple[int, bytes]]) -> bytes:
-    """The bytes of a page from its token scales (those that exist) and its blocks as (mode, bytes), K heads first."""
+    """Assemble a page from its token scales (those that exist) and its blocks as (mode, bytes), K heads first."""
     directory, offset, body = [], layout.first_block, b""
     for mode, block in blocks:
         directory.append(offset | mode)
@@ -118,7 +118,10 @@ def assemble(layout: Layout, token_scales: Iterable[bytes], blocks: Iterable[tup
 
 
 def blocks_of(page: bytes, layout: Layout) -> list[tuple[int, bytes]]:
-    """(mode, bytes) of every block, K heads first, after the checks of section 5. Raises CorruptData."""
+    """Split a page into (mode, bytes) of every block, K heads first, after the checks of section 5.
+
+    Raises CorruptData.
+    """
     if len(page) < layout.first_block:
         raise CorruptData("a page is shorter than its directory")
     modes, offsets = directory_of(page, 0, layout.heads)

@@ -90,8 +90,8 @@ class Quantised:
 def error_bound(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> npt.NDArray[np.float64]:
     """The bound of every unit of ``x`` (heads, 64*pages, channels), in the shape of ``Quantised.scale``.
 
-    That is r (max - min) / 2 with ``scale`` r, kept by the values in their dtype. For the unit ``head``, whose
-    ``scale`` are the heads' steps, it is half a step, kept before the rounding to the dtype.
+    It is r (max - min) / 2 with ``scale`` r, kept by the values in their dtype. For the unit ``head``, whose ``scale``
+    are the heads' steps, it is half a step, kept before the rounding to the dtype.
     """
     if isinstance(scale, tuple):
         return np.array(scale, np.float64).reshape(1, -1, 1, 1) / 2
@@ -116,7 +116,7 @@ def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantise
     Raises
     ------
     InvalidInput
-        For another shape or type, or if ``scale`` does not fit the unit and the heads.
+        For another shape or dtype, or if ``scale`` does not fit the unit and the heads.
     """
     check_scale(x, unit, scale)
     return _quantise_heads(x, scale) if isinstance(scale, tuple) else _quantise_ranges(x, unit, scale)

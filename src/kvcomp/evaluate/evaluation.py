@@ -127,7 +127,7 @@ class Evaluation:
     def run(self, advance: Callable[[str, float], None]) -> None:
         """Measure what the journal lacks; a KeyboardInterrupt leaves there what is done.
 
-        advance: told what is done, and its cost.
+        ``advance`` is told what is done, and its cost.
         """
         for piece in self.pieces:
             made = cache(piece.make)  # once for all methods, and only if one of them is missing
@@ -245,6 +245,7 @@ class Evaluation:
         streaming = mode == "streaming"
         return results.size(memory), {
             "kl": results.figure([row["kl"] for row in rows]),
+            "kl_99_9": float(np.quantile(np.concatenate([row["kls"] for row in rows]), 0.999)),
             "top1": results.figure([row["top1"] for row in rows]),
             "loss_difference": results.figure([row["loss"] - row["loss_uncompressed"] for row in rows]),
             "perplexity": float(np.exp(loss)),

@@ -52,6 +52,8 @@ class Comparison:
     loss: float
     """Mean loss, nats a token."""
     loss_uncompressed: float
+    kls: tuple[float, ...] = ()
+    """KL of each token, in six digits."""
 
 
 def attend_plainly(model: Any) -> None:
@@ -76,7 +78,7 @@ def sample(model: Any, ids: Tensor, prompt: int) -> Sample:
 
 @torch.inference_mode()
 def fill(model: Any, each: Sample, method: Method) -> Cache:
-    """A cache of the method that holds the prompt."""
+    """Make a cache of the method that holds the prompt."""
     cache = method.cache(model.config)
     if each.cache:
         for layer, (k, v) in enumerate(each.cache):
@@ -89,9 +91,19 @@ def fill(model: Any, each: Sample, method: Method) -> Cache:
 
 @torch.inference_mode()
 def predict(model: Any, ids: Tensor, cache: Cache, method: Method, streaming: bool = False) -> Tensor:
-    """Log probabilities after each of ``ids`` on top of what the cache holds, float32 (tokens, vocabulary).
+    """Predict what follows each of ``ids`` on top of what the cache holds.
 
-    ids: int64 (1, tokens). streaming: as if the tokens came one by one.
+    Parameters
+    ----------
+    ids
+        int64 (1, tokens).
+    streaming
+        As if the tokens came one by one.
+
+    Returns
+    -------
+    Tensor
+        Log probabilities, float32 (tokens, vocabulary).
     """
     attend_plainly(model)
     parts, at = [], 0
@@ -102,24 +114,26 @@ def predict(model: Any, ids: Tensor, cache: Cache, method: Method, streaming: bo
     return torch.cat(parts)
 
 
-def mean_kl(reference: Tensor, ours: Tensor) -> float:
-    """Mean KL(reference || ours) in nats a token, of log probabilities (tokens, vocabulary)."""
-    return float((reference.exp() * (reference - ours)).sum(-1).mean())
+def token_kls(reference: Tensor, ours: Tensor) -> Tensor:
+    """KL(reference || ours) of each token in nats, (tokens,), of log probabilities (tokens, vocabulary)."""
+    return (reference.exp() * (reference - ours)).sum(-1)
 
 
 def compare(each: Sample, log_probs: Tensor) -> Comparison:
     """Hold predictions of a sample's text, float32 (tokens, vocabulary), against the uncompressed ones."""
     target = each.text[0, 1:, None]
+    kls = token_kls(each.log_probs, log_probs)
     return Comparison(
-        kl=mean_kl(each.log_probs, log_probs),
+        kl=float(kls.mean()),
         top1=float((each.log_probs.argmax(-1) == log_probs.argmax(-1)).float().mean()),
         loss=-float(log_probs[:-1].gather(1, target).mean()),
         loss_uncompressed=-float(each.log_probs[:-1].gather(1, target).mean()),
+        kls=tuple(float(f"{kl:.6g}") for kl in kls.tolist()),
     )
 
 
 def measure(model: Any, each: Sample, method: Method, streaming: bool = False) -> tuple[Comparison, Memory]:
-    """A method on a sample, and the cache's bytes: of the prompt, or, streaming, of prompt and text."""
+    """Measure a method on a sample, and the cache's bytes: of the prompt, or, streaming, of prompt and text."""
     cache = fill(model, each, method)
     memory = method.memory(cache)
     log_probs = predict(model, each.text, cache, method, streaming)
@@ -128,7 +142,7 @@ def measure(model: Any, each: Sample, method: Method, streaming: bool = False) -
 
 @torch.inference_mode()
 def predict_from(model: Any, each: Sample, values: Sequence[Pair]) -> Tensor:
-    """Log probabilities of a sample's text from these K and V of the prompt in place of its own."""
+    """Predict a sample's text from these K and V of the prompt in place of its own, as ``predict`` does."""
     attend_plainly(model)
     cache = DynamicCache(config=model.config)
     for layer, (k, v) in enumerate(values):

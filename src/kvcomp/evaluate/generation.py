@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from kvcomp.evaluate.fidelity import mean_kl
+from kvcomp.evaluate.fidelity import token_kls
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.cache import stock_memory
 from kvcomp.store import Memory
@@ -21,10 +21,12 @@ from kvcomp.store import Memory
 
 @dataclass(frozen=True)
 class Timing:
-    """first: seconds to the first token (the prompt). each: seconds of every later token."""
+    """How long the tokens of a generation took, in seconds."""
 
     first: float
+    """To the first token (the prompt)."""
     each: tuple[float, ...]
+    """Of every later token."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -33,33 +35,32 @@ class Timing:
 
 @dataclass(frozen=True)
 class Generation:
-    """A generation from a compressed cache.
-
-    tokens: the new token ids. logits: float32 (tokens, vocabulary), what each was chosen from.
-    memory: the cache at the end. peak: largest resident memory of the process so far, in bytes.
-    """
+    """A generation from a compressed cache."""
 
     prompt: int
+    """Tokens of the prompt."""
     tokens: list[int]
+    """The new token ids."""
     logits: Tensor
+    """float32 (tokens, vocabulary), what each was chosen from."""
     timing: Timing
     memory: Memory
+    """The cache at the end."""
     peak: int
+    """Largest resident memory of the process so far, in bytes."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The uncompressed cache, fed the same tokens.
-
-    top1: share of tokens at which both caches rank the same token first. kl: mean KL(uncompressed || compressed) in
-    nats.
-    dense: bytes of the uncompressed cache at the end.
-    """
+    """The uncompressed cache, fed the same tokens."""
 
     top1: float
+    """Share of tokens at which both caches rank the same token first."""
     kl: float
+    """Mean KL(uncompressed || compressed), nats."""
     timing: Timing
     dense: int
+    """Bytes of the uncompressed cache at the end."""
 
 
 class _Clock(BaseStreamer):
@@ -106,7 +107,12 @@ def generate(
 ) -> Generation:
     """Generate greedily, or as ``sampling`` says, from a compressed cache.
 
-    ids: int64 (1, tokens). on_token: called with each new token's id as it comes.
+    Parameters
+    ----------
+    ids
+        int64 (1, tokens).
+    on_token
+        Is called with each new token's id as it comes.
     """
     model.set_attn_implementation("kvcomp")
     tokens, logits, timing = _run(model, ids, cache, on_token, max_new_tokens=max_new_tokens, **sampling)
@@ -126,7 +132,7 @@ def compare(model: Any, ids: Tensor, run: Generation) -> Agreement:
     reference, ours = logits.log_softmax(-1), run.logits.log_softmax(-1)
     return Agreement(
         top1=float((reference.argmax(-1) == ours.argmax(-1)).float().mean()),
-        kl=mean_kl(reference, ours),
+        kl=float(token_kls(reference, ours).mean()),
         timing=timing,
         dense=sum(stock_memory(layer).other for layer in cache.layers),
     )

@@ -1,4 +1,4 @@
-"""Load a model for a command: a directory, a hub name, or the small one that comes with kvcomp."""
+"""Load a model for a command: a directory, a GGUF file, a hub name, or the small one that comes with kvcomp."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from transformers.cache_utils import DynamicLayer
 
 from kvcomp.calibration import Calibration, resolve
 from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.evaluate import gguf_file
 from kvcomp.evaluate.text import held_out_names, held_out_text, join, manual_text, training_text
 from kvcomp.spec import CodecSpec, is_calibrated
 
 TUNED_SPEC = "kvcomp.json"
 FITTING_CHARACTERS = 2_000_000
 CALIBRATION = "model.kvcal"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def shipped_model() -> Path:
-    """Directory of the model that comes with kvcomp: in the package where it is installed, in ``examples`` in a
-    checkout.
+    """Find the model that comes with kvcomp: in the package where it is installed, in ``examples`` in a checkout.
+
+    Raises InvalidInput if it is in neither.
     """
     package = Path(__file__).parents[1]
     places = package / "tiny-lm", package.parents[1] / "examples" / "tiny-lm"
@@ -32,27 +35,48 @@ def shipped_model() -> Path:
     raise InvalidInput(f"the shipped model is not at {places[0]} or {places[1]}: name a model directory")
 
 
-def load_model(name: str | Path) -> tuple[Any, Any]:
-    """Model, in the type of its weights, and tokenizer. Raises InvalidInput if transformers cannot load them."""
+def load_model(name: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
+    """Load a model and its tokenizer.
+
+    Parameters
+    ----------
+    name
+        A directory, a hub name, a GGUF file or the folder of one.
+    dtype
+        One of DTYPES; by default that of the weights, and float32 for a GGUF's that are quantised.
+
+    Raises
+    ------
+    InvalidInput
+        If transformers cannot load them, or the type is not float32, float16 or bfloat16.
+    CorruptData, UnsupportedModel
+        For a GGUF that is damaged or of another kind of model.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidInput(f"no dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if files := gguf_file.find(name):
+        model, tokenizer = gguf_file.load(files, DTYPES[dtype] if dtype else None)
+        return model.eval(), tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
     except (OSError, ValueError, KeyError) as error:
         raise InvalidInput(f"cannot load a model from {name}: {error}") from None
-    if model.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise InvalidInput(f"{name} has weights of {model.dtype}: float32, float16 or bfloat16 are possible")
+    if model.dtype not in DTYPES.values():
+        raise InvalidInput(f"{name} has weights of {model.dtype}: {', '.join(DTYPES)} are possible")
     return model.eval(), tokenizer
 
 
 def spec_for(
     model: str | Path, spec: str | None = None, calibration: Path | None = None
 ) -> tuple[CodecSpec, Calibration | None]:
-    """``resolve`` with what lies in the model's directory: ``kvcomp.json`` if no spec is named, ``model.kvcal`` for
-    kvcomp-klt.
+    """``resolve`` with what lies in the model's directory.
 
+    That is ``kvcomp.json`` if no spec is named, and ``model.kvcal`` for kvcomp-klt.
     Raises InvalidInput if there is no such spec or calibration.
     """
-    tuned, beside = Path(model) / TUNED_SPEC, Path(model) / CALIBRATION
+    folder = gguf_file.folder_of(model)
+    tuned, beside = folder / TUNED_SPEC, folder / CALIBRATION
     if spec is None:
         return resolve(tuned if tuned.is_file() else "kvcomp", calibration)
     if calibration is None and is_calibrated(spec) and beside.is_file():
@@ -61,17 +85,18 @@ def spec_for(
 
 
 def held_out_ids(tokenizer: Any, model: Path) -> list[int]:
-    """Token ids of the text that the shipped model never saw: files of the running Python's standard library, one after
-    another.
+    """Token ids of the text that the shipped model never saw.
+
+    It is files of the running Python's standard library, one after another.
     """
     ids: list[int] = join(tokenizer, held_out_text(held_out_names(model / "held_out.txt"))).tolist()
     return ids
 
 
 def text_ids(tokenizer: Any, model: str | Path, text: Path | None) -> tuple[np.ndarray[Any, np.dtype[np.int64]], str]:
-    """Token ids to score a model on, and what they are of: a file's, of text the shipped model never saw, else of
-    Python's manual.
+    """Token ids to score a model on, and what they are of.
 
+    They are those of a file, else of text that the shipped model never saw, else of Python's manual.
     Raises InvalidInput for a file that is no UTF-8 text.
     """
     if text is not None:
@@ -88,9 +113,9 @@ def text_ids(tokenizer: Any, model: str | Path, text: Path | None) -> tuple[np.n
 def training_ids(
     tokenizer: Any, model: str | Path, text: Path | None
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], str]:
-    """Token ids to fit something to a model on, other than those of ``text_ids``: a file's, or the standard library's
-    sources that it does not take.
+    """Token ids to fit something to a model on, and what they are of.
 
+    They are those of a file, else of the standard library's sources that ``text_ids`` does not take.
     Raises InvalidInput for a file that is no UTF-8 text.
     """
     if text is not None:

@@ -1,7 +1,7 @@
 """Can the model still find what it has read? Look-ups in lists and a passkey in filler, by length and depth.
 
-An answer is right if each of its tokens is the likeliest, given the right tokens before it: greedy generation would
-write it.
+An answer is right if each of its tokens is the likeliest, given the right tokens before it.
+Greedy generation would write it then.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class Quiz:
 
 
 def lookup_quiz(lists: LookupLists, rng: np.random.Generator, length: int) -> Quiz:
-    """A list of records and look-ups of some, ``length`` tokens in all. Raises ValueError if there are too few keys."""
+    """Draw records and look-ups of some of them, ``length`` tokens in all.
+
+    Raises ValueError if there are too few keys.
+    """
     drawn = lists.draw(rng, length)
     depths = tuple(min(DEPTHS - 1, DEPTHS * begin // drawn.context) for begin, _ in drawn.records)
     return Quiz("key-value", drawn.tokens, drawn.context, drawn.answers, depths)

@@ -97,7 +97,10 @@ class Tasks:
     def run(
         self, name: str, model: Any, tokenizer: Any, method: Method, limit: int | None, seed: int
     ) -> dict[str, Any]:
-        """Scores of a method on one task, {subtask and metric: Figure}. Raises InvalidInput if its data are missing."""
+        """Scores of a method on one task, {subtask and metric: Figure}.
+
+        Raises InvalidInput if the task cannot be run, as where its data are missing.
+        """
         try:
             found = simple_evaluate(
                 MethodLM(model, tokenizer, method),

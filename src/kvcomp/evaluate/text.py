@@ -1,7 +1,7 @@
 """Text to score a model on: Python's own standard library, and generated look-up lists.
 
-Nothing is stored with the package. The standard library is read from the running Python, and the
-look-up lists are drawn from a seed.
+Nothing is stored with the package. The standard library is read from the running Python, and the look-up lists are
+drawn from a seed.
 """
 
 import sysconfig
@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens."""
+    if not texts:  # which not every tokenizer takes
+        return []
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return ids
 
@@ -81,23 +83,22 @@ def join(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]]) -> Tokens:
 
 @dataclass(frozen=True)
 class LookupList:
-    """Records of key and value, then look-ups of some of them, as one token sequence.
-
-    ``tokens[:context]`` is what a cache holds before the first look-up. ``answers`` are the
-    [start, end) positions of the values looked up, ``records`` those of the same values in the records.
-    """
+    """Records of key and value, then look-ups of some of them, as one token sequence."""
 
     tokens: Tokens
     context: int
+    """``tokens[:context]`` is what a cache holds before the first look-up."""
     answers: tuple[tuple[int, int], ...]
+    """[start, end) of the values looked up."""
     records: tuple[tuple[int, int], ...]
+    """[start, end) of the same values in the records."""
 
 
 class LookupLists:
     """Draws look-up lists for one tokenizer.
 
-    A key is a lower-case word of one token; a value is a 4-digit number or two such words. The tokens
-    are those that the tokenizer gives for the whole text::
+    A key is a lower-case word of one token; a value is a 4-digit number or two such words.
+    The tokens are those that the tokenizer gives for the whole text::
 
         ### records
         key = 1234
@@ -125,9 +126,10 @@ class LookupLists:
         return self._keys[int(rng.integers(len(self._keys)))]
 
     def draw(self, rng: np.random.Generator, tokens: int, lookups: int | None = None) -> LookupList:
-        """A list of exactly ``tokens`` tokens that ends in ``lookups`` look-ups, one in 24 tokens if None.
+        """Draw a list of exactly ``tokens`` tokens that ends in ``lookups`` look-ups, one in 24 tokens if None.
 
         A first line of words takes up the tokens that are too few for one more record.
+        Raises ValueError if there are too few tokens, or too few keys.
         """
         lookups = tokens // 24 if lookups is None else lookups
         lines, answer_at = self._lines(rng, min(len(self._keys), tokens // 4))

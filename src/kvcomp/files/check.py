@@ -41,7 +41,8 @@ def check_pages(
 
     Returns
     -------
-    bool (pages, 2): whether a page needs the sequence's own codebook for K and for V.
+    bool (pages, 2)
+        Whether a page needs the sequence's own codebook for K and for V.
 
     Raises
     ------

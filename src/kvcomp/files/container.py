@@ -92,7 +92,21 @@ def pack(
 ) -> list[memoryview]:
     """The bytes of a file, in pieces that follow each other; those of the pages are not copied.
 
-    Raises LimitExceeded for what could not be read.
+    Parameters
+    ----------
+    spec, model_layers
+        Of the whole model.
+    model
+        Its fingerprint, plain JSON; None for tensors without a model.
+    rows, tokens
+        Of every layer.
+    layers
+        In the order of their indices.
+
+    Raises
+    ------
+    LimitExceeded, CorruptData
+        For what could not be read.
     """
     described, body, at = [], [], 0
     for parts in layers:
@@ -159,8 +173,17 @@ def _sections(parts: LayerParts) -> dict[str, list[memoryview]]:
 class Container:
     """The bytes of a file with its header read. A layer's sections are checked when the layer is asked for.
 
-    data: uint8; it must not change as long as pages of it are in use.
-    Raises UnsupportedVersion for a newer file, CorruptData and LimitExceeded for bytes that are wrong.
+    Parameters
+    ----------
+    data
+        uint8; it must not change as long as pages of it are in use.
+
+    Raises
+    ------
+    UnsupportedVersion
+        For a newer file.
+    CorruptData, LimitExceeded
+        For bytes that are wrong.
     """
 
     def __init__(self, data: Bytes) -> None:
@@ -171,11 +194,11 @@ class Container:
         self.header = read_header(text, data.size - self.begin)
 
     def layers(self) -> Iterator[LayerParts]:
-        """All layers, each checked when its turn comes. Raises CorruptData or LimitExceeded."""
+        """Read all layers, each checked when its turn comes. Raises CorruptData or LimitExceeded."""
         return (self.layer(index) for index in range(len(self.header.layers)))
 
     def layer(self, index: int) -> LayerParts:
-        """The layer at this place in the file, after all checks; its pages stay where they are.
+        """Read the layer at this place in the file, after all checks; its pages stay where they are.
 
         Raises CorruptData or LimitExceeded.
         """

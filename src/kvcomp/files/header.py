@@ -92,7 +92,10 @@ def padded(size: int) -> int:
 
 
 def header_text(data: Bytes) -> bytes:
-    """The header's JSON, with its checksum verified."""
+    """The header's JSON, with its checksum verified.
+
+    Raises UnsupportedVersion for a newer file, CorruptData or LimitExceeded for bytes that are wrong.
+    """
     if data.size < PREFIX.size:
         raise CorruptData(f"{data.size} bytes are too few for a .kvc file: it is cut off, or something else")
     prefix = data[: PREFIX.size].tobytes()
@@ -116,7 +119,7 @@ def header_text(data: Bytes) -> bytes:
 
 
 def read_header(text: bytes, available: int) -> Header:
-    """available: bytes behind the header."""
+    """Read the header's JSON, with ``available`` bytes behind the header. Raises as ``header_text``."""
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:

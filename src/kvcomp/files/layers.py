@@ -44,10 +44,21 @@ def save(
 ) -> None:
     """Write layers to a file that takes the place of what was there.
 
-    stores: the layers by their index among ``model_layers``; all with the same rows and tokens. spec: that of the whole
-    model.
-    model: its fingerprint, plain JSON. rows: the rows to write, all if None.
-    Raises InvalidInput, LimitExceeded or OSError; a file that was there before is then still there, whole.
+    Parameters
+    ----------
+    stores
+        The layers by their index among ``model_layers``, all with the same rows and tokens.
+    spec
+        That of the whole model.
+    model
+        Its fingerprint, plain JSON.
+    rows
+        Those to write, all if None.
+
+    Raises
+    ------
+    InvalidInput, LimitExceeded, OSError
+        A file that was there before is then still there, whole.
     """
     write(path, pack_stores(stores, spec, model_layers, model, rows))
 
@@ -59,14 +70,14 @@ def pack_stores(
     model: Mapping[str, Any] | None = None,
     rows: Sequence[int] | None = None,
 ) -> list[memoryview]:
-    """The bytes of a file, as ``save`` writes it, in pieces that follow each other; those of the pages are not copied.
+    """The bytes that ``save`` writes, in pieces that follow each other; those of the pages are not copied.
 
     Raises InvalidInput or LimitExceeded.
     """
     if rows is not None:
         stores = {layer: deepcopy(store) for layer, store in stores.items()}
         for store in stores.values():
-            store.select(torch.tensor(list(rows), dtype=torch.int64))
+            store.select(rows)
     shapes = {(store.batch, store.tokens) for store in stores.values()}
     if len(shapes) != 1 or (0, 0) in shapes:
         raise InvalidInput(
@@ -90,13 +101,23 @@ def load(
     tokens: int | None = None,
     calibration: Calibration | None = None,
 ) -> dict[int, KVStore]:
-    """The layers of a file by their index in the model, ready to go on; only those asked for are read and checked.
+    """Load the layers of a file by their index in the model; only those asked for are read and checked.
 
-    layers, rows: which ones, all if None. tokens: how many to keep of the first, all if None; they are not compressed
-    anew.
-    calibration: the one that the file's spec names, if it names one.
-    Raises CorruptData or LimitExceeded, and InvalidInput if the file does not hold what is asked for, or the
-    calibration is missing or another.
+    Parameters
+    ----------
+    layers, rows
+        Which ones, all if None.
+    tokens
+        How many to keep of the first, all if None; they are not compressed anew.
+    calibration
+        The one that the file's spec names, if it names one.
+
+    Raises
+    ------
+    CorruptData, LimitExceeded
+        If the file is damaged or claims too much.
+    InvalidInput
+        If the file does not hold what is asked for, or the calibration is missing or another.
     """
     header = container.header
     _, calibration = resolve(header.spec, calibration)
@@ -110,7 +131,7 @@ def load(
         spec = header.spec.layer(layer, header.model_layers)
         store = store_of(container.layer(places[layer]), spec, header.tokens, backend, calibrated)
         if rows is not None:
-            store.select(torch.tensor(list(rows), dtype=torch.int64))
+            store.select(rows)
         if tokens is not None:
             store.crop(tokens)
         stores[layer] = store
@@ -118,10 +139,21 @@ def load(
 
 
 def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
-    """A store of which only the last tokens are known, raw; the positions before them count as padding.
+    """Make a store of which only the last tokens are known, raw; the positions before them count as padding.
 
-    k, v: (batch, KV heads, last tokens, head_dim). tokens: positions in all. spec: that of the layer. Raises
-    InvalidInput.
+    Parameters
+    ----------
+    k, v
+        (batch, KV heads, last tokens, head_dim).
+    tokens
+        Positions in all.
+    spec
+        That of the layer.
+
+    Raises
+    ------
+    InvalidInput
+        If they do not fit the spec.
     """
     return KVStore(spec).of(Rows.empty(k.shape[0], start=tokens - k.shape[2]), tokens, (k, v))
 
@@ -173,11 +205,21 @@ def store_of(
     backend: str = "cpu",
     calibrated: LayerCalibration | None = None,
 ) -> KVStore:
-    """A store of parts that ``Container.layer`` has checked, whose arrays become the store's.
+    """Make a store of parts that ``Container.layer`` has checked, whose arrays become the store's.
 
-    spec: that of the layer. tokens: positions that the layer holds. calibrated: what the layer's calibration has, if
-    the spec has one.
-    Raises InvalidInput if the calibration is of layers of another shape.
+    Parameters
+    ----------
+    spec
+        That of the layer.
+    tokens
+        Positions that the layer holds.
+    calibrated
+        What the layer's calibration has, if the spec has one.
+
+    Raises
+    ------
+    InvalidInput
+        If the calibration is of layers of another shape.
     """
     empty = KVStore(spec, backend, *(calibrated or ()))
     count, capacity = parts.page_count.copy(), int(parts.page_count.max())

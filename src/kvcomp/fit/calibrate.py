@@ -1,8 +1,9 @@
 """Making a calibration: transforms from statistics, and steps from what each head's K and V cost in quality.
 
-Each tensor, the K or V of one head, is coded alone at some steps, which gives its share of the KL and its bits. For a
-price of KL every tensor then takes the step of least bits + price * KL (Shoham & Gersho, 1988). A level is the lowest
-price at which the model, with all of them coded, is as good as with KIVI-style quantisation at 4, 3 or 2 bits.
+Each tensor, the K or V of one head, has a curve: bits and KL for each step. One backward pass a window gives the shape
+of all curves (``gradients``); coding each tensor alone once gives their size. For a price of KL every tensor then takes
+the step of least bits + price * KL (Shoham & Gersho, 1988). A level is the lowest price at which the model, with all of
+them coded, is as good as with KIVI-style quantisation at 4, 3 or 2 bits.
 
 Quality is measured on two kinds of windows: text that goes on, and text that repeats a part of the prompt word for
 word. Most text can be predicted without looking far back. The second kind shows whether things are found again.
@@ -15,7 +16,6 @@ from copy import copy, deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import gcd
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,23 +29,30 @@ from xxhash import xxh3_64
 from kvcomp.calibration import CLASSES, About, Calibration, LevelOfLayer, quantise_matrix
 from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.errors import InvalidInput
-from kvcomp.evaluate.fidelity import attend_plainly, mean_kl
+from kvcomp.evaluate.fidelity import attend_plainly, token_kls
 from kvcomp.evaluate.methods.kivi import GROUP, Kivi
 from kvcomp.fit.codebooks import fit_books
+from kvcomp.fit.gradients import fisher
 from kvcomp.fit.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
-from kvcomp.fit.windows import Settings, Tell, draw_windows, write
+from kvcomp.fit.windows import Settings, Tell, draw_windows, first_token, write
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, position_limit, setting, text_config
 from kvcomp.kernels import Books, load_backend
 from kvcomp.results.journal import Journal
 from kvcomp.spec import KINDS, LEVELS, PAGE_TOKENS
 
-# Steps tried, over the root mean square of a tensor in its coordinates.
+# Steps of a curve, over the root mean square of a tensor in its coordinates.
 FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
-EVERY = 2  # windows of which one is used for a tensor alone
-FINER = 8  # steps tried between two measured ones
+EVERY = 2  # windows of which one is used for the bits of a curve
+FINER = 8  # steps tried between two of a curve
+LABELS = 2  # backward passes a window
+MEASURED = 128  # tokens after a prompt that are predicted with one tensor coded alone
+WITHIN = 100.0  # a measured KL this many times the predicted one, or less than that part of it, is taken for noise
+PIECES = 4  # the model writes a window in so many pieces, side by side
 KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))
-PRICES = 0.1, 1e6  # bits a value for a nat
-HALVINGS = 9
+PRICES = 1e-3, 1e9  # bits a value for a nat
+HALVINGS = 20  # of the prices' logarithm
+MEASUREMENTS = 5  # most for a level
+NEAR = 0.9  # a level whose KL is this part of the wanted one is near enough
 UNSEEN_KL = 1e-9  # less is rounding
 
 Tensors = tuple[int, int, int]  # layer, K (0) or V (1), head
@@ -71,13 +78,17 @@ class Quality:
     text: float
     repeated: float
 
+    @property
+    def mean(self) -> float:
+        return (self.text + self.repeated) / 2
+
     def reaches(self, other: Quality) -> bool:
         return self.text <= other.text and self.repeated <= other.repeated
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A tensor coded alone: step, bits a value and KL at each of some steps, ascending."""
+    """A tensor coded alone: bits a value and KL at each of some steps, ascending."""
 
     steps: npt.NDArray[np.float64]
     bits: npt.NDArray[np.float64]
@@ -92,7 +103,7 @@ class Calibrator:
     model
         In float32, as the noise of narrower types hides what small errors do.
     ids
-        The text, int64.
+        The text, int64 (tokens,); None for text that the model writes itself.
     settings
         Windows of text, and tokens of each.
     journal
@@ -109,7 +120,12 @@ class Calibrator:
     """
 
     def __init__(
-        self, model: Any, ids: npt.NDArray[np.int64], settings: Settings, journal: Journal, tell: Tell | None = None
+        self,
+        model: Any,
+        ids: npt.NDArray[np.int64] | None,
+        settings: Settings,
+        journal: Journal,
+        tell: Tell | None = None,
     ) -> None:
         self.model, self.settings, self.journal = model, settings, journal
         self.tell: Tell = tell or (lambda what, done, total: None)
@@ -127,20 +143,20 @@ class Calibrator:
         self.coded = slice(settings.sinks, settings.sinks + pages * PAGE_TOKENS)
         if settings.windows < 2 * EVERY:
             raise InvalidInput(f"{settings.windows} windows are too few: give at least {2 * EVERY}")
-        if ids.size < 2 * settings.length:
+        if ids is not None and ids.size < 2 * settings.length:
             raise InvalidInput(
-                f"the text has {ids.size} tokens, and {2 * settings.length} is the least: give a longer --text"
+                f"the text has {ids.size} tokens, and {2 * settings.length} is the least: give a longer --text, or "
+                "none, and the model writes its own"
             )
         self.text = ids
-        self.drawn = draw_windows(ids, settings.windows, settings)
+        self.drawn = [] if ids is None else draw_windows(ids, settings.windows, settings)
         self.affines: dict[tuple[int, int], Affine] = {}
         self.windows: list[Window] = []
         self.coordinates: dict[tuple[int, int], Tensor] = {}
 
-    def run(self, statistics: Path, text: str) -> Calibration:
-        """Take all steps. statistics: file that keeps those of an interrupted run. text: what to call the text."""
+    def run(self, text: str) -> Calibration:
+        """Take all steps. text: what to call the text."""
         self.write()
-        self.observe(statistics)
         self.read()
         curves = self.curves()
         return self.build({level: self.level(curves, bits) for level, bits in KIVI_BITS.items()}, text)
@@ -148,44 +164,39 @@ class Calibrator:
     # Statistics and windows
 
     def write(self) -> None:
-        """Let the model write some windows more."""
-        rows = self.settings.written
+        """Let the model write some windows more, or all of them."""
+        rows = self.settings.written + (self.settings.windows if self.text is None else 0)
+        starts = np.array([first_token(self.config)]) if self.text is None else self.text
         attend_plainly(self.model)
+        length = -(-self.settings.length // PIECES)
         written = self.journal.piece(
-            "written", lambda: write(self.model, self.text, rows, self.settings.length, self.tell).tolist()
+            "written", lambda: write(self.model, starts, rows * PIECES, length, self.tell).tolist()
         )
-        self.drawn += draw_windows(np.array(written, np.int64).reshape(-1), rows, self.settings)
+        whole = np.array(written, np.int64).reshape(rows, -1)[:, : self.settings.length]
+        self.drawn += draw_windows(whole.reshape(-1), rows, self.settings)
 
-    def observe(self, saved: Path) -> None:
-        """Gather the statistics, from what is saved where there is such a file, and make the transforms."""
-        statistics = Statistics.load(saved) if saved.exists() else Statistics()
-        try:
-            for done in range(statistics.prompts, len(self.drawn)):
-                self.tell("statistics", done, len(self.drawn))
-                observe(self.model, self.drawn[done][0][:, : self.settings.prompt], self.settings.sinks, statistics)
-        finally:
-            if statistics.prompts:
-                statistics.save(saved)
-        centred = not setting(self.config, "attn_logit_softcapping")  # a soft cap would notice q.mean
-        for index, sums in statistics.layers.items():
-            self.affines[index, 0] = _affine(sums, True, centred)
-            self.affines[index, 1] = _affine(sums, False, True)
-
-    @torch.inference_mode()
-    def read(self) -> None:
-        """Read the windows into caches."""
-        attend_plainly(self.model)
-        prompt = self.settings.prompt
+    @torch.no_grad()
+    def read(self, transforms: Mapping[tuple[int, int], Affine] | None = None) -> None:
+        """Read the windows into caches, and make the transforms unless they are given."""
+        statistics, prompt = Statistics(), self.settings.prompt
         for done, (ids, repeats) in enumerate(self.drawn):
             self.tell("reading", done, len(self.drawn))
-            cache = DynamicCache(config=self.model.config)
-            self.model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+            cache = observe(self.model, ids[:, :prompt], self.settings.sinks, statistics)
             layers: list[Any] = list(cache.layers)
             log_probs = self._predict(layers, ids[:, prompt:])
             self.windows.append(Window(layers, ids[:, prompt:], log_probs, repeats))
+        self.affines = dict(self._transforms(statistics) if transforms is None else transforms)
         for (index, kind), affine in self.affines.items():
             x = torch.cat([_values(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
             self.coordinates[index, kind] = affine.apply(x)
+
+    def _transforms(self, statistics: Statistics) -> dict[tuple[int, int], Affine]:
+        centred = not setting(self.config, "attn_logit_softcapping")  # a soft cap would notice q.mean
+        return {
+            (index, kind): _affine(sums, kind == 0, centred or kind == 1)
+            for index, sums in statistics.layers.items()
+            for kind in (0, 1)
+        }
 
     def _predict(self, layers: Sequence[Any], text: Tensor) -> Tensor:
         """Log probabilities of a text after these cache layers, which stay as they are."""
@@ -193,7 +204,7 @@ class Calibrator:
         log_probs: Tensor = self.model(text, past_key_values=cache).logits[0].float().log_softmax(-1)
         return log_probs
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def quality(self, coded: Mapping[tuple[int, int], Tensor], every: int = 1) -> Quality:
         """Quality with these values, (windows, KV heads, coded tokens, D), in place of the K (0) or V (1) of layers.
 
@@ -206,8 +217,8 @@ class Calibrator:
                 whole = _values(layers[index], kind).clone()
                 whole[:, :, self.coded] = values[number]
                 setattr(layers[index], "values" if kind else "keys", whole)
-            kl = mean_kl(window.log_probs, self._predict(layers, window.text))
-            kls[window.repeats].append(max(kl, 0.0))
+            log_probs = self._predict(layers, window.text)
+            kls[window.repeats].append(_kl(window.log_probs, log_probs))
         return Quality(*(float(np.mean(kl)) for kl in kls))
 
     # Steps
@@ -216,27 +227,62 @@ class Calibrator:
         return [(i, kind, head) for (i, kind), affine in self.affines.items() for head in range(len(affine.mean))]
 
     def curves(self) -> dict[Tensors, Curve]:
-        """Every tensor alone at every step. KL is the mean of both kinds of windows and never falls as steps grow."""
+        """The curve of every tensor, which never falls as steps grow: the gradients' shape, the measured size."""
+        weights = self.journal.piece("gradients", self._gradients)
         tensors, found = self.tensors(), {}
         for done, (index, kind, head) in enumerate(tensors):
-            self.tell("each head alone", done, len(tensors))
-            alone = partial(self._curve, index, kind, head)
-            steps, bits, kl = np.array(self.journal.piece(f"{index}.{kind}.{head}", alone)).T
+            self.tell("bits of each head", done, len(tensors))
+            shape = partial(self._curve, index, kind, head, weights[f"{index}.{kind}"][head])
+            steps, bits, kl = np.array(self.journal.piece(f"{index}.{kind}.{head}", shape)).T
             found[index, kind, head] = Curve(steps, bits, np.maximum.accumulate(np.maximum(kl, UNSEEN_KL)))
+        steps = self._as_good_as(found, self.kivi(KIVI_BITS["balanced"]))
+        for done, tensor in enumerate(tensors):
+            self.tell("each head alone", done, len(tensors))
+            alone = partial(self._alone, *tensor, steps[tensor])
+            measured = self.journal.piece("alone." + ".".join(map(str, tensor)), alone)
+            curve = found[tensor]
+            share = measured / np.exp(np.interp(np.log(steps[tensor]), np.log(curve.steps), np.log(curve.kl)))
+            kl = np.maximum(curve.kl * np.clip(share, 1 / WITHIN, WITHIN), UNSEEN_KL)
+            found[tensor] = Curve(curve.steps, curve.bits, kl)
         return found
 
-    def _curve(self, index: int, kind: int, head: int) -> list[tuple[float, float, float]]:
-        x, affine = self.coordinates[index, kind][::EVERY, head], self.affines[index, kind]
+    def _gradients(self) -> dict[str, list[list[float]]]:
+        """For each tensor and coordinate the KL in nats a token of a mean squared error of 1, by layer and kind."""
+        total: dict[tuple[int, int], Tensor] = {}
+        for done, window in enumerate(self.windows):
+            self.tell("gradients", done, len(self.windows))
+            new = fisher(self.model, window.layers, window.text, self.layers, self.coded, LABELS, done)
+            total = {key: total.get(key, 0) + x / (2 * len(self.windows)) for key, x in new.items()}
+        found = {}
+        for (index, kind), matrix in total.items():
+            back = self.affines[index, kind].inverse.double()
+            found[f"{index}.{kind}"] = (back.mT @ matrix @ back).diagonal(dim1=1, dim2=2).tolist()
+        return found
+
+    def _curve(self, index: int, kind: int, head: int, weights: list[float]) -> list[tuple[float, float, float]]:
+        x = self.coordinates[index, kind][::EVERY, head]
         size = float(x.square().mean().sqrt()) or 1.0
-        windows = self.windows[::EVERY]
-        whole = torch.cat([_values(window.layers[index], kind)[:, :, self.coded] for window in windows])
+        weight = torch.tensor(weights, dtype=torch.float64)
         points = []
         for step in (factor * size for factor in FACTORS):
             codes = (x / step).round()
-            whole[:, head] = (codes * step) @ affine.inverse[head].mT + affine.mean[head]
-            quality = self.quality({(index, kind): whole}, EVERY)
-            points.append((step, _bits(codes, kind), (quality.text + quality.repeated) / 2))
+            error = (codes * step - x).double().square().mean((0, 1))
+            points.append((step, _bits(codes, kind), float(weight @ error)))
         return points
+
+    @torch.no_grad()
+    def _alone(self, index: int, kind: int, head: int, step: float) -> float:
+        """KL with one tensor coded alone, mean of a window that goes on and one that repeats."""
+        affine, kls = self.affines[index, kind], []
+        for number in (0, [window.repeats for window in self.windows].index(True)):
+            window = self.windows[number]
+            layers = [copy(layer) for layer in window.layers]
+            codes = (self.coordinates[index, kind][number, head] / step).round()
+            whole = _values(layers[index], kind).clone()
+            whole[0, head, self.coded] = (codes * step) @ affine.inverse[head].mT + affine.mean[head]
+            setattr(layers[index], "values" if kind else "keys", whole)
+            kls.append(_kl(window.log_probs[:MEASURED], self._predict(layers, window.text[:, :MEASURED])))
+        return float(np.mean(kls))
 
     def coded_values(self, steps: Mapping[Tensors, float]) -> dict[tuple[int, int], Tensor]:
         """All K and V as they come back with these steps."""
@@ -272,21 +318,30 @@ class Calibrator:
     def level(self, curves: Mapping[Tensors, Curve], bits: int) -> tuple[dict[Tensors, float], dict[str, Any]]:
         """Steps as good as KIVI-style quantisation of so many bits, at the lowest price, and what was measured."""
         wanted = self.kivi(bits)
-        low, high = np.log(PRICES)
-        for done in range(HALVINGS):
-            self.tell(f"as good as {bits} bits", done, HALVINGS)
-            middle = (low + high) / 2
-            _, quality = self.at_price(curves, float(np.exp(middle)))
-            low, high = (low, middle) if quality.reaches(wanted) else (middle, high)
-        price = float(np.exp(high))
-        steps, quality = self.at_price(curves, price)
+        aim = wanted.mean
+        tried: list[tuple[float, dict[Tensors, float], Quality]] = []
+        for done in range(MEASUREMENTS):
+            self.tell(f"as good as {bits} bits", done, MEASUREMENTS)
+            price = price_of(curves, aim)
+            steps, quality = self.at_price(curves, price)
+            tried.append((price, steps, quality))
+            worse = max(quality.text / wanted.text, quality.repeated / wanted.repeated)
+            if NEAR <= worse <= 1:
+                break
+            aim *= (1 + NEAR) / 2 / worse
+        reached = [one for one in tried if one[2].reaches(wanted)]
+        price, steps, quality = min(reached) if reached else max(tried)
         about = {
             "price": price,
             "kl": asdict(quality),
             "kl_of": asdict(wanted),
             "as_good_as": f"KIVI-style, {bits} bits",
         }
-        return steps, {**about, "reached": quality.reaches(wanted)}
+        return steps, {**about, "reached": bool(reached)}
+
+    def _as_good_as(self, curves: Mapping[Tensors, Curve], wanted: Quality) -> dict[Tensors, float]:
+        """The steps of which the curves predict this quality."""
+        return allocate(curves, price_of(curves, wanted.mean))
 
     # The calibration
 
@@ -324,7 +379,7 @@ class Calibrator:
             {
                 "text": text,
                 "tokens_digest": digest,
-                "written": len(self.drawn) - self.settings.windows,
+                "written": len(self.drawn) - (0 if self.text is None else self.settings.windows),
                 **asdict(self.settings),
             },
         )
@@ -346,11 +401,34 @@ def allocate(curves: Mapping[Tensors, Curve], price: float) -> dict[Tensors, flo
     return steps
 
 
+def predicted(curves: Mapping[Tensors, Curve], steps: Mapping[Tensors, float]) -> float:
+    """The KL of all tensors at these steps, as if each added its own."""
+    return sum(
+        float(np.exp(np.interp(np.log(steps[tensor]), np.log(curve.steps), np.log(curve.kl))))
+        for tensor, curve in curves.items()
+    )
+
+
+def price_of(curves: Mapping[Tensors, Curve], kl: float) -> float:
+    """The lowest price at which the curves predict no more than this KL."""
+    low, high = np.log(PRICES)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        good = predicted(curves, allocate(curves, float(np.exp(middle)))) <= kl
+        low, high = (low, middle) if good else (middle, high)
+    return float(np.exp(high))
+
+
 def _affine(sums: LayerSums, key: bool, centred: bool) -> Affine:
     mean, covariance = sums.moments(key, centred)
     metric = sums.qq if key else sums.output
     matrix = torch.stack([metric_klt(c, m) for c, m in zip(covariance, metric, strict=True)])
     return Affine.of(quantise_matrix(matrix), mean)
+
+
+def _kl(expected: Tensor, found: Tensor) -> float:
+    """Mean KL in nats a token between log probabilities (tokens, vocabulary)."""
+    return float(token_kls(expected, found).mean().clamp_min(0))
 
 
 def _values(layer: Any, kind: int) -> Tensor:
@@ -370,8 +448,9 @@ def _bits(codes: Tensor, kind: int) -> float:
     for of_class in range(CLASSES):
         width = a.shape[-1] // CLASSES
         part = slice(of_class * width, (of_class + 1) * width)
-        symbol = (a[..., part].long() * 65536 + b[..., part].long()).flatten()
-        share = symbol.unique(return_counts=True)[1].double() / symbol.numel()
+        symbol = ((a[..., part].clamp(-127, 127) + 127) * 255 + b[..., part].clamp(-127, 127) + 127).long().flatten()
+        share = torch.bincount(symbol).double() / symbol.numel()
+        share = share[share > 0]
         if len(share) > 1:
             total += max(1.0, float(-(share * share.log2()).sum())) / 2
     raw = codes.unflatten(1, (-1, PAGE_TOKENS)).abs().amax((2, 3)) > 127

@@ -7,11 +7,9 @@ any kind are in it, unless their frequencies change with the length of the seque
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
@@ -52,31 +50,10 @@ class LayerSums:
 
 
 class Statistics:
-    """Sums of every full-attention layer. prompts: how many texts have been added."""
+    """Sums of every full-attention layer."""
 
     def __init__(self) -> None:
-        self.prompts = 0
         self.layers: dict[int, LayerSums] = {}
-
-    def save(self, path: Path) -> None:
-        """Write everything, so that ``load`` can go on."""
-        tensors = {
-            f"{index}.{name}": torch.tensor(value) if isinstance(value, int) else value.contiguous()
-            for index, sums in self.layers.items()
-            for name, value in vars(sums).items()
-        }
-        save_file({**tensors, "prompts": torch.tensor(self.prompts)}, path)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """What ``save`` wrote."""
-        tensors = load_file(path)
-        found = cls()
-        found.prompts = int(tensors.pop("prompts"))
-        for index in sorted({int(name.partition(".")[0]) for name in tensors}):
-            parts: dict[str, Any] = {name: tensors[f"{index}.{name}"] for name in LayerSums.__dataclass_fields__}
-            found.layers[index] = LayerSums(**{**parts, "tokens": int(parts["tokens"])})
-        return found
 
 
 def check_rope(config: PreTrainedConfig) -> None:
@@ -97,12 +74,32 @@ def compressed_layers(config: PreTrainedConfig) -> list[int]:
     return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
 
-@torch.inference_mode()
-def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics) -> None:
-    """Pass a text, int64 (1, tokens), through a model and add its K, V and queries.
+@torch.no_grad()
+def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics) -> DynamicCache:
+    """Pass a text through a model and add its K, V and queries.
 
-    skip: first tokens, the sinks, that do not count.
-    Raises UnsupportedModel if the model's attention cannot be observed, InvalidInput if it gives what is not finite.
+    Parameters
+    ----------
+    model
+        A transformers model.
+    ids
+        int64 (1, tokens).
+    skip
+        First tokens, the sinks, that do not count.
+    statistics
+        What is added to.
+
+    Returns
+    -------
+    DynamicCache
+        K and V of the text.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the model's attention cannot be observed.
+    InvalidInput
+        If it gives what is not finite.
     """
     wanted = set(compressed_layers(model.config.get_text_config(decoder=True)))
     seen: set[int] = set()
@@ -117,8 +114,9 @@ def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics) -> None:
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
+    cache = DynamicCache(config=model.config)
     try:
-        model(ids, use_cache=False, logits_to_keep=1)
+        model(ids, past_key_values=cache, logits_to_keep=1)
     finally:
         attend_plainly(model)
     if seen != wanted:
@@ -126,7 +124,7 @@ def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics) -> None:
             f"{model.config.model_type} cannot be calibrated: "
             "its attention does not go through transformers' AttentionInterface"
         )
-    statistics.prompts += 1
+    return cache
 
 
 def _add(

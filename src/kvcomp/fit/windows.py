@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
+
+from kvcomp.integrations.transformers.models import setting
 
 TEXT_FOR_WRITTEN = 4  # windows of text for each that the model writes
 SEED = 0
@@ -27,7 +29,7 @@ Tell = Callable[[str, int, int], None]  # what is being done, how much of it is 
 class Settings:
     """How much text a calibration is measured on. Lengths are in tokens."""
 
-    windows: int = 24
+    windows: int = 12
     """Of text: half go on with text, half with a repetition."""
     prompt: int = 2048
     """Of each window, coded."""
@@ -63,6 +65,12 @@ def draw_windows(ids: npt.NDArray[np.int64], count: int, settings: Settings) -> 
             window[settings.prompt :] = window[first : first + settings.scored]
         windows.append((window[None], index >= half))
     return windows
+
+
+def first_token(config: PreTrainedConfig) -> int:
+    """What a text of the model begins with: its first token by name, else the last one, else 0."""
+    found = [setting(config, name) for name in ("bos_token_id", "eos_token_id")]
+    return next((token for token in found if isinstance(token, int)), 0)
 
 
 @torch.inference_mode()

@@ -6,9 +6,8 @@ Loaded by LMCache itself, from its configuration:
      "adapter_params": {"url": "redis://127.0.0.1:6379", "heads": 8, "head_dim": 128, "spec": "kvcomp"}}
 
 LMCache finds and moves chunks; this compresses them on their way out and puts them back on their way in. What it stores
-are .kvc files (``kvcomp.chunks``). A chunk that is damaged, of another key or of another shape is a miss, as is
-everything while the store does not
-answer: LMCache then computes the tokens anew.
+are .kvc files (``kvcomp.serve.chunks``). A chunk that is damaged, of another key or of another shape is a miss. So is
+everything while the store does not answer: LMCache then computes the tokens anew.
 """
 
 from __future__ import annotations
@@ -56,11 +55,18 @@ T = TypeVar("T")
 class KVCompL2Adapter(L2AdapterInterface):
     """LMCache's interface to a second tier, over ``kvcomp.serve.blobs``.
 
-    params: ``url`` of the store; ``heads`` and ``head_dim``, the KV heads of one rank and their channels. And if not
-    the default: ``spec``, a preset's name or a JSON file (kvcomp); ``calibration``, a .kvcal file, for the preset
-    ``kvcomp-klt``; ``timeout``, seconds that one call to the store may take; ``workers``, threads that compress (2);
-    ``limit``, bytes a folder may hold; ``capacity``, bytes at which LMCache's own eviction begins; ``layers`` and
-    ``dtype`` of chunks that LMCache gives as plain bytes. Raises InvalidInput.
+    ``params`` needs ``url``, that of the store, and ``heads`` and ``head_dim``, the KV heads of one rank and their
+    channels. It may have
+
+    - ``spec``: a preset's name or a JSON file (kvcomp);
+    - ``calibration``: a .kvcal file, for the preset ``kvcomp-klt``;
+    - ``timeout``: seconds that one call to the store may take;
+    - ``workers``: threads that compress (2);
+    - ``limit``: bytes a folder may hold;
+    - ``capacity``: bytes at which LMCache's own eviction begins;
+    - ``layers`` and ``dtype``: of chunks that LMCache gives as plain bytes.
+
+    Raises InvalidInput for anything else.
     """
 
     def __init__(self, params: dict[str, Any], l1_memory_desc: Any = None) -> None:
@@ -83,8 +89,8 @@ class KVCompL2Adapter(L2AdapterInterface):
         self._refused: set[str] = set()
         self._lock = threading.Lock()
         self._next = 0
-        # Calls that wait for others run in ``_tasks``, what they wait for in ``_workers``, so that they cannot wait for
-        # themselves.
+        # Calls that wait for others run in ``_tasks``, what they wait for in ``_workers``:
+        # so they cannot wait for themselves.
         self._tasks = ThreadPoolExecutor(4, "kvcomp-task")
         self._workers = ThreadPoolExecutor(workers, "kvcomp-work")
 
@@ -235,8 +241,9 @@ class KVCompL2Adapter(L2AdapterInterface):
     def _each(
         self, work: Callable[[ObjectKey, MemoryObj], T], keys: Sequence[ObjectKey], objects: Sequence[MemoryObj]
     ) -> list[T]:
-        """Work on each chunk at the same time. All are done when this returns or raises: the buffers are LMCache's
-        again then.
+        """Work on each chunk at the same time.
+
+        All are done when this returns or raises: the buffers are LMCache's again then.
         """
         running = [self._workers.submit(work, key, memory) for key, memory in zip(keys, objects, strict=True)]
         wait(running)

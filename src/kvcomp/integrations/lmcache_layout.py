@@ -1,9 +1,8 @@
 """Where K and V of each layer lie in the memory objects of LMCache (0.5.6).
 
-LMCache hands over a chunk of tokens as one buffer with a shape and a type for each *group* of layers, laid out as one
-of
+LMCache hands over a chunk of tokens as one buffer with a shape and a type for each *group* of layers, laid out as
 
-- ``(2, layers, tokens, heads * head_dim)``: first all K, then all V;
+- ``(2, layers, tokens, heads * head_dim)``: first all K, then all V; or
 - ``(layers, tokens, heads * 2 * head_dim)``, also with a leading 1: what vLLM keeps in one tensor, in which each head
   has its K channels, then its V channels. A model with latent attention looks the same but for the width.
 
@@ -40,19 +39,25 @@ class MemoryObject(Protocol):
 
 @dataclass(frozen=True)
 class Heads:
-    """What a memory object does not say: the KV heads of one rank, their width, and, where LMCache gives plain bytes
-    (its ``bench l2`` does), the layers and the type of a chunk."""
+    """What a memory object does not say."""
 
     heads: int
+    """KV heads of one rank."""
     head_dim: int
+    """Their width."""
     layers: int | None = None
+    """Of a chunk, where LMCache gives plain bytes (its ``bench l2`` does)."""
     dtype: torch.dtype | None = None
+    """As ``layers``."""
 
 
 def kv_views(memory: MemoryObject, about: Heads) -> tuple[ChunkShape, list[tuple[Tensor, Tensor]]]:
     """The shape of a chunk, and views of K and V of each layer, (KV heads, tokens, head_dim), into its buffer.
 
-    Raises UnsupportedModel for a layout that is none of the above.
+    Raises
+    ------
+    UnsupportedModel
+        For a layout that is none of the above.
     """
     meta = memory.metadata
     if meta.fmt.name != FORMAT:
@@ -113,7 +118,7 @@ def _shape_of_bytes(size: int, about: Heads) -> tuple[int, ...]:
 
 
 def heads_of(params: dict[str, Any]) -> Heads:
-    """What ``adapter_params`` say of the heads. Raises InvalidInput."""
+    """Read what ``adapter_params`` say of the heads. Raises InvalidInput."""
     numbers = {name: params.get(name) for name in ("heads", "head_dim", "layers")}
     for name, value in numbers.items():
         if value is None and name == "layers":

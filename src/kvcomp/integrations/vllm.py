@@ -1,17 +1,15 @@
-"""A connector for vLLM (0.33) that keeps K and V of prompts compressed, in Redis, Valkey or a folder, for all engines
-that share it.
+"""A connector for vLLM (0.33) that keeps K and V of prompts compressed, for all engines that share its store.
 
-vLLM loads it by its name:
+The store is Redis, Valkey or a folder. vLLM loads the connector by its name:
 
     vllm serve MODEL --disable-hybrid-kv-cache-manager --kv-transfer-config '{"kv_connector": "KVCompConnector",
-      "kv_connector_module_path": "kvcomp.integrations.vllm", "kv_role": "kv_both", "kv_load_failure_policy":
-      "recompute",
+      "kv_connector_module_path": "kvcomp.integrations.vllm", "kv_role": "kv_both",
+      "kv_load_failure_policy": "recompute",
       "kv_connector_extra_config": {"url": "redis://127.0.0.1:6379"}}'
 
-A prompt is stored in chunks of tokens under hashes of all tokens up to their end, compressed and sent on a thread of
-its own after the step that computed them; a later prompt that begins alike gets them back. They are decompressed when
-they are loaded: vLLM's attention reads its own format, so this saves storage, network and prefill, not memory of the
-GPU.
+A prompt is stored in chunks of tokens under hashes of all tokens up to their end. They are compressed and sent on a
+thread of its own after the step that computed them. A later prompt that begins alike gets them back, decompressed when
+they are loaded. vLLM's attention reads its own format, so this saves storage, network and prefill, not GPU memory.
 """
 
 from __future__ import annotations
@@ -46,13 +44,14 @@ logger = init_logger(__name__)
 
 @dataclass
 class Transfer:
-    """A chunk on its way: its key without the rank, and the blocks of vLLM's cache that hold it. skip: blocks at its
-    start to leave.
-    """
+    """A chunk on its way."""
 
     key: str
+    """Without the rank."""
     blocks: list[int]
+    """Those of vLLM's cache that hold it."""
     skip: int = 0
+    """Blocks at its start to leave."""
 
 
 @dataclass
@@ -65,27 +64,37 @@ class Transfers(KVConnectorMetadata):
 
 @dataclass
 class _Prompt:
-    """A request as the scheduler knows it. keys: of its whole chunks. stored: how many of them the store has, or will
-    have.
-
-    found: (first, last) token that could be loaded; load: the same once vLLM has decided to.
-    """
+    """A request as the scheduler knows it."""
 
     keys: list[str]
+    """Of its whole chunks."""
     stored: int
+    """How many of them the store has, or will have."""
     found: tuple[int, int] = (0, 0)
+    """(first, last) token that could be loaded."""
     load: tuple[int, int] | None = None
+    """The same once vLLM has decided to."""
     blocks: list[int] = field(default_factory=list)
 
 
 class KVCompConnector(KVConnectorBase_V1):
     """vLLM's interface to other places of K and V, over ``kvcomp.serve.blobs``.
 
-    ``kv_connector_extra_config``: ``url`` of the store, and if not the default ``spec``, a preset's name or a JSON file
-    (kvcomp); ``calibration``, a .kvcal file, for the preset ``kvcomp-klt``; ``chunk_tokens`` (256); ``timeout``,
-    seconds that one call to the store may take; ``limit``, bytes a folder may hold; ``model_id``, which tells weights
-    apart whose name and configuration are the same.
-    Raises InvalidInput, and UnsupportedModel for caches that are not plain K and V in float32, float16 or bfloat16.
+    ``kv_connector_extra_config`` needs ``url``, that of the store. It may have
+
+    - ``spec``: a preset's name or a JSON file (kvcomp);
+    - ``calibration``: a .kvcal file, for the preset ``kvcomp-klt``;
+    - ``chunk_tokens``: a multiple of vLLM's block (256);
+    - ``timeout``: seconds that one call to the store may take;
+    - ``limit``: bytes a folder may hold;
+    - ``model_id``: tells weights apart whose name and configuration are the same.
+
+    Raises
+    ------
+    InvalidInput
+        For any other configuration.
+    UnsupportedModel
+        For caches that are not plain K and V in float32, float16 or bfloat16, and for parallelism other than tensors'.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -125,8 +134,9 @@ class KVCompConnector(KVConnectorBase_V1):
     # The scheduler's side
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens that the store has beyond those computed; the last token of a prompt is never among them, vLLM has to
-        compute one.
+        """Count the tokens that the store has beyond those computed.
+
+        The last token of a prompt is never among them: vLLM has to compute one.
         """
         tokens = request.prompt_token_ids
         if not tokens or request.lora_request is not None or request.mm_features:
@@ -142,12 +152,14 @@ class KVCompConnector(KVConnectorBase_V1):
         return max(0, end - num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Note which tokens vLLM has decided to load."""
         prompt = self._prompts.get(request.request_id)
         if prompt is not None:
             first = prompt.found[0]
             prompt.load = (first, first + num_external_tokens) if num_external_tokens else None
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """Plan what the workers load and store in this step."""
         transfers, scheduled = Transfers(), scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
             if prompt := self._prompts.get(new.req_id):
@@ -162,13 +174,12 @@ class KVCompConnector(KVConnectorBase_V1):
         return transfers
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Forget a request; vLLM may free its blocks at once."""
         self._prompts.pop(request.request_id, None)
         return False, None
 
     def _plan(self, prompt: _Prompt, computed: int, transfers: Transfers) -> None:
-        """Add what a request loads before this step, and what of it is whole after ``computed`` tokens and not in the
-        store.
-        """
+        """Add what a request loads before this step, and what is whole after ``computed`` tokens and not stored."""
         if prompt.load is not None:
             first, last = prompt.load
             for chunk in range(first // self._chunk, last // self._chunk):
@@ -205,8 +216,9 @@ class KVCompConnector(KVConnectorBase_V1):
     # The workers' side
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        """Take the caches of all layers, (blocks, KV heads, tokens of a block, 2 head_dim), K before V. Raises
-        UnsupportedModel.
+        """Take the caches of all layers, (blocks, KV heads, tokens of a block, 2 head_dim), K before V.
+
+        Raises UnsupportedModel.
         """
         expected = self._shape.heads, self._block, 2 * self._shape.channels
         for name, layer in kv_caches.items():
@@ -221,8 +233,9 @@ class KVCompConnector(KVConnectorBase_V1):
         self._layers = list(kv_caches.values())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Fill the blocks of all loads of this step. Those of a chunk that is gone or wrong are left, and
-        vLLM is told.
+        """Fill the blocks of all loads of this step.
+
+        Those of a chunk that is gone or wrong are left, and vLLM is told.
         """
         loads = self._transfers().loads
         if not loads:
@@ -255,9 +268,7 @@ class KVCompConnector(KVConnectorBase_V1):
         """Nothing to wait for: loads end before the step begins."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing yet: what a step computed is taken when it has ended, which also holds where a CUDA graph
-        replays it.
-        """
+        """Nothing yet: what a step computed is taken at its end, which also holds where a CUDA graph replays it."""
 
     def wait_for_save(self) -> None:
         """Copy the whole chunks of this step out of the cache; what follows needs it no more."""
@@ -284,6 +295,7 @@ class KVCompConnector(KVConnectorBase_V1):
             self._waiting.release()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
+        """The blocks that could not be filled since the last call."""
         failed, self._failed = self._failed, set()
         return failed
 

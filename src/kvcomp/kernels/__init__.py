@@ -36,10 +36,27 @@ class Backend(Protocol):
         k_books: Books,
         v_books: Books,
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """Pages of K and V.
+        """Encode pages of K and V (docs/format.md, sections 2 to 5).
 
-        k, v: the values, (heads, 64*pages, channels); kq, vq: the same, quantised.
-        Returns the bytes, with D spare bytes after the last page, and the offset of each page and of the end.
+        Parameters
+        ----------
+        k, v
+            The values, (heads, 64*pages, channels).
+        kq, vq
+            The same, quantised.
+        coding
+            Of K and V. Where neither book covers a block, ``huffman`` falls back to a fixed width.
+        units
+            Of K and V.
+        k_books, v_books
+            The default book and the sequence's own; None for one that does not exist.
+
+        Returns
+        -------
+        pages
+            The bytes, with D spare bytes after the last page.
+        offsets
+            (pages + 1,): where each page begins, and the end of the last.
         """
 
     def decompress(
@@ -52,10 +69,27 @@ class Backend(Protocol):
         out_v: Array,
         steps: Steps = NO_STEPS,
     ) -> None:
-        """Fill ``out_k`` and ``out_v``, (heads, 64*pages, channels), with the pages at these addresses, rounded to
-        their dtype.
+        """Decode pages to values, rounded to their dtype.
 
-        steps: the heads' steps of K and of V, where the unit is ``head``.
+        Parameters
+        ----------
+        pages
+            (pages,): addresses.
+        units
+            Of K and V.
+        k_books, v_books
+            The default book and the sequence's own.
+        out_k, out_v
+            (heads, 64*pages, channels) of the dtype, filled.
+        steps
+            Of the heads, for K and V, where the unit is ``head``.
+
+        Raises
+        ------
+        InvalidInput
+            If the values' dtype is none of the three.
+        CorruptData
+            From the reference alone, which trusts no page; compiled kernels take pages that are checked.
         """
 
     def attend(
@@ -98,12 +132,12 @@ class Backend(Protocol):
 
 
 def host_backend(name: str) -> str:
-    """The backend of stores in main memory, where those of the backend ``gpu`` wait until their device is known."""
+    """Name the backend of stores in main memory: those of ``gpu`` wait there until their device is known."""
     return "reference" if name == "gpu" else name
 
 
 def load_backend(name: str) -> Backend:
-    """The backend of this name, ``cpu`` or ``reference``. Raises BackendUnavailable for any other."""
+    """Import the backend of this name, ``cpu`` or ``reference``. Raises BackendUnavailable for any other."""
     if name not in ("cpu", "reference"):
         raise BackendUnavailable(f"there is no backend {name!r}: use 'cpu', or 'reference' to check against it")
     module = "kvcomp.kernels.cpu.backend" if name == "cpu" else "kvcomp.kernels.reference"

@@ -91,15 +91,37 @@ def _encode_codes(
 
 
 def page_bytes(address: int, heads: int) -> bytes:
-    """The bytes of the page at an address of this process."""
+    """Copy the page at an address of this process."""
     return ctypes.string_at(address, size_of(ctypes.string_at(address, words_bytes(heads)), 0, heads))
 
 
 def decode_page(
     page: bytes, layout: Layout, books: tuple[Books, Books], dtype: np.dtype[Any], steps: Steps = NO_STEPS
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """K and V of a page, (heads, 64, channels) each, as attention sees them: raw values, or (code + zero) * scale in
-    float32.
+    """Decode a page to what attention sees: raw values, or (code + zero) * scale in float32.
+
+    Parameters
+    ----------
+    page
+        Its bytes.
+    layout
+        What the sizes in it depend on.
+    books
+        For K and V the default book and the sequence's own.
+    dtype
+        Of raw values.
+    steps
+        Of the heads, for K and V, where the unit is ``head``.
+
+    Returns
+    -------
+    k, v
+        (heads, 64, channels) each.
+
+    Raises
+    ------
+    CorruptData
+        If the page does not fit the layout, or needs a book that is missing.
     """
     values = np.empty((2, layout.heads, PAGE_TOKENS, layout.channels), np.float32)
     for index, (mode, data) in enumerate(blocks_of(page, layout)):
@@ -169,7 +191,7 @@ def attend(
     softcap: float = 0.0,
     threads: int = 1,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """``Backend.attend`` in float64, written as the formula."""
+    """Compute ``Backend.attend`` in float64, written as the formula."""
     rows, heads, queries, channels = q.shape
     layout = Layout(heads, channels, view.units, view.tail_k.dtype.itemsize)
     out, lse = np.zeros(q.shape, np.float32), np.full(q.shape[:3], -np.inf, np.float32)

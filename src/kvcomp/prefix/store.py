@@ -25,7 +25,7 @@ from kvcomp.calibration import Calibration
 from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedModel, UnsupportedVersion
 from kvcomp.files.header import Header
 from kvcomp.kernels import host_backend
-from kvcomp.prefix.chain import Origin, books_of, header_of, join_chunks, key_of, pack, storable, unpack
+from kvcomp.prefix.chain import CHUNK_PAGES, Origin, books_of, header_of, join_chunks, key_of, pack, storable, unpack
 from kvcomp.serve.blobs import TIMEOUT, Buffer, open_blobs
 from kvcomp.serve.breaker import drop_damaged
 from kvcomp.spec import CodecSpec
@@ -80,7 +80,9 @@ class PrefixStore:
         """
         from kvcomp.integrations.transformers import KVCompCache
         from kvcomp.integrations.transformers.files import give
+        from kvcomp.integrations.transformers.models import check_text_only
 
+        check_text_only(model)
         cache = KVCompCache(model.config, spec, calibration=calibration, backend=backend)
         _check_layers(cache)
         origin = _origin(cache, model, model.dtype, model_id)
@@ -105,11 +107,18 @@ class PrefixStore:
         Raises StoreUnavailable, LimitExceeded if a folder's limit is less than a chunk, and InvalidInput or
         UnsupportedModel.
         """
+        from kvcomp.integrations.transformers import KVCompCache
         from kvcomp.integrations.transformers.files import stores_of
+        from kvcomp.integrations.transformers.models import check_text_only
+        from kvcomp.integrations.transformers.recompute import check_recomputed
 
+        check_text_only(model)
+        if not isinstance(cache, KVCompCache):
+            raise InvalidInput(f"only a KVCompCache can be stored, not a {type(cache).__name__}")
         tokens = _tokens(ids)
         _check_layers(cache)
         stores = stores_of(cache.layers, cache.spec)
+        cache.session.check_from_ids()
         first = stores[0]
         if first.batch != 1 or first.starts[0] or first.tokens > len(tokens):
             raise InvalidInput(
@@ -129,13 +138,15 @@ class PrefixStore:
         header = header_of(value)
         host = host_backend(cache.compressed_layers[0].backend)
         there = self._open(origin, first_key, self.blobs.get([first_key])[0], 0, host)
-        if there is None:
-            self.blobs.put([(first_key, value)])
-        elif books_of(there[0]) != books_of(header):
+        if there is not None and books_of(there[0]) != books_of(header):
             logger.info("another process has stored this beginning first: nothing is added to it")
             return 0
         keys = [key_of(x, books_of(header)) for x in hashes[1:]]
         missing = [chunk for chunk, size in enumerate(self.blobs.sizes(keys), 1) if size is None]
+        if there is None or missing:
+            check_recomputed(stores, model, tokens, count * CHUNK_PAGES)
+        if there is None:
+            self.blobs.put([(first_key, value)])
         step = max(1, CALL_BYTES // sum(len(piece) for piece in value))
         for begin in range(0, len(missing), step):
             some = missing[begin : begin + step]
@@ -198,10 +209,15 @@ class PrefixStore:
 
 
 def _tokens(ids: Tensor | Sequence[int]) -> list[int]:
-    x = torch.as_tensor(ids)
+    try:
+        x = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"ids must be the token ids of one prompt, a tensor or a list of numbers: {error}") from None
     if x.is_floating_point() or x.dtype == torch.bool or x.ndim not in (1, 2) or (x.ndim == 2 and x.shape[0] != 1):
         raise InvalidInput(f"ids must be the token ids of one prompt, (tokens,) or (1, tokens), not {tuple(x.shape)}")
     found: list[int] = x.reshape(-1).tolist()
+    if min(found, default=0) < 0:
+        raise InvalidInput(f"ids must be token ids from 0, and there is {min(found)}: give them without padding")
     return found
 
 

@@ -75,6 +75,33 @@ class Journal:
         """Those of these pieces that are there."""
         return [self.pieces[key] for key in keys if key in self.pieces]
 
+    def part(self, name: str) -> Journal:
+        """The pieces whose keys begin with a name and a slash, as a journal of their own in the same file."""
+        return _Part(self, f"{name}/")
+
     def close(self) -> None:
         """The measurement is whole: forget the pieces."""
         self.path.unlink(missing_ok=True)
+
+
+class _Part(Journal):
+    def __init__(self, whole: Journal, prefix: str) -> None:
+        self.whole, self.prefix = whole, prefix
+
+    def __contains__(self, key: object) -> bool:
+        return f"{self.prefix}{key}" in self.whole
+
+    def __getitem__(self, key: str) -> Any:
+        return self.whole[self.prefix + key]
+
+    def piece(self, key: str, make: Callable[[], Any]) -> Any:
+        return self.whole.piece(self.prefix + key, make)
+
+    def some(self, keys: Iterable[str]) -> list[Any]:
+        return self.whole.some(self.prefix + key for key in keys)
+
+    def part(self, name: str) -> Journal:
+        return _Part(self.whole, f"{self.prefix}{name}/")
+
+    def close(self) -> None:
+        """Nothing to do: the whole journal is closed."""

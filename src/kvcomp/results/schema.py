@@ -23,8 +23,8 @@ A method is an object; what was not measured is absent::
     Figure:   {mean, standard_error, count}; standard_error is null for a count of 1
     Size:     {coded_bits, total_bits, ratio, allocated_bytes, dense_bytes, values, sealed_values,
                parts: {part: bits a value}}
-    Fidelity: {kl: Figure, top1: Figure, loss_difference: Figure (nats a token), perplexity, perplexity_uncompressed,
-               prompt_tokens, scored_tokens, samples}
+    Fidelity: {kl: Figure, kl_99_9 (99.9 % quantile over tokens), top1: Figure, loss_difference: Figure (nats a token),
+               perplexity, perplexity_uncompressed, prompt_tokens, scored_tokens, samples}
     Cell:     {task: "key-value" | "passkey", tokens, depth (0 to 1, middle of its bin), right, asked}
     Error:    {largest_over_bound or null, missed (values outside of their bound), values,
                heads: [{layer, kind, head, rms (over the values' rms), largest (over their largest), bits or null}],

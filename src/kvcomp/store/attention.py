@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import InvalidInput
+from kvcomp.store.checks import check_tensor
 from kvcomp.store.protocol import Store
 
 FUSED_QUERIES = 64  # most queries of a KV head (group x new tokens) for which the fused kernel is used
@@ -27,7 +28,7 @@ def attend(store: Store, q: Tensor, scaling: float, softcap: float = 0.0) -> Ten
     scaling: factor on q.K. softcap: scores become softcap * tanh(score / softcap), 0 for none.
     Returns (batch, heads, queries, head_dim) in q's type. Raises InvalidInput if q does not fit the store.
     """
-    _check(store, q, softcap)
+    _check(store, q, scaling, softcap)
     if store.can_attend(q.shape[2]):
         return store.attend(q, scaling, softcap)
     return attend_tiled(store, q, scaling, softcap)
@@ -38,7 +39,7 @@ def attend_tiled(store: Store, q: Tensor, scaling: float, softcap: float = 0.0, 
 
     mask: None for causal, or boolean (True: sees) or additive, broadcastable to (batch, heads, queries, tokens).
     """
-    _check(store, q, softcap)
+    _check(store, q, scaling, softcap)
     queries = q.shape[2]
     if mask is not None:
         shape = store.batch, q.shape[1], queries, store.tokens
@@ -109,10 +110,18 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
     return product
 
 
-def _check(store: Store, q: Tensor, softcap: float) -> None:
+def _check(store: Store, q: Tensor, scaling: float, softcap: float) -> None:
     """Raise InvalidInput if q does not fit the store, or a transform leaves out of the scores what a soft cap would
     notice.
     """
+    check_tensor("q", q)
+    if not q.is_floating_point():
+        raise InvalidInput(f"q must be float32, float16 or bfloat16, not {q.dtype}")
+    for name, factor in (("scaling", scaling), ("softcap", softcap)):
+        if not isinstance(factor, int | float) or not math.isfinite(factor):
+            raise InvalidInput(f"{name} must be a finite number, not {factor!r}")
+    if softcap < 0:
+        raise InvalidInput(f"softcap must be 0, for none, or above, not {softcap}")
     fits = q.ndim == 4 and (q.shape[0], q.shape[3]) == (store.batch, store.channels)
     if not store.batch or not fits or not q.shape[1] or q.shape[1] % store.heads or not 0 < q.shape[2] <= store.tokens:
         raise InvalidInput(

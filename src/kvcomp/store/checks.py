@@ -14,10 +14,21 @@ from kvcomp.store.protocol import Store
 from kvcomp.store.tensors import NAMES
 
 
+def check_tensor(name: str, x: object) -> None:
+    """Raise InvalidInput unless this is a dense tensor."""
+    if not isinstance(x, Tensor):
+        fix = ": torch.from_numpy makes one" if isinstance(x, np.ndarray) else ""
+        raise InvalidInput(f"{name} must be a torch tensor, not {type(x).__name__}{fix}")
+    if x.layout != torch.strided or x.is_nested:
+        raise InvalidInput(f"{name} must be dense, and is {'nested' if x.is_nested else x.layout}: give x.to_dense()")
+
+
 def check_kv(k: Tensor, v: Tensor) -> None:
     """Raise InvalidInput unless K and V are of one shape, (batch, KV heads, tokens, head_dim), and of one dtype that
     kvcomp codes.
     """
+    check_tensor("K", k)
+    check_tensor("V", v)
     if k.ndim != 4 or k.shape != v.shape:
         raise InvalidInput(
             f"K and V must both be (batch, KV heads, tokens, head_dim), not {tuple(k.shape)} and {tuple(v.shape)}"
@@ -60,8 +71,12 @@ def check_joined(stores: Sequence[Store]) -> None:
         raise InvalidInput("only rows of one spec, shape, dtype and device can be joined")
 
 
-def row_index(rows: Tensor, batch: int) -> npt.NDArray[np.int64]:
+def row_index(rows: Tensor | Sequence[int], batch: int) -> npt.NDArray[np.int64]:
     """The numbers of rows from 0. Raises InvalidInput for rows that do not exist."""
+    try:
+        rows = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInput(f"rows must be a list or tensor of row numbers, not {rows!r}") from None
     if rows.is_floating_point() or rows.dtype == torch.bool:
         raise InvalidInput(f"rows must be whole numbers, not {rows.dtype}")
     index = rows.detach().cpu().numpy().astype(np.int64).ravel()

@@ -6,7 +6,9 @@ pages depend on its own tokens alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -30,6 +32,9 @@ from kvcomp.store.seal import seal_row
 from kvcomp.store.tail import grown_room, steady_room
 from kvcomp.store.tensors import as_array
 from kvcomp.store.training import check_books, default_book
+
+# torch's threads do not survive a fork, and the child would wait for them: it computes on one, as DataLoader's do.
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class KVStore:
@@ -161,7 +166,7 @@ class KVStore:
         self.tail_base = min(self.tail_base, tokens)
 
     @torch.inference_mode(False)
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor | Sequence[int]) -> None:
         """Make the batch of these rows, which may repeat; sealed pages are shared. Raises InvalidInput for rows that do
         not exist.
         """

@@ -50,12 +50,21 @@ class Comparison:
         return Comparison(self.values + other.values, self.missed + other.missed, max(self.worst, other.worst))
 
 
-def compare(store: KVStore, k: Tensor, v: Tensor) -> Comparison:
+def compare(store: KVStore, k: Tensor, v: Tensor, rounding: float = 0.0) -> Comparison:
     """Hold what a store gives back against what went in, each value with the bound of its unit.
 
-    k, v: (batch, KV heads, tokens, head_dim) of the store's dtype; left padding is of no account.
-    Raises InvalidInput for tensors of another shape or dtype, and for a store whose pages were cropped: their bounds
-    depend on tokens that it no longer has.
+    Parameters
+    ----------
+    k, v
+        (batch, KV heads, tokens, head_dim) of the store's dtype; left padding is of no account.
+    rounding
+        What may come on top of the bound, over the largest value of a token's head: for K and V computed again.
+
+    Raises
+    ------
+    InvalidInput
+        For tensors of another shape or dtype, and for a store whose pages were cropped: their bounds depend on tokens
+        that it no longer has.
     """
     shape = store.batch, store.heads, store.tokens, store.channels
     for x in (k, v):
@@ -72,10 +81,10 @@ def compare(store: KVStore, k: Tensor, v: Tensor) -> Comparison:
             first = start + int(store.rows.sink_count[row])
             x, y = as_array(given)[row], as_array(back)[row]
             for exact in (slice(start, first), slice(begin, None)):
-                total += _compare(x[:, exact], y[:, exact], np.zeros(1))
+                total += _compare(x[:, exact], y[:, exact], np.zeros(1), rounding)
             if first < begin:
-                bound = _bound(x[:, first:begin], y[:, first:begin], tensor)
-                total += _compare(_pages(x[:, first:begin]), _pages(y[:, first:begin]), bound)
+                bound = (1 + rounding) * _bound(x[:, first:begin], y[:, first:begin], tensor)
+                total += _compare(_pages(x[:, first:begin]), _pages(y[:, first:begin]), bound, rounding)
     return total
 
 
@@ -115,11 +124,16 @@ def _pages(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return x.reshape(x.shape[0], -1, PAGE_TOKENS, x.shape[2]).swapaxes(0, 1)
 
 
-def _compare(x: npt.NDArray[Any], y: npt.NDArray[Any], bound: npt.NDArray[np.float64]) -> Comparison:
+def _compare(
+    x: npt.NDArray[Any], y: npt.NDArray[Any], bound: npt.NDArray[np.float64], rounding: float = 0.0
+) -> Comparison:
     """What is the same bit by bit, as raw blocks are, is right even where it is no number."""
     bits = np.uint32 if x.dtype.itemsize == 4 else np.uint16
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        error = np.abs(to_float32(y).astype(np.float64) - to_float32(x).astype(np.float64))
+        exact = to_float32(x).astype(np.float64)
+        error = np.abs(to_float32(y).astype(np.float64) - exact)
+        if rounding:
+            bound = bound + rounding * np.abs(exact).max(-1, keepdims=True)
         same = np.ascontiguousarray(x).view(bits) == np.ascontiguousarray(y).view(bits)
         missed = ~(same | (error <= bound))  # a NaN fails the comparison
         share = np.where(same, 0, error / bound)

@@ -64,7 +64,7 @@ class Store(Protocol):
     def crop(self, tokens: int) -> None:
         """Keep the first ``tokens`` positions."""
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor | Sequence[int]) -> None:
         """Make the batch of these rows, which may repeat; sealed pages are shared."""
 
     def join(self, others: Sequence[Self], tokens: int | None = None) -> Self:

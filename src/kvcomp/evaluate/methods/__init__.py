@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcomp.errors import InvalidInput
+from kvcomp.evaluate.gguf_file import folder_of
 from kvcomp.evaluate.methods.baseline import Baseline, Parts
 from kvcomp.evaluate.methods.fp8 import Fp8
 from kvcomp.evaluate.methods.kivi import Kivi
@@ -27,6 +28,7 @@ BASELINES: dict[str, Callable[[], Method]] = {
     "uncompressed": Uncompressed,
     "fp8": Fp8,
     **{f"kivi-{bits}": lambda bits=bits: Kivi(bits) for bits in (4, 3, 2)},  # type: ignore[misc]
+    **{f"kivi-{bits}-same-raw": lambda bits=bits: Kivi(bits, raw=PRESETS["kvcomp"]) for bits in (4, 3, 2)},  # type: ignore[misc]
     **{f"turboquant-{bits}": lambda bits=bits: TurboQuant(bits) for bits in (4, 3, 2)},  # type: ignore[misc]
     **{f"hqq-{bits}": lambda bits=bits: Quantized("hqq", bits) for bits in (4, 2)},  # type: ignore[misc]
     **{f"quanto-{bits}": lambda bits=bits: Quantized("quanto", bits) for bits in (4, 2)},  # type: ignore[misc]
@@ -56,10 +58,11 @@ def named_spec(model: str | Path, name: str, calibration: Path | None = None) ->
 def default_specs(model: str | Path) -> list[Method]:
     """kvcomp as a model would use it: calibrated and tuned, if that was done for it, and the preset."""
     found: list[Method] = []
-    if (Path(model) / CALIBRATION).is_file():
+    folder = folder_of(model)
+    if (folder / CALIBRATION).is_file():
         found.append(named_spec(model, CALIBRATED))
-    if (Path(model) / TUNED_SPEC).is_file():
-        found.append(KVComp(Path(model) / TUNED_SPEC, "tuned"))
+    if (folder / TUNED_SPEC).is_file():
+        found.append(KVComp(folder / TUNED_SPEC, "tuned"))
     return [*found, KVComp("kvcomp")]
 
 

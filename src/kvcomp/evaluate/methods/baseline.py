@@ -51,7 +51,7 @@ class Baseline(Method):
     def encode(self, x: Tensor, kind: Kind) -> Parts:
         """What is held of the tokens coded next: tensors named by their part of ``Memory``, such as codes and scales.
 
-        x: (batch, KV heads, tokens, head_dim), in the model's type.
+        ``x`` is (batch, KV heads, tokens, head_dim), in the model's type.
         """
 
     @abstractmethod
@@ -148,9 +148,10 @@ class BaselineLayer(CacheLayerMixin):
         for kind in KINDS if self.is_initialized else ():
             decoded, tail = self.decoded[kind], self.tail[kind]
             values = decoded.numel() + tail.numel()
+            sinks = sum(parts["sinks"].numel() for parts in self.parts[kind] if "sinks" in parts)
             memory += Memory(
                 window=tail.numel() * tail.itemsize,
-                sealed_values=decoded.numel(),
+                sealed_values=decoded.numel() - sinks,
                 values=values,
                 dense=values * tail.itemsize,
             )

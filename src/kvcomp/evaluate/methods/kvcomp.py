@@ -19,6 +19,21 @@ from kvcomp.store import Memory, Store
 
 
 class KVComp(Method):
+    """kvcomp with a spec.
+
+    Parameters
+    ----------
+    spec, calibration
+        As ``kvcomp.KVCompCache`` takes them.
+    name
+        By default the preset's or the file's.
+
+    Raises
+    ------
+    InvalidInput
+        As ``kvcomp.calibration.resolve``.
+    """
+
     attention = "kvcomp"
 
     def __init__(
@@ -27,10 +42,6 @@ class KVComp(Method):
         name: str | None = None,
         calibration: Calibration | str | Path | None = None,
     ) -> None:
-        """spec and calibration: as ``kvcomp.KVCompCache`` takes them. name: by default the preset's or the file's.
-
-        Raises InvalidInput.
-        """
         self.spec, self.calibration = resolve(spec, calibration)
         stem = "spec" if isinstance(spec, CodecSpec) else Path(spec).stem
         self.name = name or (str(spec) if stem in PRESETS else stem)

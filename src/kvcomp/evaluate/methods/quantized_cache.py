@@ -25,8 +25,9 @@ GROUP, RESIDUAL = 64, 128
 
 
 class Quantized(Method):
+    """QuantizedCache at some bits a code. Raises InvalidInput if the package is not installed."""
+
     def __init__(self, backend: str, bits: int) -> None:
-        """Raises InvalidInput if the package is not installed."""
         self.name, self.backend, self.bits = f"{backend}-{bits}", backend, bits
         try:
             self.version = version(PACKAGES[backend])

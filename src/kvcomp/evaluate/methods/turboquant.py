@@ -40,6 +40,8 @@ def levels(bits: int) -> Tensor:
 
 
 class TurboQuant(Baseline):
+    """TurboQuant-style quantisation at some bits a coordinate."""
+
     def __init__(self, bits: int) -> None:
         self.name, self.bits = f"turboquant-{bits}", bits
 

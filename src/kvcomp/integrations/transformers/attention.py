@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.integrations.transformers.handle import Handle, Source
+from kvcomp.integrations.transformers.handle import Handle, Source, without_gradient
 from kvcomp.integrations.transformers.layer import uncompiled
 from kvcomp.integrations.transformers.masks import MaskPlan
 from kvcomp.store import Store
@@ -97,19 +97,29 @@ def _over_store(
     if plain and positions is not None and positions.ndim == 2 and not waits:
         layer.session.check_positions(positions, tokens - 1 - store.starts)
     fresh, source.fresh = source.fresh, None
-    if fresh is None and plain and queries * heads // store.heads <= FUSED_QUERIES:
-        out = attend(store, query, scaling, softcap or 0.0).transpose(1, 2).contiguous()
-    elif fresh is not None or not store.compressed:
-        if mask is None and 1 < queries < tokens:
+    if fresh is not None:
+        out = _dense(module, query, *fresh, mask, scaling, softcap, causal)
+    elif plain and queries * heads // store.heads <= FUSED_QUERIES:
+        out = without_gradient(lambda: _tokens_first(attend(store, query, scaling, softcap or 0.0)), query)
+    elif store.compressed:
+        seen = None if plain else mask
+        out = without_gradient(lambda: _tokens_first(attend_tiled(store, query, scaling, softcap or 0.0, seen)), query)
+    else:
+        if mask is None and queries > 1:
             mask = torch.ones((queries, tokens), dtype=torch.bool, device=query.device).tril(tokens - queries)[
                 None, None
             ]
-        out = _dense(module, query, *(fresh or store.dense()), mask, scaling, softcap, causal)
-    else:
-        out = attend_tiled(store, query, scaling, softcap or 0.0, None if plain else mask).transpose(1, 2).contiguous()
+        out = without_gradient(lambda: _dense(module, query, *store.dense(), mask, scaling, softcap, causal), query)
+    if not plain:
+        layer.session.not_from_ids = "it was filled under a mask that is not causal over the whole prompt"
     del fresh  # not needed while the layer is compressed
     layer.seal()
     return out
+
+
+def _tokens_first(out: Tensor) -> Tensor:
+    """(batch, heads, tokens, head_dim) as transformers wants it."""
+    return out.transpose(1, 2).contiguous()
 
 
 def _is_plain(store: Store, plan: MaskPlan, queries: int) -> bool:

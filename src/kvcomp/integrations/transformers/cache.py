@@ -16,10 +16,10 @@ Works with transformers 5.14 to 5.23.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,6 +41,7 @@ from kvcomp.integrations.transformers.session import ForwardPass, Session
 from kvcomp.kernels import host_backend, load_backend
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Memory
+from kvcomp.store.checks import check_tensor, row_index
 
 
 class KVCompCache(Cache):
@@ -106,10 +107,15 @@ class KVCompCache(Cache):
         """
         self.session.check_lengths(self.session.longest, self.get_seq_length())
         stores = transformers_files.stores_of(self.layers, self.spec)
-        chosen = sorted(stores) if layers is None else list(layers)
-        if not chosen or not set(chosen) <= set(stores):
+        session = self.session
+        chosen = sorted(stores) if layers is None else layers
+        if not isinstance(chosen, Sequence) or not chosen or not set(chosen) <= set(stores):
             raise InvalidInput(f"layers must be some of the {len(stores)} that the cache has, not {chosen}")
-        model = {"id": weights_id(model_id), "configuration": self.session.configuration}
+        model = {
+            "id": weights_id(model_id),
+            "configuration": session.configuration,
+            "not_from_ids": session.not_from_ids,
+        }
         files.save(path, {index: stores[index] for index in chosen}, self.spec, len(stores), model, rows)
 
     @classmethod
@@ -133,7 +139,7 @@ class KVCompCache(Cache):
         Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError, and InvalidInput or
         UnsupportedModel for a file of another model or without what is asked for.
         """
-        paths = [path] if isinstance(path, str | Path) else list(path)
+        paths = list(path) if isinstance(path, Sequence) and not isinstance(path, str) else [path]
         if not paths:
             raise InvalidInput("there is no file to load: give at least one path")
         containers = [files.open_container(one) for one in paths]
@@ -151,6 +157,8 @@ class KVCompCache(Cache):
             cache._check_limit(max(1, kept), 0)
             cache.session.check_lengths(header.tokens, kept, containers[0].header.tokens)
             cache.session.longest = header.tokens
+            unknown = "it is of a file that does not say how it was filled"
+            cache.session.not_from_ids = (header.model or {}).get("not_from_ids", unknown)
         host = host_backend(backend)
         read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
         for index, layer in enumerate(cache.layers):
@@ -167,7 +175,7 @@ class KVCompCache(Cache):
         ``dense``.
         """
         parts = [x.store.memory() if isinstance(x, CompressedLayer) else stock_memory(x) for x in self.layers]
-        return reduce(add, parts, Memory())
+        return reduce(operator.add, parts, Memory())
 
     @uncompiled
     def update(
@@ -179,14 +187,17 @@ class KVCompCache(Cache):
         the model's positions allow; the cache is then as it was.
         """
         session = self.session
+        check_tensor("K", key_states)
+        check_tensor("V", value_states)
         if layer_idx == self.first:
             self._begin(key_states.shape[-2])
         with session.forward or nullcontext():
-            if layer_idx >= len(self.layers):
+            if not isinstance(layer_idx, int) or not 0 <= layer_idx < len(self.layers):
                 raise InvalidInput(
-                    f"this cache was made for a model of {len(self.layers)} layers, and this one has more"
+                    f"this cache was made for a model of {len(self.layers)} layers: none is number {layer_idx!r}"
                 )
             layer: Any = self.layers[layer_idx]
+            self._check_batch(layer, key_states.shape[0])
             both: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
             return both
 
@@ -225,6 +236,10 @@ class KVCompCache(Cache):
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as it was in older
         transformers.
         """
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)
+        except TypeError:
+            raise InvalidInput(f"tokens must be a whole number, not {tokens_to_remove!r}") from None
         layers: list[Any] = list(self.layers)
         layers.sort(key=lambda layer: isinstance(layer, CompressedLayer))  # those that may refuse go first
         for layer in layers:
@@ -232,8 +247,9 @@ class KVCompCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make the rows those of these indices, which may repeat; compressed pages are shared."""
-        if beam_idx.tolist() != list(range(self._batch())):
-            super().reorder_cache(beam_idx)
+        rows = row_index(beam_idx, self._batch())
+        if rows.tolist() != list(range(self._batch())):
+            super().reorder_cache(torch.as_tensor(rows))  # type: ignore[arg-type]
 
     def join(self, other: KVCompCache) -> None:
         """Add the rows of another cache of the same model and spec, behind those that there are; nothing is compressed
@@ -245,14 +261,16 @@ class KVCompCache(Cache):
         Raises InvalidInput for a cache of another model, spec or backend or without tokens, UnsupportedModel if a
         layer's cache is not kvcomp's, and LimitExceeded if memory ends; the cache is then as it was.
         """
+        if not isinstance(other, KVCompCache):
+            raise InvalidInput(f"only another KVCompCache can join, not a {type(other).__name__}")
         self.session.check_configuration(other.session.configuration)
         self.session.check_lengths(self.session.longest, other.session.longest)
         layers = self.compressed_layers
         if len(layers) != len(self.layers):
             raise UnsupportedModel("rows join only where every layer's cache is compressed: not with sliding windows")
         pairs = list(zip(layers, other.compressed_layers, strict=True))
-        for layer in (layer for pair in pairs for layer in pair if layer.unsealed):
-            layer.seal()
+        for layer in (layer for pair in pairs for layer in pair):
+            layer.settle()
         for layer, beside in (*pairs, *((theirs, mine) for mine, theirs in pairs)):
             if beside.store.batch:
                 layer.upload(beside.store.device)
@@ -261,12 +279,15 @@ class KVCompCache(Cache):
         joined = [mine.join([theirs], tokens) for mine, theirs in stores]
         for layer, store in zip(layers, joined, strict=True):
             layer.store = store
+        self.session.not_from_ids = self.session.not_from_ids or other.session.not_from_ids
 
     def attention_mask(self, new: int = 1) -> Tensor:
         """The mask that a forward pass with so many new tokens needs: int64 (batch, tokens held + new), 0 where a row
         has padding.
         """
-        store = self.compressed_layers[0].store
+        store = next((layer.store for layer in self.compressed_layers if layer.store.batch), None)
+        if store is None or not isinstance(new, int) or new < 0:
+            raise InvalidInput(f"there is no mask of {new!r} new tokens for a cache that holds {self._batch()} rows")
         start = torch.from_numpy(store.starts).to(store.device)
         position = torch.arange(store.tokens + new, device=store.device)
         return (position >= start[:, None]).to(torch.int64)
@@ -283,6 +304,14 @@ class KVCompCache(Cache):
     def _batch(self) -> int:
         return next((layer.store.batch for layer in self.compressed_layers), 0)
 
+    def _check_batch(self, layer: Any, rows: int) -> None:
+        held = layer.store.batch if isinstance(layer, CompressedLayer) else _rows(layer)
+        if held not in (0, rows):
+            more = (
+                f"call batch_repeat_interleave({rows // held}) on it before beams or samples, " if rows > held else ""
+            )
+            raise InvalidInput(f"the cache holds {held} rows, and {rows} come: {more}or use a cache for each batch")
+
     def _check_limit(self, new: int, seen: int) -> None:
         if new < 1:
             raise InvalidInput("there are no new tokens: give at least one")
@@ -291,6 +320,12 @@ class KVCompCache(Cache):
             raise LimitExceeded(
                 f"the model's positions end at {limit} tokens: the cache holds {seen}, so {new} more do not fit"
             )
+
+
+def _rows(layer: Any) -> int:
+    """The batch of one of transformers' own cache layers; 0 if it is empty."""
+    keys = getattr(layer, "keys", None)
+    return keys.shape[0] if isinstance(keys, Tensor) and keys.numel() else 0
 
 
 def stock_memory(layer: Any) -> Memory:

@@ -23,8 +23,7 @@ def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
     stores = {}
     for index, layer in enumerate(layers):
         if isinstance(layer, CompressedLayer):
-            if layer.unsealed:
-                layer.seal()
+            layer.settle()
             stores[index] = layer.store.to_main_memory()
         elif layer.is_initialized:
             held = _held(layer, layer.get_seq_length())

@@ -83,8 +83,7 @@ class DecodeGraph:
         tokens = self._cache.get_seq_length()
         self._cache.get_mask_sizes(1, 0)  # which checks the model's positions
         for layer in self._layers:
-            if layer.unsealed:
-                layer.seal()
+            layer.settle()
         for store in stores:
             store.prepare(1)
         ordinary = self._ids.shape[0] != batch

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Never, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +43,29 @@ class Source:
             raise InvalidInput(
                 "these keys and values are from before the cache changed: take them from its last update"
             )
+
+
+class WithoutGradient(torch.autograd.Function):
+    """Results that a compressed cache made of tensors with gradients: asking for those is an error, not a zero."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], Tensor], *of: Tensor) -> Tensor:
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Never:
+        raise InvalidInput(
+            "no gradient passes through a KVCompCache, which keeps rounded values: use a DynamicCache or none, "
+            "or torch.no_grad() if no gradient is needed"
+        )
+
+
+def without_gradient(make: Callable[[], Tensor], *of: Tensor) -> Tensor:
+    """A new tensor that follows from these, and refuses to pass a gradient on to them."""
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in of):
+        return make()
+    made: Tensor = WithoutGradient.apply(make, *of)  # type: ignore[no-untyped-call]
+    return made
 
 
 class Handle(Tensor):

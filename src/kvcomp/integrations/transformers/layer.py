@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvcomp.calibration import LayerCalibration
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.integrations.transformers.handle import Handle, Source
+from kvcomp.integrations.transformers.handle import Handle, Source, without_gradient
 from kvcomp.integrations.transformers.session import Session
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Store, new_store
@@ -22,6 +23,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 def uncompiled(function: F) -> F:
     """Keep a function out of the graphs of torch.compile, which cannot follow it."""
     return cast(F, torch.compiler.disable(function))
+
+
+def matched(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V of one dtype: under ``torch.autocast`` rotary embeddings leave K in float32, and attention casts it."""
+    kind = k.device.type
+    if k.dtype == v.dtype or not torch.is_autocast_enabled(kind):
+        return k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return k.to(dtype), v.to(dtype)
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -58,20 +68,29 @@ class CompressedLayer(CacheLayerMixin):
                 f"K is {tuple(key_states.shape)}, V {tuple(value_states.shape)}: kvcomp needs both of one shape "
                 "(so no MLA)"
             )
-        if self.unsealed:  # another attention implementation has the last word on when it has read its keys and values
-            self.seal()
+        key_states, value_states = matched(key_states, value_states)
+        self.settle()
         self.upload(key_states.device)
         if self.session.sealing is not None:  # the device has the work up to this layer's attention to do
             self.session.sealing.step()
         self.store.append(key_states, value_states)
         self.unsealed = self.is_initialized = True
         source = Source(self, (key_states, value_states) if self.store.tokens == key_states.shape[2] else None)
-        return Handle(source, 0), Handle(source, 1)
+        return (
+            without_gradient(partial(Handle, source, 0), key_states),
+            without_gradient(partial(Handle, source, 1), value_states),
+        )
 
     def upload(self, device: torch.device) -> None:
         """Move to a GPU what was read from a file for the backend ``gpu``."""
         if self.backend == "gpu":
             self.store = self.store.to_gpu(device)
+
+    def settle(self) -> None:
+        """Compress what another attention implementation has read: it does not say when it has done so."""
+        if self.unsealed:
+            self.session.another_attention()
+            self.seal()
 
     def seal(self) -> None:
         """Compress what is older than the window. On a GPU a prompt is done when the next layer has come as far."""
@@ -128,11 +147,14 @@ class CompressedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.store.batch:
+            if not isinstance(repeats, int) or repeats < 1:
+                raise InvalidInput(f"repeats must be a whole number from 1, not {repeats!r}")
             self.store.select(torch.arange(self.store.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.store.batch:
-            self.store.select(indices.nonzero() if indices.dtype == torch.bool else indices)
+            boolean = isinstance(indices, Tensor) and indices.dtype == torch.bool
+            self.store.select(indices.nonzero() if boolean else indices)
 
     def offload(self) -> None:
         raise InvalidInput("a KVCompCache cannot be offloaded: it is in main memory already")

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from kvcomp.errors import UnsupportedModel
+from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers.identity import rope_parts
 
 ATTENTION_SINKS = {
@@ -38,6 +38,18 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
         if applies:
             raise UnsupportedModel(f"{config.model_type} cannot use a KVCompCache: it {reason}")
     return text
+
+
+def check_text_only(model: Any) -> None:
+    """Raise UnsupportedModel if K and V of a model depend on more than token ids, InvalidInput if it is none."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise InvalidInput(f"model must be a transformers model, not {type(model).__name__}")
+    if config.get_text_config(decoder=True) is not config:
+        raise UnsupportedModel(
+            f"{config.model_type} takes more than text, such as images, which token ids do not tell apart: "
+            "no prefix of it is stored or loaded; save whole caches with KVCompCache.save"
+        )
 
 
 def check_layer(config: PreTrainedConfig, index: int) -> None:

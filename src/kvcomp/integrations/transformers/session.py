@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from threading import get_ident
 from types import TracebackType
@@ -23,6 +24,8 @@ from kvcomp.store import Store
 if TYPE_CHECKING:
     from kvcomp.integrations.transformers.cache import KVCompCache
 
+logger = logging.getLogger("kvcomp")
+
 
 class ForwardPass:
     """One forward pass over a cache, which counts in every layer or in none.
@@ -37,6 +40,7 @@ class ForwardPass:
     def __init__(self, cache: KVCompCache) -> None:
         self._cache = ref(cache)
         self._before = cache.get_seq_length(cache.first)
+        self._not_from_ids = cache.session.not_from_ids
         self._thread = get_ident()
 
     def __enter__(self) -> None:
@@ -65,6 +69,7 @@ class ForwardPass:
         assert cache is not None
         session = cache.session
         session.plan = session.positions = session.sealing = None
+        session.not_from_ids = self._not_from_ids
         for layer in cache.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 session.lost = True
@@ -101,6 +106,8 @@ class Session:
         """Tokens at the end of the longest forward pass."""
         self.lost = False
         """A forward pass failed and could not be taken back."""
+        self.not_from_ids: str | None = None
+        """Why K and V may be others than a causal pass over the token ids gives; None if nothing says so."""
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raise InvalidInput if this is the configuration of another model."""
@@ -148,6 +155,20 @@ class Session:
                 "the last forward pass failed in its middle, and sliding windows and linear attention cannot go back: "
                 "reset the cache or make a new one"
             )
+
+    def check_from_ids(self) -> None:
+        """Raise InvalidInput if K and V may be others than a causal pass over the token ids gives."""
+        if self.not_from_ids is not None:
+            raise InvalidInput(
+                f"this cache cannot be stored under its token ids: {self.not_from_ids}. Fill one from the ids alone, "
+                'with attn_implementation="kvcomp"; KVCompCache.save keeps any cache'
+            )
+
+    def another_attention(self) -> None:
+        """Note that the cache was read by another attention than "kvcomp", which tells it no mask."""
+        if self.not_from_ids is None:
+            self.not_from_ids = 'another attention than "kvcomp" read the cache, so its mask is not known'
+            logger.info("%s: call model.set_attn_implementation('kvcomp')", self.not_from_ids)
 
     def plan_for(self, mask: Tensor, batch: int, queries: int, tokens: int) -> MaskPlan:
         if self.plan is None or self.plan.mask() is not mask:

@@ -117,8 +117,9 @@ def score_coded_keys(unit, slot, books, s):
 
 @compiled(fastmath=FAST)
 def add_coded_values(unit, slot, books, s, out):
-    """out[g, c] += sum over tokens of weight * (code + zero) * scale, from pairs [token pair][channel]; in part through
-    ``rest``.
+    """Add sum over tokens of weight * (code + zero) * scale to out[g, c], from pairs [token pair][channel].
+
+    What every channel gets goes to ``rest``.
     """
     pitch, rows, step = i64(4 * FACTORS), TOKENS // 2, 4 * s.channels
     rest, zero, scale = floats_at(s.rest, s.queries), floats_at(s.zero, s.channels), floats_at(s.scale, s.channels)
@@ -178,7 +179,7 @@ def add_coded_values(unit, slot, books, s, out):
 
 @compiled
 def soften_and_weigh(tokens, softcap, s, peak, total, out):
-    """Scores to weights."""
+    """Turn scores into weights."""
     if softcap:
         soften(floats_at(s.score, (s.queries, TOKENS)), tokens, f32(softcap))
     weigh(s.score, s.queries, s.seen, peak, total, s.rest, out, s.channels)
@@ -201,7 +202,7 @@ def add_raw(values, step, tokens, dtype, s, out):
 def attend_page(
     page, following, tokens, head, heads, k_unit, v_unit, books, steps, dtype, softcap, s, peak, total, out
 ):
-    """One step of the online softmax over the first tokens of a page; ``following`` is the next page, or 0."""
+    """Take one step of the online softmax over the first tokens of a page; ``following`` is the next page, or 0."""
     row_bytes = s.channels * (4 if dtype == FLOAT32 else 2)
     integers_at(s.seen, s.queries)[:] = tokens
 
@@ -231,8 +232,9 @@ def attend_page(
 
 @compiled
 def attend_raw(keys, key_step, values, value_step, begin, end, ends, dtype, softcap, s, peak, total, out):
-    """Online softmax over the raw tokens ``begin`` to ``end``, ``step`` bytes apart; query g sees those
-    before ends[g].
+    """Take the raw tokens ``begin`` to ``end``, ``step`` bytes apart, into the online softmax.
+
+    Query g sees those before ends[g].
     """
     seen = integers_at(s.seen, s.queries)
     for token in range(begin, end, TOKENS):
@@ -252,10 +254,31 @@ def attend_tasks(
 ):  # fmt: skip
     """Take tasks (row, part, KV head) until none is left.
 
-    first_part: (rows + 1,), number of the first part of each row; a row's parts are its pages by sixteen, then its tail
-    by 512 tokens, the sinks with the first of these. sinks, tail: addresses of K and of V; their strides: bytes between
-    rows, heads, tokens. partial_out (parts, heads, queries, channels), partial_peak, partial_total (parts, heads,
-    queries): unnormalised sums.
+    Parameters
+    ----------
+    counter
+        int64 (1,): the next task, for all threads.
+    first_part
+        int64 (rows + 1,): number of the first part of each row. A row's parts are its pages by sixteen, then its tail
+        by 512 tokens; the sinks come with the first of these.
+    q
+        float32 (rows, heads, queries, channels).
+    pages, valid, count, sink_count, tail_begin
+        As in ``CacheView``.
+    units, steps, dtype
+        As for ``decompress_pages``.
+    books
+        int64 (rows, 4, columns), as ``describe_books`` gives them.
+    sinks, tail
+        int64 (2,): addresses of K and V.
+    sink_strides, tail_strides
+        Bytes between rows, heads and tokens of K and of V.
+    tail_end, scaling, softcap
+        As for ``Backend.attend``.
+    partial_out
+        float32 (parts, heads, queries, channels): filled with unnormalised sums.
+    partial_peak, partial_total
+        float32 (parts, heads, queries): filled with the largest score and the sum of the weights.
     """
     rows, heads, queries, channels = q.shape
     table_bytes, begin = i64(0), np.empty((4, MOST_CLASSES), i64)

@@ -66,7 +66,7 @@ def attend(
     softcap: float = 0.0,
     threads: int = 1,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """``Backend.attend``: tasks of some pages of a row and KV head, whose partial results are merged."""
+    """Compute ``Backend.attend`` in tasks of some pages of a row and KV head, whose partial results are merged."""
     rows, heads, queries, channels = q.shape
     tail_k, tail_v, sinks_k, sinks_v = (
         _rows_of_values(x) for x in (view.tail_k, view.tail_v, view.sinks_k, view.sinks_v)

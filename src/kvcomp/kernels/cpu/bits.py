@@ -34,10 +34,18 @@ _cacheable = True
 def compiled(
     function: Callable[..., Any] | None = None, *, entry: bool = False, fastmath: set[str] | bool = False
 ) -> Any:
-    """Compile with Numba, without the GIL, and cache on disk; where no directory for that is writable, warn once and go
-    without.
+    """Compile with Numba, without the GIL, and cache on disk.
 
-    entry: Python calls it; others are called from compiled code only and get no wrapper, which saves compile time.
+    Where no directory for the cache is writable, it warns once and goes without.
+
+    Parameters
+    ----------
+    function
+        What to compile; without it, a decorator is returned.
+    entry
+        Whether Python calls it. Others are called from compiled code only and get no wrapper, which saves compile time.
+    fastmath
+        What LLVM may rearrange, as Numba takes it.
     """
     global _cacheable
     if function is None:
@@ -59,7 +67,7 @@ Emit = Callable[[Any, ir.IRBuilder, Sequence[ir.Value]], ir.Value | None]
 
 
 def emitted(result: types.Type, arguments: Sequence[types.Type], emit: Emit) -> Any:
-    """A function for compiled code whose body is the LLVM IR that ``emit(context, builder, arguments)`` writes."""
+    """Make a function for compiled code whose body is the LLVM IR that ``emit(context, builder, arguments)`` writes."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> ir.Value:
         value = emit(context, builder, args)
@@ -75,8 +83,9 @@ def emitted(result: types.Type, arguments: Sequence[types.Type], emit: Emit) -> 
 
 @compiled
 def address_of(array):
-    """Address of an array's first element. Take it where the array is a parameter: Numba frees a local after its last
-    mention.
+    """Address of an array's first element.
+
+    Take it where the array is a parameter: Numba frees a local after its last mention.
     """
     return np.int64(array.ctypes.data)
 
@@ -116,8 +125,8 @@ def _storer(given: types.Type) -> Any:
     return emitted(types.void, [types.int64, given], emit)
 
 
-# Arrays on memory that somebody else keeps alive: (address, shape). They cost no reference counting, an array argument
-# does.
+# Arrays on memory that somebody else keeps alive: (address, shape).
+# They cost no reference counting, an array argument does.
 floats_at, integers_at, halves_at, words_at = (
     _viewer(element) for element in (types.float32, types.int64, types.uint16, types.uint32)
 )
@@ -248,7 +257,7 @@ _narrow_float32, _narrow_float16, _narrow_bfloat16 = (emitted(types.void, _copy,
 
 @compiled
 def widen(dtype, source, target, count):
-    """``count`` values (a multiple of 16) of a dtype at an address, as float32 to another address."""
+    """Write ``count`` values of a dtype, a multiple of 16, as float32; ``source`` and ``target`` are addresses."""
     if dtype == FLOAT32:
         _widen_float32(source, target, count)
     elif dtype == FLOAT16:
@@ -259,7 +268,7 @@ def widen(dtype, source, target, count):
 
 @compiled
 def narrow(dtype, source, target, count):
-    """The inverse of ``widen``, rounded to nearest, ties to even; not for NaN."""
+    """Undo ``widen``, rounding to nearest, ties to even; not for NaN."""
     if dtype == FLOAT32:
         _narrow_float32(source, target, count)
     elif dtype == FLOAT16:

@@ -1,7 +1,6 @@
 """The checks that keep a decoder in range, compiled: what ``kvcomp.files.check`` asks of every page of foreign bytes.
 
-No byte is read at a place that was not found to be within its page before, or within the spare bytes behind the last
-one.
+A byte is read only where it was found to lie within its page, or within the spare bytes behind the last one.
 """
 
 from __future__ import annotations
@@ -52,9 +51,7 @@ def _scales_are_fine(data: Any, at: int, count: int) -> Any:
 
 @compiled
 def _stream_units(address: int, width: int) -> Any:
-    """The lengths of all 64 streams together, from the word with the bases and the differences behind it; reads up to 8
-    bytes more.
-    """
+    """Lengths of all 64 streams together, from the word with the bases on; reads up to 8 bytes behind them."""
     bases = np.int64(load_u32(address)) >> 4
     total = (
         STREAMS
@@ -85,14 +82,33 @@ def check_pages(
     unit: int,
     own: Any,
 ) -> Any:
-    """Check pages; 0 if all are fine, else what is wrong with one; for ``MODE`` with kind and mode in the bits from 12
-    and 8 on.
+    """Check pages up to the first that is wrong.
 
-    data: uint8, the pages and at least 16 spare bytes. begin, sizes: int64, of each page, multiples of 16 within the
-    data, no size below ``first_block``. least: int64 (2, 16), bytes that a block of K or V of each mode needs, -1 for
-    no mode. scale_counts: int64 (2,), scales at the head of a block. shared: int64 (2,), where the token scales of K
-    and V are, -1 for none.
-    unit: bits of a unit of length. own: bool (pages, 2), set where a block needs the sequence's own codebook.
+    Parameters
+    ----------
+    data
+        uint8: the pages and at least 16 spare bytes.
+    begin, sizes
+        int64, of each page: multiples of 16 within the data, no size below ``first_block``.
+    heads
+        KV heads.
+    first_block
+        Bytes before the first block of a page.
+    least
+        int64 (2, 16): bytes that a block of K or V of each mode needs, -1 for no mode.
+    scale_counts
+        int64 (2,): scales at the head of a block.
+    shared
+        int64 (2,): where the token scales of K and V are, -1 for none.
+    unit
+        Bits of a unit of length.
+    own
+        bool (pages, 2): set where a block needs the sequence's own codebook.
+
+    Returns
+    -------
+    int
+        ``FINE``, or what is wrong. ``MODE`` comes with kind and mode in the bits from 12 and 8 on.
     """
     base = address_of(data)
     for page in range(begin.size):

@@ -39,8 +39,9 @@ def code_range(codes, low, high):
 
 @compiled(entry=True)
 def count_blocks(codes, raw, kind, counts):
-    """counts[class, a, b] += how often the pair (a, b) occurs in the blocks (pages, heads, 64, channels) that are not
-    raw.
+    """Add how often the pair (a, b) occurs in the blocks that are not raw to counts[class, a, b].
+
+    codes is (pages, heads, 64, channels), raw (pages, heads).
     """
     pages, heads, _, channels = codes.shape
     classes = counts.shape[0]

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Blocks -> pairs of codes (docs/format.md, sections 4 and 5), the innermost loop of every reader.
 
-Decoded pairs lie where the products want them: K as [channel pair][token], V as [token pair][channel], 16 bits each, in
-one of two
-forms: *narrow* ``bits : 6 | a : 5 | b : 5``, an entry of a decode table as it is, or *wide* ``a : 8 | b : 8``.
+Decoded pairs lie where the products want them: K as [channel pair][token], V as [token pair][channel].
+A pair has 16 bits in one of two forms: *narrow* ``bits : 6 | a : 5 | b : 5``, an entry of a decode table as it is, or
+*wide* ``a : 8 | b : 8``.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from kvcomp.spec import PAGE_TOKENS as TOKENS
 K, V = np.int64(0), np.int64(1)  # not int: Numba would compile for each of the two numbers
 NARROW_A, NARROW_B = 6, 11  # first bits of a and b
 
-# A book's description (see ``_describe`` in tables.py): how many classes it has, 0 for no book, and for each of four
-# classes these columns.
+# A book's description (see ``_describe`` in tables.py) says how many classes it has, 0 for no book. Then come these
+# columns for each of four classes.
 CLASSES, MOST_CLASSES = 0, 4
 LENGTHS, FIRST, LEVELS, SPLIT, SYMBOLS, BITS, FORM, FAST, OF_CLASS = 0, 1, 2, 3, 4, 5, 6, 7, 8
 COLUMNS = 1 + MOST_CLASSES * OF_CLASS
@@ -81,10 +81,10 @@ def canonical_words(lengths, count, limit, words):
 
 @compiled
 def build_table(lengths, symbols, bits, table):
-    """Decode table of 2^bits narrow entries for one class, whose longest code has that many bits; of the high parts
-    where codes are split.
+    """Build the decode table of a class whose longest code has so many bits: 2^bits narrow entries.
 
-    The codes of a length are entered when the table has just one place for each, then the table is doubled.
+    Where codes are split, the entries are of the high parts. The codes of a length are entered when the table has just
+    one place for each, then the table is doubled.
     """
     begin = np.zeros(18, np.int64)
     for symbol in range(symbols * symbols):
@@ -111,19 +111,18 @@ def build_table(lengths, symbols, bits, table):
 
 
 def _pair_decoder(*window_pairs: int, checked: bool = False, split: bool = False) -> Any:
-    """``decode(positions, table, table_bits, k, offsets, out, low, pairs)``: the next pairs of eight streams,
-    interleaved; how many there were.
+    """``decode(positions, table, table_bits, k, offsets, out, low, pairs)``: the next pairs of eight streams.
 
-    positions: address of the absolute bit positions of the streams, int64, which move on; three lie between two of
-    these streams. table: address.
-    offsets: address of int64, where each pair lies in the output, in bytes; the eight streams lie side by side. pairs:
-    a multiple of all window_pairs.
-    checked: stop before a window whose pairs do not fit the 57 bits that are sure. split: k low bits of a, then of b
-    follow each code word; what follows goes to ``low``, at the same place, for ``join``.
+    The streams are interleaved. All but table_bits, k and pairs are addresses. Returns how many pairs there were.
+    positions: int64, the absolute bit positions of the streams, which move on; three lie between two of these streams.
+    offsets: int64, where each pair lies in the output, in bytes; the eight streams lie side by side.
+    pairs: a multiple of all window_pairs.
+    checked: stop before a window whose pairs do not fit the 57 bits that are sure.
+    split: k low bits of a, then of b follow each code word. For ``join`` what follows goes to ``low``, at the same
+    place.
 
-    A stream's window is 64 bits from its position, ended by a sentinel 1, so that the leading zeros count what was
-    taken. Positions
-    stay in memory: registers are for the windows.
+    A stream's window is 64 bits from its position, ended by a sentinel 1: its leading zeros count what was taken.
+    Positions stay in memory: registers are for the windows.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
@@ -177,8 +176,9 @@ def _pair_decoder(*window_pairs: int, checked: bool = False, split: bool = False
 
 
 def _joiner(lanes: int) -> Any:
-    """``join(pairs, low, k, count)``: narrow pairs and the low bits of each, k of a and then of b, to wide pairs, in
-    place; count: a multiple of lanes.
+    """``join(pairs, low, k, count)``: narrow pairs and the low bits of each to wide pairs, in place.
+
+    The low bits are k of a and then k of b; ``count`` is a multiple of lanes.
     """
     words_of = vector(I16, lanes)
 
@@ -210,8 +210,9 @@ _join_8, _join_16 = _joiner(8), _joiner(16)
 
 @compiled
 def decode_pairs(book, index, positions, table, offsets, out, low, pairs):
-    """The pairs of a class, in windows of as many as always fit or, where such mostly do, of twice as many. pairs: a
-    multiple of 8.
+    """Decode the pairs of a class, a multiple of 8.
+
+    A window has as many as always fit or, where such mostly do, twice as many.
     """
     form, bits, split = of_class(book, index, FORM), of_class(book, index, BITS), of_class(book, index, SPLIT)
     fast = of_class(book, index, FAST)
@@ -234,8 +235,9 @@ def decode_pairs(book, index, positions, table, offsets, out, low, pairs):
 
 @compiled
 def join(book, index, rows, columns, row_bytes, pairs, low):
-    """Make the pairs of a class wide, if that is its form: rows of so many columns, a multiple of 8, and their low
-    bits.
+    """Make the pairs of a class wide by their low bits, if that is its form.
+
+    The rows have so many columns, a multiple of 8.
     """
     split = of_class(book, index, SPLIT)
     if of_class(book, index, FORM) == WIDE:
@@ -305,15 +307,14 @@ def _begin(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> Non
         so_far = builder.add(so_far, builder.shuffle_vector(sums, sums, integers(I32, [3] * 4)))
 
 
-# begin_streams(codes, kind, unit_bits, positions): where the streams of a block begin, in bits from address 0, by the
-# lengths at ``codes`` in
-# units of 2^unit_bits bits.
+# begin_streams(codes, kind, unit_bits, positions): where the streams of a block begin, in bits from address 0.
+# It goes by the lengths at ``codes``, in units of 2^unit_bits bits.
 begin_streams = emitted(types.void, [types.int64] * 4, _begin)
 
 
 @compiled
 def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out, low):
-    """The lengths of 64 streams and the streams behind them to pairs; all by address but ``book``.
+    """Decode the lengths of 64 streams, and the streams behind them, to pairs; all are addresses but ``book``.
 
     tables: int64 [classes], addresses. positions: scratch, int64 [64]. low: scratch, as large as ``out``.
     """
@@ -368,7 +369,7 @@ _unpack_pair = emitted(types.void, [types.int64] * 6, _unpack)
 
 @compiled
 def decode_fixed(codes, kind, channels, width, offsets, out):
-    """Codes of a fixed width at an address, word i of stream x at 4 (64 i + x), to wide pairs at another."""
+    """Decode codes of a fixed width to wide pairs, address to address; word i of stream x lies at 4 (64 i + x)."""
     rows = (channels * width + 31) // 32
     step = stream_offset(kind, channels, 0, 1)
     place_of = integers_at(offsets, channels // 2)

@@ -87,9 +87,9 @@ transpose_tile = emitted(types.void, [types.int64] * 4, _transpose_tile)
 def _restorer(interleaved: bool, by_channel: bool) -> Any:
     """``restore(pairs, count, scale, zero, out_a, out_b)``: ``count`` pairs to (code + zero) * scale.
 
-    Interleaved: the codes are neighbours, out_a gets both, a before b. Else they go to two rows. By channel: scale and
-    zero are arrays along the output; else the first is for out_a, the second for out_b, or the first for both if
-    interleaved.
+    Interleaved: the codes are neighbours, out_a gets both, a before b. Else they go to two rows.
+    By channel: scale and zero are arrays along the output. Else the first is for out_a, the second for out_b, or the
+    first for both if interleaved.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
@@ -142,8 +142,9 @@ _values_by_channel, _values_by_token = _restorer(False, True), _restorer(False, 
 
 
 def _widener(form: int) -> Any:
-    """``widen(pairs, count, first)``: pairs ``a : 8 | b : 8`` from those of a form, in place; first: uint16 at an
-    address, added to each.
+    """``widen(pairs, count, first)``: pairs of a form to ``a : 8 | b : 8``, in place.
+
+    first: uint16 at an address, added to each.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
@@ -174,7 +175,7 @@ _widen_wide, _widen_narrow, _widen_empty = _widener(WIDE), _widener(NARROW), _wi
 
 @compiled
 def widen(form, pairs, count, first):
-    """Pairs of a form to codes of eight bits each; all addresses but form and count."""
+    """Widen pairs of a form to codes of eight bits each; all are addresses but form and count."""
     if form == WIDE:
         _widen_wide(pairs, count, first)
     elif form == NARROW:
@@ -185,8 +186,9 @@ def widen(form, pairs, count, first):
 
 @compiled
 def widen_pairs(kind, slot, books, channels, pairs, first):
-    """Pairs of a block as codes of eight bits each, in place; all addresses. first: scratch, uint16 [channels or
-    tokens].
+    """Widen the pairs of a block to codes of eight bits each, in place.
+
+    books, pairs and first are addresses; ``first`` is scratch, uint16 [channels or tokens].
     """
     if slot == NO_BOOK:
         return
@@ -209,8 +211,9 @@ def widen_pairs(kind, slot, books, channels, pairs, first):
 
 @compiled
 def restore(kind, pairs, by_channel, scale, zero, turned, channels, values):
-    """Pairs of codes of eight bits -> float32 values [token, channel]; all addresses. turned: scratch for the pairs of
-    K, token by token.
+    """Restore pairs of codes of eight bits each to float32 values [token, channel].
+
+    pairs, scale, zero, turned and values are addresses; ``turned`` is scratch for the pairs of K, token by token.
     """
     half, row_bytes = channels // 2, 4 * channels
     if kind == K:
@@ -234,7 +237,11 @@ def restore(kind, pairs, by_channel, scale, zero, turned, channels, values):
 
 @compiled(entry=True)
 def decompress_pages(pages, units, books, steps, heads, channels, dtype, out, strides):
-    """Fill the values at two addresses, K's and V's, (heads, 64*pages, channels), with the pages at these addresses."""
+    """Decode the pages at these addresses to K and V at the two addresses ``out``, (heads, 64*pages, channels).
+
+    units: int64 (2,). books: (4, columns), as ``describe_books`` gives them. steps: float32 (2, heads), for the unit
+    ``head``. dtype: its number. strides: int64 (2, 3), those of K and V in bytes.
+    """
     size = 4 if dtype == FLOAT32 else 2
     table_bytes = table_places(address_of(books), np.empty((4, MOST_CLASSES), i64))
     memory = np.empty(lay_out(i64(0), 1, channels, table_bytes).end + 64, np.uint8)

@@ -65,8 +65,9 @@ def order_streams(kind, words, streams):
 
 @compiled
 def build_words(book, words):
-    """word[b << 8 | a] = code word with the split bits, and its length << 18; words: for each class the address of the
-    word of (0, 0).
+    """Fill in the words of a book: word[b << 8 | a] = code word with the split bits, and its length << 18.
+
+    ``words`` has for each class the address of the word of (0, 0).
     """
     canonical = np.empty(MAX_CODES * MAX_CODES, np.uint16)
     for index in range(book[CLASSES]):
@@ -90,7 +91,7 @@ def build_words(book, words):
 
 @compiled
 def covers(book, kind, low, high):
-    """Whether a book has the codes of a block, whose channels reach from ``low`` to ``high``, each in its class."""
+    """Say whether a book has the codes of a block, whose channels reach from ``low`` to ``high``, each in its class."""
     channels = low.size
     if book[CLASSES] == 0:
         return False
@@ -104,7 +105,7 @@ def covers(book, kind, low, high):
 
 @compiled
 def code_lengths(lengths, count):
-    """The bytes at an address as an array."""
+    """Copy the bytes at an address to an array."""
     copy = np.empty(count, np.uint8)
     fill_bytes(lengths, copy)
     return copy
@@ -116,11 +117,10 @@ def fill_bytes(source, array):
 
 
 def _packer(pairs_a_flush: int) -> Any:
-    """``pack(streams, of_pair, tables, to, unit, lengths)``: Huffman streams at an address, and their lengths in units.
-    Returns their end.
+    """``pack(streams, of_pair, tables, to, unit, lengths)``: Huffman streams to an address, their lengths in units.
 
-    tables: int64, for each class the address where the words of ``build_words`` would begin if ``first`` were 0. A
-    flush leaves at most 7 bits, so ``pairs_a_flush`` pairs may have 57 bits.
+    Returns their end. tables: int64, for each class the address where the words of ``build_words`` would begin if
+    ``first`` were 0. A flush leaves at most 7 bits, so ``pairs_a_flush`` pairs may have 57 bits.
     """
 
     @compiled
@@ -157,7 +157,7 @@ _pack_4, _pack_2 = _packer(4), _packer(2)
 
 @compiled
 def store_lengths(kind, lengths, to):
-    """The lengths of 64 streams in units to an address (section 5). Returns the end."""
+    """Store the lengths of 64 streams, in units, at an address (section 5). Returns the end."""
     head, differences = i64(0), i64(0)
     for group in range(4):
         base = i64(127)
@@ -187,8 +187,9 @@ def store_lengths(kind, lengths, to):
 
 @compiled
 def pack_fixed(streams, width, least, to):
-    """Codes of a fixed width, from ``least`` on: word i of stream x to 4 (64 i + x) bytes behind an address. Returns
-    the end.
+    """Pack codes of a fixed width, from ``least`` on, behind the address ``to``. Returns the end.
+
+    Word i of stream x goes to 4 (64 i + x) bytes behind it.
     """
     size = u64(width)
     rows = (2 * streams.shape[1] * width + 31) // 32
@@ -210,7 +211,7 @@ def pack_fixed(streams, width, least, to):
 
 @compiled
 def store_scales(unit, scale_bits, zero, to):
-    """Scales, as the bits of float32, and zeros to an address. Returns the end."""
+    """Store scales, as the bits of float32, and zeros at an address. Returns the end."""
     if unit == BLOCK:
         store_u32(to, scale_bits[0])
         store_u32(to + 4, np.uint32(zero[0]))
@@ -224,7 +225,7 @@ def store_scales(unit, scale_bits, zero, to):
 
 @compiled
 def pad(to, begin):
-    """Zero bytes up to a multiple of 16 from ``begin``. Returns the end."""
+    """Write zero bytes up to a multiple of 16 from ``begin``. Returns the end."""
     end = begin + ((to - begin + 15) & ~i64(15))
     clear_bytes(to, end - to)
     return end
@@ -232,8 +233,9 @@ def pad(to, begin):
 
 @compiled
 def place_words(books, tables):
-    """Byte offsets of the words of each book's classes, rows of 256 words, as if ``first`` were 0. Returns the words of
-    all.
+    """Place the words of each book's classes in rows of 256 words. Returns the words of all.
+
+    ``tables`` gets their byte offsets, as if ``first`` were 0.
     """
     total = 0
     for slot in range(4):
@@ -270,12 +272,28 @@ def fixed_codes(unit, low, high):
 def encode_blocks(
     values, value_strides, value_bytes, codes, raws, scale_bits, zeros, units, fixed, books, buffer, offsets
 ):  # fmt: skip
-    """Pages to ``buffer``, large enough; offsets[i] is where page i begins.
+    """Write pages to a buffer, from its first byte on.
 
-    values: addresses of K and V (heads, 64*pages, channels), value_strides: their bytes between heads and tokens.
-    codes, raws,
-    scale_bits, zeros: pairs of arrays, of K and of V. fixed: whether their codes have a fixed width. books: K default,
-    K own, V default, V own, as ``cpu_decode`` describes them.
+    Parameters
+    ----------
+    values
+        int64 (2,): addresses of K and V, (heads, 64*pages, channels).
+    value_strides
+        Bytes between their heads and tokens.
+    value_bytes
+        Bytes of a value.
+    codes, raws, scale_bits, zeros
+        Pairs of arrays, of K and of V; scale_bits are the bits of float32.
+    units
+        int64 (2,): units of K and V.
+    fixed
+        bool (2,): whether the codes of K and V have a fixed width.
+    books
+        int64 (4, columns): K default, K own, V default, V own, as ``describe_books`` gives them.
+    buffer
+        uint8, large enough.
+    offsets
+        int64 (pages + 1,): filled with where each page begins, and the end.
     """
     pages, heads, _, channels = codes[0].shape
     pairs = channels // 2

@@ -48,8 +48,9 @@ NO_BOOK = i64(4)  # slot of codes of fixed width, behind the four books
 
 @compiled
 def load_scales(address, unit, channels, scale, zero):
-    """Scales and zeros at an address as float32 to two others, one for each token or, if the unit is that, channel.
-    Returns their bytes.
+    """Load scales and zeros from an address, as float32 to two others. Returns the bytes they take.
+
+    There is one for each token or, if the unit is that, channel.
     """
     if unit == BLOCK:
         floats_at(scale, TOKENS)[:] = load_f32(address)
@@ -72,8 +73,9 @@ def block_at(page, index):
 
 @compiled
 def prefetch_block(page, index):
-    """Ask for the cache lines of a block while another is decoded: streams are not read in order, so the hardware does
-    not guess.
+    """Ask for the cache lines of a block while another is decoded.
+
+    Streams are not read in order, so the hardware does not guess.
     """
     begin, end = i64(load_u32(page + 4 * index)), i64(load_u32(page + 4 * index + 4))
     for offset in range(begin & ~i64(15), end & ~i64(15), 64):
@@ -104,7 +106,7 @@ def book_at(books, slot):
 
 @compiled
 def table_places(books, begin):
-    """Where the tables of four books begin in scratch, [4 books, 4 classes]. Returns the bytes of all."""
+    """Place the tables of four books in scratch: ``begin`` is [4 books, 4 classes]. Returns the bytes of all."""
     total = i64(0)
     for slot in range(4):
         book = book_at(books, slot)
@@ -116,7 +118,7 @@ def table_places(books, begin):
 
 @compiled
 def build_tables(book, places):
-    """The decode tables of a book's classes, to addresses."""
+    """Build the decode tables of a book's classes at their addresses."""
     for index in range(book[CLASSES]):
         if of_class(book, index, FORM) == EMPTY:
             continue
@@ -127,11 +129,11 @@ def build_tables(book, places):
 
 @compiled
 def decode_block(codes, mode, kind, channels, books, begin, built, offsets, streams, pairs, low):
-    """Codes of a coded block to pairs. Returns the slot of its book, ``NO_BOOK`` where codes have a fixed width.
+    """Decode the codes of a coded block to pairs; all but mode, kind and channels are addresses.
 
-    All but mode, kind and channels are addresses; begin: int64 [4, 4], where the tables of each book's classes lie;
-    built: int64 [4], whether
-    they are there: they are built when first needed.
+    begin: int64 [4, 4], where the tables of each book's classes lie.
+    built: int64 [4], whether they are there; they are built when first needed.
+    Returns the slot of the block's book, ``NO_BOOK`` where codes have a fixed width.
     """
     if mode >= FIXED:
         decode_fixed(codes, kind, channels, fixed_width(mode), offsets, pairs)

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Products of a block's codes with queries and weights.
 
-Scales and zeros are folded into the factors, so that the inner loops run on bare codes. Everything here takes
-addresses.
+Scales and zeros are folded into the factors, so that the inner loops run on bare codes.
+All but the products of raw values take addresses.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ FLOATS = vector(F32)
 def _accumulator(queries: int, vectors: int) -> Any:
     """``accumulate(pairs, row_bytes, rows, mask_a, mask_b, of_a, of_b, factor_bytes, out, out_bytes)``
 
-    out[g, m] += sum over rows r of of_a[g, r] * a[r, m] + of_b[g, r] * b[r, m]  for ``queries`` g and 16 * ``vectors``
-    columns m, where a and b are what the masks leave of pairs[r, m]. All are addresses and strides in bytes. The sums
-    stay in registers, those of a and of
-    b apart where there are few: an addition waits for the one before.
+    out[g, m] += sum over rows r of of_a[g, r] * a[r, m] + of_b[g, r] * b[r, m]
+
+    for ``queries`` g and 16 * ``vectors`` columns m, where a and b are what the masks leave of pairs[r, m].
+    All are addresses and strides in bytes. The sums stay in registers, those of a and of b apart where there are few:
+    an addition waits for the one before.
     """
     apart = queries * vectors < 8
 
@@ -149,8 +150,7 @@ def _fold(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.V
 
 
 # fold(source, scale, zero, unit, count, of_a, of_b): x = source * scale; the even and odd elements of x * unit to of_a
-# and of_b; the sum of
-# x * zero as the result. ``count`` floats are read up to the next multiple of 32.
+# and of_b; the sum of x * zero as the result. ``count`` floats are read up to the next multiple of 32.
 fold = emitted(types.float32, [types.int64] * 7, _fold)
 
 
@@ -189,8 +189,9 @@ rescale = emitted(types.void, [types.int64] * 3 + [types.float32, types.int64], 
 
 @compiled(fastmath=FAST)
 def score_raw_keys(q, keys, step, tokens, dtype, scratch, score):
-    """score[g, t] = q[g] . k[t] for up to 64 raw tokens at an address, ``step`` bytes apart; q [queries, channels],
-    scratch [64, channels].
+    """Score up to 64 raw tokens, ``step`` bytes apart at an address: score[g, t] = q[g] . k[t].
+
+    q is [queries, channels], scratch [64, channels].
     """
     queries, channels = q.shape[0], scratch.shape[1]
     for t in range(tokens):
@@ -205,8 +206,9 @@ def score_raw_keys(q, keys, step, tokens, dtype, scratch, score):
 
 @compiled(fastmath=FAST)
 def add_raw_values(weight, seen, values, step, tokens, dtype, scratch, out):
-    """out[g] += sum over the tokens that g sees of weight[g, t] * v[t]; a token out of sight may be
-    anything, NaN too.
+    """Add the sum of weight[g, t] * v[t] over the tokens that g sees to out[g].
+
+    A token out of sight may be anything, NaN too.
     """
     queries, channels = out.shape
     for t in range(tokens):

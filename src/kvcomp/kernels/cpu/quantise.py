@@ -1,6 +1,7 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
-"""Values -> codes under the bound, exactly as ``kvcomp.quantise`` says (docs/format.md, section 3). No fast arithmetic
-here.
+"""Values -> codes under the bound, exactly as ``kvcomp.codec.quantise`` says (docs/format.md, section 3).
+
+Nothing here is compiled with fast arithmetic.
 """
 
 from __future__ import annotations
@@ -47,9 +48,7 @@ SCALE, INVERSE, ZERO, PARAMETERS = 0, 1, 2, 3  # rows of a unit's float32 parame
 
 
 def _row_extremes(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-    """(values, count, to): least and greatest of ``count`` floats at an address, both NaN if one is not finite, to two
-    floats.
-    """
+    """(values, count, to): least and greatest of ``count`` floats to two floats; both are NaN if one is not finite."""
     values, count, to = args
     floats = vector(F32)
     least = cgutils.alloca_once_value(builder, ir.Constant(floats, [float("inf")] * LANES))
@@ -79,9 +78,9 @@ row_extremes = emitted(types.void, [types.int64] * 3, _row_extremes)
 def _row_quantiser(dtype: int, by_channel: bool) -> Any:
     """``quantise_row(values, count, parameters, pitch, bound, codes)``: one row, True if all values keep their bound.
 
-    values: address of float32, exact values of the dtype. parameters: address of the float32 rows SCALE, INVERSE, ZERO,
-    ``pitch`` bytes apart. bound: address of float64. Where ``by_channel``, each channel has its own parameters and
-    bound, else all have the first.
+    values: address of float32, exact values of the dtype.
+    parameters: address of the float32 rows SCALE, INVERSE, ZERO, ``pitch`` bytes apart. bound: address of float64.
+    Where ``by_channel``, each channel has its own parameters and bound, else all have the first.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
@@ -130,8 +129,9 @@ def _row_quantiser(dtype: int, by_channel: bool) -> Any:
 
 
 def _head_quantiser(dtype: int) -> Any:
-    """``quantise_row(values, count, step, codes)``: the unit ``head``, True if all values have a code. All but step are
-    addresses or counts.
+    """``quantise_row(values, count, step, codes)``: the unit ``head``, True if all values have a code.
+
+    All but step are addresses or counts.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
@@ -210,8 +210,9 @@ def power_of_two(exponent):
 
 @compiled
 def set_unit(lo, hi, relative_scale, scale_bits, dtype, parameters, bounds, unit):
-    """Scale, its inverse, zero and bound of a unit from its extremes (section 3, steps 1 to 3). Returns whether they
-    can be stored.
+    """Set scale, its inverse, zero and bound of a unit from its extremes (section 3, steps 1 to 3).
+
+    Returns whether they can be stored.
     """
     lo, hi = f64(lo), f64(hi)
     bound = relative_scale * (hi - lo) / 2
@@ -278,8 +279,8 @@ def keep_parameters(parameters, count, used, scale, zero):
 def quantise_blocks(source, strides, dtype, unit, relative_scale, scale_bits, codes, scale, zero, raw):
     """Quantise (heads, 64*pages, channels) values at an address, ``strides`` bytes apart.
 
-    codes (pages, heads, 64, channels), scale and zero (pages, heads or 1, units of a block), raw (pages, heads) are
-    filled.
+    These are filled: codes (pages, heads, 64, channels), scale and zero (pages, heads or 1, units of a block), raw
+    (pages, heads).
     """
     pages, heads, _, channels = codes.shape
     values = np.empty((TOKENS, channels), f32)
@@ -328,7 +329,7 @@ def quantise_blocks(source, strides, dtype, unit, relative_scale, scale_bits, co
 
 @compiled(entry=True)
 def quantise_heads(source, strides, dtype, steps, codes, raw):
-    """The same for the unit ``head``, with the float32 steps of the heads."""
+    """Quantise values as ``quantise_blocks`` does, for the unit ``head`` with the float32 steps of the heads."""
     pages, heads, _, channels = codes.shape
     values = np.empty((TOKENS, channels), f32)
     for page in range(pages):
@@ -361,7 +362,7 @@ def extremes_of(row, range_):
 
 @compiled
 def quantise_values(values, dtype, unit, parameters, bounds, codes):
-    """Codes of a block; False if a value misses its bound."""
+    """Quantise a block; False if a value misses its bound."""
     pitch = i64(parameters.strides[0])
     kept = True
     for t in range(TOKENS):

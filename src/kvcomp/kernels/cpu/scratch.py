@@ -49,11 +49,10 @@ f32, i64 = np.float32, np.int64
 
 
 class Scratch(NamedTuple):
-    """What a task runner works in, by address; float32 where nothing is said. Addresses, as passing arrays on counts
-    references.
+    """What a task runner works in, by address; float32 where nothing is said.
 
-    A *slot* is one of a row's four books, or ``NO_BOOK``; for K there are three: 0 the default, 1 the own book, 2 fixed
-    width.
+    It holds addresses, as passing arrays on counts references. A *slot* is one of a row's four books, or ``NO_BOOK``.
+    For K there are three: 0 is the default, 1 the own book, 2 fixed width.
     """
 
     queries: int
@@ -92,7 +91,7 @@ class Scratch(NamedTuple):
 
 @compiled
 def lay_out(base, queries, channels, table_bytes):
-    """Scratch from an address on."""
+    """Lay scratch out from an address on."""
     padded = (channels + 31) & ~31
     line = 64
     q = (base + line - 1) & ~i64(line - 1)
@@ -148,7 +147,7 @@ def prepare(s):
 
 @compiled
 def take_books(books, s):
-    """Make room for the tables of a row's books, which lie at an address; they are built when first needed."""
+    """Make room for the tables of a row's books, which lie at an address. The tables are built when first needed."""
     begin = integers_at(s.begin, (4, MOST_CLASSES))
     table_places(books, begin)
     for slot in range(4):
@@ -160,8 +159,9 @@ def take_books(books, s):
 
 @compiled
 def set_form(kind, value_unit, slot, books, s):
-    """Fill ``unit`` and ``first`` of a slot; of the unit ``head``, whose zero is always the same, ``first`` takes in
-    the zero.
+    """Fill ``unit`` and ``first`` of a slot.
+
+    For the unit ``head``, whose zero is always the same, ``first`` takes in the zero.
     """
     form = integers_at(s.form, SLOTS)
     if form[slot]:
@@ -185,10 +185,9 @@ def set_form(kind, value_unit, slot, books, s):
 
 @compiled
 def run_of_form(index, slot, books, count):
-    """Of ``count`` channels, or channel pairs, those from a class on whose classes have pairs of the same form: (begin,
-    end, form).
+    """Find the channels, or channel pairs, of the classes from one on that have pairs of the same form.
 
-    None for a class that the run from an earlier one takes in.
+    Returns (begin, end, form) among ``count`` of them; none for a class that the run from an earlier one takes in.
     """
     if slot == NO_BOOK:
         return i64(0), count if index == 0 else i64(0), i64(WIDE)
@@ -204,10 +203,9 @@ def run_of_form(index, slot, books, count):
 
 @compiled
 def decode_coded(page, block, mode, kind, head, heads, k_unit, v_unit, books, steps, s):
-    """Scales, zeros and pairs of a coded block to scratch; zeros that are not in ``first``. Returns the slot of the
-    book.
+    """Decode a coded block to scratch: its scales, the zeros that are not in ``first``, and its pairs.
 
-    steps: address of float32 [K or V, heads].
+    ``steps`` is the address of float32 [K or V, heads]. Returns the slot of the block's book.
     """
     unit = k_unit if kind == K else v_unit
     if unit == TOKEN:

@@ -50,7 +50,7 @@ LEAST_POWER = -126.0
 
 @compiled(fastmath=FAST)
 def soften(score, tokens, softcap):
-    """score -> cap(score) in powers of two, in place; ``score`` comes scaled."""
+    """Replace scores, which come scaled, by cap(score) in powers of two."""
     for g in range(score.shape[0]):
         for t in range(tokens):
             score[g, t] = softcap * np.tanh(score[g, t] / softcap) * LOG2_E
@@ -116,10 +116,10 @@ shrink_row = emitted(types.void, [types.int64, types.float32, types.int64], _shr
 
 @compiled(fastmath=FAST)
 def weigh(scores, queries, seen, peaks, totals, rests, out, channels):
-    """One step of the online softmax: scores [g, 64] become weights relative to the new peaks, what was summed is
-    scaled down.
+    """Take one step of the online softmax: scores [g, 64] become weights relative to the new peaks.
 
-    All but the counts are addresses. seen: int64, how many of the tokens query g sees; the others get weight 0.
+    What was summed before is scaled down. All but the counts are addresses. seen: int64, how many of the tokens query g
+    sees; the others get weight 0.
     """
     score, sees = floats_at(scores, (queries, TOKENS)), integers_at(seen, queries)
     peak, total, rest = floats_at(peaks, queries), floats_at(totals, queries), floats_at(rests, queries)
@@ -144,7 +144,7 @@ def weigh(scores, queries, seen, peaks, totals, rests, out, channels):
 
 @compiled(entry=True, fastmath=FAST)
 def merge(first_part, partial_out, partial_peak, partial_total, out, lse):
-    """Parts -> softmax output and the natural log of its denominator; 0 and -inf where no token was seen."""
+    """Merge parts to the softmax output and the natural log of its denominator: 0 and -inf where no token was seen."""
     rows, heads, queries, channels = out.shape
     for row in range(rows):
         for head in range(heads):

@@ -17,7 +17,7 @@ NO_COLUMNS = np.zeros(COLUMNS, np.int64)
 
 
 def describe_books(books: Sequence[Books], channels: int) -> npt.NDArray[np.int64]:
-    """The books of K and of V, in turn, as ``decode`` wants them, (4 for each two, columns)."""
+    """Describe the books of K and of V, in turn, as ``decode`` wants them: (2 * len(books), columns)."""
     return np.array(
         [
             _description(book, kind % 2 == 0 or channels % 64 == 0)

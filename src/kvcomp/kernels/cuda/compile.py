@@ -1,5 +1,6 @@
-"""CUDA sources to machine code at run time, by NVRTC: no compiler and no GPU needed. Kept on disk by source,
-architecture and options.
+"""CUDA sources to machine code at run time, by NVRTC: no compiler and no GPU needed.
+
+Compiled kernels are kept on disk by source, architecture and options.
 """
 
 from __future__ import annotations
@@ -23,9 +24,26 @@ COMMON = ("-std=c++17", "-default-device")
 
 
 def compile_kernel(source: str, defines: Mapping[str, int], architecture: int) -> bytes:
-    """The cubin of a file of ``kernels/cuda`` for one architecture, from the disk if it was compiled before.
+    """Compile a kernel for one architecture, or read it from the disk if it was compiled before.
 
-    architecture: compute capability, such as 90. Raises BackendUnavailable if NVRTC is missing or refuses.
+    Parameters
+    ----------
+    source
+        Name of a file of ``kernels/cuda``.
+    defines
+        Constants of the build.
+    architecture
+        Compute capability, such as 90.
+
+    Returns
+    -------
+    bytes
+        The cubin.
+
+    Raises
+    ------
+    BackendUnavailable
+        If NVRTC is missing or refuses.
     """
     options = options_for(source, defines, architecture)
     path = cache_directory() / f"{Path(source).stem}-{architecture}-{_key(source, options)}.cubin"
@@ -46,13 +64,13 @@ def compile_kernel(source: str, defines: Mapping[str, int], architecture: int) -
 
 
 def options_for(source: str, defines: Mapping[str, int], architecture: int) -> tuple[str, ...]:
-    """Options of the compiler."""
+    """List the options of the compiler."""
     constants = (f"-D{name}={value}" for name, value in sorted(defines.items()))
     return (f"--gpu-architecture=sm_{architecture}", *COMMON, *OPTIONS.get(source, ()), *constants)
 
 
 def compile_now(source: str, options: tuple[str, ...]) -> tuple[bytes, str]:
-    """The cubin and the compiler's messages. Raises BackendUnavailable."""
+    """Compile a file to a cubin, and give the compiler's messages. Raises BackendUnavailable as ``compile_kernel``."""
     nvrtc = _nvrtc()
     program = _check(nvrtc, nvrtc.nvrtcCreateProgram((SOURCES / source).read_bytes(), source.encode(), 0, [], []))
     every = [option.encode() for option in (*options, f"-I{SOURCES}")]
@@ -76,7 +94,7 @@ def cache_directory() -> Path:
 
 @lru_cache
 def sources_hash(source: str) -> str:
-    """Hash of a CUDA source and all that it includes."""
+    """Hash a CUDA source and all that it includes."""
     digest, names = hashlib.sha256(), [source]
     for name in names:
         content = (SOURCES / name).read_bytes()

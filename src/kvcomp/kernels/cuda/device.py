@@ -19,9 +19,19 @@ DEFAULT_SHARED = 48 << 10  # more needs the kernel's consent
 
 
 class Gpu:
-    """One GPU. stream: gives the address of the stream that launches go to, in whose context the caller is.
+    """One GPU.
 
-    Raises BackendUnavailable if there is no such GPU, no driver, or the kernels are not built for it.
+    Parameters
+    ----------
+    index
+        Which one.
+    stream
+        Gives the address of the stream that launches go to, in whose context the caller is.
+
+    Raises
+    ------
+    BackendUnavailable
+        If there is no such GPU, no driver, or the kernels are not built for it.
     """
 
     machine: Machine
@@ -47,7 +57,7 @@ class Gpu:
         self._functions: dict[tuple[str, str, int], tuple[Mapping[str, int], Any]] = {}
 
     def launch(self, of: Launch) -> None:
-        """See ``Launcher``."""
+        """See ``Launcher``. Raises BackendUnavailable or LimitExceeded."""
         second = ctypes.c_int32(of.extra or 0)
         parameters = (ctypes.c_void_p * 2)(ctypes.addressof(of.arguments), ctypes.addressof(second))
         self._check(self._driver.cuCtxPushCurrent(self._context))  # a model's layers may lie on several GPUs
@@ -75,8 +85,9 @@ class Gpu:
         return function
 
     def _check(self, result: tuple[Any, ...]) -> Any:
-        """The value of a driver call. Raises LimitExceeded if memory is short, or BackendUnavailable with the driver's
-        name for what is wrong.
+        """The value of a driver call.
+
+        Raises LimitExceeded if memory is short, or BackendUnavailable with the driver's name for what is wrong.
         """
         codes = self._driver.CUresult
         if result[0] == codes.CUDA_ERROR_OUT_OF_MEMORY:

@@ -48,14 +48,14 @@ class Launcher(Protocol):
 
 
 def splits_for(on: Launcher, build: AttendBuild, rows: int, heads: int, queries: int, tokens: int) -> int:
-    """Parts into which the context is cut so that every multiprocessor has one, and every warp a page."""
+    """Count the parts into which to cut the context: every multiprocessor has one, and every warp a page."""
     ctas = rows * heads * -(-queries // QUERIES)
     pages = -(-tokens // (64 * build.warps))
     return max(1, min(on.machine.processors // ctas, pages))
 
 
 def attend(on: Launcher, build: AttendBuild, a: AttendArguments, splits: int) -> None:
-    """Fused attention; the partial results of several splits are joined by a second launch."""
+    """Launch fused attention; a second launch joins the partial results of several splits."""
     grid = splits, a.heads * -(-a.queries // QUERIES), a.rows
     on.launch(Launch("decode_attention", "attend", build.defines, grid, LANES * build.warps, build.shared, a))
     if splits > 1:
@@ -64,13 +64,13 @@ def attend(on: Launcher, build: AttendBuild, a: AttendArguments, splits: int) ->
 
 
 def decompress(on: Launcher, build: PageBuild, a: DecompressArguments) -> None:
-    """Pages to tiles."""
+    """Launch the decoding of pages to tiles."""
     grid = _ctas(on, build, 2 * a.page_count * a.heads, MOST_CTAS), 1, 1
     on.launch(Launch("decompress", "decompress", build.defines, grid, LANES * build.warps, build.shared, a))
 
 
 def quantise(on: Launcher, build: PageBuild, a: EncodeArguments) -> None:
-    """Values to codes, scales and zeros."""
+    """Turn values into codes, scales and zeros."""
     threads = LANES * build.warps
     if TOKEN in (build.k_unit, build.v_unit):
         on.launch(Launch("encode", "measure_tokens", build.defines, (a.pages, 2, 1), threads, 0, a))
@@ -84,7 +84,7 @@ def count_pairs(on: Launcher, build: PageBuild, a: EncodeArguments) -> None:
 
 
 def measure(on: Launcher, build: PageBuild, a: EncodeArguments) -> None:
-    """Modes, lengths and sizes of the blocks, and where the pages will lie."""
+    """Find modes, lengths and sizes of the blocks, and where the pages will lie."""
     threads = LANES * build.warps
     grid = _ctas(on, build, 2 * a.pages * a.heads, MOST_CTAS), 1, 1
     on.launch(Launch("encode", "measure_blocks", build.defines, grid, threads, 0, a))

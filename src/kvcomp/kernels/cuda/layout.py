@@ -1,5 +1,4 @@
-"""What Python and the CUDA sources must agree on: the structures passed to kernels, and the constants that a kernel is
-built with.
+"""What Python and the CUDA sources must agree on: structures passed to kernels, and constants that one is built with.
 
 No torch and no CUDA in here: the GPU backend and the emulator (tests/emulator) share it.
 """
@@ -108,8 +107,9 @@ def check_channels(channels: int) -> None:
 
 
 def table_entries(book: Codebook, index_bits: int) -> npt.NDArray[np.uint32]:
-    """The decode table of a book for the GPU, (classes, 2^index_bits): ``length | hi_a << k << 16 | hi_b <<
-    k << 24``.
+    """The decode table of a book for the GPU, (classes, 2^index_bits).
+
+    An entry is ``length | hi_a << k << 16 | hi_b << k << 24``.
     """
     table = np.zeros((book.classes, 1 << index_bits), np.uint32)
     for of_class in range(book.classes):
@@ -123,13 +123,13 @@ def table_entries(book: Codebook, index_bits: int) -> npt.NDArray[np.uint32]:
 
 
 def encoder_words(book: Codebook) -> npt.NDArray[np.uint32]:
-    """``length | code << 8`` of every symbol, class after class."""
+    """The word ``length | code << 8`` of every symbol, class after class."""
     words = np.concatenate([book.words(of_class) for of_class in range(book.classes)])
     return book.lengths.astype(np.uint32) | words.astype(np.uint32) << np.uint32(8)
 
 
 def describe_encoder(book: Codebook | None, words: int) -> Encoder:
-    """A book for encoding whose words lie at this address; all zero without one."""
+    """Describe a book for encoding whose words lie at this address; all is zero without one."""
     described = Encoder()
     if book is not None:
         described.words = words
@@ -143,7 +143,7 @@ def describe_encoder(book: Codebook | None, words: int) -> Encoder:
 
 
 def describe_book(book: Codebook | None, table: int) -> Book:
-    """A book whose table lies at this address; all zero without one."""
+    """Describe a book whose table lies at this address; all is zero without one."""
     described = Book()
     if book is not None:
         described.table = table
@@ -158,17 +158,18 @@ def describe_book(book: Codebook | None, table: int) -> Book:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a build depends on. shared: bytes of shared memory that a CTA may have. processors: multiprocessors."""
+    """What a build depends on."""
 
     architecture: int
+    """Compute capability, such as 90."""
     shared: int
+    """Bytes of shared memory that a CTA may have."""
     processors: int = 1
+    """Multiprocessors."""
 
     @property
     def reserved(self) -> int:
-        """Where a CTA's shared memory begins in its address space, behind what the system keeps; the kernel
-        checks it.
-        """
+        """Where a CTA's shared memory begins in its address space, behind what the system keeps; the kernel checks."""
         return 1024 if self.architecture >= 90 else 0
 
 
@@ -312,11 +313,25 @@ COPIES: Final = (8, 4, 2, 1)
 
 
 def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap: bool, on: Machine) -> AttendBuild:
-    """The build of the attention kernel that suits a machine: as many warps as fit with the decode tables in shared
-    memory.
+    """Choose the attention kernel for a machine: as many warps as fit with the decode tables in shared memory.
 
-    value, query: dtypes of the cache and of the queries. Raises BackendUnavailable for a head_dim that no kernel is
-    built for.
+    Parameters
+    ----------
+    spec
+        Of the layer.
+    channels
+        Of a head.
+    value, query
+        Dtypes of the cache and of the queries.
+    softcap
+        Whether scores are capped.
+    on
+        The machine.
+
+    Raises
+    ------
+    BackendUnavailable
+        For a head_dim that no kernel is built for, or if the tables do not fit.
     """
 
     def build(warps: int, copies: int) -> AttendBuild:

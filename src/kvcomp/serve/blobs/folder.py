@@ -99,7 +99,7 @@ def _typed(path: Path) -> Iterator[None]:
         yield
     except Timeout:
         raise StoreUnavailable(f"another process holds {path / LOCK} for too long: is it stopped?") from None
-    except OSError as error:
+    except (OSError, InvalidInput) as error:
         raise StoreUnavailable(f"the store {path} cannot be used: {error}") from error
 
 

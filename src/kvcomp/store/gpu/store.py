@@ -236,7 +236,7 @@ class GPUStore:
         self._publish()
 
     @torch.inference_mode(False)
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor | Sequence[int]) -> None:
         """Make the batch of these rows, which may repeat; sealed pages are shared.
 
         Raises

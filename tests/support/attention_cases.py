@@ -1,10 +1,10 @@
-"""Caches for the tests of the CUDA sources, on the emulator (tests/emulator) and on a GPU (tests/gpu): pages from the
-readable reference.
+"""Caches that kernels attend to, on the CPU (tests/kernels) and of the CUDA sources on the emulator (tests/emulator):
+pages from the readable reference.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ import numpy.typing as npt
 from kvcomp.codec import codebook
 from kvcomp.codec.dtypes import DEFAULT_BOOK, DTYPES, OWN_BOOK
 from kvcomp.codec.page import directory_of
-from kvcomp.codec.quantise import Quantised, round_to, to_float32
-from kvcomp.kernels import Books, CacheView, reference
+from kvcomp.codec.quantise import Quantised, round_to
+from kvcomp.kernels import Books, CacheView, Steps, reference
 from kvcomp.spec import KINDS, PAGE_TOKENS, CodecSpec, Coding, TensorSpec, Unit
 
 Array = npt.NDArray[Any]
@@ -23,8 +23,8 @@ NUMPY = {name: dtype.array for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Case:
-    """What a cache is like. pages: of each row. queries: of a KV head, of the last ``new`` tokens. value: dtype of the
-    cache.
+    """What a cache is like. pages: of each row. queries: of a KV head, of the last ``new`` tokens; where that is 0 each
+    sees a random part of the tail. value: dtype of the cache.
 
     own: whether rows have their own books, trained on the first page only, so that some blocks need the default. raw:
     one raw block of K and one of V in each row. partial: tokens that count of each row's last page.
@@ -66,48 +66,23 @@ class Case:
 
 @dataclass
 class Cache:
-    """A built case, as the arrays that ``reference.attend`` takes. owners: for each row the buffer of its pages,
-    addressed by ``pages``.
+    """A built case, as the arguments of ``attend``. owners: for each row the buffer of its pages, addressed by the
+    view. tail_end: for each query the tail tokens it sees.
     """
 
     case: Case
-    spec: CodecSpec
     q: Array
-    pages: Array
-    valid: Array
-    count: Array
-    books: list[tuple[Books, Books]]
-    sinks: tuple[Array, Array]
-    sink_count: Array
-    tail: tuple[Array, Array]
-    tail_begin: Array
+    view: CacheView
+    tail_end: Array
+    scaling: float
     owners: list[Array]
-    steps: tuple[tuple[float, ...] | None, tuple[float, ...] | None]
-    scaling: float = field(default=0.0)
 
-    @property
-    def tail_end(self) -> Array:
-        """For each query the tail tokens it sees."""
-        case = self.case
-        return np.tile(np.arange(case.tail - case.new + 1, case.tail + 1), case.queries // case.new)
-
-    def attend(self) -> tuple[Array, Array]:
-        """What attention must give, and the natural log of the softmax denominators."""
-        view = CacheView(
-            pages=self.pages,
-            valid=self.valid,
-            count=self.count,
-            units=self.case.units,
-            books=self.books,
-            sinks_k=self.sinks[0],
-            sinks_v=self.sinks[1],
-            sink_count=self.sink_count,
-            tail_k=self.tail[0],
-            tail_v=self.tail[1],
-            tail_begin=self.tail_begin,
-            steps=self.steps,
+    def attend(self, kernels: Any = reference, threads: int = 1) -> tuple[Array, Array]:
+        """The outputs, by the reference what they must be, and the natural log of the softmax denominators."""
+        out: tuple[Array, Array] = kernels.attend(
+            self.q, self.view, self.tail_end, self.scaling, self.case.softcap, threads
         )
-        return reference.attend(self.q, view, self.tail_end, self.scaling, self.case.softcap)
+        return out
 
 
 def values_like(rng: np.random.Generator, heads: int, tokens: int, channels: int, value: str) -> Array:
@@ -126,7 +101,7 @@ def make_raw(q: Quantised, page: int, head: int) -> None:
 
 def build(case: Case) -> Cache:
     rng = np.random.default_rng(case.seed)
-    spec = case.spec.layer(0, 1)
+    spec = case.spec
     rows, capacity = len(case.pages), max(case.pages) + 1
     addresses, valid = np.zeros((rows, capacity), np.int64), np.zeros((rows, capacity), np.int32)
     books: list[tuple[Books, Books]] = []
@@ -152,38 +127,45 @@ def build(case: Case) -> Cache:
         valid[row, :count] = PAGE_TOKENS
         if count:
             valid[row, count - 1] = case.partial
-    sinks, tail = (
-        tuple(values_like(rng, rows * case.heads, tokens, case.channels, case.value) for _ in "KV")
-        for tokens in (case.sinks, case.tail)
+    sinks_k, sinks_v, tail_k, tail_v = (
+        values_like(rng, rows * case.heads, tokens, case.channels, case.value).reshape(
+            rows, case.heads, -1, case.channels
+        )
+        for tokens in (case.sinks, case.sinks, case.tail, case.tail)
     )
-    shape = rows, case.heads, -1, case.channels
-    return Cache(
-        case=case,
-        spec=spec,
-        q=rng.normal(size=(rows, case.heads, case.queries, case.channels)).astype(np.float32),
+    if case.new:
+        tail_end = np.tile(np.arange(case.tail - case.new + 1, case.tail + 1), case.queries // case.new)
+    else:
+        tail_end = np.sort(rng.integers(case.tail // 2, case.tail + 1, case.queries))
+    view = CacheView(
         pages=addresses,
         valid=valid,
         count=np.array(case.pages),
+        units=case.units,
         books=books,
-        sinks=(sinks[0].reshape(shape), sinks[1].reshape(shape)),
+        sinks_k=sinks_k,
+        sinks_v=sinks_v,
         sink_count=np.array([max(0, case.sinks - row) for row in range(rows)]),
-        tail=(tail[0].reshape(shape), tail[1].reshape(shape)),
+        tail_k=tail_k,
+        tail_v=tail_v,
         tail_begin=np.array([min(3 * row, case.tail // 2) for row in range(rows)]),
-        owners=owners,
-        steps=(_steps_of(spec.key), _steps_of(spec.value)),
-        scaling=case.channels**-0.5,
+        steps=steps_of(spec),
     )
+    q = rng.normal(size=(rows, case.heads, case.queries, case.channels)).astype(np.float32)
+    return Cache(case, q, view, tail_end, case.channels**-0.5, owners)
 
 
-def _steps_of(tensor: TensorSpec) -> tuple[float, ...] | None:
-    return tensor.scale if isinstance(tensor.scale, tuple) else None
+def steps_of(spec: CodecSpec) -> Steps:
+    """As ``CacheView`` and ``decompress`` take them."""
+    key, value = (tensor.scale if isinstance(tensor.scale, tuple) else None for tensor in (spec.key, spec.value))
+    return key, value
 
 
 def scramble(cache: Cache, rng: np.random.Generator) -> None:
     """Random bits in the first row's pages wherever a reader of foreign bytes does not look (docs/format.md, section
     5): scales, streams and fixed codes; directories and lengths stay."""
     case, buffer = cache.case, cache.owners[0]
-    for page in cache.pages[0, : case.pages[0]] - cache.owners[0].ctypes.data:
+    for page in cache.view.pages[0, : case.pages[0]] - buffer.ctypes.data:
         modes, offsets = directory_of(buffer, page, case.heads)
         for index, mode in enumerate(modes[:-1].tolist()):
             begin, end, kind = page + offsets[index], page + offsets[index + 1], index // case.heads
@@ -201,6 +183,3 @@ def relative_error(x: Array, expected: Array) -> float:
     finite = np.isfinite(expected)
     difference = np.abs(x[finite].astype(np.float64) - expected[finite])
     return float(difference.max(initial=0) / max(1e-3, float(np.abs(expected[finite]).max(initial=0))))
-
-
-__all__ = ["NUMPY", "Cache", "Case", "build", "relative_error", "scramble", "to_float32", "values_like"]

@@ -1,0 +1,61 @@
+"""The Fisher information predicts the KL of small errors in K and V."""
+
+from __future__ import annotations
+
+from copy import copy, deepcopy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig
+from transformers.cache_utils import Cache
+
+from kvcomp.fit.gradients import fisher
+from tiny_models import HYBRIDS, TINY, random_model
+
+PROMPT, CODED, ERRORS = 60, slice(4, 50), 60
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**TINY), HYBRIDS["gemma3"]], ids=lambda config: config.model_type)
+@torch.no_grad()
+def test_small_errors_cost_what_is_predicted(config: Any) -> None:
+    model: Any = random_model(config)
+    ids = torch.randint(1, 97, (1, PROMPT + 12), generator=torch.Generator().manual_seed(0))
+    prompt: Any = DynamicCache(config=config)
+    model(ids[:, :PROMPT], past_key_values=prompt)
+    layers, text = list(prompt.layers), ids[:, PROMPT:]
+    wanted = [1]
+    before = layers[1].keys.clone()
+    found = fisher(model, layers, text, wanted, CODED, labels=200, seed=0)
+    assert torch.equal(layers[1].keys, before)
+    assert set(found) == {(1, 0), (1, 1)}
+
+    def log_probs(changed: list[Any]) -> torch.Tensor:
+        cache = Cache(layers=[deepcopy(layer) for layer in changed])
+        logits: torch.Tensor = model(text, past_key_values=cache).logits[0].double()
+        return logits.log_softmax(-1)
+
+    exact, generator = log_probs(layers), torch.Generator().manual_seed(1)
+    for (index, kind), matrix in found.items():
+        name = "values" if kind else "keys"
+        for head in range(matrix.shape[0]):
+            size, kls = 1e-2 * float(getattr(layers[index], name).std()), []
+            for _ in range(ERRORS):
+                changed = [copy(layer) for layer in layers]
+                x = getattr(layers[index], name).clone()
+                x[0, head, CODED] += size * torch.randn(x[0, head, CODED].shape, generator=generator)
+                setattr(changed[index], name, x)
+                kls.append(float((exact.exp() * (exact - log_probs(changed))).sum(-1).mean()))
+            predicted = float(matrix[head].trace()) * size**2 / 2
+            assert predicted == pytest.approx(sum(kls) / ERRORS, rel=0.25)
+
+
+def test_labels_are_drawn_anew_for_each_seed() -> None:
+    model = random_model(LlamaConfig(**TINY))
+    cache: Any = DynamicCache(config=model.config)
+    ids = torch.randint(1, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+    several = [fisher(model, cache.layers, ids[:, 30:], [0], slice(0, 30), 1, seed)[0, 0] for seed in (0, 0, 1)]
+    assert torch.equal(several[0], several[1])
+    assert not torch.equal(several[0], several[2])
