@@ -44,7 +44,7 @@ def test_stores_that_do_not_belong_together_are_not_joined() -> None:
         return made
 
     for other in (store(32), store(dtype=torch.float16), store(spec=PRESETS["kvcomp"])):
-        with pytest.raises(InvalidInput, match="of one spec, shape and dtype"):
+        with pytest.raises(InvalidInput, match="of one spec, shape, dtype and device"):
             joining.join([store(), other])
     for none in ([], [KVStore(LOSSY)]):
         with pytest.raises(InvalidInput, match="that hold tokens"):

@@ -98,6 +98,16 @@ def quiet_loading() -> Iterator[None]:
         yield
 
 
+def model_with_keys(name: str | None, dtype: str | None = None) -> tuple[str, Any, Any]:
+    """Place, model and tokenizer; without a name of the shipped one. Raises InvalidInput or UnsupportedModel."""
+    from kvcomp.evaluate.models import check_has_keys, load_model, shipped_model
+
+    place = name if name is not None else str(shipped_model())
+    model, tokenizer = load_model(place, dtype)
+    check_has_keys(model.config)
+    return place, model, tokenizer
+
+
 def bar(**options: Any) -> Progress:
     """A progress bar with the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

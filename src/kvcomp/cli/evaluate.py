@@ -17,6 +17,7 @@ from kvcomp.cli.common import (
     Seed,
     TextFile,
     bar,
+    model_with_keys,
     plain_errors,
     quiet_loading,
     resumable,
@@ -73,12 +74,10 @@ def evaluate(
     with plain_errors():
         with quiet_loading():
             from kvcomp.evaluate.evaluation import Evaluation, Plan
-            from kvcomp.evaluate.models import check_has_keys, load_model, positions, shipped_model, text_ids
+            from kvcomp.evaluate.models import positions, text_ids
             from kvcomp.results import schema
 
-            place = model if model is not None else str(shipped_model())
-            loaded, tokenizer = load_model(place, dtype)
-            check_has_keys(loaded.config)
+            place, loaded, tokenizer = model_with_keys(model, dtype)
             methods = _methods(place, spec, calibration, baseline)
             plan = Plan.for_model(positions(loaded.config), **size)
             ids, source = text_ids(tokenizer, place, text)

@@ -16,6 +16,7 @@ from kvcomp.cli.common import (
     Seed,
     TextFile,
     bar,
+    model_with_keys,
     plain_errors,
     quiet_loading,
     resumable,
@@ -70,14 +71,12 @@ def tune(
             from kvcomp import disk
             from kvcomp.evaluate.evaluation import Plan
             from kvcomp.evaluate.methods import KVComp, baseline
-            from kvcomp.evaluate.models import check_has_keys, load_model, positions, shipped_model, training_ids
+            from kvcomp.evaluate.models import positions, training_ids
             from kvcomp.fit.advice import advise
             from kvcomp.fit.tune import Tuner
             from kvcomp.results import schema
 
-            place = model if model is not None else str(shipped_model())
-            loaded, tokenizer = load_model(place, dtype)
-            check_has_keys(loaded.config)
+            place, loaded, tokenizer = model_with_keys(model, dtype)
             start, reference = KVComp(spec), None if goal["like"] is None else baseline(str(goal["like"]))
             plan = Plan.for_model(positions(loaded.config), lengths=(), **size)
             ids, source = training_ids(tokenizer, place, text)

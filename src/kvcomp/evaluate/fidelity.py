@@ -114,10 +114,15 @@ def predict(model: Any, ids: Tensor, cache: Cache, method: Method, streaming: bo
     return torch.cat(parts)
 
 
+def token_kls(reference: Tensor, ours: Tensor) -> Tensor:
+    """KL(reference || ours) of each token in nats, (tokens,), of log probabilities (tokens, vocabulary)."""
+    return (reference.exp() * (reference - ours)).sum(-1)
+
+
 def compare(each: Sample, log_probs: Tensor) -> Comparison:
     """Hold predictions of a sample's text, float32 (tokens, vocabulary), against the uncompressed ones."""
     target = each.text[0, 1:, None]
-    kls = (each.log_probs.exp() * (each.log_probs - log_probs)).sum(-1)
+    kls = token_kls(each.log_probs, log_probs)
     return Comparison(
         kl=float(kls.mean()),
         top1=float((each.log_probs.argmax(-1) == log_probs.argmax(-1)).float().mean()),

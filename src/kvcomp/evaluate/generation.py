@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from kvcomp.evaluate.fidelity import token_kls
 from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.integrations.transformers.cache import stock_memory
 from kvcomp.store import Memory
 
 
@@ -128,12 +130,11 @@ def compare(model: Any, ids: Tensor, run: Generation) -> Agreement:
         model, ids, cache, lambda token: None, max_new_tokens=count, min_new_tokens=count, logits_processor=follow
     )
     reference, ours = logits.log_softmax(-1), run.logits.log_softmax(-1)
-    layers: list[Any] = list(cache.layers)
     return Agreement(
         top1=float((reference.argmax(-1) == ours.argmax(-1)).float().mean()),
-        kl=float((reference.exp() * (reference - ours)).sum(-1).mean()),
+        kl=float(token_kls(reference, ours).mean()),
         timing=timing,
-        dense=sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values)),
+        dense=sum(stock_memory(layer).other for layer in cache.layers),
     )
 
 

@@ -29,7 +29,7 @@ from xxhash import xxh3_64
 from kvcomp.calibration import CLASSES, About, Calibration, LevelOfLayer, quantise_matrix
 from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.errors import InvalidInput
-from kvcomp.evaluate.fidelity import attend_plainly
+from kvcomp.evaluate.fidelity import attend_plainly, token_kls
 from kvcomp.evaluate.methods.kivi import GROUP, Kivi
 from kvcomp.fit.codebooks import fit_books
 from kvcomp.fit.gradients import fisher
@@ -428,7 +428,7 @@ def _affine(sums: LayerSums, key: bool, centred: bool) -> Affine:
 
 def _kl(expected: Tensor, found: Tensor) -> float:
     """Mean KL in nats a token between log probabilities (tokens, vocabulary)."""
-    return float((expected.exp() * (expected - found)).sum(-1).mean().clamp_min(0))
+    return float(token_kls(expected, found).mean().clamp_min(0))
 
 
 def _values(layer: Any, kind: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import InvalidInput
+from kvcomp.store.protocol import Store
 from kvcomp.store.tensors import NAMES
 
 
@@ -58,6 +59,16 @@ def check_crop(tokens: int, held: int) -> None:
     """Raise InvalidInput unless a cache holds so many tokens."""
     if not isinstance(tokens, int) or not 0 <= tokens <= held:
         raise InvalidInput(f"cannot crop a cache of {held} tokens to {tokens}")
+
+
+def check_joined(stores: Sequence[Store]) -> None:
+    """Raise InvalidInput unless stores hold tokens and are of one kind, spec, shape, dtype and device."""
+    if len({type(store) for store in stores}) > 1:
+        raise InvalidInput("a cache on a GPU and one in main memory cannot be joined: use one backend")
+    if not stores or not all(store.batch for store in stores):
+        raise InvalidInput("only stores that hold tokens can be joined")
+    if len({(store.spec, store.heads, store.channels, store.dtype, store.device) for store in stores}) > 1:
+        raise InvalidInput("only rows of one spec, shape, dtype and device can be joined")
 
 
 def row_index(rows: Tensor | Sequence[int], batch: int) -> npt.NDArray[np.int64]:

@@ -177,12 +177,9 @@ class KVStore:
         )
         self.rows, self.batch = self.rows.select(index), index.size
 
-    def join(self, others: Sequence[Store], tokens: int | None = None) -> KVStore:
+    def join(self, others: Sequence[Self], tokens: int | None = None) -> Self:
         """One batch of these rows and those of others (``kvcomp.store.join``)."""
-        stores = [store for store in (self, *others) if isinstance(store, KVStore)]
-        if len(stores) <= len(others):
-            raise InvalidInput("a cache on a GPU and one in main memory cannot be joined: use one backend")
-        return join(stores, tokens)
+        return join((self, *others), tokens)
 
     def slice(self, first: int, last: int, sinks: int) -> Self:
         """The pages ``first`` to ``last`` of each row behind so many sinks, as a store of their own;
@@ -299,13 +296,8 @@ class KVStore:
         """K and V as attention sees them, (batch, KV heads, tokens, head_dim) in the dtype; padding is 0 once a row is
         sealed.
         """
-        k, v = self.held()
-        if self.transform is None:
-            return k, v
-        k, v = self.transform.key.undo(k), self.transform.value.undo(v)
-        for row, start in enumerate(np.where(self.rows.tail_begin > self.starts, self.starts, 0).tolist()):
-            k[row, :, :start] = v[row, :, :start] = 0
-        return k, v
+        padding = np.where(self.rows.tail_begin > self.starts, self.starts, 0).tolist()
+        return read.undone(self.transform, *self.held(), padding)
 
     def held(self) -> tuple[Tensor, Tensor]:
         """The same as it is held: K' and V' where there is a transform."""

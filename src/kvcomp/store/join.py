@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvcomp.errors import InvalidInput
+from kvcomp.store.checks import check_joined
 from kvcomp.store.rows import Rows
 from kvcomp.store.tensors import as_array, as_tensor
 
 if TYPE_CHECKING:
     from kvcomp.store.cpu import KVStore
 
+S = TypeVar("S", bound="KVStore")
+
 
 @torch.inference_mode(False)
-def join(stores: Sequence[KVStore], tokens: int | None = None) -> KVStore:
+def join(stores: Sequence[S], tokens: int | None = None) -> S:
     """One batch of the rows of several stores of one layer, which stay as they are; pages are shared. Rows get padding
     on the left.
 
     tokens: positions that the batch has, not fewer than a row has tokens; None for those of the longest store.
     Raises InvalidInput unless all have the same spec, shape and dtype, and hold tokens.
     """
-    if not stores or not all(store.batch for store in stores):
-        raise InvalidInput("only stores that hold tokens can be joined")
-    if len({(store.spec, store.heads, store.channels, store.dtype) for store in stores}) > 1:
-        raise InvalidInput("only rows of one spec, shape and dtype can be joined")
+    check_joined(stores)
     tokens = max(store.tokens for store in stores) if tokens is None else tokens
     shifts = [tokens - store.tokens for store in stores]
     base = max(0, min(first_of_tail(store) + by for store, by in zip(stores, shifts, strict=True)))

@@ -87,52 +87,39 @@ class Memory:
         return self.dense / self.total if self.total else 1.0
 
 
-@dataclass
-class PageParts:
-    """Bytes of pages by part."""
-
-    codes: int = 0
-    lengths: int = 0
-    scales: int = 0
-    directories: int = 0
-    raw_blocks: int = 0
-
-    def add(self, buffer: npt.NDArray[np.uint8], at: int, layout: Layout) -> None:
-        """Add those of the page that begins here in a buffer."""
-        modes, offsets = directory_of(buffer, at, layout.heads)
-        self.directories += layout.directory_bytes
-        self.scales += layout.first_block - layout.directory_bytes
-        sizes = np.diff(offsets).tolist()
-        for index, (mode, size) in enumerate(zip(modes.tolist(), sizes, strict=False)):
-            count = layout.block_scales(index // layout.heads)
-            scales = scales_size(count) if count and mode != RAW else 0
-            lengths = 0
-            if RAW < mode < FIXED:
-                lengths = 4 + 8 * int(buffer[at + int(offsets[index]) + scales] & 15)
-            self.scales += scales
-            self.lengths += lengths
-            if mode == RAW:
-                self.raw_blocks += size - scales - lengths
-            else:
-                self.codes += size - scales - lengths
+def add_page(parts: dict[str, int], buffer: npt.NDArray[np.uint8], at: int, layout: Layout) -> None:
+    """Add the bytes by part of the page that begins here in a buffer."""
+    modes, offsets = directory_of(buffer, at, layout.heads)
+    parts["directories"] += layout.directory_bytes
+    parts["scales"] += layout.first_block - layout.directory_bytes
+    sizes = np.diff(offsets).tolist()
+    for index, (mode, size) in enumerate(zip(modes.tolist(), sizes, strict=False)):
+        count = layout.block_scales(index // layout.heads)
+        scales = scales_size(count) if count and mode != RAW else 0
+        lengths = 0
+        if RAW < mode < FIXED:
+            lengths = 4 + 8 * int(buffer[at + int(offsets[index]) + scales] & 15)
+        parts["scales"] += scales
+        parts["lengths"] += lengths
+        parts["raw_blocks" if mode == RAW else "codes"] += size - scales - lengths
 
 
 def memory_of(store: KVStore) -> Memory:
     """Bytes by part; a test holds them against what is allocated."""
-    rows, parts, buffers, seen = store.rows, PageParts(), {}, set()
+    rows, parts, buffers, seen = store.rows, dict.fromkeys(PAGE_PARTS, 0), {}, set()
     for owners, addresses in zip(rows.owners, rows.pages, strict=True):
         for buffer, address in zip(owners, addresses.tolist(), strict=False):
             buffers[id(buffer)] = buffer
             if address not in seen:
                 seen.add(address)
-                parts.add(buffer, address - buffer.ctypes.data, store.layout)
+                add_page(parts, buffer, address - buffer.ctypes.data, store.layout)
     books = {id(book): book.nbytes for pair in [*rows.books, store.default_books] for book in pair if book}
     waiting = {id(counts): counts.nbytes for pair in rows.pair_counts for counts in pair if counts is not None}
     token_values = 2 * store.heads * store.channels
     held = int((store.tokens - rows.starts).sum())
     return Memory(
-        **vars(parts),
-        spare=sum(buffer.nbytes for buffer in buffers.values()) - sum(vars(parts).values()),
+        **parts,
+        spare=sum(buffer.nbytes for buffer in buffers.values()) - sum(parts.values()),
         table=rows.nbytes,
         table_entries=int(rows.count.sum()) * (rows.pages.itemsize + rows.valid.itemsize),
         books=sum(books.values()) + sum(waiting.values()),

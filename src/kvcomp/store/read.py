@@ -1,13 +1,15 @@
-"""How a KVStore is read: page by page, tile by tile, whole."""
+"""How a KVStore is read: page by page, tile by tile, whole; and what any store does so."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kvcomp.calibration.transform import Transform
 from kvcomp.spec import PAGE_TOKENS
 from kvcomp.store.tail import TILE_PAGES
 from kvcomp.store.tensors import as_array
@@ -15,21 +17,44 @@ from kvcomp.store.tensors import as_array
 if TYPE_CHECKING:
     from kvcomp.store.cpu import KVStore
 
+Pair = tuple[Tensor, Tensor]
+
 
 def tiles(store: KVStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """A row's tokens in order: position of the first, and K and V as held, (KV heads, tokens, head_dim) each."""
-    position, sinks, count = (int(x[row]) for x in (store.rows.starts, store.rows.sink_count, store.rows.count))
-    if sinks:
-        yield position, store.sinks_k[row, :, :sinks], store.sinks_v[row, :, :sinks]
-        position += sinks
-    for first in range(0, count, TILE_PAGES):
-        k, v = store.tile(row, first, min(first + TILE_PAGES, count))
+    """``Store.tiles``."""
+    start, sinks, count = (int(x[row]) for x in (store.rows.starts, store.rows.sink_count, store.rows.count))
+    first = store.sinks_k[row, :, :sinks], store.sinks_v[row, :, :sinks]
+    recent = slice(store.tokens - store.tail_base)
+    last = store.tail_k[row, :, recent], store.tail_v[row, :, recent]
+    return in_order(start, first, count, partial(store.tile, row), store.tail_base, last)
+
+
+def in_order(
+    position: int, sinks: Pair, pages: int, tile: Callable[[int, int], Pair], base: int, tail: Pair
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """``Store.tiles`` of what a row has: sinks from ``position`` on, pages, of which ``tile`` gives some, and the tail,
+    which begins at ``base``.
+    """
+    if sinks[0].shape[1]:
+        yield position, *sinks
+        position += sinks[0].shape[1]
+    for first in range(0, pages, TILE_PAGES):
+        k, v = tile(first, min(first + TILE_PAGES, pages))
         yield position, k, v
         position += k.shape[1]
-    last = store.tokens - store.tail_base
-    for at in range(position - store.tail_base, last, TILE_PAGES * PAGE_TOKENS):
-        part = slice(at, min(at + TILE_PAGES * PAGE_TOKENS, last))
-        yield store.tail_base + at, store.tail_k[row, :, part], store.tail_v[row, :, part]
+    for at in range(position - base, tail[0].shape[1], TILE_PAGES * PAGE_TOKENS):
+        part = slice(at, at + TILE_PAGES * PAGE_TOKENS)
+        yield base + at, tail[0][:, part], tail[1][:, part]
+
+
+def undone(transform: Transform | None, k: Tensor, v: Tensor, padding: Sequence[int]) -> Pair:
+    """``Store.dense`` of K and V as held. padding: of each row with sealed pages, how many positions it has."""
+    if transform is None:
+        return k, v
+    k, v = transform.key.undo(k), transform.value.undo(v)
+    for row, start in enumerate(padding):
+        k[row, :, :start] = v[row, :, :start] = 0
+    return k, v
 
 
 def tile(store: KVStore, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:

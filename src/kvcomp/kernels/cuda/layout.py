@@ -6,10 +6,10 @@ No torch and no CUDA in here: the GPU backend and the emulator (tests/emulator) 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -194,12 +194,11 @@ def machine(architecture: int, processors: int = 1) -> Machine:
 
 
 @dataclass(frozen=True)
-class AttendBuild:
-    """Constants of decode_attention.cu."""
+class Build:
+    """Constants of all kernels that read or write pages."""
 
     channels: int
     value: int
-    query: int
     warps: int
     k_unit: int
     v_unit: int
@@ -207,11 +206,28 @@ class AttendBuild:
     v_classes: int
     k_bits: int
     v_bits: int
+
+    sizes: ClassVar[tuple[str, ...]]
+    """Properties that the sources want too."""
+
+    @cached_property
+    def defines(self) -> dict[str, int]:
+        names = (*(field.name for field in fields(self)), *self.sizes)
+        return {f"KVC_{name.upper()}": int(getattr(self, name)) for name in names}
+
+
+@dataclass(frozen=True)
+class AttendBuild(Build):
+    """Constants of decode_attention.cu."""
+
+    query: int
     k_copies: int
     v_copies: int
     stage: int
     softcap: bool
     reserved: int
+
+    sizes = ("shared",)
 
     @property
     def warp_bytes(self) -> int:
@@ -228,25 +244,12 @@ class AttendBuild:
         )
         return -(-(common + tables) // 16) * 16 + self.warps * self.warp_bytes
 
-    @cached_property
-    def defines(self) -> dict[str, int]:
-        names = (*self.__dataclass_fields__, "shared")
-        return {f"KVC_{name.upper()}": int(getattr(self, name)) for name in names}
-
 
 @dataclass(frozen=True)
-class PageBuild:
+class PageBuild(Build):
     """Constants of the kernels that read or write whole pages: decompress.cu and encode.cu."""
 
-    channels: int
-    value: int
-    warps: int
-    k_unit: int
-    v_unit: int
-    k_classes: int
-    v_classes: int
-    k_bits: int
-    v_bits: int
+    sizes = ("quantise_shared", "count_shared", "pack_shared")
 
     @property
     def shared(self) -> int:
@@ -276,20 +279,26 @@ class PageBuild:
         scratch = 4 * self.most_units + 4 + 72 + PAGE_TOKENS * self.channels * 9 // 8 + 64 + 32
         return self.warps * (scratch & ~15)
 
-    @cached_property
-    def defines(self) -> dict[str, int]:
-        names = (*self.__dataclass_fields__, "quantise_shared", "count_shared", "pack_shared")
-        return {f"KVC_{name.upper()}": int(getattr(self, name)) for name in names}
-
 
 def page_build(spec: CodecSpec, channels: int, value: str) -> PageBuild:
     """The build for a layer's spec. Raises BackendUnavailable for a head_dim that no kernel is built for."""
+    return PageBuild(**_constants(spec, channels, value, PAGE_WARPS))
+
+
+def _constants(spec: CodecSpec, channels: int, value: str, warps: int) -> dict[str, int]:
+    """Those of ``Build``."""
     check_channels(channels)
-    units = UNIT_NUMBERS[spec.key.unit], UNIT_NUMBERS[spec.value.unit]
-    classes = spec.key.classes, spec.value.classes
-    return PageBuild(
-        channels, DTYPES[value].number, PAGE_WARPS, *units, *classes, index_bits(spec.key), index_bits(spec.value)
-    )
+    return {
+        "channels": channels,
+        "value": DTYPES[value].number,
+        "warps": warps,
+        "k_unit": UNIT_NUMBERS[spec.key.unit],
+        "v_unit": UNIT_NUMBERS[spec.value.unit],
+        "k_classes": spec.key.classes,
+        "v_classes": spec.value.classes,
+        "k_bits": index_bits(spec.key),
+        "v_bits": index_bits(spec.value),
+    }
 
 
 def index_bits(tensor: TensorSpec) -> int:
@@ -324,20 +333,11 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
     BackendUnavailable
         For a head_dim that no kernel is built for, or if the tables do not fit.
     """
-    check_channels(channels)
 
     def build(warps: int, copies: int) -> AttendBuild:
         return AttendBuild(
-            channels=channels,
-            value=DTYPES[value].number,
+            **_constants(spec, channels, value, warps),
             query=DTYPES[query].number,
-            warps=warps,
-            k_unit=UNIT_NUMBERS[spec.key.unit],
-            v_unit=UNIT_NUMBERS[spec.value.unit],
-            k_classes=spec.key.classes,
-            v_classes=spec.value.classes,
-            k_bits=index_bits(spec.key),
-            v_bits=index_bits(spec.value),
             k_copies=copies if index_bits(spec.key) else 0,
             v_copies=copies if index_bits(spec.value) else 0,
             stage=stage_bytes(channels, UNIT_NUMBERS[spec.key.unit], UNIT_NUMBERS[spec.value.unit]),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from kvcomp.errors import InvalidInput
+from kvcomp.store.checks import check_joined
 from kvcomp.store.gpu.arena import enough_memory
 from kvcomp.store.gpu.books import DeviceBooks
 from kvcomp.store.gpu.rows import Table
@@ -33,11 +33,7 @@ def join(stores: Sequence[GPUStore], tokens: int | None = None) -> GPUStore:
     LimitExceeded
         If memory ends.
     """
-    if not all(store.batch for store in stores):
-        raise InvalidInput("only stores that hold tokens can be joined")
-    kinds = {(store.spec, store.heads, store.channels, store.dtype, store.device) for store in stores}
-    if len(kinds) > 1:
-        raise InvalidInput("only rows of one spec, shape, dtype and device can be joined")
+    check_joined(stores)
     tokens = max(store.tokens for store in stores) if tokens is None else tokens
     rows = []
     for store in stores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from kvcomp.kernels.cuda import launch
 from kvcomp.kernels.cuda.layout import BFLOAT16_128, AttendArguments, DecompressArguments
 from kvcomp.spec import PAGE_TOKENS
 from kvcomp.store.memory import Memory
-from kvcomp.store.tail import TILE_PAGES
+from kvcomp.store.read import in_order, undone
 from kvcomp.store.tensors import NAMES
 
 if TYPE_CHECKING:
@@ -85,31 +86,17 @@ def tile(store: GPUStore, row: int, first: int, last: int) -> tuple[Tensor, Tens
 
 
 def tiles(store: GPUStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """A row's tokens in order: position of the first, and K and V as held, (KV heads, tokens, head_dim) each."""
-    of, position = store.rows[row], store.rows[row].start
-    if of.sinks:
-        yield position, store.sinks_k[row, :, : of.sinks], store.sinks_v[row, :, : of.sinks]
-        position += of.sinks
-    for first in range(0, len(of.valid), TILE_PAGES):
-        k, v = store.tile(row, first, min(first + TILE_PAGES, len(of.valid)))
-        yield position, k, v
-        position += k.shape[1]
-    base, last = store.tail.base, store.tokens - store.tail.base
-    for at in range(position - base, last, TILE_PAGES * PAGE_TOKENS):
-        part = slice(at, min(at + TILE_PAGES * PAGE_TOKENS, last))
-        yield base + at, store.tail.k[row, :, part], store.tail.v[row, :, part]
+    """``Store.tiles``."""
+    of, tail, recent = store.rows[row], store.tail, slice(store.tokens - store.tail.base)
+    first = store.sinks_k[row, :, : of.sinks], store.sinks_v[row, :, : of.sinks]
+    last = tail.k[row, :, recent], tail.v[row, :, recent]
+    return in_order(of.start, first, len(of.valid), partial(store.tile, row), tail.base, last)
 
 
 def dense(store: GPUStore) -> tuple[Tensor, Tensor]:
-    """K and V as attention sees them, (batch, KV heads, tokens, head_dim); padding is 0 once a row is sealed."""
-    k, v = held(store)
-    if store.transform is None:
-        return k, v
-    k, v = store.transform.key.undo(k), store.transform.value.undo(v)
-    for index, row in enumerate(store.rows):
-        if row.tail_begin > row.start:
-            k[index, :, : row.start] = v[index, :, : row.start] = 0
-    return k, v
+    """``Store.dense``."""
+    padding = [row.start if row.tail_begin > row.start else 0 for row in store.rows]
+    return undone(store.transform, *held(store), padding)
 
 
 def held(store: GPUStore) -> tuple[Tensor, Tensor]:

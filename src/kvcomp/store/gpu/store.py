@@ -33,7 +33,6 @@ from kvcomp.store.gpu.rows import Row, Table
 from kvcomp.store.gpu.sealing import Sealing
 from kvcomp.store.gpu.tail import Tail
 from kvcomp.store.memory import Memory
-from kvcomp.store.protocol import Store
 from kvcomp.store.tail import grown_room, steady_room
 from kvcomp.store.training import default_book
 
@@ -95,14 +94,11 @@ class GPUStore:
             twin.arena = self.kernels.arena(self.channels, self.device)
         return twin
 
-    def join(self, others: Sequence[Store], tokens: int | None = None) -> GPUStore:
+    def join(self, others: Sequence[GPUStore], tokens: int | None = None) -> GPUStore:
         """One batch of these rows and those of others (``kvcomp.store.gpu.join``)."""
         from kvcomp.store.gpu.join import join
 
-        stores = [store for store in (self, *others) if isinstance(store, GPUStore)]
-        if len(stores) <= len(others):
-            raise InvalidInput("a cache on a GPU and one in main memory cannot be joined: use one backend")
-        return join(stores, tokens)
+        return join((self, *others), tokens)
 
     def to_gpu(self, device: torch.device) -> GPUStore:
         """This store."""
