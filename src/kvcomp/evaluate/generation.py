@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvcomp.evaluate.fidelity import token_kls
 from kvcomp.integrations.transformers import KVCompCache
-from kvcomp.integrations.transformers.cache import stock_memory
+from kvcomp.integrations.transformers.stock import stock_memory
 from kvcomp.store import Memory
 
 
