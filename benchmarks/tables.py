@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -319,6 +320,54 @@ def about(found: Any) -> str:
     return f"{machine}, commit {given['commit']}, {given['date'][:10]}, {load}."
 
 
+def real(name: str, found: Any) -> str:
+    """A real model's methods: bits of the 2K prompts in bfloat16, quality in float32, KL where it differs."""
+    runs = [run for run in found["runs"] if run["model"] == name]
+    shortest, longest = (choose(run["prompt_tokens"] for run in runs) for choose in (min, max))
+
+    def of(dtype: str, tokens: int) -> dict[str, Any]:
+        chosen = [run for run in runs if (run["dtype"], run["prompt_tokens"]) == (dtype, tokens)]
+        return {one["name"]: one for run in chosen for one in run["methods"] if "kl" in one}
+
+    exact, half, long = of("float32", shortest), of("bfloat16", shortest), of("float32", longest)
+    rows = []
+    for method, one in sorted((exact or half).items(), key=lambda each: float(each[1]["kl"]["value"])):
+        size = half.get(method, one)
+        kl = one["kl"]["value"]
+        rows.append(
+            [
+                label(method),
+                f"{size['coded_bits']['value']:.2f}" if size["coded_bits"]["value"] else "",
+                f"{size['total_bits']['value']:.2f}",
+                f"{size['allocated_bytes'] / 2**20:.2f}",
+                _with_interval(one["kl"], ".1e") if kl else "0",
+                f"{one['kl_99_9']['value']:.1e}" if kl else "0",
+                f"{100 * one['top1']['value']:.1f} %",
+                f"{one['perplexity']['value']:.2f}",
+                *(f"{run[method]['kl']['value']:.1e}" if method in run else "" for run in (half, long)),
+            ]
+        )
+    header = ["method", "coded bits", "total bits", "MiB", "KL, nats (95 %)", "99.9 % of tokens", "top-1", "perplexity"]
+    return markdown([*header, "KL, bfloat16", f"KL, {longest:,} tokens"], rows)
+
+
+def real_equal(found: Any) -> str:
+    """Coded bits at the KL of KIVI-style quantisation, as published and with the same raw tokens, float32."""
+    rows = []
+    for run in found["runs"]:
+        if run["dtype"] == "float32":
+            for name, one in run["equal_quality"].items():
+                theirs, ours = name.split(" by ")
+                rows.append([f"{run['model']}, {run['prompt_tokens']:,} tokens", label(theirs), ours])
+                rows[-1] += [_with_interval(one["bits"], ".2f"), _with_interval(one["share"], ".2f", "x")]
+    return markdown(["model", "at the KL of", "by", "coded bits (95 %)", "of its bits"], rows)
+
+
+def _with_interval(one: Any, form: str, unit: str = "") -> str:
+    low, high = one["interval"]
+    return f"{one['value']:{form}}{unit} ({low:{form}} to {high:{form}})"
+
+
 def transfer(found: Any) -> str:
     """Sent as x bandwidth: bytes, and the time until the receiver can read the cache."""
     rows = [
@@ -367,6 +416,9 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "klt": ("klt.json", klt),
     "klt-levels": ("klt.json,klt_timings.json", klt_levels),
     "klt-shift": ("klt.json", klt_shift),
+    "real-smollm2": ("real.json", partial(real, "smollm2-135m")),
+    "real-gemma3": ("real.json", partial(real, "gemma3-270m")),
+    "real-equal": ("real.json", real_equal),
     "memory": ("memory.json", memory),
     "attention": ("attention_cpu.json", attention),
     "codec": ("codec.json", codec),
@@ -378,7 +430,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "claims": ("quality.json,attention_cpu.json", claims),
     **{
         f"setting-{name}": (f"{name}.json", about)
-        for name in ("quality", "klt", "memory", "attention_cpu", "codec", "generate", "files", "transfer")
+        for name in ("quality", "klt", "real", "memory", "attention_cpu", "codec", "generate", "files", "transfer")
     },
 }
 
@@ -388,7 +440,10 @@ def filled(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         sources, make = TABLES[match[1]]
-        found = [json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in sources.split(",")]
+        files = [RESULTS / name for name in sources.split(",")]
+        if not all(file.is_file() for file in files):
+            return f"<!-- table: {match[1]} -->\nNot measured yet.\n<!-- end -->"
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         return f"<!-- table: {match[1]} -->\n{make(*found)}\n<!-- end -->"
 
     return re.sub(MARKED, table, text, flags=re.DOTALL)

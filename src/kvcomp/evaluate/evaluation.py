@@ -114,14 +114,15 @@ class Evaluation:
     """What has been measured so far."""
 
     def __post_init__(self) -> None:
-        need = max(self.plan.prompt + self.plan.scored, self.plan.streaming_prompt + self.plan.streamed)
+        forced, streamed = self.plan.prompt + self.plan.scored, self.plan.streaming_prompt + self.plan.streamed
+        need = max(forced, streamed) if self.plan.streams else forced
         if self.ids.size < need:
             raise InvalidInput(
                 f"the text has {self.ids.size} tokens and {need} are needed: "
                 "give a longer --text, or lower --prompt-tokens and --scored-tokens"
             )
-        lists = LookupLists(self.tokenizer)
-        self.lists = lists if lists.size >= LEAST_KEYS else None
+        lists = LookupLists(self.tokenizer) if self.plan.lengths else None
+        self.lists = lists if lists is not None and lists.size >= LEAST_KEYS else None
         self.pieces = list(self._all_pieces())
 
     def run(self, advance: Callable[[str, float], None]) -> None:
