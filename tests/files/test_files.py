@@ -111,10 +111,10 @@ def test_a_loaded_cache_outlives_its_file(tmp_path: Path) -> None:
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         kvcomp.load(tmp_path / "none.kvc")
-    with pytest.raises(InvalidInput, match="is no file"):
+    with pytest.raises(InvalidInput, match="only a file can be mapped"):
         kvcomp.load(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InvalidInput, match="is no file"):
+    with pytest.raises(InvalidInput, match="only a file can be mapped"):
         kvcomp.load(tmp_path / "pipe")
     (tmp_path / "empty.kvc").write_bytes(b"")
     with pytest.raises(CorruptData, match="is empty"):

@@ -72,7 +72,7 @@ def method(name: str, coded: float, total: float, kl: float, spec: bool) -> dict
             for depth in (0.25, 0.75)
         ],
         "error": {"largest_over_bound": 0.993, "missed": 0, "values": 4242, "heads": heads, "histogram": histogram},
-        "suffering": [{"layer": 1, "kind": "K", "kl": 0.00321, "coded_bits": 2.5}],
+        "suffering": [{"layer": 1, "kind": "K", "head": 0, "kl": 0.00321, "why": "one channel is large"}],
     }
 
 

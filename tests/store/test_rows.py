@@ -141,6 +141,7 @@ def test_rows_that_do_not_exist_are_refused(backend: str, rows: Tensor) -> None:
 
 @pytest.mark.parametrize("count", [3, 150, 330])
 def test_a_deep_copy_is_independent_and_shares_its_pages(backend: str, count: int) -> None:
+    fill(KVStore(spec_of(r=0.5), backend), *tokens(100, batch=2), [100]).dense()  # which makes the book's tables
     k, v = tokens(count, batch=2)
     store = fill(KVStore(spec_of(r=0.5), backend), k, v, [count])
     twin = deepcopy(store)

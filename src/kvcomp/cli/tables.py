@@ -10,6 +10,8 @@ from rich.table import Table
 
 from kvcomp.cli.common import screen
 
+WORST = 3  # heads that are named
+
 
 def show_evaluation(methods: list[dict[str, Any]]) -> None:
     """The results as tables."""
@@ -62,7 +64,7 @@ def show_evaluation(methods: list[dict[str, Any]]) -> None:
         screen.print(found)
     for one in methods:
         if one.get("suffering") and one["name"] != "uncompressed":
-            screen.print(_worst(one), highlight=False)
+            screen.print(_worst(one), highlight=False, soft_wrap=True)
 
 
 def _with_error(figure: dict[str, Any]) -> str:
@@ -82,15 +84,12 @@ def _right(cells: list[dict[str, Any]], task: str, tokens: int) -> str:
 
 
 def _worst(one: dict[str, Any]) -> str:
-    """The tensors that cost most, and the head within, in words."""
-    total = sum(max(0.0, row["kl"]) for row in one["suffering"])
-    parts = []
-    for row in one["suffering"][:2]:
-        heads = row.get("heads")
-        head = f", most by head {max(range(len(heads)), key=heads.__getitem__)}" if heads and len(heads) > 1 else ""
-        share = f"{100 * max(0.0, row['kl']) / total:.0f} %" if total > 0 else "none"
-        parts.append(f"{row['kind']} of layer {row['layer']} ({share} of the KL{head})")
-    return f"{one['name']} suffers most in {' and '.join(parts)}"
+    """The heads that cost most, and why, in words."""
+    heads = [
+        f"  {row['kind']} of layer {row['layer']}, head {row['head']}, KL {row['kl']:.1e} alone: {row['why']}"
+        for row in one["suffering"][:WORST]
+    ]
+    return "\n".join([f"{one['name']} suffers most in", *heads])
 
 
 def show_bench(found: dict[str, Any]) -> None:

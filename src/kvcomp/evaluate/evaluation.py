@@ -24,7 +24,7 @@ from kvcomp.evaluate.retrieval import (
     passkey_quiz,
     quiz_sample,
 )
-from kvcomp.evaluate.sensitivity import errors_by_head, sensitivity
+from kvcomp.evaluate.sensitivity import Probed, errors_by_head, probe, sensitivity
 from kvcomp.evaluate.text import LookupLists, Tokenizer, Tokens
 from kvcomp.results import schema as results
 from kvcomp.results.journal import Journal
@@ -96,8 +96,9 @@ class Piece:
     key: str
     cost: float
     """For the progress, in any unit."""
-    make: Callable[[], Sample]
-    measure: Callable[[Sample, Method], Any]
+    make: Callable[[], Any]
+    """A ``Sample``, or what else is measured on."""
+    measure: Callable[[Any, Method], Any]
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Evaluation:
             yield Piece(f"teacher_forced/{index}", 1.0, make, self._fidelity(streaming=False))
             if index == 0 and plan.details and attends_to_all(self.model.config):
                 yield Piece("error", 0.5, make, lambda each, method: errors_by_head(self.model, each, method))
-                yield Piece("suffering", 4.0, make, lambda each, method: sensitivity(self.model, each, method))
+                yield Piece("suffering", 4.0, self._prober(make), self._suffering)
         for index, at in enumerate(self._begins(plan.streams, plan.streaming_prompt + plan.streamed)):
             make = self._sampler(at, plan.streaming_prompt, plan.streamed)
             yield Piece(f"streaming/{index}", 20.0, make, self._fidelity(streaming=True))
@@ -177,6 +178,12 @@ class Evaluation:
             return sample(self.model, ids, prompt)
 
         return make
+
+    def _prober(self, make: Callable[[], Sample]) -> Callable[[], Probed]:
+        return lambda: probe(self.model, make())
+
+    def _suffering(self, probed: Probed, method: Method) -> Any:
+        return sensitivity(self.model, probed, method)
 
     def _fidelity(self, streaming: bool) -> Callable[[Sample, Method], Any]:
         def run(each: Sample, method: Method) -> Any:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from kvcomp.evaluate.fidelity import Sample, compare, fill, predict_from
+from kvcomp.evaluate.gradients import Gradients, label_gradients
 from kvcomp.evaluate.methods import KVComp, Method, Pair
 from kvcomp.spec import KINDS, Kind
 from kvcomp.store.pages import bits_by_head, error_shares
 from kvcomp.store.pages import compare as compare_with_bound
 
 EDGES = np.linspace(-1, 1, 41)
-WORST = 2  # tensors whose heads are looked at one by one
+LABELS = 4  # backward passes
+MEASURED = 6  # heads whose KL is measured, the others' is expected to be less
+OUTLIER = 10.0  # a channel this many times the median makes the others coarse
+HEAVY = 5.0  # a head is called sensitive if errors count this many times as much as in the median one
 
 
 @torch.inference_mode()
@@ -61,33 +67,95 @@ def errors_by_head(model: Any, each: Sample, method: Method) -> dict[str, Any]:
     return found
 
 
-@torch.inference_mode()
-def sensitivity(model: Any, each: Sample, method: Method) -> list[dict[str, Any]]:
-    """The KL if one layer's K or V alone is coded, largest first; of the worst also head by head."""
+@dataclass(frozen=True)
+class Probed:
+    """A sample, and how its predictions follow from each K and V."""
+
+    sample: Sample
+    gradients: list[Gradients]
+    """For each drawn label."""
+
+
+def probe(model: Any, each: Sample) -> Probed:
+    """Find the gradients of a sample, once for all methods."""
+    layers = []
+    for k, v in each.cache:
+        layers.append(DynamicLayer())
+        layers[-1].update(k, v)
+    gradients = label_gradients(model, layers, each.text, range(len(layers)), LABELS, seed=0)
+    return Probed(each, list(gradients))
+
+
+@torch.no_grad()
+def sensitivity(model: Any, probed: Probed, method: Method) -> list[dict[str, Any]]:
+    """The heads from which the predictions suffer most, as ``suffering`` in ``results``.
+
+    Gradients say which heads may be among them, at a cost that does not grow with their number. The KL with one of them
+    coded alone is then measured.
+    """
+    each = probed.sample
     values = method.values(fill(model, each, method))
+    heads = [_Head(*one) for one in _by_head(each.cache, values)]
+    heads = [head for head in heads if head.error > 0]
+    expected = [head.expected_kl(probed) for head in heads]
+    weights = np.array([kl / head.error for kl, head in zip(expected, heads, strict=True)])
+    found = []
+    for place in np.argsort(expected)[::-1][:MEASURED].tolist():
+        head = heads[place]
+        weight = weights[place] / max(float(np.median(weights)), np.finfo(np.float64).tiny)
+        kl = _kl_alone(model, each, head)
+        found.append({"layer": head.layer, "kind": head.kind, "head": head.head, "kl": kl, "why": head.why(weight)})
+    return sorted(found, key=lambda one: -one["kl"])
 
-    def kl_of(layer: int, part: int, head: int | None = None) -> float:
-        mixed: list[Pair] = list(each.cache)
-        pair = list(each.cache[layer])
-        if head is None:
-            pair[part] = values[layer][part]
-        else:
-            pair[part] = pair[part].clone()
-            pair[part][:, head] = values[layer][part][:, head]
-        mixed[layer] = (pair[0], pair[1])
-        return compare(each, predict_from(model, each, mixed)).kl
 
-    found: list[dict[str, Any]] = [
-        {"layer": layer, "kind": kind, "kl": kl_of(layer, part)}
-        for layer in range(len(values))
-        for part, kind in enumerate(KINDS)
-    ]
-    found.sort(key=lambda one: -one["kl"])
-    for one in found[:WORST]:
-        part = KINDS.index(one["kind"])
-        heads = values[one["layer"]][part].shape[1]
-        one["heads"] = [kl_of(one["layer"], part, head) for head in range(heads)]
-    return found
+@dataclass(frozen=True)
+class _Head:
+    layer: int
+    kind: Kind
+    head: int
+    before: Tensor
+    """float32 (1, tokens, D)."""
+    after: Tensor
+
+    @property
+    def error(self) -> float:
+        """Mean squared error over the mean square of the values."""
+        return float((self.after - self.before).square().mean() / self.before.square().mean().clamp_min(1e-30))
+
+    @property
+    def outlier(self) -> float:
+        """The largest channel over the median one, both as root mean squares."""
+        sizes = self.before.square().mean((0, 1)).sqrt()
+        return float(sizes.max() / sizes.median().clamp_min(1e-30))
+
+    def expected_kl(self, probed: Probed) -> float:
+        """1/2 E[(g.e)^2] a token of the text."""
+        error = self.after - self.before
+        key = self.layer, KINDS.index(self.kind)
+        products = [float((of_label[key][:, self.head] * error).sum()) for of_label in probed.gradients]
+        return float(np.mean(np.square(products))) / (2 * probed.sample.text.shape[1])
+
+    def why(self, weight: float) -> str:
+        """A likely reason and its remedy. weight: how much a relative error matters, over the median of all heads."""
+        if self.outlier >= OUTLIER:
+            return (
+                f"one channel is {self.outlier:.0f} times the median: the unit channel, or a calibration, codes the "
+                "others finer"
+            )
+        if weight >= HEAVY:
+            return f"errors count {weight:.0f} times as much as in the median head: tune or calibrate for smaller steps"
+        return f"its values are off by {100 * self.error**0.5:.1f} %: a smaller scale helps"
+
+
+def _kl_alone(model: Any, each: Sample, head: _Head) -> float:
+    """The KL with one head's K or V coded."""
+    mixed: list[Pair] = list(each.cache)
+    pair = list(each.cache[head.layer])
+    part = KINDS.index(head.kind)
+    pair[part] = pair[part].clone()
+    pair[part][:, head.head] = head.after.to(pair[part].dtype)
+    mixed[head.layer] = (pair[0], pair[1])
+    return compare(each, predict_from(model, each, mixed)).kl
 
 
 def _by_head(before: Sequence[Pair], after: Sequence[Pair]) -> Iterator[tuple[int, Kind, int, Tensor, Tensor]]:

@@ -30,9 +30,9 @@ from kvcomp.calibration import CLASSES, About, Calibration, LevelOfLayer, quanti
 from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.fidelity import attend_plainly, token_kls
+from kvcomp.evaluate.gradients import label_gradients
 from kvcomp.evaluate.methods.kivi import GROUP, Kivi
 from kvcomp.fit.codebooks import fit_books
-from kvcomp.fit.gradients import fisher
 from kvcomp.fit.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
 from kvcomp.fit.windows import Settings, Tell, draw_windows, first_token, write
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, position_limit, setting, text_config
@@ -251,8 +251,11 @@ class Calibrator:
         total: dict[tuple[int, int], Tensor] = {}
         for done, window in enumerate(self.windows):
             self.tell("gradients", done, len(self.windows))
-            new = fisher(self.model, window.layers, window.text, self.layers, self.coded, LABELS, done)
-            total = {key: total.get(key, 0) + x / (2 * len(self.windows)) for key, x in new.items()}
+            share = 2 * LABELS * self.settings.scored * len(self.windows)
+            for gradients in label_gradients(self.model, window.layers, window.text, self.layers, LABELS, done):
+                for key, gradient in gradients.items():
+                    g = gradient[0, :, self.coded].double()
+                    total[key] = total.get(key, 0) + g.mT @ g / share
         found = {}
         for (index, kind), matrix in total.items():
             back = self.affines[index, kind].inverse.double()

@@ -16,8 +16,8 @@ A method is an object; what was not measured is absent::
     retrieval: [Cell]
     tasks: {task: {metric: Figure, ...}}     of lm-evaluation-harness
     error: Error
-    suffering: [{layer, kind: "K" | "V", kl, heads: [kl, ...] or absent}]
-                                             sensitivity: KL if that tensor alone is coded, largest first
+    suffering: [{layer, kind: "K" | "V", head, kl (if it alone is coded), why (a reason and its remedy)}]
+                                             those that cost most, largest first
     failed: {piece: why it could not be measured}
 
     Figure:   {mean, standard_error, count}; standard_error is null for a count of 1

@@ -140,8 +140,11 @@ def _errors(one: dict[str, Any]) -> Section:
         points.append(f"The largest error is {100 * error['largest_over_bound']:.1f} % of its bound.")
     worst = [row for row in one.get("suffering", [])[:3] if row["kl"] > 0]
     if worst:
-        named = ", ".join(f"{row['kind']} of layer {row['layer']} ({row['kl']:.1e})" for row in worst)
-        points.append(f"Layers that cost most, with the KL if only they are compressed: {named}.")
+        points += [
+            f"{row['kind']} of layer {row['layer']}, head {row['head']}, has a KL of {row['kl']:.1e} if it alone is "
+            f"compressed: {row['why']}."
+            for row in worst
+        ]
     pictures = [("How large the errors are", _picture(plots.error_histogram(error["histogram"])))]
     if any(row["bits"] is not None for row in error["heads"]):
         pictures.insert(0, ("Bits a value of each layer and head", _picture(plots.bits_by_head(error["heads"]))))
