@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from kvcomp.disk import place
 from kvcomp.errors import InvalidInput, UnsupportedVersion
 
 Unit = Literal["block", "channel", "token", "vector", "head"]
@@ -220,6 +219,8 @@ class CodecSpec:
             return PRESETS[spec]
         if not str(spec).endswith(".json"):
             raise InvalidInput(f"no preset {str(spec)!r}: use {', '.join(PRESETS)} or the path of a spec.json file")
+        from kvcomp.disk import place  # NumPy is not loaded for a name
+
         path = place(spec)
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
