@@ -180,16 +180,17 @@ def measure(
 def show(runs: Sequence[Mapping[str, Any]]) -> None:
     for run in runs:
         table = Table(title=f"{run['model']}, {run['dtype']}, {run['prompt_tokens']:,} tokens", title_justify="left")
-        for header in ("method", "coded bits", "total bits", "KL, nats", "95 %", "99.9 %", "top-1", "perplexity"):
-            table.add_column(header, no_wrap=True, justify="left" if header == "method" else "right")
+        for header in ("method", "coded\nbits", "total\nbits", "KL, nats (95 %)", "99.9 %", "top-1", "loss\nchange"):
+            table.add_column(header, overflow="fold", justify="left" if header == "method" else "right")
+        exact = next((one["perplexity"]["value"] for one in run["methods"] if "perplexity" in one), 1.0)
         for one in run["methods"]:
             if FAILED in one:
                 table.add_row(one["name"], one[FAILED])
                 continue
             low, high = one["kl"]["interval"]
             cells = [f"{one[name]['value']:.2f}" for name in ("coded_bits", "total_bits")]
-            cells += [f"{one['kl']['value']:.2e}", f"{low:.1e} to {high:.1e}", f"{one['kl_99_9']['value']:.1e}"]
-            cells += [f"{100 * one['top1']['value']:.1f} %", f"{one['perplexity']['value']:.2f}"]
+            cells += [f"{one['kl']['value']:.1e} ({low:.0e}-{high:.0e})", f"{one['kl_99_9']['value']:.1e}"]
+            cells += [f"{100 * one['top1']['value']:.1f} %", f"{np.log(one['perplexity']['value'] / exact):+.3f}"]
             table.add_row(one["name"], *cells)
         screen.print(table)
         for name, one in run["equal_quality"].items():

@@ -1,5 +1,6 @@
 """The harness that the quality figures come from, on the shipped model."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from kvcomp.evaluate.fidelity import (
     predict_from,
     sample,
 )
-from kvcomp.evaluate.methods import KVComp, baseline, named_spec
+from kvcomp.evaluate.methods import KVComp, Method, baseline, named_spec
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
 from kvcomp.evaluate.retrieval import answered, lookup_quiz, passkey_quiz, quiz_sample
 from kvcomp.evaluate.sensitivity import errors_by_head
 from kvcomp.evaluate.text import LookupLists
+from tiny_models import HYBRIDS, random_model
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +126,17 @@ def test_a_passkey_stands_at_its_depth(model_and_tokenizer: tuple[Any, Any]) -> 
 def test_bits_are_interpolated_in_log_kl_and_not_beyond_what_was_measured() -> None:
     assert bits_at(1e-3, [4.0, 2.0], [1e-4, 1e-2]) == pytest.approx(3.0)
     assert bits_at(1e-5, [4.0, 2.0], [1e-4, 1e-2]) == float("inf")
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("method", [baseline("uncompressed"), baseline("fp8"), KVComp("kvcomp")])
+def test_a_prompt_is_read_once_for_all_methods_under_sliding_windows_too(name: str, method: Method) -> None:
+    model = random_model(HYBRIDS[name])
+    each = sample(model, torch.randint(1, 97, (1, 400), generator=torch.Generator().manual_seed(3)), 330)
+    assert each.fed
+    assert not each.cache
+    again = replace(each, fed=())  # the model reads the prompt into the method's cache
+    caches = [fill(model, one, method) for one in (each, again)]
+    assert method.memory(caches[0]) == method.memory(caches[1])
+    first, second = (predict(model, each.text, cache, method) for cache in caches)
+    assert torch.equal(first, second)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcomp.evaluate.methods import Method, Pair
 from kvcomp.evaluate.models import attends_to_all
@@ -39,6 +39,9 @@ class Sample:
     """int64 (1, tokens), scored."""
     log_probs: Tensor
     """float32 (tokens, vocabulary), from the uncompressed cache."""
+    fed: Sequence[Pair] = ()
+    """K and V of every layer as the model made them, those that a sliding window has left included: what any cache is
+    given in one pass over the prompt. None if some layer keeps something else."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +67,44 @@ def attend_plainly(model: Any) -> None:
         model.set_attn_implementation("eager")
 
 
+class _Recorder(DynamicCache):
+    """Keeps what each layer is given first."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.given: dict[int, Pair] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
+        self.given.setdefault(layer_idx, (key_states, value_states))
+        found: Pair = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return found
+
+    def whole(self) -> list[Pair]:
+        """K and V of every layer, if all layers keep nothing else; forgotten here."""
+        given, self.given = self.given, {}
+        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.layers)
+        return [given[index] for index in range(len(self.layers))] if plain and len(given) == len(self.layers) else []
+
+
 @torch.inference_mode()
 def sample(model: Any, ids: Tensor, prompt: int) -> Sample:
     """Read ``ids[:, :prompt]`` into a cache and score the rest of ``ids`` (int64, (1, tokens)) from it."""
     attend_plainly(model)
-    cache = DynamicCache(config=model.config)
+    cache = _Recorder(config=model.config)
     model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    fed = cache.whole()
     layers: list[Any] = list(cache.layers)
     kept = [(layer.keys.clone(), layer.values.clone()) for layer in layers] if attends_to_all(model.config) else []
     log_probs = model(ids[:, prompt:], past_key_values=cache).logits[0].float().log_softmax(-1)
-    return Sample(ids[:, :prompt], kept, ids[:, prompt:], log_probs)
+    return Sample(ids[:, :prompt], kept, ids[:, prompt:], log_probs, kept or fed)
 
 
 @torch.inference_mode()
 def fill(model: Any, each: Sample, method: Method) -> Cache:
     """Make a cache of the method that holds the prompt."""
     cache = method.cache(model.config)
-    if each.cache:
-        for layer, (k, v) in enumerate(each.cache):
+    if each.fed:
+        for layer, (k, v) in enumerate(each.fed):
             cache.update(k, v, layer)
     else:
         attend_plainly(model)
