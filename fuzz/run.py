@@ -1,4 +1,4 @@
-"""Run fuzz targets, two at a time: 100,000 inputs each as CI does, or for as long as you like.
+"""Run fuzz targets, two at a time: 30,000 inputs each as CI does, or for as long as you like.
 
     python fuzz/run.py                                  # make fuzz
     python fuzz/run.py --inputs 0 --seconds 1800 --seed 0 --corpus ~/kvcomp-corpus
@@ -45,7 +45,7 @@ def run(target: str, inputs: int, seconds: int, seed: int, corpus: Path) -> tupl
 
 def main(
     targets: Annotated[list[str] | None, typer.Argument(help="Some of block, value, container; all if none")] = None,
-    inputs: Annotated[int, typer.Option(help="Inputs for each target, 0 for no limit")] = 100_000,
+    inputs: Annotated[int, typer.Option(help="Inputs for each target, 0 for no limit")] = 30_000,
     seconds: Annotated[int, typer.Option(help="Seconds for each target, 0 for no limit")] = 0,
     seed: Annotated[int, typer.Option(help="Of the fuzzer; 0 draws one")] = 1,
     corpus: Annotated[Path | None, typer.Option(help="Keeps what the fuzzer learns from one run to the next")] = None,
