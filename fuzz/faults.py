@@ -178,7 +178,6 @@ class World:
     def __init__(self, url: str | None) -> None:
         torch.manual_seed(0)
         torch.set_num_threads(1)
-        logging.getLogger("kvcomp").setLevel(logging.ERROR)
         self.model = LlamaForCausalLM(CONFIG).eval()
         self.model.set_attn_implementation("kvcomp")
         self.store = PrefixStore(url or Path("/nowhere"))
@@ -259,6 +258,11 @@ def content(cache: KVCompCache, tokens: int) -> list[bytes]:
 world = cache(World)
 
 
+def say_errors_only() -> None:
+    """Each fault is a warning of its own: a process that injects a million keeps quiet."""
+    logging.getLogger("kvcomp").setLevel(logging.ERROR)
+
+
 def block(seed: int, url: str | None, number: int, faults: int = BLOCK) -> Counter[tuple[str, str]]:
     """What the faults of one seed came to."""
     draw, found = random.Random(f"{seed} {number}"), Counter[tuple[str, str]]()
@@ -281,7 +285,7 @@ def main(
     """Inject faults; fails at the first wrong tensor."""
     blocks, found, begin = -(-faults // BLOCK), Counter[tuple[str, str]](), time.perf_counter()
     about = environment(seed=seed, store=url.partition(":")[0] if url else "memory", processes=processes)
-    with ProcessPoolExecutor(1 if url else processes) as pool:
+    with ProcessPoolExecutor(1 if url else processes, initializer=say_errors_only) as pool:
         for number, one in enumerate(pool.map(partial(block, seed, url), range(blocks)), 1):
             found += one
             if number % 10 and number < blocks:
