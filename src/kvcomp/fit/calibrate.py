@@ -16,6 +16,7 @@ from copy import copy, deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import gcd
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,10 @@ class Curve:
     steps: npt.NDArray[np.float64]
     bits: npt.NDArray[np.float64]
     kl: npt.NDArray[np.float64]
+
+    def kl_at(self, step: float) -> float:
+        """The KL at a step between those of the curve."""
+        return float(np.exp(np.interp(np.log(step), np.log(self.steps), np.log(self.kl))))
 
 
 class Calibrator:
@@ -235,13 +240,13 @@ class Calibrator:
             shape = partial(self._curve, index, kind, head, weights[f"{index}.{kind}"][head])
             steps, bits, kl = np.array(self.journal.piece(f"{index}.{kind}.{head}", shape)).T
             found[index, kind, head] = Curve(steps, bits, np.maximum.accumulate(np.maximum(kl, UNSEEN_KL)))
-        steps = self._as_good_as(found, self.kivi(KIVI_BITS["balanced"]))
+        steps = allocate(found, price_of(found, self.kivi(KIVI_BITS["balanced"]).mean))
         for done, tensor in enumerate(tensors):
             self.tell("each head alone", done, len(tensors))
             alone = partial(self._alone, *tensor, steps[tensor])
             measured = self.journal.piece("alone." + ".".join(map(str, tensor)), alone)
             curve = found[tensor]
-            share = measured / np.exp(np.interp(np.log(steps[tensor]), np.log(curve.steps), np.log(curve.kl)))
+            share = measured / curve.kl_at(steps[tensor])
             kl = np.maximum(curve.kl * np.clip(share, 1 / WITHIN, WITHIN), UNSEEN_KL)
             found[tensor] = Curve(curve.steps, curve.bits, kl)
         return found
@@ -328,12 +333,17 @@ class Calibrator:
             price = price_of(curves, aim)
             steps, quality = self.at_price(curves, price)
             tried.append((price, steps, quality))
-            worse = max(quality.text / wanted.text, quality.repeated / wanted.repeated)
+            worse = max(
+                quality.text / max(wanted.text, UNSEEN_KL),
+                quality.repeated / max(wanted.repeated, UNSEEN_KL),
+                UNSEEN_KL,
+            )
             if NEAR <= worse <= 1:
                 break
             aim *= (1 + NEAR) / 2 / worse
         reached = [one for one in tried if one[2].reaches(wanted)]
-        price, steps, quality = min(reached) if reached else max(tried)
+        by_price = itemgetter(0)  # prices may be equal, and steps have no order
+        price, steps, quality = min(reached, key=by_price) if reached else max(tried, key=by_price)
         about = {
             "price": price,
             "kl": asdict(quality),
@@ -341,10 +351,6 @@ class Calibrator:
             "as_good_as": f"KIVI-style, {bits} bits",
         }
         return steps, {**about, "reached": bool(reached)}
-
-    def _as_good_as(self, curves: Mapping[Tensors, Curve], wanted: Quality) -> dict[Tensors, float]:
-        """The steps of which the curves predict this quality."""
-        return allocate(curves, price_of(curves, wanted.mean))
 
     # The calibration
 
@@ -406,10 +412,7 @@ def allocate(curves: Mapping[Tensors, Curve], price: float) -> dict[Tensors, flo
 
 def predicted(curves: Mapping[Tensors, Curve], steps: Mapping[Tensors, float]) -> float:
     """The KL of all tensors at these steps, as if each added its own."""
-    return sum(
-        float(np.exp(np.interp(np.log(steps[tensor]), np.log(curve.steps), np.log(curve.kl))))
-        for tensor, curve in curves.items()
-    )
+    return sum(curve.kl_at(steps[tensor]) for tensor, curve in curves.items())
 
 
 def price_of(curves: Mapping[Tensors, Curve], kl: float) -> float:
