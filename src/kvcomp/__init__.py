@@ -24,6 +24,7 @@ from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 if TYPE_CHECKING:
     from kvcomp.calibration import Calibration
     from kvcomp.compressed import CompressedKV, compress, load
+    from kvcomp.fit.cached import calibrate
     from kvcomp.prefix import PrefixStore
     from kvcomp.store import Memory
 
@@ -33,6 +34,7 @@ _LAZY = {
     "Memory": "kvcomp.store",
     "CompressedKV": "kvcomp.compressed",
     "PrefixStore": "kvcomp.prefix",
+    "calibrate": "kvcomp.fit.cached",
     "compress": "kvcomp.compressed",
     "load": "kvcomp.compressed",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "TensorSpec",
     "UnsupportedModel",
     "UnsupportedVersion",
+    "calibrate",
     "compress",
     "load",
 ]

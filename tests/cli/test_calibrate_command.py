@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from typer.testing import CliRunner, Result
 from kvcomp.calibration import Calibration
 from kvcomp.cli import app
 from kvcomp.evaluate.models import shipped_model
+from kvcomp.fit import cached
 from kvcomp.fit.calibrate import Calibrator
+from kvcomp.fit.windows import Settings
 from kvcomp.spec import LEVELS
 
 SMALL = "--windows", "4", "--prompt-tokens", "256", "--scored-tokens", "32"
@@ -84,6 +88,23 @@ def test_calibrate_says_what_it_needs(model: str, text: str, tmp_path: Path) -> 
     assert (short.exit_code, "positions end at 1024" in short.output) == (1, True)
     nothing = run("calibrate", model, "--text", text, "-o", output, *SMALL, "--resume")
     assert (nothing.exit_code, "run once without --resume" in nothing.output) == (1, True)
-    without = run("generate", model, "--spec", "kvcomp-klt", "--prompt", "a")
-    assert without.exit_code == 1
-    assert "kvcomp calibrate MODEL -o model.kvcal" in " ".join(without.output.split())
+    both = run("calibrate", model, "--text", text)
+    assert (both.exit_code, "--output" in both.output) == (2, True)
+    own = run("compress", text, "-o", output, "--spec", "kvcomp-klt")
+    assert (own.exit_code, "kvcomp calibrate MODEL -o model.kvcal" in " ".join(own.output.split())) == (1, True)
+
+
+def test_commands_find_a_calibration_that_was_made_without_a_place(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cached, "Settings", partial(Settings, 4, 256, 32))
+    made = run("calibrate", model, *SMALL)
+    assert made.exit_code == 0, made.output
+    (place,) = (tmp_path / "cache").rglob("*.kvcal")
+    assert str(place) in made.output
+    monkeypatch.setattr(Calibrator, "run", None)
+    output = tmp_path / "figures.json"
+    done = run("generate", model, "--spec", "kvcomp-klt", "--prompt", "a", "-n", "2", "--json", str(output))
+    assert done.exit_code == 0, done.output
+    assert json.loads(output.read_text())["spec"]["calibration"] == Calibration.read(place).fingerprint

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvcomp.cli.calibrate import calibration_for
 from kvcomp.cli.common import (
     SHIPPED,
     SPEC_NAMES,
@@ -25,6 +26,9 @@ from kvcomp.cli.common import (
 )
 from kvcomp.cli.tables import show_evaluation
 from kvcomp.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from kvcomp.calibration import Calibration
 
 DEFAULT_BASELINES = ["kivi-4", "kivi-2"]
 
@@ -78,7 +82,8 @@ def evaluate(
             from kvcomp.results import schema
 
             place, loaded, tokenizer = model_with_keys(model, dtype)
-            methods = _methods(place, spec, calibration, baseline)
+        methods = _methods(place, spec, calibration_for(place, loaded, spec or [], calibration), baseline)
+        with quiet_loading():
             plan = Plan.for_model(positions(loaded.config), **size)
             ids, source = text_ids(tokenizer, place, text)
             names = [part.strip() for part in (tasks or "").split(",") if part.strip()]
@@ -104,7 +109,9 @@ def evaluate(
         screen.print(f"written to {output}", style="dim")
 
 
-def _methods(place: str, specs: list[str] | None, calibration: Path | None, baselines: list[str] | None) -> list[Any]:
+def _methods(
+    place: str, specs: list[str] | None, calibration: Calibration | Path | None, baselines: list[str] | None
+) -> list[Any]:
     """The uncompressed cache, kvcomp under each spec, and the baselines."""
     from kvcomp.evaluate.methods import baseline, default_specs, named_spec
 

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kvcomp.cli.calibrate import calibration_for
 from kvcomp.cli.common import (
     SPEC_NAMES,
     CalibrationFile,
@@ -104,7 +105,8 @@ def _load(name: str | None, spec: str | None, calibration: Path | None, dtype: s
         model, tokenizer = load_model(place, dtype)
         tokens = torch.zeros(2, 1, 1, 65, 16, dtype=model.dtype)
         compress(*tokens).attend(tokens[0, :, :, :1])  # loads the kernels, or compiles them
-        return Loaded(str(place), model, tokenizer, *spec_for(place, spec, calibration))
+    found = calibration_for(str(place), model, [spec], calibration)
+    return Loaded(str(place), model, tokenizer, *spec_for(place, spec, found))
 
 
 def _prompt_ids(tokenizer: Any, text: str, raw: bool) -> list[int]:

@@ -181,9 +181,9 @@ def show_tuning(rows: dict[str, dict[str, Any]], source: str) -> None:
             screen.print(f"together they keep {100 * row['kept']:.1f} % of the score", highlight=False)
 
 
-def show_calibration(title: str, levels: Mapping[str, Mapping[str, Any]]) -> None:
+def show_calibration(levels: Mapping[str, Mapping[str, Any]]) -> None:
     """What each level of a calibration reached on its text."""
-    table = Table("level", "as good as", "KL on the text", "of that", "reached", title=title)
+    table = Table("level", "as good as", "KL on the text", "of that", "reached")
     for level, about in levels.items():
         both = (f"{kl['text']:.2e}, repeated {kl['repeated']:.2e}" for kl in (about["kl"], about["kl_of"]))
         table.add_row(level, about["as_good_as"], *both, "yes" if about["reached"] else "no: the best there is")

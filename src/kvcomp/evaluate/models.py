@@ -67,20 +67,25 @@ def load_model(name: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def calibration_beside(model: str | Path) -> Path | None:
+    """The calibration in the model's directory; None if there is none."""
+    path = gguf_file.folder_of(model) / CALIBRATION
+    return path if path.is_file() else None
+
+
 def spec_for(
-    model: str | Path, spec: str | None = None, calibration: Path | None = None
+    model: str | Path, spec: str | None = None, calibration: Calibration | Path | None = None
 ) -> tuple[CodecSpec, Calibration | None]:
     """``resolve`` with what lies in the model's directory.
 
     That is ``kvcomp.json`` if no spec is named, and ``model.kvcal`` for kvcomp-klt.
     Raises InvalidInput if there is no such spec or calibration.
     """
-    folder = gguf_file.folder_of(model)
-    tuned, beside = folder / TUNED_SPEC, folder / CALIBRATION
+    tuned = gguf_file.folder_of(model) / TUNED_SPEC
     if spec is None:
         return resolve(tuned if tuned.is_file() else "kvcomp", calibration)
-    if calibration is None and is_calibrated(spec) and beside.is_file():
-        calibration = beside
+    if calibration is None and is_calibrated(spec):
+        calibration = calibration_beside(model)
     return resolve(spec, calibration)
 
 

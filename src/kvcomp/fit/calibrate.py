@@ -41,6 +41,7 @@ from kvcomp.kernels import Books, load_backend
 from kvcomp.results.journal import Journal
 from kvcomp.spec import KINDS, LEVELS, PAGE_TOKENS
 
+METHOD = "gradients"  # in the names of cached files: another way makes others
 # Steps of a curve, over the root mean square of a tensor in its coordinates.
 FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
 EVERY = 2  # windows of which one is used for the bits of a curve

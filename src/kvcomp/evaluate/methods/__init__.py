@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvcomp.calibration import Calibration
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.gguf_file import folder_of
 from kvcomp.evaluate.methods.baseline import Baseline, Parts
@@ -19,7 +20,7 @@ from kvcomp.evaluate.methods.method import Method, Pair
 from kvcomp.evaluate.methods.quantized_cache import Quantized
 from kvcomp.evaluate.methods.turboquant import TurboQuant
 from kvcomp.evaluate.methods.uncompressed import Uncompressed
-from kvcomp.evaluate.models import CALIBRATION, TUNED_SPEC, spec_for
+from kvcomp.evaluate.models import TUNED_SPEC, calibration_beside, spec_for
 from kvcomp.spec import CALIBRATED, PRESETS, is_calibrated
 
 __all__ = ["BASELINES", "Baseline", "KVComp", "Method", "Pair", "Parts", "baseline", "default_specs", "named_spec"]
@@ -48,7 +49,7 @@ def baseline(name: str) -> Method:
     return _from_file(Path(match[1]), match[2])
 
 
-def named_spec(model: str | Path, name: str, calibration: Path | None = None) -> Method:
+def named_spec(model: str | Path, name: str, calibration: Calibration | Path | None = None) -> Method:
     """kvcomp under a spec that an option names, its calibration given or beside the model. Raises InvalidInput."""
     spec, read = spec_for(model, name, calibration)
     stem = Path(name).stem
@@ -58,11 +59,11 @@ def named_spec(model: str | Path, name: str, calibration: Path | None = None) ->
 def default_specs(model: str | Path) -> list[Method]:
     """kvcomp as a model would use it: calibrated and tuned, if that was done for it, and the preset."""
     found: list[Method] = []
-    folder = folder_of(model)
-    if (folder / CALIBRATION).is_file():
+    tuned = folder_of(model) / TUNED_SPEC
+    if calibration_beside(model):
         found.append(named_spec(model, CALIBRATED))
-    if (folder / TUNED_SPEC).is_file():
-        found.append(KVComp(folder / TUNED_SPEC, "tuned"))
+    if tuned.is_file():
+        found.append(KVComp(tuned, "tuned"))
     return [*found, KVComp("kvcomp")]
 
 
