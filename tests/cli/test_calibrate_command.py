@@ -108,3 +108,9 @@ def test_commands_find_a_calibration_that_was_made_without_a_place(
     done = run("generate", model, "--spec", "kvcomp-klt", "--prompt", "a", "-n", "2", "--json", str(output))
     assert done.exit_code == 0, done.output
     assert json.loads(output.read_text())["spec"]["calibration"] == Calibration.read(place).fingerprint
+    within = run("generate", model, "--budget", "1MiB", "--prompt", "a", "-n", "2")
+    assert (within.exit_code, "layers: 1 near-lossless" in within.output) == (0, True)
+    without = run("generate", model, "--budget", "1kB", "--prompt", "a", "-n", "2")
+    assert (without.exit_code, "give more, or fewer tokens" in " ".join(without.output.split())) == (1, True)
+    other = run("generate", model, "--budget", "1MiB", "--spec", "packed", "--prompt", "a")
+    assert (other.exit_code, "leave out --spec" in other.output) == (2, True)

@@ -7,8 +7,8 @@ from kvcomp.calibration.file import (
     LayerCalibration,
     LevelOfLayer,
     quantise_matrix,
-    resolve,
 )
+from kvcomp.calibration.named import resolve
 
 __all__ = [
     "CLASSES",

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ from kvcomp.codec.block import check_channels
 from kvcomp.codec.codebook import Codebook
 from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedVersion
 from kvcomp.kernels import Books
-from kvcomp.spec import CALIBRATED, CodecSpec, TensorSpec, is_calibrated
+from kvcomp.spec import CodecSpec, TensorSpec
 
 VERSION = 1
 METADATA = "kvcomp_calibration"
@@ -107,10 +107,13 @@ class Calibration:
         """Names of the quality levels, from fine to coarse."""
         return tuple(self.about.levels)
 
-    def nbytes(self, level: str) -> int:
-        """Bytes that decoding at a level takes from the file: transforms, means, steps and codebooks."""
+    def nbytes(self, level: str, layers: Sequence[int] | None = None) -> int:
+        """Bytes that decoding at a level takes from the file: transforms, means, steps and codebooks.
+
+        layers: which to count; all if None.
+        """
         size = 0
-        for transform, levels in self.layers.values():
+        for transform, levels in (self.layers[index] for index in (self.layers if layers is None else layers)):
             affines = (transform.key, transform.value)
             size += sum(x.matrix.numel() + 8 * x.mean.numel() for x in affines)
             size += sum(4 * len(steps) for steps in levels[level].steps)
@@ -125,14 +128,25 @@ class Calibration:
         InvalidInput
             If there is no such level.
         """
-        if level not in self.about.levels:
-            raise InvalidInput(f"this calibration has no level {level!r}: use {', '.join(self.levels)}")
+        return self.mixed(dict.fromkeys(self.layers, level))
+
+    def mixed(self, chosen: Mapping[int, str]) -> CodecSpec:
+        """The spec that has a level for each layer.
+
+        Raises
+        ------
+        InvalidInput
+            If there is no such level.
+        """
+        for level in chosen.values():
+            if level not in self.about.levels:
+                raise InvalidInput(f"this calibration has no level {level!r}: use {', '.join(self.levels)}")
         tensors: list[TensorSpec] = []
         for kind in (0, 1):
             heads = next(iter(self.layers.values()))[0].heads
             steps = [(1.0,) * heads] * self.about.layers  # of layers that are not compressed: nobody reads them
             for index, (_, levels) in self.layers.items():
-                steps[index] = levels[level].steps[kind]
+                steps[index] = levels[chosen[index]].steps[kind]
             tensors.append(TensorSpec("head", steps=tuple(steps), classes=CLASSES))
         return CodecSpec(tensors[0], tensors[1], calibration=self.fingerprint)
 
@@ -156,24 +170,30 @@ class Calibration:
         InvalidInput
             If the spec is of no level of this calibration.
         """
-        level = self.level_of(spec)
+        chosen = self.levels_of(spec)
         if index not in self.layers:
             return None
         transform, levels = self.layers[index]
-        return LayerCalibration(levels[level].books, transform)
+        return LayerCalibration(levels[chosen[index]].books, transform)
 
-    def level_of(self, spec: CodecSpec) -> str:
-        """The level that a spec is. Raises InvalidInput if it is none of this calibration."""
+    def levels_of(self, spec: CodecSpec) -> dict[int, str]:
+        """The level that a spec has in each layer. Raises InvalidInput if it is of no level of this calibration."""
         if spec.calibration != self.fingerprint:
             raise InvalidInput(
                 f"this spec belongs to the calibration {spec.calibration}, and the one given is {self.fingerprint}: "
                 "give the file that the cache was compressed with"
             )
-        for level in self.levels:
-            mine = self.spec(level)
-            if (mine.key, mine.value) == (spec.key, spec.value):
-                return level
-        raise InvalidInput("the steps of this spec are those of no level of the calibration")
+        steps = list(zip(spec.key.steps or (), spec.value.steps or (), strict=False))
+        found = {
+            index: level
+            for index, (_, levels) in self.layers.items()
+            for level in reversed(self.levels)
+            if index < len(steps) and levels[level].steps == steps[index]
+        }
+        mine = self.mixed(found) if len(found) == len(self.layers) else None
+        if mine is None or (mine.key, mine.value) != (spec.key, spec.value):
+            raise InvalidInput("the steps of this spec are those of no level of the calibration")
+        return found
 
     def check_model(self, fingerprint: Mapping[str, Any]) -> None:
         """Raise InvalidInput if this is the fingerprint of another model."""
@@ -247,43 +267,6 @@ class Calibration:
                 tensors[f"{index}.{level}.books"] = np.frombuffer(books, np.uint8)
         text = json.dumps({"version": VERSION, **asdict(about)})
         return cls.from_bytes(save(tensors, {METADATA: text}))
-
-
-def resolve(
-    spec: str | Path | CodecSpec, calibration: Calibration | str | Path | None = None
-) -> tuple[CodecSpec, Calibration | None]:
-    """Resolve a spec, and the calibration it needs if it needs one.
-
-    Parameters
-    ----------
-    spec
-        As for ``CodecSpec.resolve``, or ``kvcomp-klt``, or ``kvcomp-klt:LEVEL``.
-    calibration
-        One, or the path of its file.
-
-    Raises
-    ------
-    InvalidInput
-        If the calibration is missing, not needed or another one, or if there is no such spec or level.
-    CorruptData, UnsupportedVersion, LimitExceeded
-        As for ``Calibration.read``.
-    """
-    resolved = None if is_calibrated(spec) else CodecSpec.resolve(spec)
-    if resolved is not None and resolved.calibration is None:
-        if calibration is not None:
-            raise InvalidInput(f"the spec {spec!s} needs no calibration: leave it out, or use {CALIBRATED}")
-        return resolved, None
-    if calibration is None:
-        which = "" if resolved is None else f" with the fingerprint {resolved.calibration}"
-        raise InvalidInput(
-            f"{CALIBRATED} needs a calibration of the model{which}: give calibration=kvcomp.calibrate(model), or the "
-            "file that 'kvcomp calibrate MODEL -o model.kvcal' makes"
-        )
-    read = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
-    if resolved is None:
-        return read.spec(str(spec).partition(":")[2] or DEFAULT_LEVEL), read
-    read.level_of(resolved)
-    return resolved, read
 
 
 def quantise_matrix(matrix: Tensor) -> Tensor:

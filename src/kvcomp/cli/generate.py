@@ -31,7 +31,7 @@ from kvcomp.cli.common import (
 )
 from kvcomp.cli.prefix import Prefixes
 from kvcomp.errors import InvalidInput
-from kvcomp.spec import CodecSpec
+from kvcomp.spec import CALIBRATED, CodecSpec
 
 if TYPE_CHECKING:
     from kvcomp.calibration import Calibration
@@ -55,6 +55,10 @@ def generate(
         str | None, typer.Option(help=f"{SPEC_NAMES} [default: kvcomp.json beside the model, else kvcomp]")
     ] = None,
     calibration: CalibrationFile = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help=f"Bytes of the cache, such as 2GiB: {CALIBRATED} with the finest levels that fit"),
+    ] = None,
     dtype: Dtype = None,
     compare: Annotated[bool, typer.Option("--compare", help="Hold every token against the uncompressed cache")] = False,
     temperature: Annotated[
@@ -73,11 +77,15 @@ def generate(
     if model is not None and prompt is None and prompt_file is None:
         raise typer.BadParameter("a model of your own needs --prompt or --prompt-file")
     check_spec(spec)
+    if budget is not None and spec not in (None, CALIBRATED):
+        raise typer.BadParameter(f"it chooses the levels of {CALIBRATED}: leave out --spec", param_hint="--budget")
     with plain_errors():
-        loaded = _load(model, spec, calibration, dtype)
+        loaded = _load(model, CALIBRATED if budget else spec, calibration, dtype)
         if prompt_file is not None:
             prompt = _read_text(prompt_file) + (prompt or "")
         ids = _own_prompt(loaded.tokenizer) if prompt is None else _prompt_ids(loaded.tokenizer, prompt, raw)
+        if budget is not None:
+            loaded = _within(loaded, budget, len(ids) + max_new_tokens)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
         _generate(loaded, ids, max_new_tokens, seed, sampling, compare, prefix_store, output)
 
@@ -107,6 +115,16 @@ def _load(name: str | None, spec: str | None, calibration: Path | None, dtype: s
         compress(*tokens).attend(tokens[0, :, :, :1])  # loads the kernels, or compiles them
     found = calibration_for(str(place), model, [spec], calibration)
     return Loaded(str(place), model, tokenizer, *spec_for(place, spec, found))
+
+
+def _within(loaded: Loaded, budget: str, tokens: int) -> Loaded:
+    """The same with the levels that a budget allows, which are shown."""
+    from kvcomp.integrations.transformers.budget import plan_for
+    from kvcomp.integrations.transformers.models import text_config
+
+    plan = plan_for(text_config(loaded.model.config), CALIBRATED, loaded.calibration, budget, tokens)
+    screen.print(str(plan), style="dim")
+    return loaded._replace(spec=plan.spec)
 
 
 def _prompt_ids(tokenizer: Any, text: str, raw: bool) -> list[int]:

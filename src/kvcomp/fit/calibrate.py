@@ -40,6 +40,7 @@ from kvcomp.integrations.transformers.models import check_layer, fingerprint_of,
 from kvcomp.kernels import Books, load_backend
 from kvcomp.results.journal import Journal
 from kvcomp.spec import KINDS, LEVELS, PAGE_TOKENS
+from kvcomp.store import Memory, sealed
 
 METHOD = "gradients"  # in the names of cached files: another way makes others
 # Steps of a curve, over the root mean square of a tensor in its coordinates.
@@ -58,6 +59,7 @@ NEAR = 0.9  # a level whose KL is this part of the wanted one is near enough
 UNSEEN_KL = 1e-9  # less is rounding
 
 Tensors = tuple[int, int, int]  # layer, K (0) or V (1), head
+Levels = Mapping[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]]  # steps, and what was measured
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ class Calibrator:
         self.write()
         self.read()
         curves = self.curves()
-        return self.build({level: self.level(curves, bits) for level, bits in KIVI_BITS.items()}, text)
+        levels = {level: self.level(curves, bits) for level, bits in KIVI_BITS.items()}
+        return self.priced(self.build(levels, text), levels, curves, text)
 
     # Statistics and windows
 
@@ -368,7 +371,34 @@ class Calibrator:
         coded = load_backend("cpu").quantise(heads, "head", steps)
         return fit_books(coded.codes[~coded.raw].reshape(-1, PAGE_TOKENS, CLASSES, x.shape[-1] // CLASSES), kind)
 
-    def build(self, levels: Mapping[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]], text: str) -> Calibration:
+    def priced(self, made: Calibration, levels: Levels, curves: Mapping[Tensors, Curve], text: str) -> Calibration:
+        """The same with the bits and the KL of each layer at each level, which a budget is spent by.
+
+        Bits are counted in pages. The KL of layers are shares of what all of them cost together.
+        """
+        found: dict[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]] = {}
+        for level, (steps, about) in levels.items():
+            shares = dict.fromkeys(self.layers, 0.0)
+            for tensor, step in steps.items():
+                shares[tensor[0]] += curves[tensor].kl_at(step)
+            whole = Quality(**about["kl"]).mean / sum(shares.values())
+            prices = {
+                str(index): {"bits": self._page_bits(made, level, index), "kl": whole * share}
+                for index, share in shares.items()
+            }
+            found[level] = steps, {**about, "layers": prices}
+        return self.build(found, text)
+
+    def _page_bits(self, made: Calibration, level: str, index: int) -> float:
+        """Bits a value of a layer's pages, with everything that is in them."""
+        spec, memory = made.spec(level), Memory()
+        calibrated = made.layer(index, spec)
+        for window in self.windows[::EVERY]:
+            k, v = (_values(window.layers[index], kind)[:, :, self.coded] for kind in (0, 1))
+            memory += sealed(spec.bare().layer(index, made.about.layers), k, v, calibrated=calibrated).memory()
+        return memory.coded_bits
+
+    def build(self, levels: Levels, text: str) -> Calibration:
         """The calibration with these levels. text: what to call the text."""
         transforms = {
             index: (

@@ -72,6 +72,7 @@ class KVComp(Method):
     def settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"spec": json.loads(self.spec.to_json())}
         if self.calibration is not None:
-            level = self.calibration.level_of(self.spec)
-            settings |= {"level": level, "calibration_bytes": self.calibration.nbytes(level)}
+            levels = self.calibration.levels_of(self.spec)
+            size = sum(self.calibration.nbytes(level, [index]) for index, level in levels.items())
+            settings |= {"levels": sorted(set(levels.values())), "calibration_bytes": size}
         return settings

@@ -33,6 +33,7 @@ from kvcomp.calibration import Calibration, resolve
 from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
 from kvcomp.integrations.transformers import files as transformers_files
 from kvcomp.integrations.transformers.attention import NAME, kvcomp_attention
+from kvcomp.integrations.transformers.budget import plan_for
 from kvcomp.integrations.transformers.identity import check_origin, weights_id
 from kvcomp.integrations.transformers.layer import CompressedLayer, uncompiled
 from kvcomp.integrations.transformers.masks import kvcomp_mask
@@ -58,6 +59,11 @@ class KVCompCache(Cache):
         A CodecSpec, a preset's name or the path of a spec.json. ``kvcomp-klt:balanced`` names a level of a calibration.
     calibration
         Of the model, for ``kvcomp-klt``: a .kvcal file, which ``kvcomp calibrate`` makes, or what was read from it.
+    budget
+        Bytes of the cache, or a size such as ``2GiB``, in place of a level: each layer takes one, so that a sequence of
+        ``context`` tokens fits. ``plan`` then says which, and the KL to expect.
+    context
+        Tokens that shall fit the budget; all that the model's positions allow if None.
     backend
         ``cpu``, or ``gpu`` for a model on NVIDIA GPUs, or ``reference`` to check against it.
 
@@ -67,6 +73,8 @@ class KVCompCache(Cache):
         If the model's cache cannot be held.
     InvalidInput, BackendUnavailable
         For the other arguments.
+    LimitExceeded
+        If no level fits the budget.
 
     Examples
     --------
@@ -82,6 +90,8 @@ class KVCompCache(Cache):
         spec: str | Path | CodecSpec = "kvcomp",
         *,
         calibration: Calibration | str | Path | None = None,
+        budget: int | str | None = None,
+        context: int | None = None,
         backend: str = "cpu",
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
@@ -93,6 +103,9 @@ class KVCompCache(Cache):
         self.session = Session(config)
         if self.calibration is not None:
             self.calibration.check_model(fingerprint_of(config))
+        self.plan = None if budget is None else plan_for(config, spec, self.calibration, budget, context)
+        if self.plan is not None:
+            self.spec = self.plan.spec
         layers: list[Any] = DynamicCache(config=config).layers
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
