@@ -15,7 +15,8 @@ from kvcomp.calibration import Calibration
 from kvcomp.evaluate.methods import KVComp
 from kvcomp.evaluate.methods.baseline import BaselineLayer
 from kvcomp.evaluate.methods.kivi import Kivi
-from kvcomp.fit.calibrate import Calibrator, Curve
+from kvcomp.fit.calibrate import Calibrator
+from kvcomp.fit.curves import Curve
 from kvcomp.fit.windows import Settings
 from kvcomp.results.journal import Journal
 from kvcomp.spec import LEVELS, CodecSpec, Kind, TensorSpec

@@ -34,6 +34,7 @@ from kvcomp.evaluate.fidelity import attend_plainly, token_kls
 from kvcomp.evaluate.gradients import label_gradients
 from kvcomp.evaluate.methods.kivi import GROUP, Kivi
 from kvcomp.fit.codebooks import fit_books
+from kvcomp.fit.curves import UNSEEN_KL, Curve, Tensors, allocate, entropy_bits, price_of
 from kvcomp.fit.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
 from kvcomp.fit.windows import Settings, Tell, draw_windows, first_token, write
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, position_limit, setting, text_config
@@ -46,19 +47,14 @@ METHOD = "gradients"  # in the names of cached files: another way makes others
 # Steps of a curve, over the root mean square of a tensor in its coordinates.
 FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
 EVERY = 2  # windows of which one is used for the bits of a curve
-FINER = 8  # steps tried between two of a curve
-LABELS = 2  # backward passes a window
+LABELS = 1  # backward passes a window
 MEASURED = 128  # tokens after a prompt that are predicted with one tensor coded alone
 WITHIN = 100.0  # a measured KL this many times the predicted one, or less than that part of it, is taken for noise
-PIECES = 4  # the model writes a window in so many pieces, side by side
+PIECES = 8  # the model writes a window in so many pieces, side by side
 KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))
-PRICES = 1e-3, 1e9  # bits a value for a nat
-HALVINGS = 20  # of the prices' logarithm
 MEASUREMENTS = 5  # most for a level
 NEAR = 0.9  # a level whose KL is this part of the wanted one is near enough
-UNSEEN_KL = 1e-9  # less is rounding
 
-Tensors = tuple[int, int, int]  # layer, K (0) or V (1), head
 Levels = Mapping[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]]  # steps, and what was measured
 
 
@@ -88,19 +84,6 @@ class Quality:
 
     def reaches(self, other: Quality) -> bool:
         return self.text <= other.text and self.repeated <= other.repeated
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A tensor coded alone: bits a value and KL at each of some steps, ascending."""
-
-    steps: npt.NDArray[np.float64]
-    bits: npt.NDArray[np.float64]
-    kl: npt.NDArray[np.float64]
-
-    def kl_at(self, step: float) -> float:
-        """The KL at a step between those of the curve."""
-        return float(np.exp(np.interp(np.log(step), np.log(self.steps), np.log(self.kl))))
 
 
 class Calibrator:
@@ -279,7 +262,7 @@ class Calibrator:
         for step in (factor * size for factor in FACTORS):
             codes = (x / step).round()
             error = (codes * step - x).double().square().mean((0, 1))
-            points.append((step, _bits(codes, kind), float(weight @ error)))
+            points.append((step, entropy_bits(codes, kind), float(weight @ error)))
         return points
 
     @torch.no_grad()
@@ -426,36 +409,6 @@ class Calibrator:
         return Calibration.build(about, transforms, of_layers)
 
 
-def allocate(curves: Mapping[Tensors, Curve], price: float) -> dict[Tensors, float]:
-    """For each tensor the step of least bits a value + price * KL, between the measured steps too.
-
-    price: bits of the mean value for a nat.
-    """
-    steps = {}
-    for tensor, curve in curves.items():
-        place = np.linspace(0, len(curve.steps) - 1, FINER * (len(curve.steps) - 1) + 1)
-        at = np.arange(len(curve.steps))
-        kl = np.exp(np.interp(place, at, np.log(curve.kl)))
-        best = np.argmin(np.interp(place, at, curve.bits) / len(curves) + price * kl)
-        steps[tensor] = float(np.exp(np.interp(place[best], at, np.log(curve.steps))))
-    return steps
-
-
-def predicted(curves: Mapping[Tensors, Curve], steps: Mapping[Tensors, float]) -> float:
-    """The KL of all tensors at these steps, as if each added its own."""
-    return sum(curve.kl_at(steps[tensor]) for tensor, curve in curves.items())
-
-
-def price_of(curves: Mapping[Tensors, Curve], kl: float) -> float:
-    """The lowest price at which the curves predict no more than this KL."""
-    low, high = np.log(PRICES)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        good = predicted(curves, allocate(curves, float(np.exp(middle)))) <= kl
-        low, high = (low, middle) if good else (middle, high)
-    return float(np.exp(high))
-
-
 def _affine(sums: LayerSums, key: bool, centred: bool) -> Affine:
     mean, covariance = sums.moments(key, centred)
     metric = sums.qq if key else sums.output
@@ -472,24 +425,3 @@ def _values(layer: Any, kind: int) -> Tensor:
     """K or V of a cache layer, (1, KV heads, tokens, D)."""
     values: Tensor = layer.values if kind else layer.keys
     return values
-
-
-def _bits(codes: Tensor, kind: int) -> float:
-    """Bits a value that pairs of codes (windows, tokens, D) need.
-
-    None where all codes are the same, else at least half a bit; 16 where a code fits no byte.
-    """
-    pairs = codes.unflatten(1, (-1, 2)).transpose(1, 2) if kind else codes.unflatten(2, (-1, 2)).permute(0, 3, 1, 2)
-    a, b = pairs[:, 0], pairs[:, 1]  # V: (windows, token pairs, D); K: (windows, tokens, D/2)
-    total = 0.0
-    for of_class in range(CLASSES):
-        width = a.shape[-1] // CLASSES
-        part = slice(of_class * width, (of_class + 1) * width)
-        symbol = ((a[..., part].clamp(-127, 127) + 127) * 255 + b[..., part].clamp(-127, 127) + 127).long().flatten()
-        share = torch.bincount(symbol).double() / symbol.numel()
-        share = share[share > 0]
-        if len(share) > 1:
-            total += max(1.0, float(-(share * share.log2()).sum())) / 2
-    raw = codes.unflatten(1, (-1, PAGE_TOKENS)).abs().amax((2, 3)) > 127
-    share_raw = float(raw.double().mean())
-    return (1 - share_raw) * total / CLASSES + share_raw * 16
