@@ -1,9 +1,10 @@
 """Making a calibration: transforms from statistics, and steps from what each head's K and V cost in quality.
 
 Each tensor, the K or V of one head, has a curve: bits and KL for each step. One backward pass a window gives the shape
-of all curves (``gradients``); coding each tensor alone once gives their size. For a price of KL every tensor then takes
-the step of least bits + price * KL (Shoham & Gersho, 1988). A level is the lowest price at which the model, with all of
-them coded, is as good as with KIVI-style quantisation at 4, 3 or 2 bits.
+of all curves (``gradients``). Coding the K and the V of each layer alone once gives their size, as the heads of a layer
+are off by about the same factor. For a price of KL every tensor then takes the step of least bits + price * KL
+(Shoham & Gersho, 1988). A level is the lowest price at which the model, with all of them coded, is as good as with
+KIVI-style quantisation at 4, 3 or 2 bits.
 
 Quality is measured on two kinds of windows: text that goes on, and text that repeats a part of the prompt word for
 word. Most text can be predicted without looking far back. The second kind shows whether things are found again.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from math import gcd
 from operator import itemgetter
@@ -30,11 +31,12 @@ from xxhash import xxh3_64
 from kvcomp.calibration import CLASSES, About, Calibration, LevelOfLayer, quantise_matrix
 from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.errors import InvalidInput
-from kvcomp.evaluate.fidelity import attend_plainly, token_kls
+from kvcomp.evaluate.fidelity import attend_plainly
 from kvcomp.evaluate.gradients import label_gradients
 from kvcomp.evaluate.methods.kivi import GROUP, Kivi
 from kvcomp.fit.codebooks import fit_books
-from kvcomp.fit.curves import UNSEEN_KL, Curve, Tensors, allocate, entropy_bits, price_of
+from kvcomp.fit.curves import UNSEEN_KL, Curve, Tensors, allocate, entropy_bits, predicted, price_of
+from kvcomp.fit.quality import Quality, Window, mean_kl, values_of
 from kvcomp.fit.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
 from kvcomp.fit.windows import Settings, Tell, draw_windows, first_token, write
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, position_limit, setting, text_config
@@ -48,7 +50,7 @@ METHOD = "gradients"  # in the names of cached files: another way makes others
 FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
 EVERY = 2  # windows of which one is used for the bits of a curve
 LABELS = 1  # backward passes a window
-MEASURED = 128  # tokens after a prompt that are predicted with one tensor coded alone
+MEASURED = 128  # tokens after a prompt that are predicted with one layer coded alone
 WITHIN = 100.0  # a measured KL this many times the predicted one, or less than that part of it, is taken for noise
 PIECES = 8  # the model writes a window in so many pieces, side by side
 KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))
@@ -56,34 +58,6 @@ MEASUREMENTS = 5  # most for a level
 NEAR = 0.9  # a level whose KL is this part of the wanted one is near enough
 
 Levels = Mapping[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]]  # steps, and what was measured
-
-
-@dataclass(frozen=True)
-class Window:
-    """A prompt's cache and what the model says of the text after it."""
-
-    layers: list[Any]
-    text: Tensor
-    """int64 (1, tokens)."""
-    log_probs: Tensor
-    """float32 (tokens, vocabulary)."""
-    repeats: bool
-    """Whether the text repeats a part of the prompt."""
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Mean KL in nats a token on text that goes on and on text that repeats."""
-
-    text: float
-    repeated: float
-
-    @property
-    def mean(self) -> float:
-        return (self.text + self.repeated) / 2
-
-    def reaches(self, other: Quality) -> bool:
-        return self.text <= other.text and self.repeated <= other.repeated
 
 
 class Calibrator:
@@ -179,7 +153,7 @@ class Calibrator:
             self.windows.append(Window(layers, ids[:, prompt:], log_probs, repeats))
         self.affines = dict(self._transforms(statistics) if transforms is None else transforms)
         for (index, kind), affine in self.affines.items():
-            x = torch.cat([_values(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
+            x = torch.cat([values_of(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
             self.coordinates[index, kind] = affine.apply(x)
 
     def _transforms(self, statistics: Statistics) -> dict[tuple[int, int], Affine]:
@@ -206,11 +180,11 @@ class Calibrator:
         for number, window in enumerate(self.windows[::every]):
             layers = [copy(layer) for layer in window.layers]
             for (index, kind), values in coded.items():
-                whole = _values(layers[index], kind).clone()
+                whole = values_of(layers[index], kind).clone()
                 whole[:, :, self.coded] = values[number]
                 setattr(layers[index], "values" if kind else "keys", whole)
             log_probs = self._predict(layers, window.text)
-            kls[window.repeats].append(_kl(window.log_probs, log_probs))
+            kls[window.repeats].append(mean_kl(window.log_probs, log_probs))
         return Quality(*(float(np.mean(kl)) for kl in kls))
 
     # Steps
@@ -228,14 +202,14 @@ class Calibrator:
             steps, bits, kl = np.array(self.journal.piece(f"{index}.{kind}.{head}", shape)).T
             found[index, kind, head] = Curve(steps, bits, np.maximum.accumulate(np.maximum(kl, UNSEEN_KL)))
         steps = allocate(found, price_of(found, self.kivi(KIVI_BITS["balanced"]).mean))
-        for done, tensor in enumerate(tensors):
-            self.tell("each head alone", done, len(tensors))
-            alone = partial(self._alone, *tensor, steps[tensor])
-            measured = self.journal.piece("alone." + ".".join(map(str, tensor)), alone)
-            curve = found[tensor]
-            share = measured / curve.kl_at(steps[tensor])
-            kl = np.maximum(curve.kl * np.clip(share, 1 / WITHIN, WITHIN), UNSEEN_KL)
-            found[tensor] = Curve(curve.steps, curve.bits, kl)
+        for done, (index, kind) in enumerate(self.affines):
+            self.tell("each layer alone", done, len(self.affines))
+            heads = {tensor: curve for tensor, curve in found.items() if tensor[:2] == (index, kind)}
+            alone = partial(self._alone, index, kind, [steps[tensor] for tensor in heads])
+            share = self.journal.piece(f"alone.{index}.{kind}", alone) / predicted(heads, steps)
+            for tensor, curve in heads.items():
+                kl = np.maximum(curve.kl * np.clip(share, 1 / WITHIN, WITHIN), UNSEEN_KL)
+                found[tensor] = Curve(curve.steps, curve.bits, kl)
         return found
 
     def _gradients(self) -> dict[str, list[list[float]]]:
@@ -266,17 +240,17 @@ class Calibrator:
         return points
 
     @torch.no_grad()
-    def _alone(self, index: int, kind: int, head: int, step: float) -> float:
-        """KL with one tensor coded alone, mean of a window that goes on and one that repeats."""
+    def _alone(self, index: int, kind: int, steps: Sequence[float]) -> float:
+        """KL with the K or V of one layer coded alone, mean of a window that goes on and one that repeats."""
         affine, kls = self.affines[index, kind], []
+        step = torch.tensor(steps)[:, None, None]
         for number in (0, [window.repeats for window in self.windows].index(True)):
             window = self.windows[number]
             layers = [copy(layer) for layer in window.layers]
-            codes = (self.coordinates[index, kind][number, head] / step).round()
-            whole = _values(layers[index], kind).clone()
-            whole[0, head, self.coded] = (codes * step) @ affine.inverse[head].mT + affine.mean[head]
+            whole = values_of(layers[index], kind).clone()
+            whole[0, :, self.coded] = affine.undo((self.coordinates[index, kind][number] / step).round() * step)
             setattr(layers[index], "values" if kind else "keys", whole)
-            kls.append(_kl(window.log_probs[:MEASURED], self._predict(layers, window.text[:, :MEASURED])))
+            kls.append(mean_kl(window.log_probs[:MEASURED], self._predict(layers, window.text[:, :MEASURED])))
         return float(np.mean(kls))
 
     def coded_values(self, steps: Mapping[Tensors, float]) -> dict[tuple[int, int], Tensor]:
@@ -290,7 +264,7 @@ class Calibrator:
     def rounded(self, method: Kivi, index: int, kind: int) -> Tensor:
         """The coded tokens of a layer's K (0) or V (1), as this method gives them back."""
         name = KINDS[kind]
-        raw = (_values(window.layers[index], kind)[:, :, self.coded] for window in self.windows)
+        raw = (values_of(window.layers[index], kind)[:, :, self.coded] for window in self.windows)
         return torch.cat([method.decode(method.encode(x, name), name) for x in raw])
 
     def kivi(self, bits: int) -> Quality:
@@ -377,7 +351,7 @@ class Calibrator:
         spec, memory = made.spec(level), Memory()
         calibrated = made.layer(index, spec)
         for window in self.windows[::EVERY]:
-            k, v = (_values(window.layers[index], kind)[:, :, self.coded] for kind in (0, 1))
+            k, v = (values_of(window.layers[index], kind)[:, :, self.coded] for kind in (0, 1))
             memory += sealed(spec.bare().layer(index, made.about.layers), k, v, calibrated=calibrated).memory()
         return memory.coded_bits
 
@@ -414,14 +388,3 @@ def _affine(sums: LayerSums, key: bool, centred: bool) -> Affine:
     metric = sums.qq if key else sums.output
     matrix = torch.stack([metric_klt(c, m) for c, m in zip(covariance, metric, strict=True)])
     return Affine.of(quantise_matrix(matrix), mean)
-
-
-def _kl(expected: Tensor, found: Tensor) -> float:
-    """Mean KL in nats a token between log probabilities (tokens, vocabulary)."""
-    return float(token_kls(expected, found).mean().clamp_min(0))
-
-
-def _values(layer: Any, kind: int) -> Tensor:
-    """K or V of a cache layer, (1, KV heads, tokens, D)."""
-    values: Tensor = layer.values if kind else layer.keys
-    return values

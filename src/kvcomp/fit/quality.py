@@ -1,0 +1,49 @@
+"""What quality is measured on, and in: windows of text, and mean KL on two kinds of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kvcomp.evaluate.fidelity import token_kls
+
+
+@dataclass(frozen=True)
+class Window:
+    """A prompt's cache and what the model says of the text after it."""
+
+    layers: list[Any]
+    text: Tensor
+    """int64 (1, tokens)."""
+    log_probs: Tensor
+    """float32 (tokens, vocabulary)."""
+    repeats: bool
+    """Whether the text repeats a part of the prompt."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Mean KL in nats a token on text that goes on and on text that repeats."""
+
+    text: float
+    repeated: float
+
+    @property
+    def mean(self) -> float:
+        return (self.text + self.repeated) / 2
+
+    def reaches(self, other: Quality) -> bool:
+        return self.text <= other.text and self.repeated <= other.repeated
+
+
+def mean_kl(expected: Tensor, found: Tensor) -> float:
+    """Mean KL in nats a token between log probabilities (tokens, vocabulary)."""
+    return float(token_kls(expected, found).mean().clamp_min(0))
+
+
+def values_of(layer: Any, kind: int) -> Tensor:
+    """K or V of a cache layer, (1, KV heads, tokens, D)."""
+    values: Tensor = layer.values if kind else layer.keys
+    return values
