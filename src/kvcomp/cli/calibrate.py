@@ -32,7 +32,7 @@ def calibrate(
             dir_okay=False,
         ),
     ] = None,
-    windows: Annotated[int, typer.Option(min=4, help="Windows of text to measure on")] = 12,
+    windows: Annotated[int, typer.Option(min=4, help="Windows of text to measure on")] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=256, help="Tokens of each that are compressed")] = 2048,
     scored_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each that are predicted from them")] = 256,
     resume: Resume = False,

@@ -29,7 +29,7 @@ Tell = Callable[[str, int, int], None]  # what is being done, how much of it is 
 class Settings:
     """How much text a calibration is measured on. Lengths are in tokens."""
 
-    windows: int = 12
+    windows: int = 8
     """Of text: half go on with text, half with a repetition."""
     prompt: int = 2048
     """Of each window, coded."""
