@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvcomp.evaluate import sensitivity as evaluate_sensitivity
 from kvcomp.evaluate.fidelity import (
     Sample,
     bits_at,
@@ -107,7 +108,11 @@ def test_a_large_channel_of_k_costs_the_default_preset_nothing(
         assert found < kl(*outlier, KVComp(f"{name}:paper")) / 3
 
 
-def test_a_large_channel_is_blamed_where_it_shares_its_scale_and_nowhere_else(outlier: tuple[Any, Sample]) -> None:
+def test_a_large_channel_is_blamed_where_it_shares_its_scale_and_nowhere_else(
+    outlier: tuple[Any, Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_sensitivity, "LABELS", 1)
+    monkeypatch.setattr(evaluate_sensitivity, "MEASURED", 2)
     probed = probe(*outlier)
     reasons = {
         name: [one["why"] for one in sensitivity(outlier[0], probed, KVComp(name)) if one["kind"] == "K"]
