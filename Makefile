@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(VENV)/transformers-5.14
 ATTENTION := --full --part attention --context 8192 --context 32768 --batch 1 --head-dim 128
+# The tables of times are of the scheme as published.
+PAPER := --spec kvcomp:paper
 # What does not depend on transformers' version, or is tested a second time elsewhere.
 UNLIKE := vllm lmcache lmcache_layout adapters right_or_refused
 DOCS := $(VENV)/.docs
@@ -88,13 +90,13 @@ bench-%: $(READY)
 
 # Decode attention, some five minutes.
 bench-attention: $(READY)
-	$(BIN)/kvcomp bench $(ATTENTION) -o benchmarks/results/attention_cpu.json
+	$(BIN)/kvcomp bench $(PAPER) $(ATTENTION) -o benchmarks/results/attention_cpu.json
 
 bench-codec: $(READY)
-	$(BIN)/kvcomp bench --full --part codec -o benchmarks/results/codec.json
+	$(BIN)/kvcomp bench $(PAPER) --full --part codec -o benchmarks/results/codec.json
 
 bench-generate: $(READY)
-	$(BIN)/kvcomp bench --full --part generate --part growth -o benchmarks/results/generate.json
+	$(BIN)/kvcomp bench $(PAPER) --full --part generate --part growth -o benchmarks/results/generate.json
 
 # The documentation site, in .site.
 docs: $(DOCS)

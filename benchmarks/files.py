@@ -102,7 +102,7 @@ def main(
     """Measure and write the results."""
     shape = 4, 4, 128, tokens
     with tempfile.TemporaryDirectory() as folder:
-        found = {name: measure(name, runs, shape, Path(folder)) for name in ("kvcomp", "packed")}
+        found = {name: measure(name, runs, shape, Path(folder)) for name in ("kvcomp:paper", "packed:paper")}
     content = {"setting": environment(layers=4, heads=4, head_dim=128, tokens=tokens, runs=runs), "presets": found}
     output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     table = Table(

@@ -35,7 +35,7 @@ from kvcomp.store.attention import attend
 
 OUTPUT = Path(__file__).parent / "results" / "klt_timings.json"
 LENGTHS = (8192, 32768)
-PAPER, NAMES = "kvcomp", ("kvcomp", *LEVELS)
+PAPER, NAMES = "kvcomp:paper", ("kvcomp:paper", *LEVELS)
 SEED = 20261121
 
 screen = Console()

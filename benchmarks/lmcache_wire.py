@@ -235,8 +235,8 @@ def adapters(port: int, channels: int, hidden: int, folder: Path) -> dict[str, d
     """What is compared, by name: LMCache's configurations."""
     plain = {"type": "resp", "host": "127.0.0.1", "port": port}
     specs: dict[str, CodecSpec] = {
-        "kvcomp": PRESETS["kvcomp"],
-        "packed": PRESETS["packed"],
+        "kvcomp:paper": PRESETS["kvcomp:paper"],
+        "packed:paper": PRESETS["packed:paper"],
         "kvcomp, fine": FINE,
         "kvcomp, as exact as fp8": EXACT,
         "kvcomp, tuned": CodecSpec.resolve(shipped_model() / "kvcomp.json"),

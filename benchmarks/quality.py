@@ -33,7 +33,7 @@ OUTPUT = Path(__file__).parent / "results" / "quality.json"
 KEY_SCALES = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2)
 VALUE_OVER_KEY = (2, 3, 5)
 SEED = 20261121
-EQUAL_TO = "kivi-4", "kivi-3", "kivi-2", "kvcomp"  # kvcomp: the paper's preset
+EQUAL_TO = "kivi-4", "kivi-3", "kivi-2", "kvcomp:paper"
 
 screen = Console()
 
@@ -41,7 +41,7 @@ screen = Console()
 def methods(place: Path) -> list[Method]:
     """Everything that can be measured here; what lacks a package is named and left out."""
     found = [baseline("uncompressed"), *klt(place), *(one for one in default_specs(place) if one.name != CALIBRATED)]
-    found.append(KVComp("packed"))
+    found += [KVComp(name) for name in ("kvcomp:paper", "packed", "packed:paper")]
     for name in BASELINES:
         if name == found[0].name:
             continue
@@ -98,7 +98,7 @@ def plot(found: list[dict[str, Any]], curves: dict[str, list[dict[str, Any]]], s
     for one in found:
         if (
             "teacher_forced" in one["fidelity"]
-            and one["name"] not in ("uncompressed", "kvcomp")
+            and one["name"] not in ("uncompressed", "kvcomp", "kvcomp:paper")
             and not one["name"].startswith(CALIBRATED)
         ):
             families.setdefault(one["name"].split("-")[0], []).append(point(one))

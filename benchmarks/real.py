@@ -8,6 +8,7 @@ float32 and in bfloat16. The models are those of ``make models``. kvcomp-klt is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,21 +35,21 @@ from real_texts import KINDS, sequences
 OUTPUT = Path(__file__).parent / "results" / "real.json"
 DTYPES = "float32", "bfloat16"
 LONG, SCORED, SEED = 7000, 256, 20261129
-CHANNEL = (0.04, 0.1), (0.1, 0.1), (0.15, 0.15), (0.2, 0.2)  # scales of K, a channel each, and of V
+CHANNEL = (0.04, 0.1), (0.15, 0.15), (0.2, 0.2)  # scales of K, a channel each, and of V, beside the preset's
 KIVI = [f"kivi-{bits}{raw}" for raw in ("", "-same-raw") for bits in (4, 3, 2)]
-CURVES = "channel", CALIBRATED  # families of rates, for bits at another method's KL
+CURVES = {"channel": "kvcomp$|channel", CALIBRATED: CALIBRATED}  # families of rates, for bits at another's KL
 
 screen = Console()
 
 
 def channel(key: float, value: float) -> KVComp:
-    """The paper's scheme with a scale for each channel of K, where one for a block drowns all but the largest."""
+    """The default preset at other scales."""
     return KVComp(CodecSpec(TensorSpec("channel", key), TensorSpec("token", value)), f"channel K {key:g} V {value:g}")
 
 
 def methods() -> list[Method]:
     """What is measured on every model."""
-    ours = [KVComp("kvcomp"), KVComp("packed"), *(channel(*scales) for scales in CHANNEL)]
+    ours = [KVComp(name) for name in ("kvcomp", "kvcomp:paper", "packed")] + [channel(*scales) for scales in CHANNEL]
     return [baseline("uncompressed"), *ours, *map(baseline, KIVI)]
 
 
@@ -124,8 +125,8 @@ def equal_quality(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, 
     kls = {name: np.asarray([row["kl"] for row in of]) for name, of in rows.items()}
     bits = {name: float(np.mean([Memory(**row["memory"]).coded_bits for row in of])) for name, of in rows.items()}
     found: dict[str, Any] = {}
-    for family in CURVES:
-        rates = [name for name in rows if name.startswith(family)]
+    for family, names in CURVES.items():
+        rates = [name for name in rows if re.match(names, name)]
         for theirs in (name for name in KIVI if rates and name in rows):
 
             def at(drawn: Any, theirs: str = theirs, rates: Sequence[str] = rates) -> dict[str, float]:

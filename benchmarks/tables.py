@@ -23,9 +23,11 @@ MARKED = r"<!-- table: ([\w-]+) -->.*?<!-- end -->"
 
 
 LABELS = {
-    "kvcomp": "kvcomp: the paper's scheme (K .05, V .1)",
+    "kvcomp": "kvcomp: a scale for each K channel (K .08, V .15)",
+    "kvcomp:paper": "kvcomp:paper: the paper's scheme (K .05, V .1)",
     "tuned": "the paper's scheme, tuned for the model",
-    "packed": "packed: fixed-width codes",
+    "packed": "packed: fixed-width codes, a scale for each K channel",
+    "packed:paper": "packed:paper: fixed-width codes, a scale for each K block",
     "fp8": "fp8 (E4M3, scale 1)",
     **{f"kivi-{bits}": f"KIVI-style {bits} bit" for bits in (4, 3, 2)},
     **{f"kivi-{bits}-same-raw": f"KIVI-style {bits} bit, raw tokens as kvcomp's" for bits in (4, 3, 2)},
@@ -69,7 +71,7 @@ def quality(found: Any) -> str:
     return markdown([*header, "passkeys right"], rows)
 
 
-FRONT = "uncompressed", "kivi-4", "kvcomp", "kvcomp-klt:near-lossless", "kvcomp-klt:balanced", "kivi-2"
+FRONT = "uncompressed", "kivi-4", "kvcomp:paper", "kvcomp-klt:near-lossless", "kvcomp-klt:balanced", "kivi-2"
 
 
 def front(found: Any) -> str:

@@ -55,6 +55,7 @@ from network import Bucket, connect, proxy, receive, send
 OUTPUT = Path(__file__).parent / "results" / "transfer.json"
 GBIT = 1e9 / 8
 LENGTH = struct.Struct("<Q")
+NAMES = "kvcomp:paper", "packed:paper"  # whose bytes the committed results have
 
 app = typer.Typer(pretty_exceptions_enable=False)
 screen = Console()
@@ -86,7 +87,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 def encoder(layers: Layers, runs: int) -> dict[str, Any]:
     """Bytes of bfloat16 a second, by preset and number of threads; the presets and threads take turns."""
     size = sum(k.nbytes + v.nbytes for k, v in layers)
-    times: dict[tuple[str, int], list[float]] = {(name, threads): [] for name in PRESETS for threads in (1, 2)}
+    times: dict[tuple[str, int], list[float]] = {(name, threads): [] for name in NAMES for threads in (1, 2)}
     for run in range(runs + 1):
         for (name, threads), seconds in times.items():
             specs = [PRESETS[name].layer(i, len(layers)) for i in range(len(layers))]
@@ -94,7 +95,7 @@ def encoder(layers: Layers, runs: int) -> dict[str, Any]:
                 begin = time.perf_counter()
                 list(pool.map(encode, layers, specs))
                 seconds.extend([time.perf_counter() - begin] if run else [])
-    found: dict[str, Any] = {name: {} for name in PRESETS}
+    found: dict[str, Any] = {name: {} for name in NAMES}
     for (name, threads), seconds in times.items():
         found[name][str(threads)] = {"bytes_per_second": size / median(seconds), "best": size / min(seconds)}
     return found
@@ -164,8 +165,9 @@ def transfers(layers: Layers, rates: list[float], runs: int) -> list[dict[str, A
     ours, theirs = context.Pipe()
     process = context.Process(target=receiver, args=(theirs, sizes), daemon=True)
     process.start()
-    methods: dict[str, tuple[bytes, CodecSpec, list[KVStore] | None]] = {"bfloat16": (b"p", PRESETS["kvcomp"], None)}
-    for name, spec in PRESETS.items():
+    methods: dict[str, tuple[bytes, CodecSpec, list[KVStore] | None]] = {"bfloat16": (b"p", PRESETS[NAMES[0]], None)}
+    for name in NAMES:
+        spec = PRESETS[name]
         held = [encode(pair, spec.layer(index, len(layers))) for index, pair in enumerate(layers)]
         methods |= {
             name: (b"c", spec, None),
@@ -273,7 +275,7 @@ def load_plain(blobs: Blobs, keys: list[str], model: Any) -> DynamicCache:
 def first_tokens(name: str, model: Any, ids: Tensor, rates: list[float], runs: int) -> dict[str, Any]:
     """Seconds to the first token after a prompt, by bandwidth and by where the cache of its first tokens comes from."""
     rows: list[dict[str, Any]] = []
-    specs = {preset: PRESETS[preset] for preset in PRESETS}
+    specs = {preset: PRESETS[preset] for preset in NAMES}
     with redis_server() as port:
         near = PrefixStore(f"redis://127.0.0.1:{port}", timeout=60)
         stored = 0

@@ -275,13 +275,22 @@ def test_a_list_of_scales_is_kept_as_a_tuple() -> None:
     assert TensorSpec("block", [0.1, 0.2]).scales == (0.1, 0.2)  # type: ignore[arg-type]
 
 
-def test_the_presets_are_the_published_ones() -> None:
+def test_the_presets_of_the_paper_are_the_published_ones() -> None:
     assert PAGE_TOKENS == 64
-    assert PRESETS["kvcomp"] == CodecSpec(
+    assert PRESETS["kvcomp:paper"] == CodecSpec(
         TensorSpec("block", 0.05, "huffman", 12, 1), TensorSpec("token", 0.1, "huffman", 12, 1), window=64, sinks=4
     )
-    packed = PRESETS["packed"]
+    packed = PRESETS["packed:paper"]
     assert (packed.key, packed.value) == (TensorSpec("block", 1 / 14, "fixed"), TensorSpec("token", 1 / 14, "fixed"))
+
+
+def test_the_other_presets_have_a_scale_for_each_channel_of_k() -> None:
+    """What they write is in files and stores of users: a change needs a line in the CHANGELOG."""
+    assert PRESETS["kvcomp"] == CodecSpec(
+        TensorSpec("channel", 0.08, "huffman", 12, 1), TensorSpec("token", 0.15, "huffman", 12, 1), window=64, sinks=4
+    )
+    packed = PRESETS["packed"]
+    assert (packed.key, packed.value) == (TensorSpec("channel", 1 / 14, "fixed"), TensorSpec("token", 1 / 6, "fixed"))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,5 +1,6 @@
 """The harness that the quality figures come from, on the shipped model."""
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvcomp.evaluate import sensitivity as evaluate_sensitivity
 from kvcomp.evaluate.fidelity import (
     Sample,
     bits_at,
@@ -20,7 +22,7 @@ from kvcomp.evaluate.fidelity import (
 from kvcomp.evaluate.methods import KVComp, Method, baseline, named_spec
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
 from kvcomp.evaluate.retrieval import answered, lookup_quiz, passkey_quiz, quiz_sample
-from kvcomp.evaluate.sensitivity import errors_by_head
+from kvcomp.evaluate.sensitivity import errors_by_head, probe, sensitivity
 from kvcomp.evaluate.text import LookupLists
 from tiny_models import HYBRIDS, random_model
 
@@ -77,6 +79,47 @@ def test_the_calibrated_preset_keeps_more_in_fewer_bits_and_its_bound(
     assert 0.9 < found["largest_over_bound"] <= 1
     assert found["values"] == of_ours.values
     assert method.settings()["calibration_bytes"] > 0
+
+
+@pytest.fixture(scope="module")
+def outlier(model_and_tokenizer: tuple[Any, Any], text: Sample) -> tuple[Any, Sample]:
+    """The same model but for one pair of channels of each head, 40 times as large in K and as small in q, and the text
+    under it.
+    """
+    model = deepcopy(model_and_tokenizer[0])
+    pair = [3, 3 + model.config.head_dim // 2]  # that RoPE turns into each other
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection, factor in ((layer.self_attn.k_proj, 40.0), (layer.self_attn.q_proj, 1 / 40)):
+                projection.weight.unflatten(0, (-1, model.config.head_dim))[:, pair] *= factor
+    return model, sample(model, torch.cat([text.prompt, text.text], 1), text.prompt.shape[1])
+
+
+def test_a_large_channel_of_k_costs_the_default_preset_nothing(
+    model_and_tokenizer: tuple[Any, Any], text: Sample, outlier: tuple[Any, Sample]
+) -> None:
+    def kl(model: Any, each: Sample, method: Method) -> float:
+        return measure(model, each, method)[0].kl
+
+    for name in ("kvcomp", "packed"):
+        found = kl(*outlier, KVComp(name))
+        assert found < 1.5 * kl(model_and_tokenizer[0], text, KVComp(name))
+        assert found < kl(*outlier, baseline("kivi-3"))
+        assert found < kl(*outlier, KVComp(f"{name}:paper")) / 3
+
+
+def test_a_large_channel_is_blamed_where_it_shares_its_scale_and_nowhere_else(
+    outlier: tuple[Any, Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_sensitivity, "LABELS", 1)
+    monkeypatch.setattr(evaluate_sensitivity, "MEASURED", 2)
+    probed = probe(*outlier)
+    reasons = {
+        name: [one["why"] for one in sensitivity(outlier[0], probed, KVComp(name)) if one["kind"] == "K"]
+        for name in ("kvcomp", "kvcomp:paper")
+    }
+    assert "the unit channel" in reasons["kvcomp:paper"][0]
+    assert not any("the unit channel" in why for why in reasons["kvcomp"])
 
 
 @pytest.mark.parametrize("name", ["kvcomp", "kivi-4"])

@@ -95,7 +95,7 @@ def sensitivity(model: Any, probed: Probed, method: Method) -> list[dict[str, An
     """
     each = probed.sample
     values = method.values(fill(model, each, method))
-    heads = [_Head(*one) for one in _by_head(each.cache, values)]
+    heads = [_Head(*one, _shares_scales(method, one[1])) for one in _by_head(each.cache, values)]
     heads = [head for head in heads if head.error > 0]
     expected = [head.expected_kl(probed) for head in heads]
     weights = np.array([kl / head.error for kl, head in zip(expected, heads, strict=True)])
@@ -116,6 +116,8 @@ class _Head:
     before: Tensor
     """float32 (1, tokens, D)."""
     after: Tensor
+    shared: bool
+    """Whether the channels share a scale, so that a large one makes the others coarse."""
 
     @property
     def error(self) -> float:
@@ -137,14 +139,22 @@ class _Head:
 
     def why(self, weight: float) -> str:
         """A likely reason and its remedy. weight: how much a relative error matters, over the median of all heads."""
-        if self.outlier >= OUTLIER:
+        if self.shared and self.outlier >= OUTLIER:
             return (
-                f"one channel is {self.outlier:.0f} times the median: the unit channel, or a calibration, codes the "
-                "others finer"
+                f"one channel is {self.outlier:.0f} times the median and shares its scale with the others: the unit "
+                "channel, as the preset kvcomp has it for K, or a calibration codes them finer"
             )
         if weight >= HEAVY:
             return f"errors count {weight:.0f} times as much as in the median head: tune or calibrate for smaller steps"
         return f"its values are off by {100 * self.error**0.5:.1f} %: a smaller scale helps"
+
+
+def _shares_scales(method: Method, kind: Kind) -> bool:
+    """Whether the spec gives the channels of a head one scale; of a method without a spec nothing is known."""
+    if not isinstance(method, KVComp):
+        return False
+    tensor = method.spec.key if kind == "K" else method.spec.value
+    return tensor.unit in ("block", "token", "vector")
 
 
 def _kl_alone(model: Any, each: Sample, head: _Head) -> float:
