@@ -34,6 +34,7 @@ from real_texts import KINDS, sequences
 
 OUTPUT = Path(__file__).parent / "results" / "real.json"
 DTYPES = "float32", "bfloat16"
+RAW_BYTES = 2
 LONG, SCORED, SEED = 7000, 256, 20261129
 CHANNEL = (0.04, 0.1), (0.15, 0.15), (0.2, 0.2)  # scales of K, a channel each, and of V, beside the preset's
 KIVI = [f"kivi-{bits}{raw}" for raw in ("", "-same-raw") for bits in (4, 3, 2)]
@@ -103,7 +104,8 @@ def summary(method: Method, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     memory = [Memory(**row["memory"]) for row in rows]
     kls, kinds = np.asarray([row["kls"] for row in rows]), np.asarray([row["kind"] for row in rows])
     columns = {name: np.asarray([row[name] for row in rows]) for name in ("kl", "top1", "loss")}
-    columns |= {name: np.asarray([getattr(one, name) for one in memory]) for name in ("coded_bits", "total_bits")}
+    columns |= {"coded_bits": np.asarray([one.coded_bits for one in memory])}
+    columns |= {"total_bits": np.asarray([8 * _nbytes(one) / one.values for one in memory])}
 
     def figures(drawn: Any) -> dict[str, float]:
         means = {name: float(column[drawn].mean()) for name, column in columns.items()}
@@ -114,10 +116,16 @@ def summary(method: Method, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         **about,
         **with_intervals(figures, len(rows)),
         "kl_by_kind": {kind: float(columns["kl"][kinds == kind].mean()) for kind in dict.fromkeys(kinds.tolist())},
-        "allocated_bytes": float(np.mean([one.total for one in memory])),
-        "dense_bytes": float(np.mean([one.dense for one in memory])),
+        "bytes": float(np.mean([_nbytes(one) for one in memory])),
+        "dense_bytes": float(np.mean([RAW_BYTES * one.values for one in memory])),
         "sealed_share": float(np.mean([one.sealed_values / max(1, one.values) for one in memory])),
     }
+
+
+def _nbytes(memory: Memory) -> float:
+    """All bytes, with raw values in 16 bits: quality is measured in float32, and nobody keeps a cache in it."""
+    raw = memory.window + memory.sinks + memory.other + memory.raw_blocks
+    return memory.total - raw * (1 - RAW_BYTES * memory.values / memory.dense)
 
 
 def equal_quality(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

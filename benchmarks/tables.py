@@ -71,26 +71,25 @@ def quality(found: Any) -> str:
     return markdown([*header, "passkeys right"], rows)
 
 
-FRONT = "uncompressed", "kivi-4", "kvcomp:paper", "kvcomp-klt:near-lossless", "kvcomp-klt:balanced", "kivi-2"
+FRONT = "kivi-4", "kivi-4-same-raw", "kvcomp", "kvcomp-klt:near-lossless", "kvcomp-klt:balanced", "kivi-2"
+SHORT = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3"}
 
 
 def front(found: Any) -> str:
-    """The README's table: few methods, few columns."""
-    measured = {one["name"]: one for one in found["methods"]}
+    """The README's table: few methods on the real models, prompts of 2K in float32."""
+    shortest = min(run["prompt_tokens"] for run in found["runs"])
+    runs = [run for run in found["runs"] if (run["dtype"], run["prompt_tokens"]) == ("float32", shortest)]
+    measured = {run["model"]: {one["name"]: one for one in run["methods"]} for run in runs}
     rows = []
     for name in FRONT:
-        memory, fidelity = (measured[name][part]["teacher_forced"] for part in ("memory", "fidelity"))
-        rows.append(
-            [
-                label(name),
-                f"{memory['coded_bits']:.2f}" if memory["sealed_values"] else "",
-                f"{memory['total_bits']:.2f}",
-                f"{fidelity['kl']['mean']:.1e}" if fidelity["kl"]["mean"] else "0",
-                f"{100 * fidelity['top1']['mean']:.1f} %",
-                _right(measured[name]["retrieval"], "key-value"),
-            ]
-        )
-    return markdown(["method", "coded bits", "total bits", "KL, nats a token", "same top-1", "look-ups right"], rows)
+        row = [label(name)]
+        for of in measured.values():
+            one = of[name]
+            row += [f"{one[bits]['value']:.2f}" for bits in ("coded_bits", "total_bits")]
+            row += [f"{one['kl']['value']:.1e}", f"{100 * one['top1']['value']:.1f} %"]
+        rows.append(row)
+    columns = "coded bits", "total bits", "KL", "top-1"
+    return markdown(["method", *(f"{SHORT[model]}: {column}" for model in measured for column in columns)], rows)
 
 
 def _right(cells: list[Any], task: str) -> str:
@@ -341,7 +340,7 @@ def real(name: str, found: Any) -> str:
                 label(method),
                 f"{size['coded_bits']['value']:.2f}" if size["coded_bits"]["value"] else "",
                 f"{size['total_bits']['value']:.2f}",
-                f"{size['allocated_bytes'] / 2**20:.2f}",
+                f"{size['bytes'] / 2**20:.2f}",
                 _with_interval(one["kl"], ".1e") if kl else "0",
                 f"{one['kl_99_9']['value']:.1e}" if kl else "0",
                 f"{100 * one['top1']['value']:.1f} %",
@@ -412,7 +411,7 @@ def first_token(found: Any) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several with a comma between
-    "front": ("quality.json", front),
+    "front": ("real.json", front),
     "quality": ("quality.json", quality),
     "equal-quality": ("quality.json", equal_quality),
     "klt": ("klt.json", klt),

@@ -34,7 +34,7 @@ def calibrate(
     ] = None,
     windows: Annotated[int, typer.Option(min=4, help="Windows of text to measure on")] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=256, help="Tokens of each that are compressed")] = 2048,
-    scored_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each that are predicted from them")] = 256,
+    scored_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each that are predicted from them")] = 128,
     resume: Resume = False,
 ) -> None:
     """Measure a model on text and write what the preset kvcomp-klt needs of it: transforms, steps and codebooks.

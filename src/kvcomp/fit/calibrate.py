@@ -50,7 +50,7 @@ METHOD = "gradients"  # in the names of cached files: another way makes others
 FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
 EVERY = 2  # windows of which one is used for the bits of a curve
 LABELS = 1  # backward passes a window
-MEASURED = 128  # tokens after a prompt that are predicted with one layer coded alone
+MEASURED = 64  # tokens after a prompt that are predicted with one layer coded alone
 WITHIN = 100.0  # a measured KL this many times the predicted one, or less than that part of it, is taken for noise
 PIECES = 8  # the model writes a window in so many pieces, side by side
 KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))

@@ -33,7 +33,7 @@ class Settings:
     """Of text: half go on with text, half with a repetition."""
     prompt: int = 2048
     """Of each window, coded."""
-    scored: int = 256
+    scored: int = 128
     """Of each window, scored."""
     sinks: int = 4
     """First tokens that stay raw, as in the spec."""
