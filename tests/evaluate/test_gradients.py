@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import Cache
 
-from kvcomp.evaluate.gradients import label_gradients
+from kvcomp.evaluate.gradients import draw, label_gradients
 from tiny_models import HYBRIDS, TINY, random_model
 
 PROMPT, CODED, ERRORS = 60, slice(4, 50), 60
@@ -69,3 +69,12 @@ def test_labels_are_drawn_anew_for_each_seed() -> None:
     several = [next(label_gradients(model, cache.layers, ids[:, 30:], [0], 1, seed))[0, 0] for seed in (0, 0, 1)]
     assert torch.equal(several[0], several[1])
     assert not torch.equal(several[0], several[2])
+
+
+def test_indices_are_drawn_as_often_as_their_probabilities_say() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = draw(probabilities.repeat(20_000, 1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (20_000, 1)
+    shares = torch.bincount(drawn[:, 0], minlength=6) / 20_000
+    assert torch.allclose(shares, probabilities, atol=0.02)
+    assert not shares[probabilities == 0].any()

@@ -52,7 +52,18 @@ def label_gradients(
     with torch.enable_grad():
         log_probs = model(text, past_key_values=Cache(layers=own)).logits[0].float().log_softmax(-1)
         for label in range(labels):
-            drawn = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
+            drawn = draw(log_probs.detach().exp(), generator)
             total = log_probs.gather(1, drawn).sum()
             gradients = torch.autograd.grad(total, list(leaves.values()), retain_graph=label + 1 < labels)
             yield dict(zip(leaves, gradients, strict=True))
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """An index of each row (rows, n) with these probabilities, int64 (rows, 1).
+
+    By the distribution function: torch.multinomial takes a random number for each of n, a quarter of a million for some
+    vocabularies.
+    """
+    below = probabilities.cumsum(-1)
+    at = torch.rand(len(below), 1, generator=generator, device=below.device) * below[:, -1:]
+    return torch.searchsorted(below, at, right=True).clamp_max(below.shape[-1] - 1)

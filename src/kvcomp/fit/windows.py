@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
+from kvcomp.evaluate.gradients import draw
 from kvcomp.integrations.transformers.models import setting
 
 TEXT_FOR_WRITTEN = 4  # windows of text for each that the model writes
@@ -83,5 +84,5 @@ def write(model: Any, ids: npt.NDArray[np.int64], rows: int, length: int, tell: 
         if done % TOLD == 1:
             tell("the model writes", done, length)
         logits = model(text[-1], past_key_values=cache).logits[:, -1].float()
-        text.append(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        text.append(draw(logits.softmax(-1), generator))
     return torch.cat(text, 1).numpy()
