@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from kvcomp.calibration.transform import Transform
 from kvcomp.errors import InvalidInput
 from kvcomp.store.checks import check_tensor
 from kvcomp.store.protocol import Store
@@ -26,7 +27,7 @@ def attend(store: Store, q: Tensor, scaling: float, softcap: float = 0.0) -> Ten
 
     q: (batch, heads, queries, head_dim); query i is at position ``tokens - queries + i`` and sees what is not after it.
     scaling: factor on q.K. softcap: scores become softcap * tanh(score / softcap), 0 for none.
-    Returns (batch, heads, queries, head_dim) in q's type. Raises InvalidInput if q does not fit the store.
+    Returns (batch, heads, queries, head_dim of V) in q's type. Raises InvalidInput if q does not fit the store.
     """
     _check(store, q, scaling, softcap)
     if store.can_attend(q.shape[2]):
@@ -52,9 +53,11 @@ def attend_tiled(store: Store, q: Tensor, scaling: float, softcap: float = 0.0, 
             raise InvalidInput(f"a mask of {tuple(mask.shape)} does not fit {shape}")
     transform = store.transform
     inner = q.detach().to(torch.float32) if transform is None else transform.queries(q)
-    out = torch.empty_like(inner)
-    for row in range(store.batch):
-        out[row] = _attend_row(store, row, inner[row], scaling, softcap, None if mask is None else mask[row])
+    rows = [
+        _attend_row(store, row, inner[row], scaling, softcap, None if mask is None else mask[row])
+        for row in range(store.batch)
+    ]
+    out = torch.stack(rows)
     return (out if transform is None else transform.outputs(out)).to(q.dtype)
 
 
@@ -67,7 +70,8 @@ def _attend_row(store: Store, row: int, q: Tensor, scaling: float, softcap: floa
     grouped = (q * scaling).view(store.heads, -1, queries, channels)
     mask = None if mask is None else mask.view(*grouped.shape[:3], -1)
     peak = torch.full((*grouped.shape[:3], 1), -torch.inf, device=q.device)
-    total, out = torch.zeros_like(peak), torch.zeros_like(grouped)
+    total = torch.zeros_like(peak)
+    out = q.new_zeros((*grouped.shape[:3], store.held_channels[1]))
     for begin, k, v in store.tiles(row):
         k, v = k.to(torch.float32), v.to(torch.float32)
         seen = slice(begin, begin + k.shape[1])
@@ -92,7 +96,7 @@ def _attend_row(store: Store, row: int, q: Tensor, scaling: float, softcap: floa
             out[:, :, part] = out[:, :, part] * shrink + _matmul(weight, v)
             peak[:, :, part] = higher
     result: Tensor = out / total.clamp_min(torch.finfo(torch.float32).tiny)
-    return result.view(q.shape)
+    return result.view(*q.shape[:2], -1)
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -130,7 +134,7 @@ def _check(store: Store, q: Tensor, scaling: float, softcap: float) -> None:
         )
     if q.device != store.device:
         raise InvalidInput(f"the cache is on {store.device}, the queries are on {q.device}")
-    if softcap and store.transform is not None and bool(store.transform.key.mean.any()):
+    if softcap and isinstance(store.transform, Transform) and bool(store.transform.key.mean.any()):
         raise InvalidInput(
             "this calibration has means of K, which a soft cap does not allow: calibrate this model itself"
         )
