@@ -59,7 +59,12 @@ def filled(
 
 
 def oracle(
-    store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0, mask: Tensor | None = None
+    store: KVStore,
+    q: Tensor,
+    scaling: float,
+    softcap: float = 0.0,
+    mask: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> npt.NDArray[np.float64]:
     """softmax(cap(scaling q.K)) V, one query and head after the other; a query that sees nothing gives 0."""
     k, v = (x.double().numpy() for x in store.dense())
@@ -86,7 +91,8 @@ def oracle(
             score = softcap * np.tanh(score / softcap)
         score = score + bias[visible]
         weight = np.exp(score - score.max())
-        out[row, head, i] = weight @ v[row, kv_head, visible] / weight.sum()
+        sink = 0.0 if sink_logits is None else np.exp(float(sink_logits[head]) - score.max())
+        out[row, head, i] = weight @ v[row, kv_head, visible] / (weight.sum() + sink)
     return out
 
 
@@ -137,6 +143,32 @@ def test_sizes_that_cannot_be_held(backend: str) -> None:
     for channels in (20, 520, 1):
         with pytest.raises(InvalidInput, match="multiple of 8 from 8 to 512"):
             filled(backend, 1, channels=channels)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("channels", [64, (72, 40)])
+@pytest.mark.parametrize("tokens", [5, 65, 300])
+def test_a_sink_logit_of_each_head(
+    backend: str, tokens: int, channels: int | tuple[int, int], softcap: float
+) -> None:
+    """One takes nearly all, one nothing, one is beyond what a float can be raised to."""
+    store = filled(backend, tokens, 2, channels, starts=[0, 3])
+    q = randn(2, 4, 2, store.channels)
+    logits = torch.tensor([8.0, -8.0, 0.5, -1e4])
+    expected = oracle(store, q, 0.2, softcap, sink_logits=logits)
+    check(attend(store, q, 0.2, softcap, logits), expected)
+    check(attend_tiled(store, q, 0.2, softcap, sink_logits=logits), expected)
+    seen = torch.rand(2, 1, 2, tokens, generator=torch.Generator().manual_seed(1)) > 0.5
+    expected = oracle(store, q, 0.2, softcap, seen, logits)
+    check(attend_tiled(store, q, 0.2, softcap, seen, logits), expected)
+    assert not attend(store, q, 0.2, softcap, torch.full((4,), 1e4)).any()
+
+
+def test_a_sink_logit_is_there_for_each_head(backend: str) -> None:
+    store = filled(backend, 5)
+    for logits in (torch.zeros(3), torch.zeros(1, 4), torch.zeros(())):
+        with pytest.raises(InvalidInput, match="sink_logits must be"):
+            attend(store, randn(1, 4, 1, 16), 0.2, 0.0, logits)
 
 
 @pytest.mark.parametrize("value", UNITS)

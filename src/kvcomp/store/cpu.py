@@ -29,6 +29,7 @@ from kvcomp.store.padding import Padding, padding
 from kvcomp.store.protocol import Store
 from kvcomp.store.rows import Rows
 from kvcomp.store.seal import seal_row
+from kvcomp.store.sink_logits import take_share
 from kvcomp.store.tail import grown_room, steady_room
 from kvcomp.store.tensors import as_array
 from kvcomp.store.training import check_books, default_book
@@ -252,14 +253,14 @@ class KVStore:
         """Whether all of the last tokens are in the tail: a crop may have left some in pages."""
         return queries <= self.tokens - int(self.rows.tail_begin.max()) + 1
 
-    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0, sink_logits: Tensor | None = None) -> Tensor:
         """Fused attention of the last tokens, decoding the sealed pages on the fly; q: (batch, heads, queries,
         head_dim).
         """
         group, queries = q.shape[1] // self.heads, q.shape[2]
         inner = q.detach().to(torch.float32) if self.transform is None else self.transform.queries(q)
         at = self.tokens - self.tail_base
-        out, _ = self.kernels.attend(
+        out, lse = self.kernels.attend(
             inner.reshape(self.batch, self.heads, group * queries, -1).contiguous().numpy(),
             self.view(),
             np.tile(np.arange(at - queries + 1, at + 1), group),
@@ -268,7 +269,12 @@ class KVStore:
             torch.get_num_threads(),
         )
         result = torch.from_numpy(out).view(*q.shape[:3], -1)
-        return (result if self.transform is None else self.transform.outputs(result)).to(q.dtype)
+        if self.transform is not None:
+            result = self.transform.outputs(result)
+        if sink_logits is not None:
+            denominators = torch.from_numpy(lse).view(q.shape[:3])
+            result = take_share(result, denominators, sink_logits, q, scaling, self.transform)
+        return result.to(q.dtype)
 
     def until_seal(self) -> int:
         """Tokens until a row compresses a page."""

@@ -84,7 +84,7 @@ class Store(Protocol):
     def can_attend(self, queries: int) -> bool:
         """Whether fused attention can take this many of the last tokens' queries."""
 
-    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0, sink_logits: Tensor | None = None) -> Tensor:
         """Fused attention: ``kvcomp.store.attention.attend`` with what ``can_attend``."""
 
     def tiles(self, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:

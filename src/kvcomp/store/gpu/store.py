@@ -296,10 +296,10 @@ class GPUStore:
         """
         return queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
 
-    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0, sink_logits: Tensor | None = None) -> Tensor:
         """Fused attention of the last tokens, decoding the sealed pages; q: (batch, heads, queries, head_dim)."""
         self.sync()
-        return read.attend(self, q, scaling, softcap)
+        return read.attend(self, q, scaling, softcap, sink_logits)
 
     def tile(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """K and V, or K' and V', of the pages ``first`` to ``last`` of a row, (KV heads, tokens, head_dim)."""
