@@ -29,7 +29,9 @@ class Case:
 
     @property
     def page(self) -> Layout:
-        return Layout(self.heads, self.channels, (self.spec.key.unit, self.spec.value.unit), self.dtype.itemsize)
+        return Layout(
+            self.heads, (self.channels, self.channels), (self.spec.key.unit, self.spec.value.unit), self.dtype.itemsize
+        )
 
 
 def case(key: TensorSpec, value: TensorSpec, heads: int, channels: int, dtype: torch.dtype, own_books: bool) -> Case:
@@ -82,7 +84,7 @@ def _store(layout: Case, backend: str) -> KVStore:
     parts = LayerParts(
         layer=0,
         heads=layout.heads,
-        channels=layout.channels,
+        channels=(layout.channels, layout.channels),
         dtype=NAMES[layout.dtype],
         start=np.zeros(1, np.int64),
         sink_count=np.zeros(1, np.int64),

@@ -62,7 +62,7 @@ class CompressedKV:
         Returns
         -------
         Tensor
-            (batch, heads, queries, head_dim) in q's dtype.
+            (batch, heads, queries, head_dim of V) in q's dtype.
 
         Raises
         ------
@@ -129,7 +129,7 @@ class CompressedKV:
 
     def _certified(self) -> Transform:
         """The transform. Raises InvalidInput if there is none."""
-        if self._store.transform is None:
+        if not isinstance(self._store.transform, Transform):
             raise InvalidInput("certificates need a calibration: compress with the spec kvcomp-klt and calibration=")
         return self._store.transform
 
@@ -156,7 +156,8 @@ def compress(
     Parameters
     ----------
     k, v
-        (batch, KV heads, tokens, head_dim) each, float32, float16 or bfloat16, on the CPU.
+        (batch, KV heads, tokens, head_dim) each, float32, float16 or bfloat16, on the CPU. V may have another head_dim
+        than K; both are multiples of 8 up to 512.
     spec
         A preset's name, the path of a JSON file, or a CodecSpec. Its window and sinks are not used.
     backend

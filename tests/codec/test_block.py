@@ -17,7 +17,7 @@ from kvcomp.codec.codebook import Codebook, code_lengths, default
 from kvcomp.errors import CorruptData, InvalidInput
 from kvcomp.spec import KINDS, Kind
 
-CHANNELS = list(range(16, 257, 16))
+CHANNELS = [*range(16, 257, 16), 320, 512]
 Codes = npt.NDArray[np.uint8]
 
 
@@ -63,7 +63,7 @@ def literal_encode(codes: Codes, kind: Kind, book: Codebook) -> bytes:
     """Section 5 as strings of bits."""
     channels = codes.shape[1]
     words = [code_bits(book, index) for index in range(book.classes)]
-    unit = 4 if channels <= 128 else 8
+    unit = 4 if channels <= 128 else 8 if channels <= 256 else 16
     lengths, text = [], ""
     for x, stream in enumerate(order(kind, channels)):
         bits = ""
@@ -168,7 +168,7 @@ def test_streams_and_back_is_the_identity(seed: int, channels: int, kind: Kind) 
 @settings(max_examples=40)
 @given(
     st.integers(0, 2**32),
-    st.sampled_from([16, 32, 48, 64, 80, 96, 112, 128, 144, 256]),
+    st.sampled_from([16, 32, 48, 64, 80, 96, 112, 128, 144, 256, 512]),
     st.sampled_from(KINDS),
     st.lists(st.sampled_from(SHAPES), min_size=1, max_size=1)
     | st.lists(st.sampled_from(SHAPES), min_size=4, max_size=4),
@@ -214,7 +214,7 @@ def test_differences_of_more_than_9_bits_are_corrupt(width: int) -> None:
         block.lengths_from(width.to_bytes(4, "little") + bytes(200), "K")
 
 
-@pytest.mark.parametrize("channels", [128, 256])
+@pytest.mark.parametrize("channels", [128, 256, 512])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_longest_possible_streams_have_288_units(kind: Kind, channels: int) -> None:
     lengths = np.array([*range(1, 9), 10, 11, 11, 11, 12, 12, 11, 11], np.uint8)
@@ -224,7 +224,7 @@ def test_the_longest_possible_streams_have_288_units(kind: Kind, channels: int) 
         for at, next_ in zip(stream[::2], stream[1::2], strict=True):
             codes[at], codes[next_] = 7 + 24, 7  # symbol 3 * 4 + 0 = 12, of 12 bits
     data = block.encode_huffman(codes, kind, book)
-    units = 18 * channels // 2 // (4 if channels <= 128 else 8)
+    units = 18 * channels // 2 // (4 if channels <= 128 else 8 if channels <= 256 else 16)
     assert units == 288
     assert block.lengths_from(data, kind)[0].tolist() == [units] * 64
     assert len(data) == 4 + 8 * 8 + 64 * 18 * channels // 16  # 288 - 127 takes 8 bits
@@ -434,7 +434,7 @@ def test_a_zero_that_no_encoder_writes_is_corrupt(count: int, bad: int) -> None:
         block.scales_from(block.scale_bytes(np.ones(count, np.float32), zero), count)
 
 
-@pytest.mark.parametrize("channels", [-16, 0, 1, 8, 15, 17, 40, 100, 257, 272, 512])
+@pytest.mark.parametrize("channels", [-16, 0, 1, 8, 15, 17, 40, 100, 257, 528])
 def test_other_numbers_of_channels_are_refused(channels: int) -> None:
     with pytest.raises(InvalidInput, match="multiple of 16"):
         block.check_channels(channels)
@@ -443,7 +443,7 @@ def test_other_numbers_of_channels_are_refused(channels: int) -> None:
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_multiples_of_16_up_to_256_are_accepted(channels: int) -> None:
+def test_multiples_of_16_up_to_512_are_accepted(channels: int) -> None:
     block.check_channels(channels)
 
 

@@ -136,7 +136,7 @@ def test_an_invalid_page_is_refused(make: Any, name: str) -> None:
     about = json.loads((INVALID / f"{name}.json").read_text(encoding="utf-8"))
     origin = read(about["page_of"])
     layout = Layout(
-        origin["heads"], origin["channels"], tuple(origin["units"]), make.NUMPY_TYPES[origin["dtype"]].itemsize
+        origin["heads"], (origin["channels"],) * 2, tuple(origin["units"]), make.NUMPY_TYPES[origin["dtype"]].itemsize
     )
     page = (INVALID / f"{name}.bin").read_bytes()
     assert page != (VALID / f"{about['page_of']}.page.bin").read_bytes()

@@ -28,7 +28,7 @@ from kvcomp.errors import CorruptData
 from kvcomp.kernels import Books, Steps, reference
 from kvcomp.spec import CODINGS, UNITS, Coding, Unit
 
-TWO_HEADS = Layout(heads=2, channels=16, units=("block", "token"), value_bytes=2)
+TWO_HEADS = Layout(heads=2, channels=(16, 16), units=("block", "token"), value_bytes=2)
 # 5 words of directory, padded to 32 bytes, then the V token scales: the first block starts at 288
 FIRST = 288
 RAW_BYTES = 64 * 16 * 2
@@ -62,7 +62,7 @@ def decode(page: bytes, layout: Layout = TWO_HEADS, books: Books = BOOK) -> Any:
 
 @pytest.mark.parametrize(("heads", "size"), [(1, 16), (2, 32), (4, 48), (5, 48), (8, 80), (96, 784)])
 def test_the_directory_has_a_word_for_each_block_and_one_for_the_end(heads: int, size: int) -> None:
-    layout = Layout(heads, 64, ("block", "block"), 2)
+    layout = Layout(heads, (64, 64), ("block", "block"), 2)
     assert layout.directory_bytes == layout.first_block == size
     assert layout.token_scale_offsets == (None, None)
 
@@ -79,7 +79,7 @@ def test_the_directory_has_a_word_for_each_block_and_one_for_the_end(heads: int,
 def test_token_scales_lie_between_the_directory_and_the_blocks(
     units: tuple[Unit, Unit], offsets: tuple[int | None, int | None], first: int
 ) -> None:
-    layout = Layout(2, 80, units, 4)
+    layout = Layout(2, (80, 80), units, 4)
     assert layout.token_scale_offsets == offsets
     assert layout.first_block == first
 
@@ -90,7 +90,7 @@ def test_token_scales_lie_between_the_directory_and_the_blocks(
 @pytest.mark.parametrize("kind", [0, 1])
 def test_every_mode_needs_room_for_its_scales_and_codes(unit: Unit, scales: int, kind: int) -> None:
     other: Unit = "vector" if unit == "token" else "token"
-    layout = Layout(2, 80, (unit, other) if kind == 0 else (other, unit), 4)
+    layout = Layout(2, (80, 80), (unit, other) if kind == 0 else (other, unit), 4)
     assert layout.least_block_bytes(RAW, kind) == 64 * 80 * 4
     assert layout.least_block_bytes(DEFAULT_BOOK, kind) == layout.least_block_bytes(OWN_BOOK, kind) == scales + 4
     for width, words_a_stream in zip(range(1, 8), (3, 5, 8, 10, 13, 15, 18), strict=True):
@@ -211,13 +211,13 @@ def test_assemble_writes_offsets_modes_and_padding() -> None:
 
 def encoded(layout: Layout, coding: Coding, r: float = 0.4) -> tuple[bytes, Books]:
     """A page of Gaussian data, with one raw block if there are several heads."""
-    x = np.random.default_rng(2).normal(size=(2, layout.heads, 64, layout.channels)).astype(np.float32)
+    x = np.random.default_rng(2).normal(size=(2, layout.heads, 64, layout.channels[0])).astype(np.float32)
     if layout.heads > 1:
         x[0, 1, 5, 5] = np.nan
     q = [quantise(x[i], unit, STEPS[: layout.heads] if unit == "head" else r) for i, unit in enumerate(layout.units)]
     books: Books = (train(sum(reference.count_pairs(q[i], kind, 1) for i, kind in enumerate("KV")), 12), None)
     page, _ = reference.encode_pages(x[0], x[1], q[0], q[1], (coding, coding), layout.units, books, books)
-    return page.tobytes()[: page.size - layout.channels], books
+    return page.tobytes()[: page.size - layout.spare_bytes], books
 
 
 def steps_of(layout: Layout) -> Steps:
@@ -227,7 +227,7 @@ def steps_of(layout: Layout) -> Steps:
 
 @pytest.mark.parametrize(("unit", "coding"), list(product(UNITS, CODINGS)))
 def test_a_truncated_page_is_corrupt_at_every_length(unit: Unit, coding: Coding) -> None:
-    layout = Layout(1, 16, (unit, unit), 4)
+    layout = Layout(1, (16, 16), (unit, unit), 4)
     page, books = encoded(layout, coding)
     steps = steps_of(layout)
     reference.decode_page(page, layout, (books, books), np.dtype(np.float32), steps)
@@ -239,7 +239,7 @@ def test_a_truncated_page_is_corrupt_at_every_length(unit: Unit, coding: Coding)
 @pytest.mark.parametrize(("unit", "coding"), list(product(UNITS, CODINGS)))
 def test_hostile_changes_of_a_page_give_values_or_corrupt_data(unit: Unit, coding: Coding) -> None:
     rng = np.random.default_rng(3)
-    layout = Layout(2, 16, (unit, unit), 4)
+    layout = Layout(2, (16, 16), (unit, unit), 4)
     page, books = encoded(layout, coding)
     outcomes = set()
     for i in range(500):
@@ -259,7 +259,7 @@ def test_hostile_changes_of_a_page_give_values_or_corrupt_data(unit: Unit, codin
 
 def test_a_hundred_thousand_hostile_directories_give_blocks_that_fit_or_corrupt_data() -> None:
     rng = np.random.default_rng(4)
-    layout = Layout(1, 16, ("block", "vector"), 2)
+    layout = Layout(1, (16, 16), ("block", "vector"), 2)
     size = 16 + 3 * 2048
     offsets = 16 * rng.integers(0, size // 16 + 2, (100_000, 3))
     offsets[:, 0] = np.where(rng.random(100_000) < 0.9, 16, offsets[:, 0])

@@ -58,17 +58,19 @@ def stores(draw: Any) -> KVStore:
     values.
     """
     spec = CodecSpec(draw(tensor_specs()), draw(tensor_specs()), draw(st.integers(0, 70)), draw(st.integers(0, 5)))
-    rows, heads, channels = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([16, 32, 80]))
+    rows, heads, channels = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([(16, 16), (80, 80), (72, 72), (48, 32), (8, 40)]))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     store = KVStore(spec)
 
     def more(tokens: int) -> None:
-        x = torch.randn(2, store.batch or rows, heads, tokens, channels, generator=generator)
-        x[:, :, 0] *= draw(st.sampled_from([1.0, 1e-3, 0.0]))
+        shape = store.batch or rows, heads, tokens
+        k, v = (torch.randn(*shape, width, generator=generator) for width in channels)
+        for x in (k, v):
+            x[:, 0] *= draw(st.sampled_from([1.0, 1e-3, 0.0]))
         if draw(st.booleans()):
-            x[0, 0, 0, 0, 0] = torch.inf
-        store.append(*x.to(dtype))
+            k[0, 0, 0, 0] = torch.inf
+        store.append(k.to(dtype), v.to(dtype))
 
     more(draw(st.sampled_from([1, 63, 64, 100, 300])))
     if draw(st.booleans()):
@@ -90,7 +92,8 @@ def test_what_is_saved_comes_back_bit_by_bit_and_goes_on_the_same(store: KVStore
     again = reopened(data)[0]
     assert_same(store, again)
     assert packed({0: again}, store.spec, 1) == data
-    more = torch.randn(2, store.batch, store.heads, 150, store.channels).to(store.dtype)
+    shape = store.batch, store.heads, 150
+    more = [torch.randn(*shape, width).to(store.dtype) for width in (store.channels, store.value_channels)]
     for one in (store, again):
         one.append(*more)
         one.seal()
@@ -135,7 +138,7 @@ def stranger_reads(data: bytes) -> list[np.ndarray[Any, Any]]:
     spec, rows, tokens, found = header["spec"], header["rows"], header["tokens"], []
     for about, parts in zip(header["layers"], sections, strict=True):
         heads, channels, dtype = about["heads"], about["channels"], DTYPES[about["dtype"]].array
-        layout = Layout(heads, channels, (spec["key"]["unit"], spec["value"]["unit"]), dtype.itemsize)
+        layout = Layout(heads, (channels, channels), (spec["key"]["unit"], spec["value"]["unit"]), dtype.itemsize)
         books, raw = [], parts["books"]
         while raw:
             classes, limit = raw[:2]

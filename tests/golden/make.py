@@ -54,7 +54,7 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.heads, self.channels, self.units, NUMPY_TYPES[self.dtype].itemsize)
+        return Layout(self.heads, (self.channels, self.channels), self.units, NUMPY_TYPES[self.dtype].itemsize)
 
     @property
     def steps(self) -> Steps:

@@ -121,10 +121,9 @@ def test_attention_parameters_it_does_not_know(llama: PreTrainedModel) -> None:
     before = state(cache)
     module = llama.model.layers[0].self_attn
     x = torch.zeros(1, 2, 1, 16)
-    for name in ("s_aux", "position_bias"):
-        for key, value in (cache.update(x, x, 0), (x, x)):
-            with pytest.raises(UnsupportedModel, match="use another attn_implementation"):
-                transformers_attention.kvcomp_attention(
-                    module, torch.zeros(1, 4, 1, 16), key, value, None, **{name: torch.zeros(4)}
-                )
+    for key, value in (cache.update(x, x, 0), (x, x)):
+        with pytest.raises(UnsupportedModel, match="use another attn_implementation"):
+            transformers_attention.kvcomp_attention(
+                module, torch.zeros(1, 4, 1, 16), key, value, None, position_bias=torch.zeros(4)
+            )
     assert_unchanged(cache, before)

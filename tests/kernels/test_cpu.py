@@ -67,7 +67,7 @@ def assert_attends(cache: Cache, threads: int = 1) -> None:
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=3e-5)
 
 
-@pytest.mark.parametrize("channels", [16, 64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("channels", [16, 64, 80, 96, 112, 128, 192, 256, 320, 512])
 @pytest.mark.parametrize("case", range(len(UNIT_PAIRS)))
 def test_attend_shapes(channels: int, case: int) -> None:
     group = (1, 2, 3, 4, 8, 16)[(case + channels // 16) % 6]
@@ -93,6 +93,32 @@ def test_attend_groups(group: int) -> None:
     assert_attends(build(64, group, (2,), seed=group))
 
 
+@pytest.mark.parametrize(("channels", "value_channels"), [(192, 128), (128, 192), (16, 512), (80, 64), (288, 16)])
+@pytest.mark.parametrize("units", UNIT_PAIRS)
+def test_values_may_have_other_channels_than_keys(channels: int, value_channels: int, units: tuple[Unit, Unit]) -> None:
+    """The same bytes and values as by the reference, and attention over them."""
+    number = UNIT_PAIRS.index(units) + channels // 16
+    classes, dtype, coding = (1, 4)[number % 2], DTYPES[number % 3], CODINGS[number % 3]
+    cache = build(
+        channels, 1 + number % 5, (2, 0), units, classes, coding=coding, value=dtype, raw=True,
+        value_channels=value_channels,
+    )  # fmt: skip
+    assert_attends(cache)
+    rng = np.random.default_rng(number)
+    k, v = (values_like(rng, 2, 128, width, dtype) for width in (channels, value_channels))
+    tensors = cache.case.spec.key, cache.case.spec.value
+    kq, vq = (reference.quantise(x, t.unit, t.scale) for x, t in zip((k, v), tensors, strict=True))
+    expected, offsets = reference.encode_pages(k, v, kq, vq, coding, units, *cache.view.books[0])
+    got, got_offsets = cpu.encode_pages(k, v, kq, vq, coding, units, *cache.view.books[0])
+    np.testing.assert_array_equal(got_offsets, offsets, strict=True)
+    np.testing.assert_array_equal(got, expected, strict=True)
+    outs = [[np.zeros_like(x) for x in (k, v)] for _ in range(2)]
+    for kernels, both in zip((reference, cpu), outs, strict=True):
+        kernels.decompress(expected.ctypes.data + offsets[:-1], units, *cache.view.books[0], *both, cache.view.steps)
+    for one, other in zip(*outs, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("units", UNIT_PAIRS)
 @pytest.mark.parametrize("classes", [1, 4])
 @pytest.mark.parametrize("coding", CODINGS)
@@ -112,7 +138,7 @@ def test_attend_precision(scales: tuple[float, float], coding: tuple[Coding, Cod
             )
 
 
-@pytest.mark.parametrize("channels", [16, 64, 80, 128, 192])
+@pytest.mark.parametrize("channels", [16, 64, 80, 128, 192, 512])
 @pytest.mark.parametrize("swap", [False, True])
 def test_classes_of_every_form_side_by_side(channels: int, swap: bool) -> None:
     """One symbol, narrow and wide tables, low bits apart: each class of K and V in another form."""
@@ -143,7 +169,7 @@ def test_classes_of_every_form_side_by_side(channels: int, swap: bool) -> None:
     assert_attends(replace(cache, view=view, scaling=channels**-0.5 / 16, owners=[pages[0][0]]))
 
 
-@pytest.mark.parametrize("channels", [16, 64, 80, 128, 192])
+@pytest.mark.parametrize("channels", [16, 64, 80, 128, 192, 512])
 @pytest.mark.parametrize("classes", [1, 4])
 @pytest.mark.parametrize("spread", [0.7, 2.0, 9.0])
 def test_codes_much_longer_than_their_book_is_made_for(channels: int, classes: int, spread: float) -> None:
@@ -270,7 +296,7 @@ def test_quantise_equals_reference(unit: Unit, dtype: str, seed: int) -> None:
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name, strict=True)
 
 
-@pytest.mark.parametrize("channels", [16, 48, 64, 128, 256])
+@pytest.mark.parametrize("channels", [16, 48, 64, 128, 256, 512])
 @pytest.mark.parametrize("units", UNIT_PAIRS)
 @pytest.mark.parametrize("classes", [1, 4])
 def test_bytes_equal_reference(channels: int, units: tuple[Unit, Unit], classes: int) -> None:

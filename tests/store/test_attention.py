@@ -38,7 +38,7 @@ def filled(
     backend: str,
     tokens: int,
     heads: int = 2,
-    channels: int = 16,
+    channels: int | tuple[int, int] = 16,
     starts: list[int] | None = None,
     spec: CodecSpec | None = None,
     dtype: torch.dtype = torch.float32,
@@ -47,7 +47,8 @@ def filled(
     """A store of random tokens, the padding of its rows NaN where all rows have sealed pages."""
     starts = starts or [0]
     store = KVStore(spec or spec_of(), backend)
-    k, v = (randn(len(starts), heads, tokens, channels, seed=i, dtype=dtype) for i in (1, 2))
+    both = (channels, channels) if isinstance(channels, int) else channels
+    k, v = (randn(len(starts), heads, tokens, width, seed=i, dtype=dtype) for i, width in enumerate(both, 1))
     for row, start in enumerate(starts):
         k[row, :, :start] = v[row, :, :start] = torch.nan
     store.append(k, v)
@@ -58,11 +59,16 @@ def filled(
 
 
 def oracle(
-    store: KVStore, q: Tensor, scaling: float, softcap: float = 0.0, mask: Tensor | None = None
+    store: KVStore,
+    q: Tensor,
+    scaling: float,
+    softcap: float = 0.0,
+    mask: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> npt.NDArray[np.float64]:
     """softmax(cap(scaling q.K)) V, one query and head after the other; a query that sees nothing gives 0."""
     k, v = (x.double().numpy() for x in store.dense())
-    out = np.zeros(q.shape)
+    out = np.zeros((*q.shape[:3], v.shape[3]))
     batch, heads, queries, _ = q.shape
     if mask is not None:
         seen_or_bias = mask.expand(batch, heads, queries, store.tokens).numpy()
@@ -85,7 +91,8 @@ def oracle(
             score = softcap * np.tanh(score / softcap)
         score = score + bias[visible]
         weight = np.exp(score - score.max())
-        out[row, head, i] = weight @ v[row, kv_head, visible] / weight.sum()
+        sink = 0.0 if sink_logits is None else np.exp(float(sink_logits[head]) - score.max())
+        out[row, head, i] = weight @ v[row, kv_head, visible] / (weight.sum() + sink)
     return out
 
 
@@ -111,10 +118,57 @@ def test_every_group_size_of_grouped_and_multi_query_attention(backend: str, kv_
 
 
 @pytest.mark.parametrize("coding", ["huffman", "fixed"])
-@pytest.mark.parametrize("channels", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("channels", [16, 64, 80, 96, 128, 256, 512])
 def test_every_head_size(backend: str, channels: int, coding: Coding) -> None:
     store = filled(backend, 150, 2, channels, spec=spec_of("channel", "vector", coding))
     check_both(store, randn(1, 4, 1, channels), channels**-0.5)
+
+
+@pytest.mark.parametrize("channels", [(72, 72), (8, 8), (192, 128), (40, 104), (16, 264)])
+@pytest.mark.parametrize("key", ["channel", "head"])
+def test_heads_of_two_widths_and_of_sizes_that_no_block_has(
+    backend: str, channels: tuple[int, int], key: Unit
+) -> None:
+    store = filled(backend, 150, 2, channels, starts=[0, 5], spec=spec_of(key, "token", "huffman"))
+    k, v = (randn(2, 2, 150, width, seed=i) for i, width in enumerate(channels, 1))
+    for given, held in zip((k, v), store.dense(), strict=True):
+        assert held.shape == given.shape
+        assert torch.equal(held[0, :, :4], given[0, :, :4])
+    check_both(store, randn(2, 4, 3, channels[0]), channels[0] ** -0.5)
+    dense = 4 * 2 * (150 + 145) * sum(channels)
+    assert store.memory().dense == dense
+
+
+def test_sizes_that_cannot_be_held(backend: str) -> None:
+    for channels in (20, 520, 1):
+        with pytest.raises(InvalidInput, match="multiple of 8 from 8 to 512"):
+            filled(backend, 1, channels=channels)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("channels", [64, (72, 40)])
+@pytest.mark.parametrize("tokens", [5, 65, 300])
+def test_a_sink_logit_of_each_head(
+    backend: str, tokens: int, channels: int | tuple[int, int], softcap: float
+) -> None:
+    """One takes nearly all, one nothing, one is beyond what a float can be raised to."""
+    store = filled(backend, tokens, 2, channels, starts=[0, 3])
+    q = randn(2, 4, 2, store.channels)
+    logits = torch.tensor([8.0, -8.0, 0.5, -1e4])
+    expected = oracle(store, q, 0.2, softcap, sink_logits=logits)
+    check(attend(store, q, 0.2, softcap, logits), expected)
+    check(attend_tiled(store, q, 0.2, softcap, sink_logits=logits), expected)
+    seen = torch.rand(2, 1, 2, tokens, generator=torch.Generator().manual_seed(1)) > 0.5
+    expected = oracle(store, q, 0.2, softcap, seen, logits)
+    check(attend_tiled(store, q, 0.2, softcap, seen, logits), expected)
+    assert not attend(store, q, 0.2, softcap, torch.full((4,), 1e4)).any()
+
+
+def test_a_sink_logit_is_there_for_each_head(backend: str) -> None:
+    store = filled(backend, 5)
+    for logits in (torch.zeros(3), torch.zeros(1, 4), torch.zeros(())):
+        with pytest.raises(InvalidInput, match="sink_logits must be"):
+            attend(store, randn(1, 4, 1, 16), 0.2, 0.0, logits)
 
 
 @pytest.mark.parametrize("value", UNITS)

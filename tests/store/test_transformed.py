@@ -64,6 +64,20 @@ def test_attention_is_that_over_what_the_store_gives_back(dtype: torch.dtype, qu
     assert torch.allclose(attend_tiled(made, q, CHANNELS**-0.5).float(), expected, **tolerance)
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+def test_a_sink_logit_is_held_against_scores_with_the_mean_that_k_lost(queries: int) -> None:
+    made, scaling = filled(*kv(2, 400)), CHANNELS**-0.5
+    q = 0.1 * torch.randn(2, 2 * HEADS, queries, CHANNELS)
+    logits = torch.tensor([3.0, -3.0, 6.0, 0.0])
+    k, v = (torch.nn.functional.pad(x, (0, 0, 1, 0)) for x in made.dense())  # the sink as a token in front, without V
+    score = q.double() @ k.repeat_interleave(2, 1).double().mT * scaling
+    score[..., 0] = logits[:, None]
+    ahead = torch.ones(queries, 401, dtype=torch.bool).triu(401 - queries + 1)
+    expected = score.masked_fill(ahead, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1).double()
+    for found in (attend(made, q, scaling, 0.0, logits), attend_tiled(made, q, scaling, sink_logits=logits)):
+        torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=1e-4)
+
+
 def test_dense_undoes_the_transform() -> None:
     k, v = kv(1, 200)
     made = store()

@@ -48,6 +48,12 @@ class Case:
     tail: int = 70
     softcap: float = 0.0
     seed: int = 0
+    value_channels: int | None = None
+    """Those of K if None."""
+
+    @property
+    def both_channels(self) -> tuple[int, int]:
+        return self.channels, self.channels if self.value_channels is None else self.value_channels
 
     @property
     def spec(self) -> CodecSpec:
@@ -107,7 +113,7 @@ def build(case: Case) -> Cache:
     books: list[tuple[Books, Books]] = []
     owners: list[Array] = []
     for row, count in enumerate(case.pages):
-        k, v = (values_like(rng, case.heads, PAGE_TOKENS * count, case.channels, case.value) for _ in "KV")
+        k, v = (values_like(rng, case.heads, PAGE_TOKENS * count, width, case.value) for width in case.both_channels)
         tensors = spec.key, spec.value
         kq, vq = (reference.quantise(x, t.unit, t.scale) for x, t in zip((k, v), tensors, strict=True))
         of_row: list[Books] = []
@@ -128,10 +134,9 @@ def build(case: Case) -> Cache:
         if count:
             valid[row, count - 1] = case.partial
     sinks_k, sinks_v, tail_k, tail_v = (
-        values_like(rng, rows * case.heads, tokens, case.channels, case.value).reshape(
-            rows, case.heads, -1, case.channels
-        )
-        for tokens in (case.sinks, case.sinks, case.tail, case.tail)
+        values_like(rng, rows * case.heads, tokens, width, case.value).reshape(rows, case.heads, tokens, width)
+        for tokens in (case.sinks, case.tail)
+        for width in case.both_channels
     )
     if case.new:
         tail_end = np.tile(np.arange(case.tail - case.new + 1, case.tail + 1), case.queries // case.new)

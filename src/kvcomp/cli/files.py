@@ -72,11 +72,10 @@ def decompress(
 
         container = files.open_container(source)
         values = sum(
-            2
-            * container.header.rows
+            container.header.rows
             * container.header.tokens
             * layer.heads
-            * layer.channels
+            * (layer.channels + layer.value_channels)
             * DTYPES[layer.dtype].itemsize
             for layer in container.header.layers
         )
@@ -205,6 +204,7 @@ def _figures(source: Path, container: Any, memory: dict[int, Any], bits: dict[in
                 "layer": head.layer,
                 "heads": head.heads,
                 "channels": head.channels,
+                "value_channels": head.value_channels,
                 "dtype": head.dtype,
                 "sections": {name: section.size for name, section in head.sections.items()},
                 "memory": asdict(memory[head.layer]),
@@ -253,7 +253,8 @@ def _show(source: Path, container: Any, memory: dict[int, Any], bits: dict[int, 
     heads = Table("layer", "dtype", "head size", *(f"{kind} bits by head" for kind in "KV"))
     for head in header.layers:
         by_head = (" ".join("-" if isnan(x) else f"{x:.2f}" for x in of) for of in bits[head.layer].tolist())
-        heads.add_row(str(head.layer), head.dtype, str(head.channels), *by_head)
+        sizes = dict.fromkeys([head.channels, head.value_channels])
+        heads.add_row(str(head.layer), head.dtype, ", ".join(map(str, sizes)), *by_head)
     screen.print(heads)
 
 

@@ -18,7 +18,8 @@ from kvcomp.errors import CorruptData, InvalidInput
 from kvcomp.spec import PAGE_TOKENS, Kind
 
 STREAMS = 64
-MAX_BASE, MAX_DIFFERENCE_BITS = 127, 9  # a stream has at most 288 units: 128 pairs of 18 bits
+MAX_CHANNELS = 512
+MAX_BASE, MAX_DIFFERENCE_BITS = 127, 9  # a stream has at most 288 units: 64 pairs of 18 bits in units of 4 bits
 LEAST_LENGTHS = 4  # bytes that the lengths of a block's streams take at least
 
 Indices = npt.NDArray[np.int64]
@@ -27,8 +28,15 @@ Codes = npt.NDArray[np.uint8]
 
 def check_channels(channels: int) -> None:
     """Raise InvalidInput unless a block can have this many channels."""
-    if channels % 16 or not 16 <= channels <= 256:
-        raise InvalidInput(f"head_dim must be a multiple of 16 from 16 to 256, not {channels}")
+    if channels % 16 or not 16 <= channels <= MAX_CHANNELS:
+        raise InvalidInput(f"a block has a multiple of 16 channels from 16 to {MAX_CHANNELS}, not {channels}")
+
+
+def held_channels(channels: int) -> int:
+    """Channels of the blocks that hold heads of so many, zeros included. Raises InvalidInput for other sizes."""
+    if channels % 8 or not 8 <= channels <= MAX_CHANNELS:
+        raise InvalidInput(f"head_dim must be a multiple of 8 from 8 to {MAX_CHANNELS}, not {channels}")
+    return -(-channels // 16) * 16
 
 
 @lru_cache(maxsize=64)
@@ -61,7 +69,7 @@ def pair_classes(kind: Kind, channels: int, classes: int) -> Indices:
 
 def length_unit(channels: int) -> int:
     """Bits that one unit of a stream's length stands for."""
-    return 4 if channels <= 128 else 8
+    return 4 if channels <= 128 else 8 if channels <= 256 else 16
 
 
 def stream_groups(kind: Kind) -> Indices:

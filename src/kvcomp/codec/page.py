@@ -24,8 +24,8 @@ class Layout:
 
     heads: int
     """KV heads."""
-    channels: int
-    """Channels of a head."""
+    channels: tuple[int, int]
+    """Channels of a head, of K and of V."""
     units: tuple[Unit, Unit]
     """Units of K and of V."""
     value_bytes: int
@@ -48,9 +48,14 @@ class Layout:
     def first_block(self) -> int:
         return self.directory_bytes + scales_size(PAGE_TOKENS) * sum(unit == "token" for unit in self.units)
 
+    @property
+    def spare_bytes(self) -> int:
+        """Readable bytes that must follow pages."""
+        return max(self.channels)
+
     def block_scales(self, kind_index: int) -> int:
         """How many scales stand at the head of a block of K (0) or V (1)."""
-        return {"block": 1, "channel": self.channels, "vector": PAGE_TOKENS, "token": 0, "head": 0}[
+        return {"block": 1, "channel": self.channels[kind_index], "vector": PAGE_TOKENS, "token": 0, "head": 0}[
             self.units[kind_index]
         ]
 
@@ -59,11 +64,11 @@ class Layout:
         count = self.block_scales(kind_index)
         scales = scales_size(count) if count else 0
         if mode == RAW:
-            return PAGE_TOKENS * self.channels * self.value_bytes
+            return PAGE_TOKENS * self.channels[kind_index] * self.value_bytes
         if mode == OWN_BOOK or (mode == DEFAULT_BOOK and self.default_books[kind_index]):
             return scales + LEAST_LENGTHS
         if FIXED <= mode < FIXED + MAX_WIDTH:
-            return scales + 4 * STREAMS * fixed_words(self.channels, width_of(mode))
+            return scales + 4 * STREAMS * fixed_words(self.channels[kind_index], width_of(mode))
         if mode == DEFAULT_BOOK:
             raise CorruptData("a block needs the default codebook, and there is none")
         raise CorruptData(f"a page has a block of the unknown mode {mode}")

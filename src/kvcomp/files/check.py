@@ -26,7 +26,7 @@ Places = npt.NDArray[np.int64]
 def check_pages(
     arena: Bytes, begin: Places, layout: Layout, read: Callable[[Any], object] = lambda piece: None
 ) -> npt.NDArray[np.bool_]:
-    """Check pages that fill an arena without gaps, but for the D spare bytes at its end.
+    """Check pages that fill an arena without gaps, but for the spare bytes at its end.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def _sizes(arena: Bytes, begin: Places, layout: Layout) -> Places:
         if arena.size:
             raise CorruptData("there are bytes of pages, and no page")
         return begin
-    end = arena.size - layout.channels
+    end = arena.size - layout.spare_bytes
     if arena.size % 16 or begin[0] != 0 or (begin % 16).any() or begin[-1] >= end:
         raise CorruptData(
             "pages do not begin at multiples of 16 from the first byte of their section to its spare bytes"
@@ -84,9 +84,7 @@ def _sizes(arena: Bytes, begin: Places, layout: Layout) -> Places:
 def _check_some(arena: Bytes, begin: Places, sizes: Places, layout: Layout, own: npt.NDArray[np.bool_]) -> None:
     from kvcomp.kernels.cpu import check  # not before there is something to check: it loads the compiler
 
-    found = check.check_pages(
-        arena, begin, sizes, layout.heads, layout.first_block, *_constants(layout), length_unit(layout.channels), own
-    )
+    found = check.check_pages(arena, begin, sizes, layout.heads, layout.first_block, *_constants(layout), own)
     messages = {
         check.DIRECTORY: "a page's directory does not fit the page",
         check.ORDER: "the blocks of a page are not in order",
@@ -102,8 +100,10 @@ def _check_some(arena: Bytes, begin: Places, sizes: Places, layout: Layout, own:
 
 
 @lru_cache(maxsize=64)
-def _constants(layout: Layout) -> tuple[Places, Places, Places]:
-    """Least bytes of a block of K and V by mode, -1 for no mode; scales of a block; where the token scales are."""
+def _constants(layout: Layout) -> tuple[Places, Places, Places, Places]:
+    """Least bytes of a block of K and V by mode, -1 for no mode; scales of a block; where the token scales are; bits of
+    a unit of length.
+    """
 
     def least(mode: int, kind: int) -> int:
         try:
@@ -115,4 +115,5 @@ def _constants(layout: Layout) -> tuple[Places, Places, Places]:
         np.array([[least(mode, kind) for mode in range(16)] for kind in range(2)]),
         np.array([layout.block_scales(kind) for kind in range(2)]),
         np.array([-1 if offset is None else offset for offset in layout.token_scale_offsets]),
+        np.array([length_unit(channels) for channels in layout.channels]),
     )

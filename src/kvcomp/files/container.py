@@ -52,7 +52,8 @@ class LayerParts:
     layer: int
     """Its index in the model."""
     heads: int
-    channels: int
+    channels: tuple[int, int]
+    """head_dim of K and of V, without padding."""
     dtype: str
     """A name in ``DTYPES``."""
     start: npt.NDArray[np.int64]
@@ -73,10 +74,10 @@ class LayerParts:
     """(rows, 2): which of ``books`` K and V of a row have, -1 for none."""
     counts: Sequence[Sequence[npt.NDArray[np.uint32] | None]]
     """For each row the pair counts of K and V, (classes, n, n), where no book is trained yet."""
-    sinks: Array
-    """(2, rows, heads, tokens, D), K then V."""
-    tail: Array
-    """The last tokens of all rows, in the shape of ``sinks``."""
+    sinks: tuple[Array, Array]
+    """K and V, (rows, heads, tokens, D) each."""
+    tail: tuple[Array, Array]
+    """The last tokens of all rows, in the shapes of ``sinks``."""
 
 
 # Writing
@@ -122,10 +123,10 @@ def pack(
             {
                 "layer": parts.layer,
                 "heads": parts.heads,
-                "channels": parts.channels,
+                "channels": parts.channels[0] if parts.channels[0] == parts.channels[1] else list(parts.channels),
                 "dtype": parts.dtype,
-                "sinks": parts.sinks.shape[3],
-                "recent": parts.tail.shape[3],
+                "sinks": parts.sinks[0].shape[2],
+                "recent": parts.tail[0].shape[2],
                 "entries": parts.offsets.size,
                 "books": len(parts.books),
                 "sections": table,
@@ -161,8 +162,8 @@ def _sections(parts: LayerParts) -> dict[str, list[memoryview]]:
         "rows": [np.stack(rows, axis=1).astype("<i8")],
         "books": books,
         "counts": [counts.astype("<u4") for pair in parts.counts for counts in pair if counts is not None],
-        "sinks": [parts.sinks],
-        "tail": [parts.tail],
+        "sinks": parts.sinks,
+        "tail": parts.tail,
     }
     return {name: [np.ascontiguousarray(x).data.cast("B") for x in of if x.size] for name, of in pieces.items()}
 
@@ -219,7 +220,7 @@ class Container:
         units = spec.key.unit, spec.value.unit
         calibrated = spec.calibration is not None
         defaults = units[0] != "head" or calibrated, units[1] != "head" or calibrated
-        layout = Layout(head.heads, head.channels, units, dtype.itemsize, defaults)
+        layout = Layout(head.heads, head.held_channels, units, dtype.itemsize, defaults)
         arena, digest = self._bytes(index, "pages"), xxh3_64()
         begin, which = np.unique(offsets, return_inverse=True)
         try:
@@ -229,11 +230,10 @@ class Container:
         missing = own & (row_books < 0)[np.repeat(np.arange(header.rows), page_count)]
         if missing.any() and spec.calibration is None:  # a calibration has the books of all rows
             raise CorruptData("a block needs the sequence's own codebook, and there is none")
-        shape = 2, header.rows, head.heads, -1, head.channels
         return LayerParts(
             head.layer,
             head.heads,
-            head.channels,
+            (head.channels, head.value_channels),
             head.dtype,
             start,
             sink_count,
@@ -244,11 +244,17 @@ class Container:
             books,
             row_books,
             counts,
-            *(
-                self._section(index, name).view(dtype).reshape(*shape[:3], tokens, shape[4])
-                for name, tokens in (("sinks", head.sinks), ("tail", head.recent))
-            ),
+            self._raw(index, "sinks", head.sinks),
+            self._raw(index, "tail", head.recent),
         )
+
+    def _raw(self, index: int, name: str, tokens: int) -> tuple[Array, Array]:
+        """K and V of a section of raw tokens, (rows, heads, tokens, D) each."""
+        head, rows = self.header.layers[index], self.header.rows
+        values = self._section(index, name).view(DTYPES[head.dtype].array)
+        shapes = [(rows, head.heads, tokens, channels) for channels in head.held_channels]
+        of_keys = rows * head.heads * tokens * head.held_channels[0]
+        return values[:of_keys].reshape(shapes[0]), values[of_keys:].reshape(shapes[1])
 
     def _section(self, index: int, name: str) -> Bytes:
         """A copy of the checked bytes of a section: nobody can change it after it was checked."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64
 
-from kvcomp.codec.block import check_channels
+from kvcomp.codec.block import held_channels
 from kvcomp.codec.dtypes import DTYPES
 from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedVersion
 from kvcomp.spec import CodecSpec
@@ -54,6 +54,9 @@ class LayerHeader:
     layer: int
     heads: int
     channels: int
+    """head_dim of K."""
+    value_channels: int
+    """head_dim of V."""
     dtype: str
     sinks: int
     """Tokens in the section ``sinks``."""
@@ -63,6 +66,11 @@ class LayerHeader:
     """Entries of the page table."""
     books: int
     sections: Mapping[str, Section]
+
+    @property
+    def held_channels(self) -> tuple[int, int]:
+        """Channels of K and V in pages and raw tokens."""
+        return held_channels(self.channels), held_channels(self.value_channels)
 
 
 @dataclass(frozen=True)
@@ -168,11 +176,12 @@ def _read_layer(entry: Any, spec: CodecSpec, rows: int, tokens: int, at: int) ->
     """The header of a layer whose first section must begin at ``at``, and where the next layer must begin."""
     names = "layer", "heads", "channels", "dtype", "sinks", "recent", "entries", "books", "sections"
     _check_fields(entry, names, "a layer in the header")
-    heads, channels = _number(entry, "heads", 1), _number(entry, "channels", 1)
+    heads = _number(entry, "heads", 1)
+    channels, value_channels = _read_channels(entry)
     sinks, recent = _number(entry, "sinks", 0), _number(entry, "recent", 0)
     entries, books = _number(entry, "entries", 0), _number(entry, "books", 0)
     try:
-        check_channels(channels)
+        held = held_channels(channels) + held_channels(value_channels)
     except InvalidInput as error:
         raise CorruptData(f"a layer in the header is wrong: {error}") from None
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
@@ -181,7 +190,7 @@ def _read_layer(entry: Any, spec: CodecSpec, rows: int, tokens: int, at: int) ->
         raise CorruptData(
             f"a layer has {sinks} sinks and {recent} recent tokens, of {spec.sinks} and {tokens} possible"
         )
-    token = 2 * rows * heads * channels * DTYPES[entry["dtype"]].itemsize
+    token = rows * heads * held * DTYPES[entry["dtype"]].itemsize
     exact = {
         "table": entries * ENTRY_BYTES,
         "rows": 8 * ROW_FIELDS * rows,
@@ -201,7 +210,21 @@ def _read_layer(entry: Any, spec: CodecSpec, rows: int, tokens: int, at: int) ->
         sections[name] = Section(offset, size, place[2])
         at += size
     layer = _number(entry, "layer", 0)
-    return LayerHeader(layer, heads, channels, entry["dtype"], sinks, recent, entries, books, sections), at
+    return LayerHeader(
+        layer, heads, channels, value_channels, entry["dtype"], sinks, recent, entries, books, sections
+    ), at
+
+
+def _read_channels(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """head_dim of K and of V: one number for both, or two that differ."""
+    found = entry["channels"]
+    if not isinstance(found, list):
+        channels = _number(entry, "channels", 1)
+        return channels, channels
+    if len(found) != 2 or found[0] == found[1]:
+        raise CorruptData(f"channels in the header must be a number, or two that differ, not {str(found)[:40]}")
+    key, value = (_number({"channels": channels}, "channels", 1) for channels in found)
+    return key, value
 
 
 def _is_flat(content: Any, depth: int) -> bool:

@@ -25,6 +25,7 @@ from kvcomp.files.container import Container, LayerParts, pack
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
 from kvcomp.store.join import first_of_tail, last_tokens
+from kvcomp.store.padding import padding
 from kvcomp.store.rows import Rows
 from kvcomp.store.tensors import NAMES, TYPES, as_array, as_tensor
 
@@ -144,7 +145,7 @@ def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
     Parameters
     ----------
     k, v
-        (batch, KV heads, last tokens, head_dim).
+        (batch, KV heads, last tokens, head_dim) each.
     tokens
         Positions in all.
     spec
@@ -155,7 +156,11 @@ def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
     InvalidInput
         If they do not fit the spec.
     """
-    return KVStore(spec).of(Rows.empty(k.shape[0], start=tokens - k.shape[2]), tokens, (k, v))
+    empty, channels = KVStore(spec), (k.shape[3], v.shape[3])
+    padded = padding(channels)
+    if padded is not None:
+        k, v = padded.key.apply(k), padded.value.apply(v)
+    return empty.of(Rows.empty(k.shape[0], start=tokens - k.shape[2]), tokens, (k, v), channels=channels)
 
 
 # Stores <-> parts
@@ -173,15 +178,10 @@ def parts_of(store: KVStore, layer: int) -> LayerParts:
             if book is not None and store.given_books is None:
                 books[id(book)] = book
                 row_books[row, kind] = places.setdefault(id(book), len(places))
-    held = [as_array(x) for x in (store.sinks_k, store.sinks_v)]
-    sinks = np.zeros((2, store.batch, store.heads, int(rows.sink_count.max()), store.channels), held[0].dtype)
-    for row, count in enumerate(rows.sink_count.tolist()):
-        for kind in (0, 1):
-            sinks[kind, row, :, :count] = held[kind][row, :, :count]
     return LayerParts(
         layer=layer,
         heads=store.heads,
-        channels=store.channels,
+        channels=(store.channels, store.value_channels),
         dtype=NAMES[store.dtype],
         start=rows.starts,
         sink_count=rows.sink_count,
@@ -192,7 +192,7 @@ def parts_of(store: KVStore, layer: int) -> LayerParts:
         books=list(books.values()),
         row_books=row_books,
         counts=rows.pair_counts,
-        sinks=sinks,
+        sinks=(_sinks(store.sinks_k, rows.sink_count), _sinks(store.sinks_v, rows.sink_count)),
         tail=last_tokens(store, store.tokens - first_of_tail(store)),
     )
 
@@ -243,12 +243,19 @@ def store_of(
         ],
         pair_counts=[list(pair) for pair in parts.counts],
     )
-    sinks = np.zeros((*parts.sinks.shape[:3], spec.sinks, parts.channels), parts.sinks.dtype)
-    sinks[:, :, :, : parts.sinks.shape[3]] = parts.sinks
+    sinks = [np.pad(x, ((0, 0), (0, 0), (0, spec.sinks - x.shape[2]), (0, 0))) for x in parts.sinks]
     (tail_k, tail_v), (sinks_k, sinks_v) = (
         [as_tensor(x, TYPES[parts.dtype]) for x in both] for both in (parts.tail, sinks)
     )
-    return empty.of(rows, tokens, (tail_k, tail_v), (sinks_k, sinks_v))
+    return empty.of(rows, tokens, (tail_k, tail_v), (sinks_k, sinks_v), parts.channels)
+
+
+def _sinks(held: Tensor, counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """The sinks of all rows, (rows, heads, most sinks of a row, D); 0 where a row has fewer."""
+    sinks = as_array(held)[:, :, : int(counts.max())].copy()
+    for row, count in enumerate(counts.tolist()):
+        sinks[row, :, count:] = 0
+    return sinks
 
 
 def _arena(store: KVStore) -> tuple[list[Bytes], npt.NDArray[np.int64]]:
@@ -274,4 +281,4 @@ def _arena(store: KVStore) -> tuple[list[Bytes], npt.NDArray[np.int64]]:
                 at += size
             offsets.append(places[address])
     pieces = [buffer[begin:end] for buffer, begin, end in runs]
-    return [*pieces, np.zeros(store.channels if pieces else 0, np.uint8)], np.array(offsets, np.int64)
+    return [*pieces, np.zeros(store.layout.spare_bytes if pieces else 0, np.uint8)], np.array(offsets, np.int64)

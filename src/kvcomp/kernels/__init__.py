@@ -41,7 +41,7 @@ class Backend(Protocol):
         Parameters
         ----------
         k, v
-            The values, (heads, 64*pages, channels).
+            The values, (heads, 64*pages, channels) each; those of V may have other channels than those of K.
         kq, vq
             The same, quantised.
         coding
@@ -54,7 +54,7 @@ class Backend(Protocol):
         Returns
         -------
         pages
-            The bytes, with D spare bytes after the last page.
+            The bytes, with as many spare bytes after the last page as a head has channels.
         offsets
             (pages + 1,): where each page begins, and the end of the last.
         """
@@ -80,7 +80,7 @@ class Backend(Protocol):
         k_books, v_books
             The default book and the sequence's own.
         out_k, out_v
-            (heads, 64*pages, channels) of the dtype, filled.
+            (heads, 64*pages, channels of K or V) of the dtype, filled.
         steps
             Of the heads, for K and V, where the unit is ``head``.
 
@@ -106,7 +106,7 @@ class Backend(Protocol):
         Parameters
         ----------
         q
-            float32 (rows, KV heads, queries of a KV head, head_dim).
+            float32 (rows, KV heads, queries of a KV head, channels of K).
         view
             What the queries see.
         tail_end
@@ -121,7 +121,8 @@ class Backend(Protocol):
         Returns
         -------
         out, lse
-            The output, shaped as q, and the natural logarithm of the softmax denominators, (rows, KV heads, queries).
+            The output, (rows, KV heads, queries, channels of V), and the natural logarithm of the softmax denominators,
+            (rows, KV heads, queries).
             A query that sees no token gets 0 and -inf.
 
         Raises

@@ -51,8 +51,8 @@ def encode_pages(
     v_books: Books,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """``Backend.encode_pages``, block by block."""
-    heads, tokens, channels = k.shape
-    layout = Layout(heads, channels, units, k.dtype.itemsize)
+    heads, tokens, _ = k.shape
+    layout = Layout(heads, (k.shape[2], v.shape[2]), units, k.dtype.itemsize)
     pages = []
     for page in range(tokens // PAGE_TOKENS):
         rows = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
@@ -72,7 +72,7 @@ def encode_pages(
                     blocks.append((mode, scales + body))
         pages.append(assemble(layout, token_scales, blocks))
     offsets = np.cumsum([0, *map(len, pages)], dtype=np.int64)
-    return np.frombuffer(b"".join(pages) + bytes(channels), np.uint8).copy(), offsets
+    return np.frombuffer(b"".join(pages) + bytes(layout.spare_bytes), np.uint8).copy(), offsets
 
 
 def _encode_codes(
@@ -116,20 +116,20 @@ def decode_page(
     Returns
     -------
     k, v
-        (heads, 64, channels) each.
+        (heads, 64, channels of K or V) each.
 
     Raises
     ------
     CorruptData
         If the page does not fit the layout, or needs a book that is missing.
     """
-    values = np.empty((2, layout.heads, PAGE_TOKENS, layout.channels), np.float32)
+    k, v = (np.empty((layout.heads, PAGE_TOKENS, channels), np.float32) for channels in layout.channels)
     for index, (mode, data) in enumerate(blocks_of(page, layout)):
         kind, head = divmod(index, layout.heads)
         of_kind = steps[kind]
         step = None if of_kind is None else of_kind[head]
-        values[kind, head] = _decode_block(page, mode, data, layout, kind, books[kind], dtype, step)
-    return values[0], values[1]
+        (k, v)[kind][head] = _decode_block(page, mode, data, layout, kind, books[kind], dtype, step)
+    return k, v
 
 
 def _decode_block(
@@ -142,7 +142,7 @@ def _decode_block(
     dtype: np.dtype[Any],
     step: float | None,
 ) -> npt.NDArray[np.float32]:
-    shape = PAGE_TOKENS, layout.channels
+    shape = PAGE_TOKENS, layout.channels[kind]
     if mode == RAW:
         return to_float32(np.frombuffer(data, dtype, shape[0] * shape[1]).reshape(shape))
     count = layout.block_scales(kind)
@@ -154,14 +154,14 @@ def _decode_block(
         scale, zero = shared if shared is not None else block.scales_from(data, count)
     body = data[block.scales_size(count) if count else 0 :]
     if mode >= FIXED:
-        codes = block.decode_fixed(body, layout.channels, KINDS[kind], width_of(mode))
+        codes = block.decode_fixed(body, shape[1], KINDS[kind], width_of(mode))
     else:
         book = books[0] if mode == DEFAULT_BOOK else books[1]
         if book is None:
             raise CorruptData(
                 f"a block needs the {'default' if mode == DEFAULT_BOOK else 'own'} codebook, and there is none"
             )
-        codes = block.decode_huffman(body, layout.channels, KINDS[kind], book)
+        codes = block.decode_huffman(body, shape[1], KINDS[kind], book)
     across = (1, -1) if layout.units[kind] == "channel" else (-1, 1)
     return (codes + zero.reshape(across)).astype(np.float32) * scale.reshape(across)
 
@@ -176,7 +176,7 @@ def decompress(
     steps: Steps = NO_STEPS,
 ) -> None:
     """``Backend.decompress``, page by page."""
-    layout = Layout(out_k.shape[0], out_k.shape[2], units, out_k.dtype.itemsize)
+    layout = Layout(out_k.shape[0], (out_k.shape[2], out_v.shape[2]), units, out_k.dtype.itemsize)
     for index, address in enumerate(pages.tolist()):
         k, v = decode_page(page_bytes(address, layout.heads), layout, (k_books, v_books), out_k.dtype, steps)
         rows = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
@@ -192,9 +192,10 @@ def attend(
     threads: int = 1,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Compute ``Backend.attend`` in float64, written as the formula."""
-    rows, heads, queries, channels = q.shape
-    layout = Layout(heads, channels, view.units, view.tail_k.dtype.itemsize)
-    out, lse = np.zeros(q.shape, np.float32), np.full(q.shape[:3], -np.inf, np.float32)
+    rows, heads, queries, _ = q.shape
+    layout = Layout(heads, view.channels, view.units, view.tail_k.dtype.itemsize)
+    out = np.zeros((*q.shape[:3], layout.channels[1]), np.float32)
+    lse = np.full(q.shape[:3], -np.inf, np.float32)
     for row in range(rows):
         k, v = (
             [to_float32(view.sinks_k[row, :, : view.sink_count[row]])],

@@ -26,7 +26,7 @@ class CacheView:
     """
 
     pages: npt.NDArray[np.int64]
-    """(rows, capacity) addresses of pages, with ``head_dim`` readable bytes behind each run of them."""
+    """(rows, capacity) addresses of pages, with as many readable bytes behind each run as a head has channels."""
     valid: npt.NDArray[np.int32]
     """(rows, capacity) how many of a page's tokens count."""
     count: npt.NDArray[np.int64]
@@ -36,16 +36,21 @@ class CacheView:
     books: Sequence[tuple[Books, Books]]
     """For each row the codebooks of K and V."""
     sinks_k: Array
-    """(rows, KV heads, sinks, head_dim)."""
+    """(rows, KV heads, sinks, channels of K)."""
     sinks_v: Array
-    """As ``sinks_k``."""
+    """(rows, KV heads, sinks, channels of V)."""
     sink_count: npt.NDArray[np.int64]
     """(rows,) how many of the sinks count."""
     tail_k: Array
-    """(rows, KV heads, tokens, head_dim)."""
+    """(rows, KV heads, tokens, channels of K)."""
     tail_v: Array
-    """As ``tail_k``."""
+    """(rows, KV heads, tokens, channels of V)."""
     tail_begin: npt.NDArray[np.int64]
     """(rows,) the first token of the tail that counts."""
     steps: Steps = NO_STEPS
     """Steps of the KV heads, for K and V, where the unit is ``head``."""
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels of a head, of K and of V."""
+        return self.tail_k.shape[-1], self.tail_v.shape[-1]

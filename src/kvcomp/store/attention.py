@@ -12,34 +12,44 @@ import math
 import torch
 from torch import Tensor
 
+from kvcomp.calibration.transform import Transform
 from kvcomp.errors import InvalidInput
 from kvcomp.store.checks import check_tensor
 from kvcomp.store.protocol import Store
+from kvcomp.store.sink_logits import check_sink_logits, take_share
 
 FUSED_QUERIES = 64  # most queries of a KV head (group x new tokens) for which the fused kernel is used
 TILE_QUERIES = 128
 LEAST = -80.0  # a weight of e^-80 of the largest is lost in float32
 
 
-def attend(store: Store, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+def attend(store: Store, q: Tensor, scaling: float, softcap: float = 0.0, sink_logits: Tensor | None = None) -> Tensor:
     """Fused attention of the last tokens, decoding the sealed pages on the fly.
 
     q: (batch, heads, queries, head_dim); query i is at position ``tokens - queries + i`` and sees what is not after it.
-    scaling: factor on q.K. softcap: scores become softcap * tanh(score / softcap), 0 for none.
-    Returns (batch, heads, queries, head_dim) in q's type. Raises InvalidInput if q does not fit the store.
+    scaling: factor on q.K. softcap: scores become softcap * tanh(score / softcap), 0 for none. sink_logits: (heads,),
+    one more logit in the softmax of each head, which has no value; None for none.
+    Returns (batch, heads, queries, head_dim of V) in q's type. Raises InvalidInput if q does not fit the store.
     """
-    _check(store, q, scaling, softcap)
+    _check(store, q, scaling, softcap, sink_logits)
     if store.can_attend(q.shape[2]):
-        return store.attend(q, scaling, softcap)
-    return attend_tiled(store, q, scaling, softcap)
+        return store.attend(q, scaling, softcap, sink_logits)
+    return attend_tiled(store, q, scaling, softcap, sink_logits=sink_logits)
 
 
-def attend_tiled(store: Store, q: Tensor, scaling: float, softcap: float = 0.0, mask: Tensor | None = None) -> Tensor:
+def attend_tiled(
+    store: Store,
+    q: Tensor,
+    scaling: float,
+    softcap: float = 0.0,
+    mask: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
     """The same for many queries or any mask: decompresses one tile of pages at a time.
 
     mask: None for causal, or boolean (True: sees) or additive, broadcastable to (batch, heads, queries, tokens).
     """
-    _check(store, q, scaling, softcap)
+    _check(store, q, scaling, softcap, sink_logits)
     queries = q.shape[2]
     if mask is not None:
         shape = store.batch, q.shape[1], queries, store.tokens
@@ -52,22 +62,31 @@ def attend_tiled(store: Store, q: Tensor, scaling: float, softcap: float = 0.0, 
             raise InvalidInput(f"a mask of {tuple(mask.shape)} does not fit {shape}")
     transform = store.transform
     inner = q.detach().to(torch.float32) if transform is None else transform.queries(q)
-    out = torch.empty_like(inner)
-    for row in range(store.batch):
-        out[row] = _attend_row(store, row, inner[row], scaling, softcap, None if mask is None else mask[row])
-    return (out if transform is None else transform.outputs(out)).to(q.dtype)
+    rows = [
+        _attend_row(store, row, inner[row], scaling, softcap, None if mask is None else mask[row])
+        for row in range(store.batch)
+    ]
+    out, lse = (torch.stack(of) for of in zip(*rows, strict=True))
+    out = out if transform is None else transform.outputs(out)
+    if sink_logits is not None:
+        out = take_share(out, lse, sink_logits, q, scaling, transform)
+    return out.to(q.dtype)
 
 
-def _attend_row(store: Store, row: int, q: Tensor, scaling: float, softcap: float, mask: Tensor | None) -> Tensor:
-    """Attention of one row, float32. q: (heads, queries, head_dim), those of the last tokens; mask: (heads, queries,
-    tokens).
+def _attend_row(
+    store: Store, row: int, q: Tensor, scaling: float, softcap: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of one row, float32, and the logarithm of the softmax denominators, (heads, queries).
+
+    q: (heads, queries, head_dim), those of the last tokens; mask: (heads, queries, tokens).
     """
     _, queries, channels = q.shape
     # (KV heads, group, queries, ...): the heads that share K and V lie together
     grouped = (q * scaling).view(store.heads, -1, queries, channels)
     mask = None if mask is None else mask.view(*grouped.shape[:3], -1)
     peak = torch.full((*grouped.shape[:3], 1), -torch.inf, device=q.device)
-    total, out = torch.zeros_like(peak), torch.zeros_like(grouped)
+    total = torch.zeros_like(peak)
+    out = q.new_zeros((*grouped.shape[:3], store.held_channels[1]))
     for begin, k, v in store.tiles(row):
         k, v = k.to(torch.float32), v.to(torch.float32)
         seen = slice(begin, begin + k.shape[1])
@@ -92,7 +111,8 @@ def _attend_row(store: Store, row: int, q: Tensor, scaling: float, softcap: floa
             out[:, :, part] = out[:, :, part] * shrink + _matmul(weight, v)
             peak[:, :, part] = higher
     result: Tensor = out / total.clamp_min(torch.finfo(torch.float32).tiny)
-    return result.view(q.shape)
+    lse: Tensor = (peak + total.log()).view(q.shape[:2])
+    return result.view(*q.shape[:2], -1), lse
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -110,7 +130,7 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
     return product
 
 
-def _check(store: Store, q: Tensor, scaling: float, softcap: float) -> None:
+def _check(store: Store, q: Tensor, scaling: float, softcap: float, sink_logits: Tensor | None) -> None:
     """Raise InvalidInput if q does not fit the store, or a transform leaves out of the scores what a soft cap would
     notice.
     """
@@ -128,9 +148,11 @@ def _check(store: Store, q: Tensor, scaling: float, softcap: float) -> None:
             f"queries must be (batch, heads, tokens, head_dim) = ({store.batch}, a multiple of {store.heads}, "
             f"1 to {store.tokens}, {store.channels}), not {tuple(q.shape)}"
         )
+    if sink_logits is not None:
+        check_sink_logits(sink_logits, q)
     if q.device != store.device:
         raise InvalidInput(f"the cache is on {store.device}, the queries are on {q.device}")
-    if softcap and store.transform is not None and bool(store.transform.key.mean.any()):
+    if softcap and isinstance(store.transform, Transform) and bool(store.transform.key.mean.any()):
         raise InvalidInput(
             "this calibration has means of K, which a soft cap does not allow: calibrate this model itself"
         )

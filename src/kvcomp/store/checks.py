@@ -24,27 +24,30 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_kv(k: Tensor, v: Tensor) -> None:
-    """Raise InvalidInput unless K and V are of one shape, (batch, KV heads, tokens, head_dim), and of one dtype that
-    kvcomp codes.
+    """Raise InvalidInput unless K and V are (batch, KV heads, tokens, head_dim), the same but for head_dim, and of one
+    dtype that kvcomp codes.
     """
     check_tensor("K", k)
     check_tensor("V", v)
-    if k.ndim != 4 or k.shape != v.shape:
+    if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
         raise InvalidInput(
-            f"K and V must both be (batch, KV heads, tokens, head_dim), not {tuple(k.shape)} and {tuple(v.shape)}"
+            f"K and V must both be (batch, KV heads, tokens, head_dim) of the same tokens, "
+            f"not {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if k.dtype != v.dtype or k.dtype not in NAMES:
         raise InvalidInput(f"K and V must both be float32, float16 or bfloat16, not {k.dtype} and {v.dtype}")
-    if 0 in k.shape:
+    if 0 in k.shape or 0 in v.shape:
         raise InvalidInput(f"K and V are empty: {tuple(k.shape)}; give at least one token")
 
 
-def check_more(k: Tensor, held: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Raise InvalidInput unless K goes on what a cache holds: its batch, KV heads, head_dim and dtype."""
-    new = k.shape[0], k.shape[1], k.shape[3]
+def check_more(k: Tensor, v: Tensor, held: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Raise InvalidInput unless K and V go on what a cache holds: its batch, KV heads, head_dim of K and of V, and
+    dtype.
+    """
+    new = k.shape[0], k.shape[1], k.shape[3], v.shape[3]
     if new != held or k.dtype != dtype:
         raise InvalidInput(
-            f"this cache holds (batch, KV heads, head_dim) = {held} of {dtype}, not {new} of {k.dtype}: "
+            f"this cache holds (batch, KV heads, head_dim of K, of V) = {held} of {dtype}, not {new} of {k.dtype}: "
             "use a cache for one model and batch"
         )
 
@@ -67,7 +70,8 @@ def check_joined(stores: Sequence[Store]) -> None:
         raise InvalidInput("a cache on a GPU and one in main memory cannot be joined: use one backend")
     if not stores or not all(store.batch for store in stores):
         raise InvalidInput("only stores that hold tokens can be joined")
-    if len({(store.spec, store.heads, store.channels, store.dtype, store.device) for store in stores}) > 1:
+    shapes = {(x.spec, x.heads, x.channels, x.value_channels, x.dtype, x.device) for x in stores}
+    if len(shapes) > 1:
         raise InvalidInput("only rows of one spec, shape, dtype and device can be joined")
 
 

@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from kvcomp.calibration.transform import Transform
-from kvcomp.codec.block import check_channels
 from kvcomp.codec.page import Layout
 from kvcomp.errors import BackendUnavailable, InvalidInput
 from kvcomp.kernels import Books, CacheView, Steps, load_backend
-from kvcomp.spec import KINDS, PAGE_TOKENS, CodecSpec
+from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import read
 from kvcomp.store.checks import check_crop, check_kv, check_more, check_starts, row_index
 from kvcomp.store.join import join
 from kvcomp.store.memory import Memory, memory_of
+from kvcomp.store.padding import Padding, padding
 from kvcomp.store.protocol import Store
 from kvcomp.store.rows import Rows
 from kvcomp.store.seal import seal_row
+from kvcomp.store.sink_logits import take_share
 from kvcomp.store.tail import grown_room, steady_room
 from kvcomp.store.tensors import as_array
 from kvcomp.store.training import check_books, default_book
@@ -58,14 +59,18 @@ class KVStore:
     """What there is of each sequence; read by all, written by the store alone."""
     layout: Layout
     """Of the pages, known after the first append."""
+    held_channels: tuple[int, int]
+    """Channels of K and V as they are held, with padding."""
     tail_base: int
     """Position of the tail's first token."""
     tail_k: Tensor
-    """(rows, KV heads, room, head_dim), as ``tail_v``."""
+    """(rows, KV heads, room, channels of K as they are held)."""
     tail_v: Tensor
+    """As ``tail_k``, of V."""
     sinks_k: Tensor
-    """(rows, KV heads, sinks, head_dim), as ``sinks_v``."""
+    """(rows, KV heads, sinks, channels of K as they are held)."""
     sinks_v: Tensor
+    """As ``sinks_k``, of V."""
 
     def __init__(
         self,
@@ -75,7 +80,8 @@ class KVStore:
         transform: Transform | None = None,
     ) -> None:
         self.spec = spec
-        self.transform = transform
+        self.calibrated = transform
+        self.transform: Transform | Padding | None = transform
         self.kernels = load_backend(backend)
         self.units = spec.key.unit, spec.value.unit
         self.steps: Steps = spec.key.heads, spec.value.heads
@@ -85,21 +91,28 @@ class KVStore:
         else:
             check_books(spec, books)
             self.default_books = books[0][0], books[1][0]
-        self.tokens = self.batch = self.heads = self.channels = self.tail_base = 0
+        self.tokens = self.batch = self.heads = self.channels = self.value_channels = self.tail_base = 0
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.rows = Rows.empty(0)
 
     def of(
-        self, rows: Rows, tokens: int, tail: tuple[Tensor, Tensor], sinks: tuple[Tensor, Tensor] | None = None
+        self,
+        rows: Rows,
+        tokens: int,
+        tail: tuple[Tensor, Tensor],
+        sinks: tuple[Tensor, Tensor] | None = None,
+        channels: tuple[int, int] | None = None,
     ) -> Self:
         """A store like this one that holds other rows, whose arrays become its own.
 
-        tail: K and V of the last positions, which are raw. sinks: none if None. Raises InvalidInput if the calibration
-        is of another shape.
+        tail: K and V of the last positions, which are raw. sinks: none if None. channels: of K and V without padding;
+        None for those of this store. Raises InvalidInput if the calibration is of another shape.
         """
         store = object.__new__(type(self))
         vars(store).update(vars(self))
-        store._take_shape(tail[0])
+        store._take_shape(
+            tail[0].shape[0], tail[0].shape[1], channels or (self.channels, self.value_channels), tail[0].dtype
+        )
         store.rows, store.tokens = rows, tokens
         store.tail_k, store.tail_v = tail
         store.tail_base = tokens - tail[0].shape[2]
@@ -122,10 +135,10 @@ class KVStore:
         Raises InvalidInput or BackendUnavailable and leaves the store as it was.
         """
         self._check(k, v)
+        if not self.batch:
+            self._allocate(k, v)
         if self.transform is not None:
             k, v = self.transform.key.apply(k), self.transform.value.apply(v)
-        if not self.batch:
-            self._allocate(k)
         new = k.shape[2]
         if self.tokens - self.tail_base + new > self.tail_k.shape[2]:
             self._make_room(k, v)
@@ -240,23 +253,28 @@ class KVStore:
         """Whether all of the last tokens are in the tail: a crop may have left some in pages."""
         return queries <= self.tokens - int(self.rows.tail_begin.max()) + 1
 
-    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0, sink_logits: Tensor | None = None) -> Tensor:
         """Fused attention of the last tokens, decoding the sealed pages on the fly; q: (batch, heads, queries,
         head_dim).
         """
         group, queries = q.shape[1] // self.heads, q.shape[2]
         inner = q.detach().to(torch.float32) if self.transform is None else self.transform.queries(q)
         at = self.tokens - self.tail_base
-        out, _ = self.kernels.attend(
-            inner.reshape(self.batch, self.heads, group * queries, self.channels).contiguous().numpy(),
+        out, lse = self.kernels.attend(
+            inner.reshape(self.batch, self.heads, group * queries, -1).contiguous().numpy(),
             self.view(),
             np.tile(np.arange(at - queries + 1, at + 1), group),
             scaling,
             softcap,
             torch.get_num_threads(),
         )
-        result = torch.from_numpy(out).view(q.shape)
-        return (result if self.transform is None else self.transform.outputs(result)).to(q.dtype)
+        result = torch.from_numpy(out).view(*q.shape[:3], -1)
+        if self.transform is not None:
+            result = self.transform.outputs(result)
+        if sink_logits is not None:
+            denominators = torch.from_numpy(lse).view(q.shape[:3])
+            result = take_share(result, denominators, sink_logits, q, scaling, self.transform)
+        return result.to(q.dtype)
 
     def until_seal(self) -> int:
         """Tokens until a row compresses a page."""
@@ -300,7 +318,7 @@ class KVStore:
         return read.undone(self.transform, *self.held(), padding)
 
     def held(self) -> tuple[Tensor, Tensor]:
-        """The same as it is held: K' and V' where there is a transform."""
+        """The same as it is held: K' and V' where there is a calibration, with padding where there is any."""
         return read.held(self)
 
     def memory(self) -> Memory:
@@ -320,40 +338,47 @@ class KVStore:
         check_kv(k, v)
         if k.device.type != "cpu" or v.device.type != "cpu":
             raise BackendUnavailable(f"the kernels run on the CPU, K and V are on {k.device} and {v.device}")
-        self.check_shape(k.shape[1], k.shape[3])
         if self.batch:
-            check_more(k, (self.batch, self.heads, self.channels), self.dtype)
+            check_more(k, v, (self.batch, self.heads, self.channels, self.value_channels), self.dtype)
+        else:
+            self.check_shape(k.shape[1], (k.shape[3], v.shape[3]))
 
-    def check_shape(self, heads: int, channels: int) -> None:
-        """Raise InvalidInput unless spec and calibration are for so many KV heads and channels."""
-        check_channels(channels)
+    def check_shape(self, heads: int, channels: tuple[int, int]) -> None:
+        """Raise InvalidInput unless spec and calibration are for so many KV heads and channels of K and V."""
+        padding(channels)
         for of_kind in self.steps:
             if of_kind is not None and len(of_kind) != heads:
                 raise InvalidInput(f"the spec has steps for {len(of_kind)} KV heads, not {heads}")
-        if self.transform is not None and (self.transform.heads, self.transform.channels) != (heads, channels):
+        of = self.calibrated
+        if of is not None and (of.heads, of.channels, of.channels) != (heads, *channels):
             raise InvalidInput(
-                f"the calibration is for {self.transform.heads} KV heads of {self.transform.channels} channels, "
-                f"not {heads} of {channels}"
+                f"the calibration is for {of.heads} KV heads of {of.channels} channels, "
+                f"not {heads} of {channels[0] if channels[0] == channels[1] else channels}"
             )
 
     @torch.inference_mode(False)  # the buffers outlive the mode they were filled in
-    def _take_shape(self, k: Tensor) -> None:
-        """Take batch, heads, head_dim and dtype from a K, (batch, KV heads, tokens, head_dim), with room for sinks."""
-        self.check_shape(k.shape[1], k.shape[3])
-        self.batch, self.heads, _, self.channels = k.shape
-        self.dtype = k.dtype
-        self.layout = Layout(self.heads, self.channels, self.units, k.dtype.itemsize)
-        self.sinks_k, self.sinks_v = (
-            torch.empty((self.batch, self.heads, self.spec.sinks, self.channels), dtype=k.dtype) for _ in KINDS
-        )
+    def _take_shape(self, batch: int, heads: int, channels: tuple[int, int], dtype: torch.dtype) -> None:
+        """Take the shape and dtype of K and V, and make room for sinks."""
+        self.check_shape(heads, channels)
+        self.batch, self.heads, self.dtype = batch, heads, dtype
+        self.channels, self.value_channels = channels
+        padded = padding(channels)
+        if padded is not None:
+            self.transform = padded
+        self.held_channels = channels if padded is None else (padded.key.held, padded.value.held)
+        self.layout = Layout(heads, self.held_channels, self.units, dtype.itemsize)
+        self.sinks_k, self.sinks_v = self._empty(self.spec.sinks)
+
+    def _empty(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Room for K and V of so many tokens."""
+        k, v = (torch.empty((self.batch, self.heads, tokens, held), dtype=self.dtype) for held in self.held_channels)
+        return k, v
 
     @torch.inference_mode(False)
-    def _allocate(self, k: Tensor) -> None:
+    def _allocate(self, k: Tensor, v: Tensor) -> None:
         """Begin with the first tokens' shape and dtype."""
-        self._take_shape(k)
-        self.tail_k, self.tail_v = (
-            torch.empty((self.batch, self.heads, 0, self.channels), dtype=k.dtype) for _ in KINDS
-        )
+        self._take_shape(k.shape[0], k.shape[1], (k.shape[3], v.shape[3]), k.dtype)
+        self.tail_k, self.tail_v = self._empty(0)
         own = (None, None) if self.given_books is None else [of_kind[1] for of_kind in self.given_books]
         self.rows, self.tail_base = Rows.empty(self.batch, own), 0
 
@@ -382,6 +407,6 @@ class KVStore:
         """Let the tail begin at a later position, in a buffer of its own with this much room."""
         first, last = base - self.tail_base, self.tokens - self.tail_base
         old = self.tail_k, self.tail_v
-        self.tail_k, self.tail_v = (x.new_empty((self.batch, self.heads, room, self.channels)) for x in old)
+        self.tail_k, self.tail_v = self._empty(room)
         self.tail_k[:, :, :kept], self.tail_v[:, :, :kept] = (x[:, :, first:last] for x in old)
         self.tail_base = base

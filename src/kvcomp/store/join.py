@@ -33,8 +33,10 @@ def join(stores: Sequence[S], tokens: int | None = None) -> S:
     base = max(0, min(first_of_tail(store) + by for store, by in zip(stores, shifts, strict=True)))
     recent = tokens - base
     tails = [last_tokens(store, min(recent, store.tokens)) for store in stores]
-    padded = [np.pad(x, ((0, 0), (0, 0), (0, 0), (recent - x.shape[3], 0), (0, 0))) for x in tails]
-    tail_k, tail_v = (as_tensor(x, stores[0].dtype) for x in np.concatenate(padded, axis=1))
+    tail_k, tail_v = (
+        as_tensor(np.concatenate([_padded(x, recent) for x in of_kind]), stores[0].dtype)
+        for of_kind in zip(*tails, strict=True)
+    )
     sinks = torch.cat([store.sinks_k for store in stores]), torch.cat([store.sinks_v for store in stores])
     return stores[0].of(Rows.joined([store.rows for store in stores], shifts), tokens, (tail_k, tail_v), sinks)
 
@@ -47,19 +49,25 @@ def first_of_tail(store: KVStore) -> int:
     return int(np.where(begin == store.rows.starts, store.tail_base, begin).min())
 
 
-def last_tokens(store: KVStore, recent: int) -> npt.NDArray[Any]:
-    """The last ``recent`` tokens of K and V, (2, rows, heads, recent, D); 0 where a row has them compressed or not at
-    all.
+def _padded(x: npt.NDArray[Any], tokens: int) -> npt.NDArray[Any]:
+    """(rows, heads, tokens, D) with zeros before the tokens, so that there are so many."""
+    return np.pad(x, ((0, 0), (0, 0), (tokens - x.shape[2], 0), (0, 0)))
+
+
+def last_tokens(store: KVStore, recent: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The last ``recent`` tokens of K and of V, (rows, heads, recent, D) each; 0 where a row has them compressed or not
+    at all.
 
     In NumPy: torch shares copies of this size among threads, and waits for them longer than the rest takes where cores
     are busy.
     """
     held = [as_array(x) for x in (store.tail_k, store.tail_v)]
-    tail = np.zeros((2, store.batch, store.heads, recent, store.channels), held[0].dtype)
+    shape = store.batch, store.heads, recent
+    k, v = (np.zeros((*shape, x.shape[3]), x.dtype) for x in held)
     end = store.tokens - store.tail_base
     for row, (start, begin) in enumerate(zip(store.starts.tolist(), store.rows.tail_begin.tolist(), strict=True)):
         first = store.tail_base if begin == start else begin
         kept = min(store.tokens - first, recent)
-        for kind in (0, 1):
-            tail[kind, row, :, recent - kept :] = held[kind][row, :, end - kept : end]
-    return tail
+        for tail, x in zip((k, v), held, strict=True):
+            tail[row, :, recent - kept :] = x[row, :, end - kept : end]
+    return k, v

@@ -115,7 +115,7 @@ def memory_of(store: KVStore) -> Memory:
                 add_page(parts, buffer, address - buffer.ctypes.data, store.layout)
     books = {id(book): book.nbytes for pair in [*rows.books, store.default_books] for book in pair if book}
     waiting = {id(counts): counts.nbytes for pair in rows.pair_counts for counts in pair if counts is not None}
-    token_values = 2 * store.heads * store.channels
+    token_values = store.heads * (store.channels + store.value_channels)
     held = int((store.tokens - rows.starts).sum())
     return Memory(
         **parts,

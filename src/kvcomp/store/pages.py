@@ -33,9 +33,9 @@ def bits_by_head(store: KVStore) -> npt.NDArray[np.float64]:
                 seen.add(address)
                 _, offsets = directory_of(buffer, address - buffer.ctypes.data, store.heads)
                 sizes += np.diff(offsets)
-    values = len(seen) * PAGE_TOKENS * store.channels
-    bits: npt.NDArray[np.float64] = np.full(sizes.shape, np.nan) if not values else 8 * sizes / values
-    return bits.reshape(2, store.heads)
+    values = len(seen) * PAGE_TOKENS * np.array([[store.channels], [store.value_channels]])
+    of_head = 8.0 * sizes.reshape(2, store.heads)
+    return of_head / values if seen else np.full_like(of_head, np.nan)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def compare(store: KVStore, k: Tensor, v: Tensor, rounding: float = 0.0) -> Comp
         For tensors of another shape or dtype, and for a store whose pages were cropped: their bounds depend on tokens
         that it no longer has.
     """
-    shape = store.batch, store.heads, store.tokens, store.channels
-    for x in (k, v):
+    for x, channels in ((k, store.channels), (v, store.value_channels)):
+        shape = store.batch, store.heads, store.tokens, channels
         if tuple(x.shape) != shape or x.dtype != store.dtype:
             raise InvalidInput(
                 f"the cache holds {shape} of {store.dtype}, the tensors to compare are {tuple(x.shape)} of {x.dtype}"

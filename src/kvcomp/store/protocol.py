@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcomp.calibration.transform import Transform
 from kvcomp.spec import CodecSpec
 from kvcomp.store.memory import Memory
+from kvcomp.store.padding import Padding
 
 if TYPE_CHECKING:
     from kvcomp.store.cpu import KVStore
@@ -23,8 +24,6 @@ class Store(Protocol):
 
     spec: CodecSpec
     """The spec of the layer."""
-    transform: Transform | None
-    """What K and V pass before they are held."""
     tokens: int
     """Positions held, left padding included."""
     batch: int
@@ -32,7 +31,7 @@ class Store(Protocol):
     heads: int
     """KV heads."""
     channels: int
-    """head_dim."""
+    """head_dim of queries and K."""
     dtype: torch.dtype
     """Of K and V."""
     device: torch.device
@@ -41,6 +40,18 @@ class Store(Protocol):
     @property
     def starts(self) -> npt.NDArray[np.int64]:
         """(rows,) position of each row's first real token."""
+
+    @property
+    def transform(self) -> Transform | Padding | None:
+        """What K and V pass before they are held."""
+
+    @property
+    def value_channels(self) -> int:
+        """head_dim of V."""
+
+    @property
+    def held_channels(self) -> tuple[int, int]:
+        """Channels of K and V as they are held, with padding."""
 
     @property
     def compressed(self) -> bool:
@@ -73,7 +84,7 @@ class Store(Protocol):
     def can_attend(self, queries: int) -> bool:
         """Whether fused attention can take this many of the last tokens' queries."""
 
-    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0, sink_logits: Tensor | None = None) -> Tensor:
         """Fused attention: ``kvcomp.store.attention.attend`` with what ``can_attend``."""
 
     def tiles(self, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcomp.calibration.transform import Transform
 from kvcomp.spec import PAGE_TOKENS
+from kvcomp.store.padding import Padding
 from kvcomp.store.tail import TILE_PAGES
 from kvcomp.store.tensors import as_array
 
@@ -47,7 +48,7 @@ def in_order(
         yield base + at, tail[0][:, part], tail[1][:, part]
 
 
-def undone(transform: Transform | None, k: Tensor, v: Tensor, padding: Sequence[int]) -> Pair:
+def undone(transform: Transform | Padding | None, k: Tensor, v: Tensor, padding: Sequence[int]) -> Pair:
     """``Store.dense`` of K and V as held. padding: of each row with sealed pages, how many positions it has."""
     if transform is None:
         return k, v
@@ -61,8 +62,8 @@ def tile(store: KVStore, row: int, first: int, last: int) -> tuple[Tensor, Tenso
     """What the pages ``first`` to ``last`` of a row hold, K' and V' where there is a transform: (KV heads, tokens,
     head_dim) in the dtype.
     """
-    k = torch.empty((store.heads, (last - first) * PAGE_TOKENS, store.channels), dtype=store.dtype)
-    v = torch.empty_like(k)
+    shape = store.heads, (last - first) * PAGE_TOKENS
+    k, v = (torch.empty((*shape, held), dtype=store.dtype) for held in store.held_channels)
     pages = store.rows.pages[row, first:last].copy()
     store.kernels.decompress(pages, store.units, *store.books(row), as_array(k), as_array(v), store.steps)
     valid = torch.from_numpy(store.rows.valid[row, first:last])
@@ -74,8 +75,8 @@ def tile(store: KVStore, row: int, first: int, last: int) -> tuple[Tensor, Tenso
 
 def held(store: KVStore) -> tuple[Tensor, Tensor]:
     """The same as it is held: K' and V' where there is a transform."""
-    k = torch.zeros((store.batch, store.heads, store.tokens, store.channels), dtype=store.dtype)
-    v = torch.zeros_like(k)
+    shape = store.batch, store.heads, store.tokens
+    k, v = (torch.zeros((*shape, held), dtype=store.dtype) for held in store.held_channels)
     for row, (start, begin) in enumerate(zip(store.starts.tolist(), store.rows.tail_begin.tolist(), strict=True)):
         first = store.tail_base if begin == start else start  # nothing sealed: give the padding as it came
         if first < start:

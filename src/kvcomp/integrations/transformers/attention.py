@@ -18,7 +18,7 @@ from kvcomp.store import Store
 from kvcomp.store.attention import FUSED_QUERIES, attend, attend_tiled
 
 NAME = "kvcomp"
-SCORES = 1 << 24  # scores held at a time by attention with a soft cap
+SCORES = 1 << 24  # scores held at a time by attention with a soft cap or sinks
 
 
 @uncompiled
@@ -43,6 +43,7 @@ def kvcomp_attention(
     query: (batch, heads, new tokens, head_dim). key, value: what ``update`` returned, or (batch, KV heads, tokens,
     head_dim).
     attention_mask: None for causal, or (batch, 1 or heads, new tokens, tokens), boolean or additive.
+    s_aux: (heads,), a logit beside the scores of each head, which has no value (gpt-oss).
     position_ids: of the new tokens, (batch or 1, new tokens), if the model tells; they are compared with what the cache
     holds.
     Returns (batch, new tokens, heads, head_dim) in the query's dtype, and no weights.
@@ -55,15 +56,16 @@ def kvcomp_attention(
     if source is not None:
         source.check()
     with source.layer.session.forward or nullcontext() if source is not None else nullcontext():
-        if s_aux is not None or position_bias is not None:
-            what = "attention sink parameters" if s_aux is not None else "a position bias"
-            raise UnsupportedModel(f'the attention "{NAME}" does not know {what}: use another attn_implementation')
+        if position_bias is not None:
+            raise UnsupportedModel(
+                f'the attention "{NAME}" does not know a position bias: use another attn_implementation'
+            )
         if output_attentions:
             raise InvalidInput(
                 f'the attention "{NAME}" computes no weights: use attn_implementation="eager" for output_attentions'
             )
         if source is None:
-            out = _dense(module, query, key, value, attention_mask, scaling, softcap, causal, dropout, **kwargs)
+            out = _dense(module, query, key, value, attention_mask, scaling, softcap, causal, s_aux, dropout, **kwargs)
             return out, None
         if dropout or (module.training and query.requires_grad and torch.is_grad_enabled()):
             raise InvalidInput("a KVCompCache is for inference, and this model is training: call model.eval()")
@@ -71,7 +73,7 @@ def kvcomp_attention(
         session = source.layer.session
         if session.config() is not config and config is not None:
             session.check_model(config)
-        return _over_store(module, query, source, attention_mask, position_ids, scaling, softcap, causal), None
+        return _over_store(module, query, source, attention_mask, position_ids, scaling, softcap, causal, s_aux), None
 
 
 def _over_store(
@@ -83,6 +85,7 @@ def _over_store(
     scaling: float,
     softcap: float | None,
     causal: bool,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """Attention over a compressed layer, which may compress the new tokens afterwards."""
     layer, store = source.layer, source.layer.store
@@ -98,18 +101,24 @@ def _over_store(
         layer.session.check_positions(positions, tokens - 1 - store.starts)
     fresh, source.fresh = source.fresh, None
     if fresh is not None:
-        out = _dense(module, query, *fresh, mask, scaling, softcap, causal)
+        out = _dense(module, query, *fresh, mask, scaling, softcap, causal, sink_logits)
     elif plain and queries * heads // store.heads <= FUSED_QUERIES:
-        out = without_gradient(lambda: _tokens_first(attend(store, query, scaling, softcap or 0.0)), query)
+        cap = softcap or 0.0
+        out = without_gradient(lambda: _tokens_first(attend(store, query, scaling, cap, sink_logits)), query)
     elif store.compressed:
         seen = None if plain else mask
-        out = without_gradient(lambda: _tokens_first(attend_tiled(store, query, scaling, softcap or 0.0, seen)), query)
+        cap = softcap or 0.0
+        out = without_gradient(
+            lambda: _tokens_first(attend_tiled(store, query, scaling, cap, seen, sink_logits)), query
+        )
     else:
         if mask is None and queries > 1:
             mask = torch.ones((queries, tokens), dtype=torch.bool, device=query.device).tril(tokens - queries)[
                 None, None
             ]
-        out = without_gradient(lambda: _dense(module, query, *store.dense(), mask, scaling, softcap, causal), query)
+        out = without_gradient(
+            lambda: _dense(module, query, *store.dense(), mask, scaling, softcap, causal, sink_logits), query
+        )
     if not plain:
         layer.session.not_from_ids = "it was filled under a mask that is not causal over the whole prompt"
     del fresh  # not needed while the layer is compressed
@@ -142,28 +151,38 @@ def _dense(
     scaling: float,
     softcap: float | None,
     causal: bool,
+    sink_logits: Tensor | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention over plain tensors, (batch, new tokens, heads, head_dim): sdpa, or by hand with a soft cap.
+    """Attention over plain tensors, (batch, new tokens, heads, head_dim): sdpa, or by hand with a soft cap or sinks.
 
     Without a mask causal queries are the first tokens, as for sdpa: a static cache is longer than what it holds.
     """
     queries = query.shape[2]
-    if softcap:
+    if softcap or sink_logits is not None:
         if mask is None and causal and queries > 1:
             mask = torch.ones((queries, key.shape[2]), dtype=torch.bool, device=query.device).tril()[None, None]
-        return _softcapped(query, key, value, mask, scaling, softcap, dropout)
+        return _by_hand(query, key, value, mask, scaling, softcap, sink_logits, dropout)
     out: Tensor = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
     )[0]
     return out
 
 
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float, dropout: float
+def _by_hand(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    dropout: float,
 ) -> Tensor:
-    """softmax(softcap tanh(scaling q.K / softcap)) V, some queries at a time."""
+    """softmax(softcap tanh(scaling q.K / softcap)) V, with one more logit a head if there are any, some queries at a
+    time.
+    """
     batch, heads, queries, channels = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     step = max(1, SCORES // (batch * heads * tokens))
@@ -173,13 +192,17 @@ def _softcapped(
         new = part.shape[2]
         grouped = part.reshape(batch, kv_heads, -1, channels)
         score = (grouped @ key.mT).view(batch, heads, new, tokens) * scaling
-        score = softcap * torch.tanh(score / softcap)
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
         if mask is not None:
             seen = mask.expand(-1, -1, queries, -1)[:, :, first : first + step]
             hidden = torch.finfo(score.dtype).min
             score = score.masked_fill(~seen, hidden) if mask.dtype == torch.bool else score + seen
-        weight = score.softmax(-1, dtype=torch.float32).to(query.dtype)
+        if sink_logits is not None:
+            sinks = sink_logits.to(score.dtype).view(1, heads, 1, 1).expand(batch, heads, new, 1)
+            score = torch.cat([score, sinks], dim=-1)
+        weight = score.softmax(-1, dtype=torch.float32).to(query.dtype)[..., :tokens]
         weight = torch.nn.functional.dropout(weight, dropout)
-        out = weight.view(batch, kv_heads, -1, tokens) @ value
+        out = weight.reshape(batch, kv_heads, -1, tokens) @ value
         parts.append(out.view(batch, heads, new, -1).transpose(1, 2))
     return torch.cat(parts, dim=1).contiguous()

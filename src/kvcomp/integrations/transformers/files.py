@@ -14,7 +14,7 @@ from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.files import recent_only
 from kvcomp.integrations.transformers.layer import CompressedLayer
 from kvcomp.spec import CodecSpec
-from kvcomp.store import KVStore
+from kvcomp.store import KVStore, read
 
 
 def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
@@ -50,7 +50,7 @@ def give(layer: Any, store: KVStore) -> None:
             "a layer with a sliding window holds its last tokens only, so no prefix can be cut from this file: "
             "take all of its tokens"
         )
-    k, v = (x[:, :, there - held : there] for x in (store.tail_k, store.tail_v))
+    k, v = (x[:, :, there - held : there] for x in read.undone(store.transform, store.tail_k, store.tail_v, ()))
     layer.lazy_initialization(k, v)
     layer.keys, layer.values, layer.cumulative_length = k, v, store.tokens
 

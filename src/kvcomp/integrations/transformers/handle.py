@@ -81,7 +81,7 @@ class Handle(Tensor):
     @staticmethod
     def __new__(cls, source: Source, part: int) -> Self:
         store = source.layer.store
-        shape = (store.batch, store.heads, store.tokens, store.channels)
+        shape = (store.batch, store.heads, store.tokens, (store.channels, store.value_channels)[part])
         handle: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype, device=store.device)
         handle.source, handle.part = source, part
         return handle

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvcomp.calibration import LayerCalibration
-from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.errors import InvalidInput
 from kvcomp.integrations.transformers.handle import Handle, Source, without_gradient
 from kvcomp.integrations.transformers.session import Session
 from kvcomp.spec import CodecSpec
@@ -60,14 +60,8 @@ class CompressedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append K and V, both (batch, KV heads, new tokens, head_dim), and return all of both as handles.
 
-        Raises UnsupportedModel if K and V differ in shape, InvalidInput or BackendUnavailable if they do not fit what
-        is held; the layer is then as it was.
+        Raises InvalidInput or BackendUnavailable if they do not fit what is held; the layer is then as it was.
         """
-        if key_states.shape != value_states.shape:
-            raise UnsupportedModel(
-                f"K is {tuple(key_states.shape)}, V {tuple(value_states.shape)}: kvcomp needs both of one shape "
-                "(so no MLA)"
-            )
         key_states, value_states = matched(key_states, value_states)
         self.settle()
         self.upload(key_states.device)

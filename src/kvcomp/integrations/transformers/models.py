@@ -8,13 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from kvcomp.codec.block import held_channels
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers.identity import rope_parts
 
-ATTENTION_SINKS = {
-    "deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash",
-    "openai_privacy_filter",
-}  # fmt: skip
 POSITION_BIAS = {"bloom", "inkling", "inkling2", "mpt"}
 IDENTITY = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -30,8 +27,6 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     reasons = {
         "is an encoder-decoder, whose cross-attention has a cache of its own": config.is_encoder_decoder,
         "has cross-attention layers, whose keys are not those of its tokens": cross,
-        "has latent attention (MLA), whose cache the model itself compresses": setting(text, "kv_lora_rank"),
-        "has attention sink parameters, which the fused kernel does not know": text.model_type in ATTENTION_SINKS,
         "adds a bias by position to its scores (as T5 and ALiBi do), which the fused kernel does not know": bias,
     }
     for reason, applies in reasons.items():
@@ -58,15 +53,13 @@ def check_layer(config: PreTrainedConfig, index: int) -> None:
     config = own[index] if isinstance(own, Sequence) else config
     heads, width = setting(config, "num_attention_heads"), setting(config, "hidden_size")
     head_dim = setting(config, "global_head_dim") or setting(config, "head_dim") or (heads and width and width // heads)
-    other = setting(config, "v_head_dim")
-    if head_dim and other and other != head_dim:
-        raise UnsupportedModel(
-            f"{config.model_type} cannot use a KVCompCache: head_dim is {head_dim} in K and {other} in V"
-        )
-    if head_dim and (head_dim % 16 or head_dim > 256):
-        raise UnsupportedModel(
-            f"{config.model_type} cannot use a KVCompCache: head_dim is {head_dim}, not a multiple of 16 up to 256"
-        )
+    latent = setting(config, "kv_lora_rank")
+    sizes = [latent, setting(config, "qk_rope_head_dim")] if latent else [head_dim, setting(config, "v_head_dim")]
+    for size in sizes:
+        try:
+            held_channels(size or 8)
+        except InvalidInput as error:
+            raise UnsupportedModel(f"{config.model_type} cannot use a KVCompCache: {error}") from None
 
 
 def setting(config: PreTrainedConfig, name: str) -> Any:

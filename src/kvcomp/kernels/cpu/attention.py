@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvcomp.codec.block import MAX_CHANNELS
 from kvcomp.codec.dtypes import CHANNEL, FLOAT32, HEAD, RAW
 from kvcomp.kernels.cpu.bits import (
     FAST,
@@ -30,7 +31,6 @@ from kvcomp.kernels.cpu.decode import (
     V,
 )
 from kvcomp.kernels.cpu.page import (
-    MAX_CHANNELS,
     TOKENS,
     block_at,
     code_masks,
@@ -58,10 +58,10 @@ f32, i64 = np.float32, np.int64
 
 
 @compiled
-def add_first(slot, s):
+def add_first(slot, channels, s):
     """Add the first codes to the zeros of the channels."""
     if integers_at(s.form, SLOTS)[slot] == 2:
-        add_multiple(s.zero, s.first + 4 * MAX_CHANNELS * slot, f32(1), s.channels)
+        add_multiple(s.zero, s.first + 4 * MAX_CHANNELS * slot, f32(1), channels)
 
 
 @compiled
@@ -71,11 +71,11 @@ def score_coded_keys(unit, slot, books, s):
     pitch = i64(4 * FACTORS)
     units = s.unit + 4 * MAX_CHANNELS * slot
     if unit == CHANNEL:
-        add_first(slot, s)
+        add_first(slot, s.key_channels, s)
         key_a, key_b = s.of_a, s.of_b
         for g in range(s.queries):
             q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
-            score[g] = fold(q, s.scale, s.zero, units, s.channels, of_a, of_b)
+            score[g] = fold(q, s.scale, s.zero, units, s.key_channels, of_a, of_b)
     else:
         place = min(slot, i64(2))
         key_a, key_b = s.key_a + place * s.queries * pitch, s.key_b + place * s.queries * pitch
@@ -85,13 +85,13 @@ def score_coded_keys(unit, slot, books, s):
             ready[place] = 1
             for g in range(s.queries):
                 q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
-                q_sum[g] = fold(q, s.ones, s.ones, units, s.channels, of_a, of_b)
-                bias[g] = fold(q, s.ones, s.first + 4 * MAX_CHANNELS * slot, units, s.channels, of_a, of_b)
+                q_sum[g] = fold(q, s.ones, s.ones, units, s.key_channels, of_a, of_b)
+                bias[g] = fold(q, s.ones, s.first + 4 * MAX_CHANNELS * slot, units, s.key_channels, of_a, of_b)
         for g in range(s.queries):
             score[g] = bias[g]
     step = i64(4 * TOKENS)
     for index in range(MOST_CLASSES):
-        begin, end, form = run_of_form(index, slot, books, s.channels // 2)
+        begin, end, form = run_of_form(index, slot, books, s.key_channels // 2)
         if end > begin and form != EMPTY:
             mask_a, mask_b, _, _ = code_masks(form)
             pairs, key = s.pairs + 2 * TOKENS * begin, 4 * begin
@@ -121,19 +121,23 @@ def add_coded_values(unit, slot, books, s, out):
 
     What every channel gets goes to ``rest``.
     """
-    pitch, rows, step = i64(4 * FACTORS), TOKENS // 2, 4 * s.channels
-    rest, zero, scale = floats_at(s.rest, s.queries), floats_at(s.zero, s.channels), floats_at(s.scale, s.channels)
-    part, sums = floats_at(s.part, (s.queries, s.channels)), floats_at(out, (s.queries, s.channels))
+    pitch, rows, step = i64(4 * FACTORS), TOKENS // 2, 4 * s.value_channels
+    rest, zero, scale = (
+        floats_at(s.rest, s.queries),
+        floats_at(s.zero, s.value_channels),
+        floats_at(s.scale, s.value_channels),
+    )
+    part, sums = floats_at(s.part, (s.queries, s.value_channels)), floats_at(out, (s.queries, s.value_channels))
     first = s.first + 4 * MAX_CHANNELS * slot
     from_zero = integers_at(s.form, SLOTS)[slot] == 1
     to, scales, zeros = out, s.scale, s.zero
     if unit == CHANNEL:
-        add_first(slot, s)
+        add_first(slot, s.value_channels, s)
         to, scales, zeros = s.part, s.ones, s.ones
     elif unit == HEAD:
         zeros = s.ones
     for index in range(MOST_CLASSES):
-        begin, end, form = run_of_form(index, slot, books, s.channels)
+        begin, end, form = run_of_form(index, slot, books, s.value_channels)
         if end == begin or (begin and form == EMPTY):
             continue
         mask_a, mask_b, _, _ = code_masks(form)
@@ -144,22 +148,22 @@ def add_coded_values(unit, slot, books, s, out):
             if begin:  # the sum is that of the run before
                 continue
             if unit == CHANNEL:
-                for c in range(s.channels):
+                for c in range(s.value_channels):
                     part[g, c] = total * zero[c]
             elif unit == HEAD:
                 rest[g] += total * zero[0]
-                add_multiple(out + g * step, first, total, s.channels)
+                add_multiple(out + g * step, first, total, s.value_channels)
             else:
                 rest[g] += total
                 if not from_zero:
                     total = fold(weights, scales, s.ones, units, TOKENS, of_a, of_b)
-                    add_multiple(out + g * step, first, total, s.channels)
+                    add_multiple(out + g * step, first, total, s.value_channels)
         if form == EMPTY:
             continue
         pairs = s.pairs + 2 * begin
         accumulate(
             pairs,
-            2 * s.channels,
+            2 * s.value_channels,
             end - begin,
             rows,
             mask_a,
@@ -173,7 +177,7 @@ def add_coded_values(unit, slot, books, s, out):
         )
     if unit == CHANNEL:
         for g in range(s.queries):
-            for c in range(s.channels):
+            for c in range(s.value_channels):
                 sums[g, c] += part[g, c] * scale[c]
 
 
@@ -182,19 +186,19 @@ def soften_and_weigh(tokens, softcap, s, peak, total, out):
     """Turn scores into weights."""
     if softcap:
         soften(floats_at(s.score, (s.queries, TOKENS)), tokens, f32(softcap))
-    weigh(s.score, s.queries, s.seen, peak, total, s.rest, out, s.channels)
+    weigh(s.score, s.queries, s.seen, peak, total, s.rest, out, s.value_channels)
 
 
 @compiled
 def score_raw(keys, step, tokens, dtype, s):
     q, score = floats_at(s.q, (s.queries, s.padded)), floats_at(s.score, (s.queries, TOKENS))
-    score_raw_keys(q, keys, step, tokens, dtype, floats_at(s.values, (TOKENS, s.channels)), score)
+    score_raw_keys(q, keys, step, tokens, dtype, floats_at(s.values, (TOKENS, s.key_channels)), score)
 
 
 @compiled
 def add_raw(values, step, tokens, dtype, s, out):
     weights, seen = floats_at(s.score, (s.queries, TOKENS)), integers_at(s.seen, s.queries)
-    sums, scratch = floats_at(out, (s.queries, s.channels)), floats_at(s.values, (TOKENS, s.channels))
+    sums, scratch = floats_at(out, (s.queries, s.value_channels)), floats_at(s.values, (TOKENS, s.value_channels))
     add_raw_values(weights, seen, values, step, tokens, dtype, scratch, sums)
 
 
@@ -203,7 +207,7 @@ def attend_page(
     page, following, tokens, head, heads, k_unit, v_unit, books, steps, dtype, softcap, s, peak, total, out
 ):
     """Take one step of the online softmax over the first tokens of a page; ``following`` is the next page, or 0."""
-    row_bytes = s.channels * (4 if dtype == FLOAT32 else 2)
+    value_bytes = 4 if dtype == FLOAT32 else 2
     integers_at(s.seen, s.queries)[:] = tokens
 
     prefetch_block(page, heads + head)
@@ -211,7 +215,7 @@ def attend_page(
         prefetch(following + 4 * head)
     block, mode = block_at(page, head)
     if mode == RAW:
-        score_raw(block, row_bytes, tokens, dtype, s)
+        score_raw(block, s.key_channels * value_bytes, tokens, dtype, s)
     else:
         slot = decode_coded(page, block, mode, K, head, heads, k_unit, v_unit, books, steps, s)
         score_coded_keys(k_unit, slot, books, s)
@@ -224,7 +228,7 @@ def attend_page(
         prefetch_token_scales(following, heads, k_unit, v_unit)
     block, mode = block_at(page, heads + head)
     if mode == RAW:
-        add_raw(block, row_bytes, tokens, dtype, s, out)
+        add_raw(block, s.value_channels * value_bytes, tokens, dtype, s, out)
     else:
         slot = decode_coded(page, block, mode, V, head, heads, k_unit, v_unit, books, steps, s)
         add_coded_values(v_unit, slot, books, s, out)
@@ -262,7 +266,7 @@ def attend_tasks(
         int64 (rows + 1,): number of the first part of each row. A row's parts are its pages by sixteen, then its tail
         by 512 tokens; the sinks come with the first of these.
     q
-        float32 (rows, heads, queries, channels).
+        float32 (rows, heads, queries, channels of K).
     pages, valid, count, sink_count, tail_begin
         As in ``CacheView``.
     units, steps, dtype
@@ -276,16 +280,17 @@ def attend_tasks(
     tail_end, scaling, softcap
         As for ``Backend.attend``.
     partial_out
-        float32 (parts, heads, queries, channels): filled with unnormalised sums.
+        float32 (parts, heads, queries, channels of V): filled with unnormalised sums.
     partial_peak, partial_total
         float32 (parts, heads, queries): filled with the largest score and the sum of the weights.
     """
     rows, heads, queries, channels = q.shape
+    value_channels = partial_out.shape[3]
     table_bytes, begin = i64(0), np.empty((4, MOST_CLASSES), i64)
     for row in range(rows):
         table_bytes = max(table_bytes, table_places(row_address(books, row), begin))
-    memory = np.empty(lay_out(i64(0), queries, channels, table_bytes).end + 64, np.uint8)
-    s = lay_out(address_of(memory), queries, channels, table_bytes)
+    memory = np.empty(lay_out(i64(0), queries, channels, value_channels, table_bytes).end + 64, np.uint8)
+    s = lay_out(address_of(memory), queries, channels, value_channels, table_bytes)
     prepare(s)
     scaled, rest = floats_at(s.q, (queries, s.padded)), floats_at(s.rest, queries)
     factor = f32(scaling) if softcap else f32(scaling) * LOG2_E
@@ -352,6 +357,6 @@ def attend_tasks(
                     keys, strides[0, 2], values, strides[1, 2], first, end, ends, dtype, softcap, s, peak, total, out
                 )
         for g in range(queries):
-            for c in range(channels):
+            for c in range(value_channels):
                 sums[g, c] += rest[g]
     return memory.size + steps.size  # mentioned here, so that Numba keeps it until here

@@ -68,6 +68,7 @@ def attend(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Compute ``Backend.attend`` in tasks of some pages of a row and KV head, whose partial results are merged."""
     rows, heads, queries, channels = q.shape
+    value_channels = view.channels[1]
     tail_k, tail_v, sinks_k, sinks_v = (
         _rows_of_values(x) for x in (view.tail_k, view.tail_v, view.sinks_k, view.sinks_v)
     )
@@ -76,9 +77,9 @@ def attend(
     first_part = np.zeros(rows + 1, np.int64)
     np.cumsum(-(-view.count // PART_PAGES) + np.maximum(1, -(-tail_tokens // PART_TAIL)), out=first_part[1:])
     parts = int(first_part[-1])
-    partial = np.empty((parts, heads, queries, channels), np.float32)
+    partial = np.empty((parts, heads, queries, value_channels), np.float32)
     peak, total = np.empty((2, parts, heads, queries), np.float32)
-    out, lse = np.empty(q.shape, np.float32), np.empty(q.shape[:3], np.float32)
+    out, lse = np.empty((*q.shape[:3], value_channels), np.float32), np.empty(q.shape[:3], np.float32)
     counter = np.zeros(1, np.int64)
     arguments: tuple[Any, ...] = (
         counter,
@@ -88,7 +89,9 @@ def attend(
         np.ascontiguousarray(view.valid, np.int32),
         np.ascontiguousarray(view.count, np.int64),
         _unit_numbers(view.units),
-        describe_books([of_kind for of_row in view.books for of_kind in of_row], channels).reshape(rows, 4, COLUMNS),
+        describe_books([of_kind for of_row in view.books for of_kind in of_row], value_channels).reshape(
+            rows, 4, COLUMNS
+        ),
         _steps(view.steps, heads),
         dtype_of(tail_k.dtype).number,
         _addresses(sinks_k, sinks_v),
@@ -104,7 +107,7 @@ def attend(
         peak,
         total,
     )
-    work = int(view.count.sum()) * PAGE_TOKENS * heads * channels * 2
+    work = int(view.count.sum()) * PAGE_TOKENS * heads * (channels + value_channels)
     others = min(threads, parts * heads, work // THREAD_VALUES) - 1
     running = [_workers(others).submit(attend_tasks, *arguments) for _ in range(others)] if others > 0 else []
     try:
@@ -128,14 +131,15 @@ def decompress(
 ) -> None:
     """``Backend.decompress``, whatever strides the arrays to fill have."""
     heads, _, channels = out_k.shape
+    value_channels = out_v.shape[2]
     results = [x if x.strides[-1] == x.itemsize else np.empty(x.shape, x.dtype) for x in (out_k, out_v)]
     decompress_pages(
         np.ascontiguousarray(pages, np.int64),
         _unit_numbers(units),
-        describe_books([k_books, v_books], channels),
+        describe_books([k_books, v_books], value_channels),
         _steps(steps, heads),
         heads,
-        channels,
+        np.array([channels, value_channels]),
         dtype_of(out_k.dtype).number,
         _addresses(*results),
         np.array([x.strides for x in results]),
@@ -203,11 +207,12 @@ def encode_pages(
     """``Backend.encode_pages``; K and V are read where they lie."""
     k, v = _rows_of_values(k), _rows_of_values(v)
     heads, tokens, channels = k.shape
+    widest = max(channels, v.shape[2])
     pages = tokens // PAGE_TOKENS
     offsets = np.zeros(pages + 1, np.int64)
     # No block is larger than raw values, or 9 bits a code with scales and lengths.
-    block_bytes = PAGE_TOKENS * channels * max(k.itemsize, 2) + 4 * channels + 6 * PAGE_TOKENS
-    buffer = np.empty(pages * heads * 2 * (block_bytes + 8) + pages * 1024 + channels + 64, np.uint8)
+    block_bytes = PAGE_TOKENS * widest * max(k.itemsize, 2) + 4 * widest + 6 * PAGE_TOKENS
+    buffer = np.empty(pages * heads * 2 * (block_bytes + 8) + pages * 1024 + widest + 64, np.uint8)
     encode_blocks(
         _addresses(k, v),
         np.array([k.strides, v.strides]),
@@ -218,12 +223,12 @@ def encode_pages(
         (_by_block(kq.zero), _by_block(vq.zero)),
         _unit_numbers(units),
         np.array([code == "fixed" for code in coding]),
-        describe_books([k_books, v_books], channels),
+        describe_books([k_books, v_books], v.shape[2]),
         buffer,
         offsets,
     )
     total = int(offsets[-1])
-    return np.append(buffer[:total], np.zeros(channels, np.uint8)), offsets
+    return np.append(buffer[:total], np.zeros(widest, np.uint8)), offsets
 
 
 def _steps(steps: Steps, heads: int) -> npt.NDArray[np.float32]:

@@ -79,7 +79,7 @@ def check_pages(
     least: Any,
     scale_counts: Any,
     shared: Any,
-    unit: int,
+    units: Any,
     own: Any,
 ) -> Any:
     """Check pages up to the first that is wrong.
@@ -100,8 +100,8 @@ def check_pages(
         int64 (2,): scales at the head of a block.
     shared
         int64 (2,): where the token scales of K and V are, -1 for none.
-    unit
-        Bits of a unit of length.
+    units
+        int64 (2,): bits of a unit of length.
     own
         bool (pages, 2): set where a block needs the sequence's own codebook.
 
@@ -140,7 +140,7 @@ def check_pages(
                 room -= LEAST_LENGTHS + 8 * width
                 if width > MAX_DIFFERENCE_BITS or room < 0:
                     return LENGTHS
-                if _stream_units(base + at, width) * unit > 8 * room:
+                if _stream_units(base + at, width) * units[kind] > 8 * room:
                     return STREAM
         for kind in range(2):
             if shared[kind] >= 0 and not _scales_are_fine(data, start + shared[kind], PAGE_TOKENS):

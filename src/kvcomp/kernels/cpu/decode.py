@@ -268,6 +268,12 @@ def class_of(kind, channels, classes, channel):
 
 
 @compiled
+def unit_bits(channels):
+    """The logarithm of the bits that a unit of a stream's length stands for: ``codec.block.length_unit``."""
+    return 2 if channels <= 128 else 3 if channels <= 256 else 4
+
+
+@compiled
 def stream_offset(kind, channels, s, j):
     """Byte offset of the streams (s, j, g = 0 .. 7), which lie side by side."""
     if kind == K:
@@ -319,7 +325,7 @@ def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out,
     tables: int64 [classes], addresses. positions: scratch, int64 [64]. low: scratch, as large as ``out``.
     """
     table_of, classes = integers_at(tables, MOST_CLASSES), book[CLASSES]
-    begin_streams(codes, kind, 2 if channels <= 128 else 3, positions)
+    begin_streams(codes, kind, unit_bits(channels), positions)
     for s in range(2):
         first, last = s * (channels // 16), (s + 1) * (channels // 16)  # tiles of eight channels of V, eight pairs each
         tile = first

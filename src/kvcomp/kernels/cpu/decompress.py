@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from kvcomp.codec.block import MAX_CHANNELS
 from kvcomp.codec.dtypes import CHANNEL, FLOAT32, HEAD, RAW
 from kvcomp.codec.quantise import HEAD_ZERO
 from kvcomp.kernels.cpu.bits import (
@@ -47,7 +48,6 @@ from kvcomp.kernels.cpu.decode import (
     of_class,
 )
 from kvcomp.kernels.cpu.page import (
-    MAX_CHANNELS,
     NO_BOOK,
     TOKENS,
     block_at,
@@ -237,39 +237,40 @@ def restore(kind, pairs, by_channel, scale, zero, turned, channels, values):
 
 @compiled(entry=True)
 def decompress_pages(pages, units, books, steps, heads, channels, dtype, out, strides):
-    """Decode the pages at these addresses to K and V at the two addresses ``out``, (heads, 64*pages, channels).
+    """Decode the pages at these addresses to K and V at the two addresses ``out``, (heads, 64*pages, channels of each).
 
-    units: int64 (2,). books: (4, columns), as ``describe_books`` gives them. steps: float32 (2, heads), for the unit
-    ``head``. dtype: its number. strides: int64 (2, 3), those of K and V in bytes.
+    units, channels: int64 (2,). books: (4, columns), as ``describe_books`` gives them. steps: float32 (2, heads), for
+    the unit ``head``. dtype: its number. strides: int64 (2, 3), those of K and V in bytes.
     """
     size = 4 if dtype == FLOAT32 else 2
     table_bytes = table_places(address_of(books), np.empty((4, MOST_CLASSES), i64))
-    memory = np.empty(lay_out(i64(0), 1, channels, table_bytes).end + 64, np.uint8)
-    s = lay_out(address_of(memory), 1, channels, table_bytes)
+    memory = np.empty(lay_out(i64(0), 1, channels[0], channels[1], table_bytes).end + 64, np.uint8)
+    s = lay_out(address_of(memory), 1, channels[0], channels[1], table_bytes)
     prepare(s)
     take_books(address_of(books), s)
     first = np.empty(MAX_CHANNELS, np.uint16)
-    turned = np.empty(TOKENS * channels // 2, np.uint16)
+    turned = np.empty(TOKENS * channels[0] // 2, np.uint16)
     for index in range(pages.size):
         page = pages[index]
         for number in range(2 * heads):
             kind, head = number // heads, number % heads
+            width = channels[kind]
             rows = out[kind] + head * strides[kind, 0] + index * TOKENS * strides[kind, 1]
             if number + 1 < 2 * heads:
                 prefetch_block(page, number + 1)
             block, mode = block_at(page, number)
             if mode == RAW:
                 for t in range(TOKENS):
-                    copy_bytes(block + t * channels * size, rows + t * strides[kind, 1], channels * size)
+                    copy_bytes(block + t * width * size, rows + t * strides[kind, 1], width * size)
                 continue
             slot = decode_coded(
                 page, block, mode, kind, head, heads, units[0], units[1], address_of(books), address_of(steps), s
             )
-            widen_pairs(kind, slot, address_of(books), channels, s.pairs, address_of(first))
+            widen_pairs(kind, slot, address_of(books), width, s.pairs, address_of(first))
             if units[kind] == HEAD and slot != NO_BOOK:
                 floats_at(s.zero, TOKENS)[:] = f32(HEAD_ZERO)
             by_channel = units[kind] == CHANNEL
-            restore(kind, s.pairs, by_channel, s.scale, s.zero, address_of(turned), channels, s.values)
+            restore(kind, s.pairs, by_channel, s.scale, s.zero, address_of(turned), width, s.values)
             for t in range(TOKENS):
-                narrow(dtype, s.values + 4 * t * channels, rows + t * strides[kind, 1], channels)
+                narrow(dtype, s.values + 4 * t * width, rows + t * strides[kind, 1], width)
     return memory.size  # mentioned here, so that Numba keeps it until here

@@ -35,6 +35,7 @@ from kvcomp.kernels.cpu.decode import (
     canonical_words,
     class_of,
     of_class,
+    unit_bits,
 )
 from kvcomp.kernels.cpu.page import TOKENS
 
@@ -277,7 +278,7 @@ def encode_blocks(
     Parameters
     ----------
     values
-        int64 (2,): addresses of K and V, (heads, 64*pages, channels).
+        int64 (2,): addresses of K and V, (heads, 64*pages, channels of each).
     value_strides
         Bytes between their heads and tokens.
     value_bytes
@@ -295,18 +296,17 @@ def encode_blocks(
     offsets
         int64 (pages + 1,): filled with where each page begins, and the end.
     """
-    pages, heads, _, channels = codes[0].shape
-    pairs = channels // 2
-    streams = np.empty((STREAMS, pairs), np.uint16)
-    columns = np.empty(TOKENS * pairs, np.uint16)
-    low, high = np.empty(channels, np.uint8), np.empty(channels, np.uint8)
+    pages, heads = codes[0].shape[:2]
+    widest = max(codes[0].shape[3], codes[1].shape[3])
+    all_streams = np.empty(STREAMS * widest // 2, np.uint16)
+    columns = np.empty(TOKENS * widest // 2, np.uint16)
+    lows, highs = np.empty(widest, np.uint8), np.empty(widest, np.uint8)
     tables = np.empty((4, MOST_CLASSES), i64)  # where the words of each book's classes would begin if ``first`` were 0
     memory = np.empty(place_words(books, tables), np.uint32)
     tables += address_of(memory)
     built = np.zeros(4, np.bool_)
     lengths = np.empty(STREAMS, i64)
-    of_pair = np.empty((4, STREAMS, pairs), np.uint8)
-    unit = 4 if channels <= 128 else 8
+    of_pair = np.empty((4, STREAMS, widest // 2), np.uint8)
     to = address_of(buffer)
     for page in range(pages):
         begin = to
@@ -318,6 +318,8 @@ def encode_blocks(
                 to = store_scales(TOKEN, scale_bits[kind][page, 0], zeros[kind][page, 0], to)
         for number in range(2 * heads):
             kind, head = number // heads, number % heads
+            channels = codes[kind].shape[3]
+            pairs = channels // 2
             at = to
             if raws[kind][page, head]:
                 mode = RAW
@@ -330,8 +332,11 @@ def encode_blocks(
                 block = codes[kind][page, head]
                 if units[kind] != TOKEN and units[kind] != HEAD:
                     to = store_scales(units[kind], scale_bits[kind][page, head], zeros[kind][page, head], to)
+                low, high = lows[:channels], highs[:channels]
                 code_range(block, low, high)
-                shaped = columns.reshape(TOKENS, pairs) if kind == K else columns.reshape(TOKENS // 2, channels)
+                streams = all_streams[: STREAMS * pairs].reshape(STREAMS, pairs)
+                words = columns[: TOKENS * pairs]
+                shaped = words.reshape(TOKENS, pairs) if kind == K else words.reshape(TOKENS // 2, channels)
                 pair_words(kind, block, shaped)
                 order_streams(kind, shaped, streams)
                 slot = 2 * kind + 1
@@ -349,6 +354,7 @@ def encode_blocks(
                         build_words(book, tables[slot])
                         pair_classes(kind, channels, book[CLASSES], of_pair[slot])
                     begin_streams = to + MOST_LENGTHS
+                    unit = 1 << unit_bits(channels)
                     if longest_pair(book) <= 14:
                         end = _pack_4(streams, of_pair[slot], tables[slot], begin_streams, unit, lengths)
                     else:

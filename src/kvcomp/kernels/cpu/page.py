@@ -40,8 +40,6 @@ from kvcomp.kernels.cpu.decode import (
 )
 from kvcomp.spec import PAGE_TOKENS as TOKENS
 
-MAX_CHANNELS = 256
-
 f32, i64 = np.float32, np.int64
 NO_BOOK = i64(4)  # slot of codes of fixed width, behind the four books
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvcomp.codec.block import STREAMS
+from kvcomp.codec.block import MAX_CHANNELS, STREAMS
 from kvcomp.codec.dtypes import FIXED, HEAD, TOKEN
 from kvcomp.codec.quantise import HEAD_ZERO
 from kvcomp.kernels.cpu.bits import (
@@ -30,7 +30,6 @@ from kvcomp.kernels.cpu.decode import (
     pair_offsets,
 )
 from kvcomp.kernels.cpu.page import (
-    MAX_CHANNELS,
     NO_BOOK,
     TOKENS,
     book_at,
@@ -56,8 +55,9 @@ class Scratch(NamedTuple):
     """
 
     queries: int
-    channels: int
-    padded: int  # channels of a row of q, a multiple of 32
+    key_channels: int
+    value_channels: int
+    padded: int  # floats of a row of q: at least the channels of K and of V, a multiple of 32
     q: int  # [queries, padded], scaled
     q_sum: int  # [queries]
     key_a: int  # [slots of K, queries, FACTORS]: q for the first code of each pair, where no channel has its own scale
@@ -67,7 +67,7 @@ class Scratch(NamedTuple):
     of_a: int  # [queries, FACTORS]: the factors for a block
     of_b: int
     score: int  # [queries, tokens], then weights
-    part: int  # [queries, channels]
+    part: int  # [queries, channels of V]
     rest: int  # [queries]: what every channel of the output gets
     seen: int  # int64 [queries]: tokens of the block that a query sees
     scale: int  # [units of a block]
@@ -90,8 +90,9 @@ class Scratch(NamedTuple):
 
 
 @compiled
-def lay_out(base, queries, channels, table_bytes):
+def lay_out(base, queries, key_channels, value_channels, table_bytes):
     """Lay scratch out from an address on."""
+    channels = max(key_channels, value_channels)
     padded = (channels + 31) & ~31
     line = 64
     q = (base + line - 1) & ~i64(line - 1)
@@ -124,9 +125,9 @@ def lay_out(base, queries, channels, table_bytes):
     tables = built + line
     end = tables + table_bytes
     return Scratch(
-        queries, channels, padded, q, q_sum, key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen,
-        scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, low, streams, offsets,
-        begin, built, tables, end,
+        queries, key_channels, value_channels, padded, q, q_sum, key_a, key_b, key_bias, key_ready, of_a, of_b, score,
+        part, rest, seen, scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, low, streams,
+        offsets, begin, built, tables, end,
     )  # fmt: skip
 
 
@@ -140,9 +141,21 @@ def prepare(s):
         _, _, units[::2], units[1::2] = code_masks(form)
     floats_at(s.scale, MAX_CHANNELS)[:] = f32(1)
     floats_at(s.zero, MAX_CHANNELS)[:] = f32(0)
-    offsets = integers_at(s.offsets, (2, s.channels // 2))
-    pair_offsets(K, s.channels, offsets[K])
-    pair_offsets(V, s.channels, offsets[V])
+    for kind in (K, V):
+        channels = channels_of(kind, s)
+        pair_offsets(kind, channels, integers_at(offsets_of(kind, s), channels // 2))
+
+
+@compiled
+def channels_of(kind, s):
+    """Channels of K or of V."""
+    return s.value_channels if kind == V else s.key_channels
+
+
+@compiled
+def offsets_of(kind, s):
+    """Address of the offsets of a stream's pairs, for K or V."""
+    return s.offsets + kind * 4 * max(s.key_channels, s.value_channels)
 
 
 @compiled
@@ -167,13 +180,14 @@ def set_form(kind, value_unit, slot, books, s):
     if form[slot]:
         return
     form[slot] = 1
+    channels = channels_of(kind, s)
     unit, first = floats_at(s.unit, (SLOTS, MAX_CHANNELS))[slot], floats_at(s.first, (SLOTS, MAX_CHANNELS))[slot]
     narrow_unit, wide_unit = floats_at(s.narrow_unit, MAX_CHANNELS), floats_at(s.wide_unit, MAX_CHANNELS)
     for c in range(MAX_CHANNELS):
         form_of_class, lowest = i64(WIDE), i64(0)
         if slot != NO_BOOK:
             book = book_at(books, slot)
-            index = class_of(kind, s.channels, book[CLASSES], min(c, s.channels - 1))
+            index = class_of(kind, channels, book[CLASSES], min(c, channels - 1))
             form_of_class, lowest = of_class(book, index, FORM), of_class(book, index, FIRST)
             if value_unit == HEAD:
                 lowest += HEAD_ZERO
@@ -207,16 +221,17 @@ def decode_coded(page, block, mode, kind, head, heads, k_unit, v_unit, books, st
 
     ``steps`` is the address of float32 [K or V, heads]. Returns the slot of the block's book.
     """
-    unit = k_unit if kind == K else v_unit
+    unit, channels = k_unit if kind == K else v_unit, channels_of(kind, s)
     if unit == TOKEN:
-        load_scales(token_scales_at(page, heads, k_unit, kind), TOKEN, s.channels, s.scale, s.zero)
+        load_scales(token_scales_at(page, heads, k_unit, kind), TOKEN, channels, s.scale, s.zero)
     elif unit == HEAD:
         zero = 0 if mode < FIXED else -(1 << (fixed_width(mode) - 1))
         floats_at(s.scale, TOKENS)[:] = load_f32(steps + 4 * (kind * heads + head))
         floats_at(s.zero, TOKENS)[:] = f32(zero)
     else:
-        block += load_scales(block, unit, s.channels, s.scale, s.zero)
-    offsets = s.offsets + kind * 4 * s.channels
-    slot = decode_block(block, mode, kind, s.channels, books, s.begin, s.built, offsets, s.streams, s.pairs, s.low)
+        block += load_scales(block, unit, channels, s.scale, s.zero)
+    slot = decode_block(
+        block, mode, kind, channels, books, s.begin, s.built, offsets_of(kind, s), s.streams, s.pairs, s.low
+    )
     set_form(kind, unit, slot, books, s)
     return slot

@@ -16,11 +16,11 @@ FAST_MEAN = {NARROW: 4.8, WIDE: 10.5}  # bits of a pair up to which twice as man
 NO_COLUMNS = np.zeros(COLUMNS, np.int64)
 
 
-def describe_books(books: Sequence[Books], channels: int) -> npt.NDArray[np.int64]:
+def describe_books(books: Sequence[Books], value_channels: int) -> npt.NDArray[np.int64]:
     """Describe the books of K and of V, in turn, as ``decode`` wants them: (2 * len(books), columns)."""
     return np.array(
         [
-            _description(book, kind % 2 == 0 or channels % 64 == 0)
+            _description(book, kind % 2 == 0 or value_channels % 64 == 0)
             for kind, of_kind in enumerate(books)
             for book in of_kind
         ]

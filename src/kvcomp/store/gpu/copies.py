@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from kvcomp.codec.page import size_of
+from kvcomp.errors import BackendUnavailable
 from kvcomp.kernels.cuda.launch import Launcher
 from kvcomp.store import KVStore
 from kvcomp.store.gpu.arena import Chunk, enough_memory
@@ -38,7 +39,8 @@ def to_main_memory(of: GPUStore) -> KVStore:
         rows.books[index], rows.pair_counts[index] = list(row.books), list(row.counts)
     held = of.tokens - of.tail.base
     tail_k, tail_v = (x[:, :, :held].cpu() for x in (of.tail.k, of.tail.v))
-    return empty.of(rows, of.tokens, (tail_k, tail_v), (of.sinks_k.cpu(), of.sinks_v.cpu()))
+    sinks = of.sinks_k.cpu(), of.sinks_v.cpu()
+    return empty.of(rows, of.tokens, (tail_k, tail_v), sinks, of.held_channels)
 
 
 def _content(chunk: Chunk, spare: int) -> npt.NDArray[np.uint8]:
@@ -57,7 +59,12 @@ def to_device(
 
     Raises BackendUnavailable if the kernels cannot run there, LimitExceeded if memory ends.
     """
-    store = GPUStore(of.spec, of.given_books, of.transform, launcher)
+    if of.value_channels != of.channels or of.held_channels[0] != of.channels:
+        raise BackendUnavailable(
+            f"the GPU kernels take one head_dim for K and V, a multiple of 16, not {of.channels} and "
+            f"{of.value_channels}: use backend='cpu'"
+        )
+    store = GPUStore(of.spec, of.given_books, of.calibrated, launcher)
     with enough_memory():
         store.allocate(torch.empty((of.batch, of.heads, 0, of.channels), dtype=of.dtype, device=device))
         addresses = np.zeros((of.batch, max(store.table.capacity, int(of.rows.count.max()))), np.int64)

@@ -32,7 +32,7 @@ class LayerKernels:
             for of_heads in (spec.key.heads, spec.value.heads)
         )
         self.steps = key, value  # float32 (KV heads,) where the unit is ``head``
-        layout = Layout(heads, channels, (spec.key.unit, spec.value.unit), k.dtype.itemsize)
+        layout = Layout(heads, (channels, channels), (spec.key.unit, spec.value.unit), k.dtype.itemsize)
         block = PAGE_TOKENS * channels * k.dtype.itemsize + 4 * max(channels, PAGE_TOKENS)
         self.largest_page = layout.first_block + 2 * heads * ceil16(block)  # bytes
         self._layer = spec, channels, NAMES[k.dtype]

@@ -15,13 +15,14 @@ from kvcomp.kernels.cuda.layout import BFLOAT16_128, AttendArguments, Decompress
 from kvcomp.spec import PAGE_TOKENS
 from kvcomp.store.memory import Memory
 from kvcomp.store.read import in_order, undone
+from kvcomp.store.sink_logits import take_share
 from kvcomp.store.tensors import NAMES
 
 if TYPE_CHECKING:
     from kvcomp.store.gpu.store import GPUStore
 
 
-def attend(store: GPUStore, q: Tensor, scaling: float, softcap: float) -> Tensor:
+def attend(store: GPUStore, q: Tensor, scaling: float, softcap: float, sink_logits: Tensor | None) -> Tensor:
     """Fused attention of the last tokens, decoding the sealed pages on the fly. Arguments as ``GPUStore.attend`` has
     them.
     """
@@ -50,7 +51,11 @@ def attend(store: GPUStore, q: Tensor, scaling: float, softcap: float) -> Tensor
     if parts:
         a.partial_peak, a.partial_total = peaks[0].data_ptr(), peaks[1].data_ptr()
     launch.attend(store.kernels.on, build, a, splits)
-    return (out if store.transform is None else store.transform.outputs(out)).to(q.dtype).view(q.shape)
+    if store.transform is not None:
+        out = store.transform.outputs(out)
+    if sink_logits is not None:
+        out = take_share(out.view(q.shape), lse.view(q.shape[:3]), sink_logits, q, scaling, store.transform)
+    return out.to(q.dtype).view(q.shape)
 
 
 def _view(store: GPUStore, a: AttendArguments) -> AttendArguments:

@@ -82,6 +82,14 @@ class GPUStore:
             twin.select(torch.arange(self.batch))
         return twin
 
+    @property
+    def value_channels(self) -> int:
+        return self.channels
+
+    @property
+    def held_channels(self) -> tuple[int, int]:
+        return self.channels, self.channels
+
     def empty_twin(self) -> GPUStore:
         """A store of the same layer, dtype and device to ``hold`` other rows; until then it has these, but no arena of
         theirs.
@@ -288,10 +296,10 @@ class GPUStore:
         """
         return queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
 
-    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0) -> Tensor:
+    def attend(self, q: Tensor, scaling: float, softcap: float = 0.0, sink_logits: Tensor | None = None) -> Tensor:
         """Fused attention of the last tokens, decoding the sealed pages; q: (batch, heads, queries, head_dim)."""
         self.sync()
-        return read.attend(self, q, scaling, softcap)
+        return read.attend(self, q, scaling, softcap, sink_logits)
 
     def tile(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """K and V, or K' and V', of the pages ``first`` to ``last`` of a row, (KV heads, tokens, head_dim)."""
@@ -332,10 +340,14 @@ class GPUStore:
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         check_kv(k, v)
+        if k.shape != v.shape:
+            raise BackendUnavailable(
+                f"the GPU kernels take one head_dim for K and V, not {k.shape[3]} and {v.shape[3]}: use backend='cpu'"
+            )
         if k.device != v.device:
             raise InvalidInput(f"K is on {k.device}, V on {v.device}: they must be on one device")
         if self.batch:
-            check_more(k, (self.batch, self.heads, self.channels), self.dtype)
+            check_more(k, v, (self.batch, self.heads, self.channels, self.channels), self.dtype)
             if k.device != self.device:
                 raise InvalidInput(f"this cache is on {self.device}, K and V are on {k.device}")
 
