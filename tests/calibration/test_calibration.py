@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 
 import kvcomp
 from calibrating import STEPS, calibrated
-from kvcomp.calibration import Calibration, quantise_matrix, resolve
+from kvcomp.calibration import MAX_SHIFT, Calibration, quantise_matrix, resolve
 from kvcomp.calibration.file import MAX_BYTES, METADATA
 from kvcomp.calibration.transform import Affine
 from kvcomp.errors import CorruptData, InvalidInput, KVCompError, LimitExceeded, UnsupportedVersion
@@ -44,6 +44,39 @@ def test_a_file_gives_the_calibration_back(tmp_path: Path) -> None:
     for index in range(2):
         assert torch.equal(read.layers[index][0].key.matrix, MADE.layers[index][0].key.matrix)
         assert read.layers[index][1] == MADE.layers[index][1]
+
+
+def test_shifts_of_a_level_are_kept_and_only_there() -> None:
+    shifts = np.random.default_rng(0).integers(0, MAX_SHIFT + 1, (2, 2, 16), np.uint8)
+
+    def add(tensors: dict[str, Any], _: dict[str, str]) -> None:
+        tensors["1.aggressive.shifts"] = shifts
+
+    read = Calibration.from_bytes(rewritten(add))
+    plain = MADE.layer(1, MADE.spec("aggressive"))
+    for level in LEVELS:
+        found = read.layer(1, read.spec(level))
+        assert found is not None
+        assert plain is not None
+        expected = plain.transform.coarsened(shifts) if level == "aggressive" else plain.transform
+        assert torch.equal(found.transform.key.matrix, expected.key.matrix)
+        assert torch.equal(found.transform.value.inverse, expected.value.inverse)
+    assert read.nbytes("aggressive") == MADE.nbytes("aggressive") + shifts.nbytes
+
+
+@pytest.mark.parametrize(
+    "shifts",
+    [
+        np.zeros((2, 2, 8), np.uint8), np.zeros((2, 16), np.uint8), np.zeros((2, 2, 16), np.int8),
+        np.full((2, 2, 16), MAX_SHIFT + 1, np.uint8),
+    ],
+)  # fmt: skip
+def test_wrong_shifts_are_refused(shifts: np.ndarray[Any, Any]) -> None:
+    def add(tensors: dict[str, Any], _: dict[str, str]) -> None:
+        tensors["1.aggressive.shifts"] = shifts
+
+    with pytest.raises(CorruptData, match="shifts"):
+        Calibration.from_bytes(rewritten(add))
 
 
 def test_the_same_calibration_has_the_same_bytes() -> None:

@@ -45,6 +45,20 @@ def test_attention_in_the_other_coordinates_is_the_same(group: int) -> None:
     assert torch.allclose(transform.outputs(other), expected, atol=1e-4)
 
 
+@given(st.integers(0, 2**32 - 1))
+def test_coarser_coordinates_change_nothing_but_their_size(seed: int) -> None:
+    transform = Transform(random_affine(1), random_affine(2))
+    shifts = np.random.default_rng(seed).integers(0, 17, (2, HEADS, CHANNELS), np.uint8)
+    coarse = transform.coarsened(shifts)
+    x, q = torch.randn(2, 1, HEADS, 9, CHANNELS)
+    for before, after, of in ((transform.key, coarse.key, shifts[0]), (transform.value, coarse.value, shifts[1])):
+        assert torch.equal(after.apply(x) * torch.from_numpy(2.0**of)[:, None], before.apply(x))
+        assert torch.allclose(after.undo(after.apply(x)), x, atol=1e-4)
+        assert torch.equal(after.inverse, before.inverse * torch.from_numpy(2.0**of)[:, None])
+    scores = coarse.queries(q) @ coarse.key.apply(x).mT
+    assert torch.allclose(scores, transform.queries(q) @ transform.key.apply(x).mT, rtol=1e-4, atol=1e-3)
+
+
 def test_metric_klt_whitens_the_metric_and_orders_by_variance() -> None:
     covariance, metric = random_covariance(3), random_covariance(4)
     matrix = metric_klt(covariance, metric)

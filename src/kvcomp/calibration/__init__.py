@@ -2,6 +2,7 @@
 
 from kvcomp.calibration.file import (
     CLASSES,
+    MAX_SHIFT,
     About,
     Calibration,
     LayerCalibration,
@@ -12,6 +13,7 @@ from kvcomp.calibration.named import resolve
 
 __all__ = [
     "CLASSES",
+    "MAX_SHIFT",
     "About",
     "Calibration",
     "LayerCalibration",

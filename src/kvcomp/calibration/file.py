@@ -5,15 +5,18 @@ steps of the heads, and two codebooks each for K and V: a narrow one for almost 
 ``kvcomp calibrate`` makes one.
 
 The file is a safetensors file. Its metadata hold ``kvcomp_calibration``, a JSON object with the field ``version`` and
-those of ``About``. Layer i has these tensors, and for each level the last two::
+those of ``About``. Layer i has these tensors, and for each level the last three::
 
     i.key.matrix    i8  (heads, D, D)     and i.value.matrix
     i.key.scale     f32 (heads, D)        and i.value.scale
     i.key.mean      f32 (heads, D)        and i.value.mean
     i.LEVEL.steps   f32 (2, heads)        of K, of V
     i.LEVEL.books   u8                    the wide and the narrow book of K, then of V
+    i.LEVEL.shifts  u8  (2, heads, D)     absent if all are 0
 
-Row r of A is ``matrix[r] * scale[r]``: eight bits are enough, as whatever A is, its exact inverse undoes it.
+At a level the step of a coordinate is 2^shift times the head's: its row of A is divided by that. Codes have 8 bits, and
+a coordinate whose values reach beyond them would leave whole blocks raw. Row r of A is ``matrix[r] * scale[r]``: eight
+bits are enough, as whatever A is, its exact inverse undoes it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -49,6 +52,7 @@ DEFAULT_LEVEL = "balanced"
 MAX_BYTES = 1 << 30
 MAX_LAYERS, MAX_HEADS, MAX_LEVELS = 1 << 12, 1 << 10, 64
 CLASSES = 4
+MAX_SHIFT = 16
 LEVEL_NAME = r"[a-z0-9][a-z0-9.-]{0,31}"
 
 Array = npt.NDArray[Any]
@@ -70,10 +74,14 @@ class About:
 
 @dataclass(frozen=True)
 class LevelOfLayer:
-    """Steps of the heads and (wide, narrow) codebooks of one layer at one level, of K and V."""
+    """What one layer has at one level, of K and of V."""
 
     steps: tuple[tuple[float, ...], tuple[float, ...]]
+    """Of the heads."""
     books: tuple[Books, Books]
+    """(wide, narrow) codebooks."""
+    shifts: npt.NDArray[np.uint8] | None = field(default=None, compare=False)
+    """Of the coordinates, (2, heads, D)."""
 
 
 class LayerCalibration(NamedTuple):
@@ -108,7 +116,7 @@ class Calibration:
         return tuple(self.about.levels)
 
     def nbytes(self, level: str, layers: Sequence[int] | None = None) -> int:
-        """Bytes that decoding at a level takes from the file: transforms, means, steps and codebooks.
+        """Bytes that decoding at a level takes from the file: transforms, means, steps, codebooks, shifts.
 
         layers: which to count; all if None.
         """
@@ -118,6 +126,7 @@ class Calibration:
             size += sum(x.matrix.numel() + 8 * x.mean.numel() for x in affines)
             size += sum(4 * len(steps) for steps in levels[level].steps)
             size += sum(len(book.to_bytes()) for pair in levels[level].books for book in pair if book)
+            size += 0 if (shifts := levels[level].shifts) is None else shifts.nbytes
         return size
 
     def spec(self, level: str = DEFAULT_LEVEL) -> CodecSpec:
@@ -174,7 +183,8 @@ class Calibration:
         if index not in self.layers:
             return None
         transform, levels = self.layers[index]
-        return LayerCalibration(levels[chosen[index]].books, transform)
+        level = levels[chosen[index]]
+        return LayerCalibration(level.books, transform if level.shifts is None else transform.coarsened(level.shifts))
 
     def levels_of(self, spec: CodecSpec) -> dict[int, str]:
         """The level that a spec has in each layer. Raises InvalidInput if it is of no level of this calibration."""
@@ -265,6 +275,8 @@ class Calibration:
                 tensors[f"{index}.{level}.steps"] = np.array(of_layer.steps, np.float32)
                 books = b"".join(book.to_bytes() for pair in of_layer.books for book in pair if book)
                 tensors[f"{index}.{level}.books"] = np.frombuffer(books, np.uint8)
+                if of_layer.shifts is not None and of_layer.shifts.any():
+                    tensors[f"{index}.{level}.shifts"] = of_layer.shifts
         text = json.dumps({"version": VERSION, **asdict(about)})
         return cls.from_bytes(save(tensors, {METADATA: text}))
 
@@ -296,7 +308,8 @@ def _parse(content: bytes) -> tuple[About, dict[int, tuple[Transform, dict[str, 
         if parts[0].matrix.shape != parts[1].matrix.shape:
             raise CorruptData(f"K and V of layer {index} have different shapes in the calibration")
         heads = parts[0].matrix.shape[0]
-        levels = {level: _level(tensors, f"{index}.{level}", heads) for level in about.levels}
+        channels = parts[0].matrix.shape[2]
+        levels = {level: _level(tensors, f"{index}.{level}", heads, channels) for level in about.levels}
         layers[index] = Transform(*parts), levels
     if not layers or tensors:
         raise CorruptData(f"the calibration has no layers, or more than it needs: {sorted(tensors)[:3]}")
@@ -355,7 +368,7 @@ def _affine(tensors: dict[str, Array], name: str) -> Affine:
         raise CorruptData(f"{name} in the calibration: {error}") from None
 
 
-def _level(tensors: dict[str, Array], name: str, heads: int) -> LevelOfLayer:
+def _level(tensors: dict[str, Array], name: str, heads: int, channels: int) -> LevelOfLayer:
     steps, data = _take(tensors, f"{name}.steps", "float32"), _take(tensors, f"{name}.books", "uint8")
     if steps.shape != (2, heads) or data.ndim != 1:
         raise CorruptData(f"{name} in the calibration has shapes {steps.shape} and {data.shape}")
@@ -374,4 +387,9 @@ def _level(tensors: dict[str, Array], name: str, heads: int) -> LevelOfLayer:
         books.append(book)
     if at != len(raw):
         raise CorruptData(f"{name} in the calibration has more than four codebooks")
-    return LevelOfLayer((key[0], value[0]), ((books[0], books[1]), (books[2], books[3])))
+    shifts = tensors.pop(f"{name}.shifts", None)
+    if shifts is not None and (
+        shifts.dtype != np.uint8 or shifts.shape != (2, heads, channels) or shifts.max() > MAX_SHIFT
+    ):
+        raise CorruptData(f"{name}.shifts in the calibration are no (2, {heads}, {channels}) up to {MAX_SHIFT}")
+    return LevelOfLayer((key[0], value[0]), ((books[0], books[1]), (books[2], books[3])), shifts)

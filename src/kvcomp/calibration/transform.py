@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -58,6 +60,11 @@ class Affine:
             raise InvalidInput("a transform cannot be inverted: its matrix is singular or nearly so")
         return cls(matrix, mean.to(torch.float32).contiguous(), inverse.to(torch.float32).contiguous())
 
+    def coarsened(self, shifts: npt.NDArray[np.uint8]) -> Affine:
+        """The same with row r of A divided by 2^shift, (KV heads, D), which floats hold exactly."""
+        factor = torch.from_numpy(np.exp2(shifts.astype(np.float32)))
+        return Affine(self.matrix / factor[:, :, None], self.mean, self.inverse * factor[:, None, :])
+
     @cached_property
     def back(self) -> tuple[Tensor, Tensor]:
         """(M, m) with x = x' M + m for rows x', (KV heads, D, D) and (KV heads, 1, D)."""
@@ -87,6 +94,10 @@ class Transform:
     @property
     def channels(self) -> int:
         return int(self.key.mean.shape[1])
+
+    def coarsened(self, shifts: npt.NDArray[np.uint8]) -> Transform:
+        """With coarser coordinates of K and of V, (2, KV heads, D)."""
+        return Transform(self.key.coarsened(shifts[0]), self.value.coarsened(shifts[1]))
 
     def queries(self, q: Tensor) -> Tensor:
         """q (batch, heads, queries, D) -> A^-T q in float32: its products with K' are those with k, less q.a."""

@@ -28,14 +28,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from xxhash import xxh3_64
 
-from kvcomp.calibration import CLASSES, About, Calibration, LevelOfLayer, quantise_matrix
+from kvcomp.calibration import CLASSES, MAX_SHIFT, About, Calibration, LevelOfLayer, quantise_matrix
 from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.fidelity import attend_plainly
 from kvcomp.evaluate.gradients import label_gradients
 from kvcomp.evaluate.methods.kivi import GROUP, Kivi
 from kvcomp.fit.codebooks import fit_books
-from kvcomp.fit.curves import UNSEEN_KL, Curve, Tensors, allocate, entropy_bits, predicted, price_of
+from kvcomp.fit.curves import NEAR, UNSEEN_KL, Curve, Tensors, allocate, entropy_bits, next_aim, predicted, price_of
 from kvcomp.fit.quality import Quality, Window, mean_kl, values_of
 from kvcomp.fit.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
 from kvcomp.fit.windows import Settings, Tell, draw_windows, first_token, write
@@ -55,7 +55,8 @@ WITHIN = 100.0  # a measured KL this many times the predicted one, or less than 
 PIECES = 8  # the model writes a window in so many pieces, side by side
 KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))
 MEASUREMENTS = 5  # most for a level
-NEAR = 0.9  # a level whose KL is this part of the wanted one is near enough
+LARGEST_CODE = 127
+MARGIN = 1.25  # other text reaches farther than the windows do
 
 Levels = Mapping[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]]  # steps, and what was measured
 
@@ -118,6 +119,7 @@ class Calibrator:
         self.affines: dict[tuple[int, int], Affine] = {}
         self.windows: list[Window] = []
         self.coordinates: dict[tuple[int, int], Tensor] = {}
+        self.reach: dict[tuple[int, int], Tensor] = {}  # of each coordinate, (KV heads, D)
 
     def run(self, text: str) -> Calibration:
         """Take all steps. text: what to call the text."""
@@ -155,6 +157,7 @@ class Calibrator:
         for (index, kind), affine in self.affines.items():
             x = torch.cat([values_of(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
             self.coordinates[index, kind] = affine.apply(x)
+            self.reach[index, kind] = MARGIN * self.coordinates[index, kind].abs().amax((0, 2))
 
     def _transforms(self, statistics: Statistics) -> dict[tuple[int, int], Affine]:
         centred = not setting(self.config, "attn_logit_softcapping")  # a soft cap would notice q.mean
@@ -234,8 +237,9 @@ class Calibrator:
         weight = torch.tensor(weights, dtype=torch.float64)
         points = []
         for step in (factor * size for factor in FACTORS):
-            codes = (x / step).round()
-            error = (codes * step - x).double().square().mean((0, 1))
+            steps = step * shifts_of(self.reach[index, kind][head], step).exp2()
+            codes = (x / steps).round()
+            error = (codes * steps - x).double().square().mean((0, 1))
             points.append((step, entropy_bits(codes, kind), float(weight @ error)))
         return points
 
@@ -243,7 +247,7 @@ class Calibrator:
     def _alone(self, index: int, kind: int, steps: Sequence[float]) -> float:
         """KL with the K or V of one layer coded alone, mean of a window that goes on and one that repeats."""
         affine, kls = self.affines[index, kind], []
-        step = torch.tensor(steps)[:, None, None]
+        step = self.steps_of(index, kind, steps)
         for number in (0, [window.repeats for window in self.windows].index(True)):
             window = self.windows[number]
             layers = [copy(layer) for layer in window.layers]
@@ -253,11 +257,16 @@ class Calibrator:
             kls.append(mean_kl(window.log_probs[:MEASURED], self._predict(layers, window.text[:, :MEASURED])))
         return float(np.mean(kls))
 
+    def steps_of(self, index: int, kind: int, steps: Sequence[float]) -> Tensor:
+        """The step of each coordinate, (KV heads, 1, D), from those of the heads."""
+        step = torch.tensor(steps)[:, None]
+        return (step * shifts_of(self.reach[index, kind], step).exp2())[:, None]
+
     def coded_values(self, steps: Mapping[Tensors, float]) -> dict[tuple[int, int], Tensor]:
         """All K and V as they come back with these steps."""
         found = {}
         for (index, kind), x in self.coordinates.items():
-            step = torch.tensor([steps[index, kind, head] for head in range(x.shape[1])])[:, None, None]
+            step = self.steps_of(index, kind, [steps[index, kind, head] for head in range(x.shape[1])])
             found[index, kind] = self.affines[index, kind].undo((x / step).round() * step)
         return found
 
@@ -289,20 +298,17 @@ class Calibrator:
         wanted = self.kivi(bits)
         aim = wanted.mean
         tried: list[tuple[float, dict[Tensors, float], Quality]] = []
+        found: dict[float, float] = {}  # aims, and how much worse than wanted the model was
         for done in range(MEASUREMENTS):
             self.tell(f"as good as {bits} bits", done, MEASUREMENTS)
             price = price_of(curves, aim)
             steps, quality = self.at_price(curves, price)
             tried.append((price, steps, quality))
-            worse = max(
-                quality.text / max(wanted.text, UNSEEN_KL),
-                quality.repeated / max(wanted.repeated, UNSEEN_KL),
-                UNSEEN_KL,
-            )
-            if NEAR <= worse <= 1:
+            found[aim] = quality.over(wanted)
+            if NEAR <= found[aim] <= 1:
                 break
-            aim *= (1 + NEAR) / 2 / worse
-        reached = [one for one in tried if one[2].reaches(wanted)]
+            aim = next_aim(found)
+        reached = [one for one in tried if one[2].over(wanted) <= 1]
         by_price = itemgetter(0)  # prices may be equal, and steps have no order
         price, steps, quality = min(reached, key=by_price) if reached else max(tried, key=by_price)
         about = {
@@ -319,11 +325,13 @@ class Calibrator:
         """Steps and codebooks of a layer."""
         heads = len(self.affines[index, 0].mean)
         chosen = [tuple(steps[index, kind, head] for head in range(heads)) for kind in (0, 1)]
-        books = [self._books(index, kind, chosen[kind]) for kind in (0, 1)]
-        return LevelOfLayer((chosen[0], chosen[1]), (books[0], books[1]))
+        shifts = [shifts_of(self.reach[index, kind], torch.tensor(chosen[kind])[:, None]) for kind in (0, 1)]
+        books = [self._books(index, kind, chosen[kind], shifts[kind]) for kind in (0, 1)]
+        packed = torch.stack(shifts).to(torch.uint8).numpy()
+        return LevelOfLayer((chosen[0], chosen[1]), (books[0], books[1]), packed if packed.any() else None)
 
-    def _books(self, index: int, kind: int, steps: tuple[float, ...]) -> Books:
-        x = self.coordinates[index, kind]
+    def _books(self, index: int, kind: int, steps: tuple[float, ...], shifts: Tensor) -> Books:
+        x = self.coordinates[index, kind] / shifts.exp2()[:, None]
         heads = np.ascontiguousarray(x.transpose(0, 1).flatten(1, 2).numpy())
         coded = load_backend("cpu").quantise(heads, "head", steps)
         return fit_books(coded.codes[~coded.raw].reshape(-1, PAGE_TOKENS, CLASSES, x.shape[-1] // CLASSES), kind)
@@ -381,6 +389,11 @@ class Calibrator:
             },
         )
         return Calibration.build(about, transforms, of_layers)
+
+
+def shifts_of(reach: Tensor, step: Tensor | float) -> Tensor:
+    """How many times the step of a coordinate must be doubled for its codes to have 8 bits."""
+    return (reach / (LARGEST_CODE * step)).log2().ceil().clamp(0, MAX_SHIFT)
 
 
 def _affine(sums: LayerSums, key: bool, centred: bool) -> Affine:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kvcomp.evaluate.fidelity import token_kls
+from kvcomp.fit.curves import UNSEEN_KL
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class Quality:
     def mean(self) -> float:
         return (self.text + self.repeated) / 2
 
-    def reaches(self, other: Quality) -> bool:
-        return self.text <= other.text and self.repeated <= other.repeated
+    def over(self, other: Quality) -> float:
+        """How many times worse than another, on the kind of text where it is most."""
+        pairs = (self.text, other.text), (self.repeated, other.repeated)
+        return max(max(mine, UNSEEN_KL) / max(theirs, UNSEEN_KL) for mine, theirs in pairs)
 
 
 def mean_kl(expected: Tensor, found: Tensor) -> float:
