@@ -100,7 +100,7 @@ def test_inspect(tmp_path: Path, single: Path, layers: Path) -> None:
     run("compress", single, "-o", out)
     code, text = run("inspect", out)
     assert code == 0
-    for word in ("1 rows of 500 tokens", "relative scale 0.05", "bits by head", "codes", "books", "uncompressed"):
+    for word in ("1 rows of 500 tokens", "relative scale 0.08", "bits by head", "codes", "books", "uncompressed"):
         assert word in text
     code, text = run("inspect", out, "--json")
     figures = json.loads(text)
@@ -108,7 +108,7 @@ def test_inspect(tmp_path: Path, single: Path, layers: Path) -> None:
     assert figures["bytes"] == out.stat().st_size == sum(figures["parts"].values())
     assert figures["dense_bytes"] == 2 * 2 * 500 * 2 * 32
     assert 2 < figures["coded_bits"] < 6
-    assert figures["spec"]["key"]["relative_scale"] == 0.05
+    assert figures["spec"]["key"]["relative_scale"] == 0.08
     (layer,) = figures["layers"]
     bits = (sum(layer["K"]) + sum(layer["V"])) / 4
     pages = kvcomp.load(out).memory()
