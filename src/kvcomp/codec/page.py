@@ -48,6 +48,11 @@ class Layout:
     def first_block(self) -> int:
         return self.directory_bytes + scales_size(PAGE_TOKENS) * sum(unit == "token" for unit in self.units)
 
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of a page all of whose blocks are raw."""
+        return self.first_block + 2 * self.heads * PAGE_TOKENS * self.channels * self.value_bytes
+
     def block_scales(self, kind_index: int) -> int:
         """How many scales stand at the head of a block of K (0) or V (1)."""
         return {"block": 1, "channel": self.channels, "vector": PAGE_TOKENS, "token": 0, "head": 0}[
@@ -115,6 +120,14 @@ def assemble(layout: Layout, token_scales: Iterable[bytes], blocks: Iterable[tup
     directory.append(offset)
     head = np.array(directory, "<u4").tobytes().ljust(layout.directory_bytes, b"\0")
     return head + b"".join(token_scales) + body
+
+
+def raw_header(layout: Layout) -> npt.NDArray[np.uint8]:
+    """What precedes the blocks of a page all of whose blocks are raw; token scales, which nobody reads, are 0."""
+    header = np.zeros(layout.first_block, np.uint8)
+    sizes = np.arange(2 * layout.heads + 1) * (PAGE_TOKENS * layout.channels * layout.value_bytes)
+    header[: words_bytes(layout.heads)] = (layout.first_block + sizes).astype("<u4").view(np.uint8)
+    return header
 
 
 def blocks_of(page: bytes, layout: Layout) -> list[tuple[int, bytes]]:
