@@ -87,7 +87,9 @@ class Sequence:
 class Engine:
     """As much of a serving engine as hands out blocks, and the exact K and V of each sequence beside it."""
 
-    def __init__(self, spec: CodecSpec, blocks: int = 24, room: float = 0.5, heads: int = 2, group: int = 2, **other: Any):
+    def __init__(
+        self, spec: CodecSpec, blocks: int = 24, room: float = 0.5, heads: int = 2, group: int = 2, **other: Any
+    ):
         self.spec, self.heads, self.group = spec, heads, group
         self.channels, dtype = other.get("channels", 32), other.get("dtype", torch.bfloat16)
         self.shape = Shape(heads, self.channels, dtype)
@@ -123,7 +125,7 @@ class Engine:
         return -(-(len(sequence.k) + new) // BLOCK) - len(sequence.blocks)
 
     def step(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, Tensor]:
-        """One step: some sequences get so many tokens each. Returns what the cache's attention gives, and the oracle's."""
+        """One step: some sequences get so many tokens each. Returns the attention of the cache, and the oracle's."""
         for sequence, new in work:
             more = [self.free.pop(0) for _ in range(self.missing(sequence, new))]
             for block in more:
@@ -142,7 +144,9 @@ class Engine:
         q = torch.randn(k.shape[0], self.heads * self.group, self.channels, generator=self.random).to(k.dtype)
         self.layer.write(plan, k, v)
         out = torch.full_like(q, torch.nan)
-        expected = torch.cat([self.oracle(s, q[a:b], plan) for (s, _), a, b in zip(work, begins, begins[1:], strict=False)])
+        expected = torch.cat(
+            [self.oracle(s, q[a:b], plan) for (s, _), a, b in zip(work, begins, begins[1:], strict=False)]
+        )
         self.layer.attend(plan, q, k, v, 0.3, 0.0, out)
         self.layer.seal(plan.seals)
         return out.float(), expected

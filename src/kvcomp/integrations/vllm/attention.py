@@ -33,7 +33,7 @@ class Engine:
         return self._planned[1]
 
 
-class KVCompAttentionImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
+class KVCompAttentionImpl(CPUAttentionBackendImpl):
     """Attention of one layer. ``KVCompWorker`` gives it its pages once vLLM has allocated their memory."""
 
     engine: Engine
@@ -76,7 +76,7 @@ class KVCompAttentionImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         return output
 
 
-class KVCompAttentionBackend(CPUAttentionBackend):  # type: ignore[misc]
+class KVCompAttentionBackend(CPUAttentionBackend):
     """What vLLM asks of a backend, where it differs from that of the CPU."""
 
     forward_includes_kv_cache_update = True

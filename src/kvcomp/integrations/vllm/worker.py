@@ -27,7 +27,7 @@ logger = init_logger("vllm.kvcomp.worker")
 NAME = f"{KVCompAttentionBackend.__module__}.{KVCompAttentionBackend.__qualname__}"
 
 
-class KVCompWorker(CPUWorker):  # type: ignore[misc]
+class KVCompWorker(CPUWorker):
     """vLLM's worker on the CPU, with kvcomp's pages as its cache.
 
     Raises

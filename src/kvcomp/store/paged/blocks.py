@@ -135,9 +135,10 @@ class Blocks:
     def _check(self, block: Ints, offset: Ints, fresh: Ints) -> None:
         begins = np.flatnonzero((offset > 0) & (np.diff(block, prepend=-1) != 0))
         going_on = block[begins]
-        if np.unique(fresh).size != fresh.size or not (
-            self.raw[going_on] & (self.filled[going_on] == offset[begins]) & ~np.isin(going_on, fresh)
-        ).all():
+        if (
+            np.unique(fresh).size != fresh.size
+            or not (self.raw[going_on] & (self.filled[going_on] == offset[begins]) & ~np.isin(going_on, fresh)).all()
+        ):
             raise InvalidInput(
                 "the engine writes into a block at another place than where it ended: "
                 "turn speculative decoding, KV transfer and what else rewrites its cache off"

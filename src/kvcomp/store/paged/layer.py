@@ -156,7 +156,9 @@ class PagedLayer:
     def _decode(self, step: Step, q: Tensor, scaling: float, softcap: float) -> Tensor:
         rows, heads, channels = q.shape
         inner = q.to(torch.float32)[:, :, None] if self.transform is None else self.transform.queries(q[:, :, None])
-        nothing = np.zeros((rows, self.shape.heads, 0, channels), as_array(q.new_empty(0, dtype=self.shape.dtype)).dtype)
+        nothing = np.zeros(
+            (rows, self.shape.heads, 0, channels), as_array(q.new_empty(0, dtype=self.shape.dtype)).dtype
+        )
         zero = np.zeros(rows, np.int64)
         group = heads // self.shape.heads
         out, _ = self.kernels.attend(
