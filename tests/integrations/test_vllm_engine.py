@@ -34,7 +34,7 @@ def engine(
 ) -> subprocess.CompletedProcess[str]:
     """Run rounds of prompts in an engine of its own; the answer lies in ``path``."""
     more = {"worker_cls": WORKER, "additional_config": {"kvcomp": live}} if live is not None else {}
-    arguments = {"model": str(MODEL), "dtype": "float32", "max_model_len": 2048, **more, **arguments}
+    arguments = {"model": str(MODEL), "dtype": "float32", "max_model_len": 1024, **more, **arguments}
     (path / "request.json").write_text(json.dumps({"engine": arguments, "rounds": rounds}))
     return subprocess.run(
         [PYTHON, ROOT / "tests/support/vllm_engine.py", path / "request.json", path / "answer.json"],
@@ -44,6 +44,7 @@ def engine(
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            "NUMBA_CACHE_DIR": str(Path(PYTHON).parents[1] / "numba"),  # its Numba may be another version
         },
         capture_output=True,
         text=True,

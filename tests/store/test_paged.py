@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from calibrating import calibrated, like_keys
+from kvcomp.calibration.transform import value_bound
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store import sealed
@@ -95,7 +97,14 @@ class Engine:
         self.shape = Shape(heads, self.channels, dtype)
         dense = blocks * 2 * heads * BLOCK * self.channels * dtype.itemsize
         self.memory = np.full(int(dense * room), 7, np.uint8)
-        self.layer = PagedLayer(spec, self.shape, blocks, self.memory, backend=other.get("backend", "cpu"))
+        self.layer = PagedLayer(
+            spec.layer(0, 1),
+            self.shape,
+            blocks,
+            self.memory,
+            other.get("calibrated"),
+            other.get("backend", "cpu"),
+        )
         self.shared = other.get("shared", True)
         self.blocks = Blocks(blocks, spec)
         self.cache = PagedCache(self.blocks, {"layer": self.layer}, self.shared)
@@ -287,3 +296,42 @@ def test_raw_pages_hold_what_was_written(backend: str) -> None:
     k, v = engine.layer.values(np.array(sequence.blocks))
     assert torch.equal(k[:, :70], torch.stack(sequence.k, 1))
     assert torch.equal(v[:, :70], torch.stack(sequence.v, 1))
+
+
+@pytest.mark.parametrize("level", ["near-lossless", "aggressive"])
+def test_calibrated_pages_hold_transformed_values(level: str) -> None:
+    """Attention is that over what the pages decode to, brought back, and this lies within the certificate."""
+    calibration = calibrated()
+    spec = calibration.spec(level).layer(0, 1)
+    books = calibration.layer(0, calibration.spec(level))
+    assert books is not None
+    engine = Engine(spec, dtype=torch.float32, calibrated=books)
+    exact = like_keys(1, 2, 400, 32, 8)[0], like_keys(1, 2, 400, 32, 9)[0].flip(-1)
+    blocks, done = np.array([engine.free.pop(0) for _ in range(7)]), 0
+    for new in (100, 200, 1, 63, 1):
+        part = slice(done, done + new)
+        done += new
+        plan = engine.cache.begin(blocks[None], np.array([done]), np.array([0, new]))
+        k, v = (x[:, part].transpose(0, 1) for x in exact)
+        q = torch.randn(new, 4, 32, generator=engine.random)
+        out = torch.empty_like(q)
+        engine.layer.write(plan, k, v)
+        used = blocks[: -(-done // BLOCK)]
+        held = [x[:, :done] for x in engine.layer.values(used)]
+        engine.layer.attend(plan, q, k, v, 0.05, 0.0, out)
+        engine.layer.seal(plan.seals)
+        back = []
+        for x, y, affine, tensor in zip(
+            held, exact, (books.transform.key, books.transform.value), (spec.key, spec.value), strict=True
+        ):
+            back.append(affine.undo(x))
+            bound = value_bound(x, torch.tensor(tensor.heads), affine)
+            assert ((back[-1] - y[:, :done]).abs() <= bound).all()
+        k, v = (x.double().repeat_interleave(2, 0) for x in (exact if new == done else back))
+        k, v = k[:, :done], v[:, :done]
+        ahead = torch.ones(new, done, dtype=torch.bool).triu(done - new + 1)
+        score = (0.05 * q.double().transpose(0, 1) @ k.mT).masked_fill(ahead, -torch.inf)
+        expected = (score.softmax(-1) @ v).transpose(0, 1).float()
+        assert torch.allclose(out, expected, atol=1e-3, rtol=1e-3)
+    assert not engine.blocks.raw[blocks[1:4]].any()
+    assert engine.blocks.raw[blocks[[0, 5]]].all()
