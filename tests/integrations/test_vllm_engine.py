@@ -37,7 +37,7 @@ def engine(
     arguments = {"model": str(MODEL), "dtype": "float32", "max_model_len": 1024, **more, **arguments}
     (path / "request.json").write_text(json.dumps({"engine": arguments, "rounds": rounds}))
     return subprocess.run(
-        [PYTHON, ROOT / "tests/support/vllm_engine.py", path / "request.json", path / "answer.json"],
+        [PYTHON, ROOT / "benchmarks/vllm_engine.py", path / "request.json", path / "answer.json"],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT / "src"),
