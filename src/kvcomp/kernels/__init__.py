@@ -92,6 +92,23 @@ class Backend(Protocol):
             From the reference alone, which trusts no page; compiled kernels take pages that are checked.
         """
 
+    def write_raw(
+        self, pages: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], k: Array, v: Array, units: tuple[Unit, Unit]
+    ) -> None:
+        """Write tokens into pages all of whose blocks are raw.
+
+        Parameters
+        ----------
+        pages
+            (tokens,): address of the page of each token, whose directory is written.
+        offsets
+            (tokens,): its place in the page.
+        k, v
+            (tokens, heads, channels).
+        units
+            Of K and V: pages have room for the scales of tokens.
+        """
+
     def attend(
         self,
         q: npt.NDArray[np.float32],

@@ -29,7 +29,7 @@ from kvcomp.errors import CorruptData
 from kvcomp.kernels import NO_STEPS, Books, CacheView, Steps
 from kvcomp.spec import KINDS, PAGE_TOKENS, Coding, Kind, Unit
 
-__all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quantise"]
+__all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quantise", "write_raw"]
 
 
 def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:
@@ -88,6 +88,17 @@ def _encode_codes(
     else:
         width = block.fixed_width(codes)
     return fixed_mode(width), block.encode_fixed(codes, kind, width)
+
+
+def write_raw(
+    pages: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], k: Array, v: Array, units: tuple[Unit, Unit]
+) -> None:
+    """``Backend.write_raw``, token by token."""
+    _, heads, channels = k.shape
+    first, row = Layout(heads, (channels, channels), units, k.itemsize).first_block, channels * k.itemsize
+    for token, (address, offset) in enumerate(zip(pages.tolist(), offsets.tolist(), strict=True)):
+        for index, values in enumerate([*k[token], *v[token]]):
+            ctypes.memmove(address + first + (index * PAGE_TOKENS + offset) * row, values.tobytes(), row)
 
 
 def page_bytes(address: int, heads: int) -> bytes:

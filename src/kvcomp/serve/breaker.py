@@ -11,6 +11,7 @@ from kvcomp.errors import CorruptData, StoreUnavailable
 from kvcomp.serve.blobs import Blobs
 
 PAUSE = 1.0  # seconds in which a store that just did not answer is not asked again
+MOST_PAUSE = 60.0  # the same for one that has not answered for long: each failure doubles it
 
 T = TypeVar("T")
 
@@ -21,7 +22,7 @@ class CircuitBreaker:
     """
 
     def __init__(self) -> None:
-        self._until = 0.0
+        self._until, self._pause = 0.0, PAUSE
 
     @property
     def open(self) -> bool:
@@ -33,10 +34,12 @@ class CircuitBreaker:
         if self.open:
             raise StoreUnavailable("the store did not answer just now, so it is not asked")
         try:
-            return call()
+            result = call()
         except StoreUnavailable:
-            self._until = time.monotonic() + PAUSE
+            self._until, self._pause = time.monotonic() + self._pause, min(2 * self._pause, MOST_PAUSE)
             raise
+        self._pause = PAUSE
+        return result
 
     def drop_damaged(self, blobs: Blobs, key: str, error: Exception) -> None:
         """The same as the function, but a store that does not answer is let be."""

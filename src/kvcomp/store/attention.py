@@ -8,6 +8,7 @@ cache merge exactly. Nothing larger than a block (fused) or a tile is ever decom
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -63,7 +64,16 @@ def attend_tiled(
     transform = store.transform
     inner = q.detach().to(torch.float32) if transform is None else transform.queries(q)
     rows = [
-        _attend_row(store, row, inner[row], scaling, softcap, None if mask is None else mask[row])
+        attend_tiles(
+            store.tiles(row),
+            store.heads,
+            store.tokens,
+            inner[row],
+            scaling,
+            softcap,
+            None if mask is None else mask[row],
+            store.held_channels[1],
+        )
         for row in range(store.batch)
     ]
     out, lse = (torch.stack(of) for of in zip(*rows, strict=True))
@@ -73,21 +83,48 @@ def attend_tiled(
     return out.to(q.dtype)
 
 
-def _attend_row(
-    store: Store, row: int, q: Tensor, scaling: float, softcap: float, mask: Tensor | None
+def attend_tiles(
+    tiles: Iterator[tuple[int, Tensor, Tensor]],
+    heads: int,
+    tokens: int,
+    q: Tensor,
+    scaling: float,
+    softcap: float,
+    mask: Tensor | None = None,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one row, float32, and the logarithm of the softmax denominators, (heads, queries).
+    """Attention of one sequence's last tokens, tile by tile.
 
-    q: (heads, queries, head_dim), those of the last tokens; mask: (heads, queries, tokens).
+    Parameters
+    ----------
+    tiles
+        All of its tokens, as ``Store.tiles`` gives them.
+    heads
+        KV heads.
+    tokens
+        Of the sequence.
+    q
+        float32 (heads, queries, head_dim).
+    scaling, softcap
+        As for ``attend``.
+    mask
+        None for causal, or (heads, queries, tokens).
+    width
+        head_dim of V; that of q if None.
+
+    Returns
+    -------
+    out, lse
+        float32 (heads, queries, width), and the logarithm of the softmax denominators, (heads, queries).
     """
     _, queries, channels = q.shape
     # (KV heads, group, queries, ...): the heads that share K and V lie together
-    grouped = (q * scaling).view(store.heads, -1, queries, channels)
+    grouped = (q * scaling).view(heads, -1, queries, channels)
     mask = None if mask is None else mask.view(*grouped.shape[:3], -1)
     peak = torch.full((*grouped.shape[:3], 1), -torch.inf, device=q.device)
     total = torch.zeros_like(peak)
-    out = q.new_zeros((*grouped.shape[:3], store.held_channels[1]))
-    for begin, k, v in store.tiles(row):
+    out = q.new_zeros((*grouped.shape[:3], channels if width is None else width))
+    for begin, k, v in tiles:
         k, v = k.to(torch.float32), v.to(torch.float32)
         seen = slice(begin, begin + k.shape[1])
         for first in range(0, queries, TILE_QUERIES):
@@ -95,7 +132,7 @@ def _attend_row(
             score = _matmul(grouped[:, :, part], k.mT)
             if softcap:
                 score = softcap * torch.tanh(score / softcap)
-            position = store.tokens - queries + first
+            position = tokens - queries + first
             if mask is not None:
                 seen_mask = mask[:, :, part, seen]
                 hide = seen_mask.dtype == torch.bool

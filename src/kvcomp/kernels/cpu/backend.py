@@ -16,6 +16,7 @@ from numba.core import event
 
 from kvcomp.codec.block import check_channels
 from kvcomp.codec.dtypes import UNIT_NUMBERS, dtype_of
+from kvcomp.codec.page import Layout
 from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, SCALE_BITS, Quantised, check_scale, check_values
 from kvcomp.kernels import NO_STEPS, Array, Books, CacheView, Steps
 from kvcomp.kernels.cpu.attention import PART_PAGES, PART_TAIL, attend_tasks
@@ -24,11 +25,12 @@ from kvcomp.kernels.cpu.decode import COLUMNS
 from kvcomp.kernels.cpu.decompress import decompress_pages
 from kvcomp.kernels.cpu.encode import encode_blocks
 from kvcomp.kernels.cpu.quantise import quantise_blocks, quantise_heads
+from kvcomp.kernels.cpu.raw import write_rows
 from kvcomp.kernels.cpu.softmax import merge
 from kvcomp.kernels.cpu.tables import describe_books
 from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
 
-__all__ = ["attend", "count_pairs", "decompress", "encode_pages", "quantise"]
+__all__ = ["attend", "count_pairs", "decompress", "encode_pages", "quantise", "write_raw"]
 
 THREAD_VALUES = 300_000  # values in pages that make a thread worth waking: about 80 microseconds of work
 
@@ -147,6 +149,23 @@ def decompress(
     for out, result in zip((out_k, out_v), results, strict=True):
         if out is not result:
             out[...] = result
+
+
+def write_raw(
+    pages: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], k: Array, v: Array, units: tuple[Unit, Unit]
+) -> None:
+    """``Backend.write_raw``."""
+    k, v = _rows_of_values(k), _rows_of_values(v)
+    _, heads, channels = k.shape
+    write_rows(
+        np.ascontiguousarray(pages, np.int64),
+        np.ascontiguousarray(offsets, np.int64),
+        _addresses(k, v),
+        np.array([k.strides, v.strides]),
+        Layout(heads, (channels, channels), units, k.itemsize).first_block,
+        heads,
+        channels * k.itemsize,
+    )
 
 
 def quantise(x: Array, unit: Unit, scale: float | tuple[float, ...]) -> Quantised:

@@ -1,23 +1,24 @@
-"""A connector for vLLM (0.33) that keeps K and V of prompts compressed, for all engines that share its store.
+"""A connector for vLLM (0.32) that keeps K and V of prompts compressed, for all engines that share its store.
 
 The store is Redis, Valkey or a folder. vLLM loads the connector by its name:
 
     vllm serve MODEL --disable-hybrid-kv-cache-manager --kv-transfer-config '{"kv_connector": "KVCompConnector",
-      "kv_connector_module_path": "kvcomp.integrations.vllm", "kv_role": "kv_both",
-      "kv_load_failure_policy": "recompute",
+      "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
       "kv_connector_extra_config": {"url": "redis://127.0.0.1:6379"}}'
 
 A prompt is stored in chunks of tokens under hashes of all tokens up to their end. They are compressed and sent on a
 thread of its own after the step that computed them. A later prompt that begins alike gets them back, decompressed when
-they are loaded. vLLM's attention reads its own format, so this saves storage, network and prefill, not GPU memory.
+they are loaded. The store is asked and read on threads too: no step of a running request waits for it. vLLM's attention
+reads its own format, so this saves storage, network and prefill, not GPU memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,18 +29,21 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.logger import init_logger
 
 from kvcomp.calibration import resolve
-from kvcomp.codec.block import check_channels
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
+from kvcomp.integrations.vllm.chunks import chunk_shape, origin
+from kvcomp.integrations.vllm.layout import BlockLayout, layout_of
 from kvcomp.serve.blobs import TIMEOUT, Buffer, open_blobs
 from kvcomp.serve.breaker import CircuitBreaker
-from kvcomp.serve.chunks import ChunkShape, chunk_key, open_chunk, pack_chunk, unpack
-from kvcomp.store.tensors import TYPES
+from kvcomp.serve.chunks import chunk_key, open_chunk, pack_chunk, unpack
+from kvcomp.serve.notices import Notices
 
 PARAMETERS = "url", "spec", "calibration", "chunk_tokens", "timeout", "limit", "model_id"
 CHUNK_TOKENS = 256
 MOST_WAITING = 64  # chunks on their way to the store; when it is slower than the model, later ones are not stored
+PATIENCE = 0.5  # seconds that a new request waits to hear what the store has
+LEAST_SAVED = 0.02  # of a chunk's bytes: a spec that saves less is said to save nothing
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.kvcomp.connector")
 
 
 @dataclass
@@ -58,7 +62,8 @@ class Transfer:
 class Transfers(KVConnectorMetadata):
     """What the scheduler tells the workers of one step."""
 
-    loads: list[Transfer] = field(default_factory=list)
+    loads: dict[str, list[Transfer]] = field(default_factory=dict)
+    """By request."""
     stores: list[Transfer] = field(default_factory=list)
 
 
@@ -68,13 +73,25 @@ class _Prompt:
 
     keys: list[str]
     """Of its whole chunks."""
-    stored: int
+    answer: Future[int]
+    """How many of them the store has."""
+    asked: float
+    """When."""
+    stored: int = 0
     """How many of them the store has, or will have."""
-    found: tuple[int, int] = (0, 0)
-    """(first, last) token that could be loaded."""
-    load: tuple[int, int] | None = None
-    """The same once vLLM has decided to."""
+    known: bool = False
+    """Whether ``stored`` follows from the answer."""
+    first: int = 0
+    """First token that could be loaded."""
+    loading: int = 0
+    """Tokens that there will be once a load has ended; 0 if none is on its way."""
     blocks: list[int] = field(default_factory=list)
+
+    def settle(self, computed: int, chunk: int) -> None:
+        """Once a load has ended: what was not loaded is no longer in the store, and is stored again."""
+        if self.loading > computed:
+            self.stored = min(self.stored, computed // chunk)
+        self.loading = 0
 
 
 class KVCompConnector(KVConnectorBase_V1):
@@ -116,8 +133,8 @@ class KVCompConnector(KVConnectorBase_V1):
         if parallel.pipeline_parallel_size != 1 or getattr(parallel, "decode_context_parallel_size", 1) != 1:
             raise UnsupportedModel("this connector knows tensor parallelism only: set the other parallel sizes to 1")
         self._ranks, self._rank = parallel.tensor_parallel_size, parallel.rank
-        self._shape = _shape(kv_cache_config, self._chunk)
-        self._about = _about(vllm_config, self._shape, extra.get("model_id"))
+        self._shape = chunk_shape(kv_cache_config, self._chunk)
+        self._about = origin(vllm_config, self._shape, extra.get("model_id"))
         if getattr(config, "kv_load_failure_policy", "recompute") != "recompute":
             logger.warning(
                 "kvcomp: a chunk that is gone when it is loaded fails its request: set kv_load_failure_policy to "
@@ -126,51 +143,71 @@ class KVCompConnector(KVConnectorBase_V1):
         self._blobs = open_blobs(extra["url"], limit=extra.get("limit"), timeout=extra.get("timeout", TIMEOUT))
         self._breaker = CircuitBreaker()
         self._prompts: dict[str, _Prompt] = {}
+        self._loads: dict[str, list[Transfer]] = {}
         self._layers: list[Tensor] = []
+        self._layout = BlockLayout()
+        self._lock = threading.Lock()  # of the next two
         self._failed: set[int] = set()
+        self._loaded: set[str] = set()
+        self._asker = ThreadPoolExecutor(1, "kvcomp-ask")
+        self._loader = ThreadPoolExecutor(1, "kvcomp-load")
         self._sender = ThreadPoolExecutor(1, "kvcomp-send")
         self._waiting = threading.BoundedSemaphore(MOST_WAITING)
+        self._errors, self._warnings = Notices(logger.error), Notices(logger.warning)
+        self._saves = True
 
     # The scheduler's side
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Count the tokens that the store has beyond those computed.
+        """Count the tokens that the store has beyond those computed, None as long as it has not answered.
 
-        The last token of a prompt is never among them: vLLM has to compute one.
+        The last token of a prompt is never among them: vLLM has to compute one. They are loaded while others compute.
         """
         tokens = request.prompt_token_ids
         if not tokens or request.lora_request is not None or request.mm_features:
             return 0, False  # K and V that do not follow from the tokens alone
-        keys = self._keys(tokens, request.cache_salt)
-        try:
-            held = self._held(keys)
-        except KVCompError as error:
-            logger.error("kvcomp: %s", error)
-            held = 0
-        end = min(held, (len(tokens) - 1) // self._chunk) * self._chunk
-        self._prompts[request.request_id] = _Prompt(keys, held, (num_computed_tokens, max(num_computed_tokens, end)))
-        return max(0, end - num_computed_tokens), False
+        prompt = self._prompts.get(request.request_id)
+        if prompt is None:
+            keys = self._keys(tokens, request.cache_salt)
+            prompt = _Prompt(keys, self._asker.submit(self._held, keys), time.monotonic())
+            self._prompts[request.request_id] = prompt
+        if not prompt.known:
+            if prompt.answer.done():
+                prompt.stored = prompt.answer.result()
+            elif time.monotonic() < prompt.asked + PATIENCE:
+                return None, False
+            prompt.known = True
+        prompt.settle(num_computed_tokens, self._chunk)
+        end = min(prompt.stored, (len(tokens) - 1) // self._chunk) * self._chunk
+        prompt.first = num_computed_tokens
+        found = max(0, end - num_computed_tokens)
+        return found, found > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Note which tokens vLLM has decided to load."""
+        """Plan the load that vLLM has decided to do, into the blocks that it has for it."""
         prompt = self._prompts.get(request.request_id)
-        if prompt is not None:
-            first = prompt.found[0]
-            prompt.load = (first, first + num_external_tokens) if num_external_tokens else None
+        if prompt is None or not num_external_tokens:
+            return
+        prompt.blocks, prompt.loading = list(blocks.get_block_ids()[0]), prompt.first + num_external_tokens
+        self._loads[request.request_id] = [
+            self._transfer(prompt, chunk, max(0, prompt.first - chunk * self._chunk) // self._block)
+            for chunk in range(prompt.first // self._chunk, prompt.loading // self._chunk)
+        ]
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        """Plan what the workers load and store in this step."""
-        transfers, scheduled = Transfers(), scheduler_output.num_scheduled_tokens
+        """Plan what the workers begin to load and store in this step."""
+        transfers, scheduled = Transfers(self._loads), scheduler_output.num_scheduled_tokens
+        self._loads = {}
         for new in scheduler_output.scheduled_new_reqs:
             if prompt := self._prompts.get(new.req_id):
                 prompt.blocks = list(new.block_ids[0])
-                self._plan(prompt, new.num_computed_tokens + scheduled[new.req_id], transfers)
+                self._plan(prompt, new.num_computed_tokens, scheduled[new.req_id], transfers)
         old = scheduler_output.scheduled_cached_reqs
         for request, blocks, computed in zip(old.req_ids, old.new_block_ids, old.num_computed_tokens, strict=True):
             if prompt := self._prompts.get(request):
                 kept = [] if request in old.resumed_req_ids else prompt.blocks
                 prompt.blocks = kept + list(blocks[0] if blocks else [])
-                self._plan(prompt, computed + scheduled[request], transfers)
+                self._plan(prompt, computed, scheduled[request], transfers)
         return transfers
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -178,15 +215,10 @@ class KVCompConnector(KVConnectorBase_V1):
         self._prompts.pop(request.request_id, None)
         return False, None
 
-    def _plan(self, prompt: _Prompt, computed: int, transfers: Transfers) -> None:
-        """Add what a request loads before this step, and what is whole after ``computed`` tokens and not stored."""
-        if prompt.load is not None:
-            first, last = prompt.load
-            for chunk in range(first // self._chunk, last // self._chunk):
-                skip = max(0, first - chunk * self._chunk) // self._block
-                transfers.loads.append(self._transfer(prompt, chunk, skip))
-            prompt.load = None
-        whole = min(computed // self._chunk, len(prompt.keys))
+    def _plan(self, prompt: _Prompt, computed: int, scheduled: int, transfers: Transfers) -> None:
+        """Add what is whole after this step and not stored."""
+        prompt.settle(computed, self._chunk)
+        whole = min((computed + scheduled) // self._chunk, len(prompt.keys))
         for chunk in range(prompt.stored, whole):
             transfers.stores.append(self._transfer(prompt, chunk))
         prompt.stored = max(prompt.stored, whole)
@@ -204,9 +236,13 @@ class KVCompConnector(KVConnectorBase_V1):
         return keys
 
     def _held(self, keys: Sequence[str]) -> int:
-        """How many chunks from the first on the store has, of all ranks."""
+        """How many chunks from the first on the store has, of all ranks; none if it does not answer."""
         names = [self._name(key, rank) for key in keys for rank in range(self._ranks)]
-        sizes = self._breaker.ask(lambda: self._blobs.sizes(names)) if names else []
+        try:
+            sizes = self._breaker.ask(lambda: self._blobs.sizes(names)) if names else []
+        except KVCompError as error:
+            self._errors.say(f"kvcomp: {error}")
+            return 0
         there = [None not in sizes[first : first + self._ranks] for first in range(0, len(sizes), self._ranks)]
         return (*there, False).index(False)
 
@@ -216,7 +252,7 @@ class KVCompConnector(KVConnectorBase_V1):
     # The workers' side
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        """Take the caches of all layers, (blocks, KV heads, tokens of a block, 2 head_dim), K before V.
+        """Take the caches of all layers, (blocks, KV heads, tokens of a block, 2 head_dim), and find what lies where.
 
         Raises UnsupportedModel.
         """
@@ -226,46 +262,59 @@ class KVCompConnector(KVConnectorBase_V1):
                 raise UnsupportedModel(
                     f"the cache of {name} is {tuple(layer.shape)} of {layer.dtype}: this connector knows (blocks, "
                     f"{expected}) of "
-                    f"{self._shape.dtype}, which vLLM 0.33 gives for plain attention"
+                    f"{self._shape.dtype}, which vLLM 0.32 gives for plain attention"
                 )
         if len(kv_caches) != self._shape.layers:
             raise UnsupportedModel(f"vLLM has caches of {len(kv_caches)} layers, and said {self._shape.layers}")
         self._layers = list(kv_caches.values())
+        self._layout = layout_of(self._layers[0], self._shape.dtype)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Fill the blocks of all loads of this step.
+        """Begin the loads of this step; ``get_finished`` tells which have ended."""
+        for request, loads in self._transfers().loads.items():
+            self._loader.submit(self._load, request, loads)
 
-        Those of a chunk that is gone or wrong are left, and vLLM is told.
-        """
-        loads = self._transfers().loads
-        if not loads:
-            return
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """The requests whose loads have ended, well or not."""
+        with self._lock:
+            loaded, self._loaded = self._loaded, set()
+        return None, loaded or None
+
+    def _load(self, request: str, loads: Sequence[Transfer]) -> None:
+        """Fill the blocks of a request. Those of a chunk that is gone or wrong are left, and vLLM is told."""
         names = [self._name(load.key, self._rank) for load in loads]
-        values: Sequence[Buffer | None] = [None] * len(loads)
+        failed = {block for load in loads for block in load.blocks[load.skip :]}
         try:
             values = self._breaker.ask(lambda: self._blobs.get(names))
+            for load, name, value in zip(loads, names, values, strict=True):
+                if value is not None and self._fill(load, name, value):
+                    failed.difference_update(load.blocks)
         except KVCompError as error:
-            logger.error("kvcomp: %s", error)
-        for load, name, value in zip(loads, names, values, strict=True):
-            if value is None or not self._fill(load, name, value):
-                self._failed.update(load.blocks[load.skip :])
+            self._errors.say(f"kvcomp: the chunks from {names[0]} on are not loaded: {error}")
+        except Exception:
+            logger.exception("kvcomp: the chunks from %s on could not be loaded", names[0])
+        with self._lock:
+            self._failed |= failed
+            self._loaded.add(request)
 
     def _fill(self, load: Transfer, name: str, value: Buffer) -> bool:
         try:
             stores = open_chunk(value, name, self._spec, self._shape, self._calibration)
         except KVCompError as error:
-            logger.error("kvcomp: %s", error)
+            self._errors.say(f"kvcomp: the chunk {name} is refused: {error}")
             self._breaker.drop_damaged(self._blobs, name, error)
             return False
         blocks = torch.tensor(load.blocks[load.skip :])
         for store, layer in zip(stores, self._layers, strict=True):
             both = torch.cat(unpack(store), dim=2)
             pages = both.view(self._shape.heads, -1, self._block, both.shape[2]).transpose(0, 1)
-            layer[blocks.to(layer.device)] = pages[load.skip :].to(layer.device)
+            layer[blocks.to(layer.device)] = self._layout.write(pages[load.skip :]).to(layer.device)
+        if self._layers[0].is_cuda:
+            torch.cuda.current_stream(self._layers[0].device).synchronize()
         return True
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: loads end before the step begins."""
+        """Nothing to wait for: no step computes with what is being loaded."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing yet: what a step computed is taken at its end, which also holds where a CUDA graph replays it."""
@@ -274,7 +323,7 @@ class KVCompConnector(KVConnectorBase_V1):
         """Copy the whole chunks of this step out of the cache; what follows needs it no more."""
         for store in self._transfers().stores:
             if not self._waiting.acquire(blocking=False):
-                logger.warning("kvcomp: the store is slower than the model: a chunk is not stored")
+                self._warnings.say(f"kvcomp: the store is slower than the model: the chunk {store.key} is not stored")
                 continue
             taken = [layer[torch.tensor(store.blocks, device=layer.device)].cpu() for layer in self._layers]
             self._sender.submit(self._send, self._name(store.key, self._rank), taken)
@@ -283,68 +332,39 @@ class KVCompConnector(KVConnectorBase_V1):
         try:
             kv = []
             for pages in taken:
-                both = pages.transpose(0, 1).reshape(self._shape.heads, self._shape.tokens, -1)
+                both = self._layout.read(pages).transpose(0, 1).reshape(self._shape.heads, self._shape.tokens, -1)
                 kv.append((both[..., : self._shape.channels], both[..., self._shape.channels :]))
             pieces = pack_chunk(name, self._spec, kv, self._calibration)
+            self._note_saving(sum(piece.nbytes for piece in pieces), sum(pages.nbytes for pages in taken))
             self._breaker.ask(lambda: self._blobs.put([(name, pieces)]))
         except KVCompError as error:
-            logger.error("kvcomp: %s", error)
+            self._errors.say(f"kvcomp: the chunk {name} is not stored: {error}")
         except Exception:
-            logger.exception("kvcomp: a chunk could not be stored")
+            logger.exception("kvcomp: the chunk %s could not be stored", name)
         finally:
             self._waiting.release()
 
+    def _note_saving(self, stored: int, dense: int) -> None:
+        """Say it once if a spec is so fine that nothing is saved."""
+        if self._saves and stored > (1 - LEAST_SAVED) * dense:
+            self._saves = False
+            logger.warning(
+                "kvcomp: a chunk of %d bytes is stored uncompressed, in %d: take a coarser spec", dense, stored
+            )
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         """The blocks that could not be filled since the last call."""
-        failed, self._failed = self._failed, set()
+        with self._lock:
+            failed, self._failed = self._failed, set()
         return failed
 
     def shutdown(self) -> None:
         """Wait for what is on its way, which the store's deadline bounds."""
-        self._sender.shutdown(wait=True)
+        for threads in (self._asker, self._loader, self._sender):
+            threads.shutdown(wait=True, cancel_futures=threads is not self._sender)
         self._blobs.close()
 
     def _transfers(self) -> Transfers:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, Transfers)
         return metadata
-
-
-def _shape(kv_cache_config: Any, tokens: int) -> ChunkShape:
-    """What a chunk holds on one rank. Raises UnsupportedModel for caches that are not plain K and V."""
-    groups = kv_cache_config.kv_cache_groups
-    spec = groups[0].kv_cache_spec if len(groups) == 1 else None
-    plain = (
-        spec is not None
-        and type(spec).__name__ == "FullAttentionSpec"
-        and getattr(spec, "head_size_v", spec.head_size) == spec.head_size
-        and getattr(spec, "num_head_slots", None) is None
-        and getattr(spec, "state_content_bytes", None) is None
-        and getattr(spec, "tokens_per_state", 1) == 1
-    )
-    if spec is None or not plain or spec.dtype not in TYPES.values():
-        raise UnsupportedModel(
-            "this connector knows caches of plain attention in float32, float16 or bfloat16, all layers in one "
-            "group: use "
-            "--disable-hybrid-kv-cache-manager for models with sliding windows, and kv_cache_dtype auto; not "
-            "latent attention (MLA)"
-        )
-    try:
-        check_channels(spec.head_size)
-    except InvalidInput as error:
-        raise UnsupportedModel(str(error)) from None
-    return ChunkShape(len(groups[0].layer_names), spec.num_kv_heads, tokens, spec.head_size, spec.dtype)
-
-
-def _about(vllm_config: Any, shape: ChunkShape, model_id: str | None) -> Mapping[str, Any]:
-    """All that K and V depend on besides the tokens."""
-    model = vllm_config.model_config
-    configuration = model.hf_config.to_json_string()
-    return {
-        "model": model.model,
-        "revision": model.revision,
-        "model_id": model_id,
-        "configuration": hashlib.sha256(configuration.encode()).hexdigest(),
-        "ranks": vllm_config.parallel_config.tensor_parallel_size,
-        "shape": [shape.layers, shape.heads, shape.tokens, shape.channels, str(shape.dtype)],
-    }

@@ -1,0 +1,108 @@
+"""What an operator asks of the compressed cache, and whether an engine can have it: refused at its start, not later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvcomp.calibration import Calibration, LayerCalibration, resolve
+from kvcomp.codec.block import check_channels
+from kvcomp.errors import InvalidInput, UnsupportedModel, UnsupportedVersion
+from kvcomp.integrations.transformers.models import fingerprint_of
+from kvcomp.spec import PAGE_TOKENS, CodecSpec
+from kvcomp.store.tensors import NAMES
+
+OPTION = "kvcomp"  # of vLLM's --additional-config
+PARAMETERS = "spec", "calibration", "saving"
+SAVING = 3.0
+MOST_SAVING = 8.0
+TESTED = (0, 32)  # vLLM's version, major and minor
+
+
+@dataclass(frozen=True)
+class Live:
+    """The compressed cache as an operator asks for it."""
+
+    spec: CodecSpec
+    calibration: Calibration | None
+    saving: float
+    """How many times fewer bytes a token takes than vLLM's own cache, as vLLM is told."""
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Live:
+        """Read ``--additional-config '{"kvcomp": {...}}'``; without it the preset ``kvcomp``. Raises InvalidInput."""
+        content = (vllm_config.additional_config or {}).get(OPTION, {})
+        if not isinstance(content, dict) or set(content) - set(PARAMETERS):
+            raise InvalidInput(
+                f"{OPTION} in --additional-config must be an object with {', '.join(PARAMETERS)}, not {content!r}"
+            )
+        saving = content.get("saving", SAVING)
+        if isinstance(saving, bool) or not isinstance(saving, int | float) or not 1 <= saving <= MOST_SAVING:
+            raise InvalidInput(f"saving must be a number from 1 to {MOST_SAVING:g}, not {saving!r}")
+        spec, calibration = resolve(content.get("spec", "kvcomp"), content.get("calibration"))
+        if calibration is not None:
+            calibration.check_model(fingerprint_of(vllm_config.model_config.hf_text_config))
+        return cls(spec, calibration, float(saving))
+
+    def declared(self, spec: Any) -> Any:
+        """A layer's cache as vLLM is told of it. Raises UnsupportedModel for one that is no plain full attention."""
+        check_layer(spec)
+        size = max(1, int(spec.state_content_size_bytes / self.saving) // spec.dtype.itemsize) * spec.dtype.itemsize
+        return replace(spec, state_content_bytes=size)
+
+    def layer(self, index: int, layers: int) -> tuple[CodecSpec, LayerCalibration | None]:
+        """Spec, books and transform of a layer. Raises InvalidInput, or UnsupportedModel for one not calibrated."""
+        calibrated = self.calibration.layer(index, self.spec) if self.calibration else None
+        if self.calibration and calibrated is None:
+            raise UnsupportedModel(f"the calibration has no layer {index}: use a spec that needs none for this model")
+        return self.spec.layer(index, layers), calibrated
+
+
+def check_engine(vllm_config: Any, version: str, overridden: bool) -> None:
+    """Raise UnsupportedModel, UnsupportedVersion or InvalidInput if this engine cannot have the compressed cache.
+
+    Parameters
+    ----------
+    vllm_config
+        The engine's.
+    version
+        Of vLLM.
+    overridden
+        Whether another plug-in has taken the place of vLLM's attention on the CPU.
+    """
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) != TESTED:
+        raise UnsupportedVersion(
+            f"kvcomp's cache for vLLM is tested with {'.'.join(map(str, TESTED))}, this is {version}: install that "
+            "version, or leave --worker-cls out"
+        )
+    if overridden:
+        raise InvalidInput("another plug-in has replaced vLLM's CPU attention: leave it out of VLLM_PLUGINS")
+    cache, parallel, model = vllm_config.cache_config, vllm_config.parallel_config, vllm_config.model_config
+    if cache.block_size != PAGE_TOKENS:
+        raise InvalidInput(f"kvcomp's pages hold {PAGE_TOKENS} tokens: add --block-size {PAGE_TOKENS}")
+    if cache.cache_dtype != "auto" or model.dtype not in NAMES:
+        raise UnsupportedModel(
+            f"kvcomp compresses float32, float16 and bfloat16, not {cache.cache_dtype} over {model.dtype}: "
+            "leave --kv-cache-dtype out"
+        )
+    sizes = "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"
+    if many := [name for name in sizes if getattr(parallel, name, 1) != 1]:
+        raise UnsupportedModel(f"kvcomp's cache knows one worker: set {', '.join(many)} to 1")
+    if vllm_config.speculative_config is not None:
+        raise UnsupportedModel("speculative decoding writes tokens that it takes back: leave it out")
+    if vllm_config.kv_transfer_config is not None:
+        raise UnsupportedModel("a KV connector reads vLLM's own cache, which is not there: leave it out")
+
+
+def check_layer(spec: Any) -> None:
+    """Raise UnsupportedModel unless a layer's cache is that of plain full attention."""
+    plain = type(spec).__name__ == "FullAttentionSpec" and spec.head_size_v == spec.head_size
+    whole = spec.sliding_window is None and spec.attention_chunk_size is None if plain else False
+    if not whole or spec.state_content_bytes is not None or spec.num_head_slots is not None or spec.non_causal:
+        raise UnsupportedModel(
+            f"kvcomp's cache knows full attention only, not {spec}: leave --worker-cls out for this model"
+        )
+    try:
+        check_channels(spec.head_size)
+    except InvalidInput as error:
+        raise UnsupportedModel(str(error)) from None

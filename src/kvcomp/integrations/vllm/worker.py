@@ -1,0 +1,111 @@
+"""The vLLM worker whose cache is compressed. vLLM takes it by its name:
+
+    vllm serve MODEL --block-size 64 --worker-cls kvcomp.integrations.vllm.worker.KVCompWorker
+        --additional-config '{"kvcomp": {"spec": "kvcomp"}}'
+
+It replaces vLLM's attention in its own process, so one engine runs in a process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from kvcomp.errors import UnsupportedModel
+from kvcomp.integrations.vllm.attention import Engine, KVCompAttentionBackend, KVCompAttentionImpl
+from kvcomp.integrations.vllm.live import Live, check_engine
+from kvcomp.store.paged import Blocks, PagedCache, PagedLayer, Shape
+
+logger = init_logger("vllm.kvcomp.worker")
+
+NAME = f"{KVCompAttentionBackend.__module__}.{KVCompAttentionBackend.__qualname__}"
+
+
+class KVCompWorker(CPUWorker):
+    """vLLM's worker on the CPU, with kvcomp's pages as its cache.
+
+    Raises
+    ------
+    UnsupportedModel, UnsupportedVersion, InvalidInput
+        For a model, version or setting whose cache cannot be compressed, when the engine starts.
+    """
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        hook = AttentionBackendEnum.CPU_ATTN
+        check_engine(vllm_config, vllm.__version__, hook.is_overridden() and hook.get_path() != NAME)
+        self._live = Live.of(vllm_config)
+        register_backend(hook, NAME)
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        """What each layer's cache is, with fewer bytes for a token than its K and V have."""
+        return {name: self._live.declared(spec) for name, spec in super().get_kv_cache_spec().items()}
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Lay pages into the memory that vLLM allocates for its cache."""
+        super().initialize_from_config(kv_cache_config)
+        layers = self.compilation_config.static_forward_context
+        found = {name: layer for name, layer in layers.items() if hasattr(layer, "impl")}
+        if len(kv_cache_config.kv_cache_groups) != 1 or not found:
+            raise UnsupportedModel(
+                "kvcomp's cache knows models whose layers are all of one kind: leave --worker-cls out for this model"
+            )
+        spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        shape = Shape(spec.num_kv_heads, spec.head_size, spec.dtype)
+        pages = {
+            name: self._pages(extract_layer_index(name), len(found), layer, shape, kv_cache_config.num_blocks)
+            for name, layer in found.items()
+        }
+        cache = PagedCache(
+            Blocks(kv_cache_config.num_blocks, self._live.spec), pages, bool(self.cache_config.enable_prefix_caching)
+        )
+        self._cache, engine = cache, Engine(cache)
+        for name, layer in found.items():
+            layer.impl.engine, layer.impl.pages = engine, pages[name]
+        dense = 2 * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize
+        logger.info(
+            "kvcomp: attention on compressed pages, %d bytes a token and layer declared in place of %d",
+            spec.page_size_bytes // spec.block_size,
+            dense,
+        )
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """One step of the engine, after what it says of sequences that came and went."""
+        self._follow(scheduler_output)
+        return super().execute_model(scheduler_output)
+
+    def kvcomp_memory(self) -> dict[str, int]:
+        """Bytes of the cache, for ``LLM.collective_rpc("kvcomp_memory")``."""
+        return vars(self._cache.memory())
+
+    def _pages(self, index: int, layers: int, layer: Any, shape: Shape, blocks: int) -> PagedLayer:
+        if not isinstance(layer.impl, KVCompAttentionImpl) or not layer.kv_cache.is_contiguous():
+            raise UnsupportedModel(
+                f"layer {index} has the attention {type(layer.impl).__name__} or memory that is not its own: "
+                "leave --worker-cls out for this model"
+            )
+        memory = layer.kv_cache.view(torch.uint8).flatten().numpy()
+        spec, calibrated = self._live.layer(index, layers)
+        return PagedLayer(spec, shape, blocks, memory, calibrated)
+
+    def _follow(self, output: Any) -> None:
+        """Take over which sequence holds which blocks."""
+        if output.kv_cache_block_copies or output.new_block_ids_to_zero:
+            raise UnsupportedModel("vLLM copies or clears blocks, which kvcomp's cache does not know")
+        for name in {*output.finished_req_ids, *(output.preempted_req_ids or ())}:
+            self._cache.end(name)
+        for new in output.scheduled_new_reqs:
+            self._cache.end(new.req_id)
+            self._cache.hold(new.req_id, new.block_ids[0])
+        old = output.scheduled_cached_reqs
+        for name, blocks in zip(old.req_ids, old.new_block_ids, strict=True):
+            if name in old.resumed_req_ids:
+                self._cache.end(name)
+            if blocks:
+                self._cache.hold(name, blocks[0])

@@ -1,0 +1,238 @@
+"""PagedLayer: the pages of one layer, in memory that an engine gave, and the calls of the kernels on them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvcomp.calibration import LayerCalibration
+from kvcomp.calibration.transform import Affine
+from kvcomp.codec.page import Layout, raw_header
+from kvcomp.kernels import Books, CacheView, load_backend
+from kvcomp.spec import PAGE_TOKENS, CodecSpec
+from kvcomp.store.attention import attend_tiles
+from kvcomp.store.paged.arena import Arena
+from kvcomp.store.paged.blocks import Ints, Prefill, Step
+from kvcomp.store.tail import TILE_PAGES
+from kvcomp.store.tensors import as_array
+from kvcomp.store.training import default_book
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass
+class Shape:
+    """What the pages of a layer hold."""
+
+    heads: int
+    """KV heads."""
+    channels: int
+    """head_dim."""
+    dtype: torch.dtype
+
+
+class PagedLayer:
+    """K and V of one layer in pages, by block number.
+
+    Parameters
+    ----------
+    spec
+        Of the layer.
+    shape
+        Of its K and V.
+    blocks
+        How many the engine has.
+    memory
+        uint8: what the engine allocated for the layer; pages lie here. What does not fit lies in memory of its own,
+        until there is room again: no token is lost.
+    calibrated
+        Books and transform of the layer, where the spec needs a calibration. Without, the default books are used.
+    backend
+        ``cpu``, or ``reference`` to check against it.
+    """
+
+    def __init__(
+        self,
+        spec: CodecSpec,
+        shape: Shape,
+        blocks: int,
+        memory: Bytes,
+        calibrated: LayerCalibration | None = None,
+        backend: str = "cpu",
+    ) -> None:
+        self.spec, self.shape = spec, shape
+        self.kernels = load_backend(backend)
+        self.transform = None if calibrated is None else calibrated.transform
+        defaults: tuple[Books, Books] = (default_book(spec.key), None), (default_book(spec.value), None)
+        self.books = defaults if calibrated is None else calibrated.books
+        self.units = spec.key.unit, spec.value.unit
+        self.steps = spec.key.heads, spec.value.heads
+        self.layout = Layout(shape.heads, (shape.channels, shape.channels), self.units, shape.dtype.itemsize)
+        self.raw_header = raw_header(self.layout)
+        self.address = np.zeros(blocks, np.int64)
+        """(blocks,) where each block's page lies; 0 if it has none."""
+        self._memory = memory
+        self._base = -(-memory.ctypes.data // 16) * 16
+        room = memory.ctypes.data + memory.nbytes - self._base - shape.channels  # kernels read beyond the last page
+        self._arena = Arena(max(room, 0))
+        self._outside: dict[int, Bytes] = {}
+
+    @property
+    def room(self) -> int:
+        """Bytes that the engine allocated."""
+        return self._memory.nbytes
+
+    @property
+    def used(self) -> int:
+        """Bytes of pages inside the engine's memory."""
+        return self._arena.used
+
+    @property
+    def outside(self) -> int:
+        """Bytes of pages that did not fit there."""
+        return sum(x.nbytes for x in self._outside.values())
+
+    def write(self, step: Step, k: Tensor, v: Tensor) -> None:
+        """Put the tokens of a step into raw pages; k, v: (tokens, KV heads, head_dim)."""
+        if self.transform is not None:
+            k, v = _applied(self.transform.key, k), _applied(self.transform.value, v)
+        self.free(step.fresh)
+        brief = set(step.seals.tolist())  # raw until the end of the step: they take no room from what stays
+        for block in step.fresh.tolist():
+            self._put(block, self.raw_header, self.layout.raw_bytes, block in brief)
+        self.kernels.write_raw(self.address[step.block], step.offset, as_array(k), as_array(v), self.units)
+
+    def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float, out: Tensor) -> None:
+        """Fill ``out`` with the attention of a step's tokens, after ``write``.
+
+        Parameters
+        ----------
+        step
+            The step.
+        q
+            (tokens, heads, head_dim).
+        k, v
+            The step's own K and V, (tokens, KV heads, head_dim), as ``write`` got them.
+        scaling, softcap
+            As for ``kvcomp.store.attention.attend``.
+        out
+            Shaped as q.
+        """
+        if step.decoding.size:
+            decoding = torch.from_numpy(step.decoding)
+            out[decoding] = self._decode(step, q[decoding], scaling, softcap).to(out.dtype)
+        for prefill in step.prefills:
+            part = slice(prefill.begin, prefill.end)
+            if prefill.tokens == prefill.end - prefill.begin and not softcap:
+                out[part] = _dense(q[part], k[part], v[part], scaling)
+            else:
+                out[part] = self._prefill(prefill, q[part], scaling, softcap).to(out.dtype)
+
+    def seal(self, blocks: Ints) -> None:
+        """Encode the raw pages of these blocks, whose 64 tokens are written, and give their room back."""
+        for first in range(0, blocks.size, TILE_PAGES):
+            self._seal(blocks[first : first + TILE_PAGES])
+
+    def free(self, blocks: Ints) -> None:
+        """Give the room of these blocks' pages back."""
+        for block in blocks[self.address[blocks] > 0].tolist():
+            self._give(int(self.address[block]))
+            self.address[block] = 0
+
+    def values(self, blocks: Ints) -> tuple[Tensor, Tensor]:
+        """K and V as held, (KV heads, 64 * blocks, head_dim) each."""
+        size = self.shape.heads, blocks.size * PAGE_TOKENS, self.shape.channels
+        k, v = torch.empty(size, dtype=self.shape.dtype), torch.empty(size, dtype=self.shape.dtype)
+        pages = self.address[blocks]
+        self.kernels.decompress(pages, self.units, *self.books, as_array(k), as_array(v), self.steps)
+        return k, v
+
+    def _decode(self, step: Step, q: Tensor, scaling: float, softcap: float) -> Tensor:
+        rows, heads, channels = q.shape
+        inner = q.to(torch.float32)[:, :, None] if self.transform is None else self.transform.queries(q[:, :, None])
+        nothing = np.zeros(
+            (rows, self.shape.heads, 0, channels), as_array(q.new_empty(0, dtype=self.shape.dtype)).dtype
+        )
+        zero = np.zeros(rows, np.int64)
+        group = heads // self.shape.heads
+        out, _ = self.kernels.attend(
+            inner.reshape(rows, self.shape.heads, group, channels).contiguous().numpy(),
+            CacheView(
+                pages=self.address[step.table],
+                valid=step.valid,
+                count=step.count,
+                units=self.units,
+                books=[self.books] * rows,
+                sinks_k=nothing,
+                sinks_v=nothing,
+                sink_count=zero,
+                tail_k=nothing,
+                tail_v=nothing,
+                tail_begin=zero,
+                steps=self.steps,
+            ),
+            np.zeros(group, np.int64),
+            scaling,
+            softcap,
+            torch.get_num_threads(),
+        )
+        result = torch.from_numpy(out).view(rows, heads, 1, channels)
+        return (result if self.transform is None else self.transform.outputs(result))[:, :, 0]
+
+    def _prefill(self, prefill: Prefill, q: Tensor, scaling: float, softcap: float) -> Tensor:
+        queries = q.transpose(0, 1)[None]
+        inner = queries.to(torch.float32) if self.transform is None else self.transform.queries(queries)
+        tiles = self._tiles(prefill)
+        out = attend_tiles(tiles, self.shape.heads, prefill.tokens, inner[0], scaling, softcap)[0][None]
+        return (out if self.transform is None else self.transform.outputs(out))[0].transpose(0, 1)
+
+    def _tiles(self, prefill: Prefill) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for first in range(0, prefill.blocks.size, TILE_PAGES):
+            begin = first * PAGE_TOKENS
+            k, v = self.values(prefill.blocks[first : first + TILE_PAGES])
+            yield begin, k[:, : prefill.tokens - begin], v[:, : prefill.tokens - begin]
+
+    def _seal(self, blocks: Ints) -> None:
+        k, v = (as_array(x) for x in self.values(blocks))
+        tensors = self.spec.key, self.spec.value
+        kq, vq = (self.kernels.quantise(x, of.unit, of.scale) for x, of in zip((k, v), tensors, strict=True))
+        coding = self.spec.key.coding, self.spec.value.coding
+        pages, offsets = self.kernels.encode_pages(k, v, kq, vq, coding, self.units, *self.books)
+        self.free(blocks)
+        for index, block in enumerate(blocks.tolist()):
+            page = pages[offsets[index] : offsets[index + 1]]
+            self._put(block, page, page.nbytes)
+
+    def _put(self, block: int, page: Bytes, size: int, brief: bool = False) -> None:
+        """Give a block so many bytes, of which these are the first, outside the engine's memory if briefly."""
+        offset = None if brief else self._arena.take(size)
+        if offset is None:
+            outside = np.empty(size + self.shape.channels, np.uint8)
+            address = outside.ctypes.data
+            self._outside[address] = outside
+        else:
+            address = self._base + offset
+        ctypes.memmove(address, page.ctypes.data, page.nbytes)
+        self.address[block] = address
+
+    def _give(self, address: int) -> None:
+        if self._outside.pop(address, None) is None:
+            self._arena.give(address - self._base)
+
+
+def _applied(affine: Affine, x: Tensor) -> Tensor:
+    """``Affine.apply`` on (tokens, KV heads, head_dim)."""
+    return affine.apply(x.transpose(0, 1)).transpose(0, 1)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Causal attention of a whole prompt, (tokens, heads, head_dim), over its own K and V."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    return out[0].transpose(0, 1)
