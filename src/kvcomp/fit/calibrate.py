@@ -35,7 +35,7 @@ from kvcomp.evaluate.fidelity import attend_plainly
 from kvcomp.evaluate.gradients import label_gradients
 from kvcomp.evaluate.methods.kivi import GROUP, Kivi
 from kvcomp.fit.codebooks import fit_books
-from kvcomp.fit.curves import NEAR, UNSEEN_KL, Curve, Tensors, allocate, entropy_bits, next_aim, predicted, price_of
+from kvcomp.fit.curves import NEAR, UNSEEN_KL, Curve, Tensors, allocate, entropy_bits, next_price, predicted, price_of
 from kvcomp.fit.quality import Quality, Window, mean_kl, values_of
 from kvcomp.fit.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
 from kvcomp.fit.windows import Settings, Tell, draw_windows, first_token, write
@@ -47,7 +47,7 @@ from kvcomp.store import Memory, sealed
 
 METHOD = "gradients"  # in the names of cached files: another way makes others
 # Steps of a curve, over the root mean square of a tensor in its coordinates.
-FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
+FACTORS = (0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
 EVERY = 2  # windows of which one is used for the bits of a curve
 LABELS = 1  # backward passes a window
 MEASURED = 64  # tokens after a prompt that are predicted with one layer coded alone
@@ -296,18 +296,17 @@ class Calibrator:
     def level(self, curves: Mapping[Tensors, Curve], bits: int) -> tuple[dict[Tensors, float], dict[str, Any]]:
         """Steps as good as KIVI-style quantisation of so many bits, at the lowest price, and what was measured."""
         wanted = self.kivi(bits)
-        aim = wanted.mean
+        price = price_of(curves, wanted.mean)
         tried: list[tuple[float, dict[Tensors, float], Quality]] = []
-        found: dict[float, float] = {}  # aims, and how much worse than wanted the model was
+        found: dict[float, float] = {}  # prices, and how much worse than wanted the model was
         for done in range(MEASUREMENTS):
             self.tell(f"as good as {bits} bits", done, MEASUREMENTS)
-            price = price_of(curves, aim)
             steps, quality = self.at_price(curves, price)
             tried.append((price, steps, quality))
-            found[aim] = quality.over(wanted)
-            if NEAR <= found[aim] <= 1:
+            found[price] = quality.over(wanted)
+            if NEAR <= found[price] <= 1:
                 break
-            aim = next_aim(found)
+            price = next_price(found)
         reached = [one for one in tried if one[2].over(wanted) <= 1]
         by_price = itemgetter(0)  # prices may be equal, and steps have no order
         price, steps, quality = min(reached, key=by_price) if reached else max(tried, key=by_price)

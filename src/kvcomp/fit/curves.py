@@ -17,7 +17,6 @@ FINER = 8  # steps tried between two of a curve
 PRICES = 1e-3, 1e9  # bits a value for a nat
 UNSEEN_KL = 1e-9  # less is rounding
 FLATTEST = 0.2  # a slope that is less is noise
-FARTHEST = 5.0  # an aim moves by no more than e to this, where none is on the other side
 NEAR = 0.9  # a level whose KL is this part of the wanted one is near enough
 HALVINGS = 20  # of the prices' logarithm
 
@@ -67,22 +66,23 @@ def price_of(curves: Mapping[Tensors, Curve], kl: float) -> float:
     return float(np.exp(high))
 
 
-def next_aim(found: Mapping[float, float]) -> float:
-    """The predicted KL to aim at, from those tried: where a line in logarithms through two of them is good enough.
+def next_price(found: Mapping[float, float]) -> float:
+    """The price to try next: where a line in logarithms through two that were tried is good enough.
 
-    The two are one too good and one too bad, or the two nearest if there is no such pair.
+    The two are one too good and one too bad, or the two nearest if there is no such pair. At high rates KL falls as the
+    price grows, so one alone gives a line too.
 
-    found: for each aim how many times worse than wanted the model was.
+    found: for each price how many times worse than wanted the model was.
     """
     target = np.log((1 + NEAR) / 2)
-    points = sorted((float(np.log(aim)), float(np.log(worse))) for aim, worse in found.items())
+    points = sorted((-float(np.log(price)), float(np.log(worse))) for price, worse in found.items())
     good, bad = [one for one in points if one[1] <= target], [one for one in points if one[1] > target]
     if good and bad:
         (low, less), (high, more) = good[-1], bad[0]
-        return float(np.exp(low + (high - low) * (target - less) / (more - less)))
-    (aim, worse), *others = reversed(good) if good else bad
-    slope = (others[0][1] - worse) / (others[0][0] - aim) if others else 1.0
-    return float(np.exp(aim + np.clip((target - worse) / max(slope, FLATTEST), -FARTHEST, FARTHEST)))
+        return float(np.exp(-(low + (high - low) * (target - less) / (more - less))))
+    (at, worse), *others = reversed(good) if good else bad
+    slope = (others[0][1] - worse) / (others[0][0] - at) if others else 1.0
+    return float(np.exp(np.clip(-at - (target - worse) / max(slope, FLATTEST), *np.log(PRICES))))
 
 
 def entropy_bits(codes: Tensor, kind: int) -> float:
