@@ -322,7 +322,7 @@ def about(found: Any) -> str:
 
 
 def real(name: str, found: Any) -> str:
-    """A real model's methods: bits of the 2K prompts in bfloat16, quality in float32, KL where it differs."""
+    """A real model's methods on the short prompts in float32, and their KL in bfloat16 and on long ones."""
     runs = [run for run in found["runs"] if run["model"] == name]
     shortest, longest = (choose(run["prompt_tokens"] for run in runs) for choose in (min, max))
 
@@ -330,26 +330,27 @@ def real(name: str, found: Any) -> str:
         chosen = [run for run in runs if (run["dtype"], run["prompt_tokens"]) == (dtype, tokens)]
         return {one["name"]: one for run in chosen for one in run["methods"] if "kl" in one}
 
-    exact, half, long = of("float32", shortest), of("bfloat16", shortest), of("float32", longest)
+    exact = of("float32", shortest)
+    others = {"KL, bfloat16": of("bfloat16", shortest), f"KL, {longest:,} tokens": of("float32", longest)}
+    others = {column: run for column, run in others.items() if run and run is not exact}
     rows = []
-    for method, one in sorted((exact or half).items(), key=lambda each: float(each[1]["kl"]["value"])):
-        size = half.get(method, one)
+    for method, one in sorted(exact.items(), key=lambda each: float(each[1]["kl"]["value"])):
         kl = one["kl"]["value"]
         rows.append(
             [
                 label(method),
-                f"{size['coded_bits']['value']:.2f}" if size["coded_bits"]["value"] else "",
-                f"{size['total_bits']['value']:.2f}",
-                f"{size['bytes'] / 2**20:.2f}",
+                f"{one['coded_bits']['value']:.2f}" if one["coded_bits"]["value"] else "",
+                f"{one['total_bits']['value']:.2f}",
+                f"{one['bytes'] / 2**20:.2f}",
                 _with_interval(one["kl"], ".1e") if kl else "0",
                 f"{one['kl_99_9']['value']:.1e}" if kl else "0",
                 f"{100 * one['top1']['value']:.1f} %",
                 f"{one['perplexity']['value']:.2f}",
-                *(f"{run[method]['kl']['value']:.1e}" if method in run else "" for run in (half, long)),
+                *(f"{run[method]['kl']['value']:.1e}" if method in run else "" for run in others.values()),
             ]
         )
     header = ["method", "coded bits", "total bits", "MiB", "KL, nats (95 %)", "99.9 % of tokens", "top-1", "perplexity"]
-    return markdown([*header, "KL, bfloat16", f"KL, {longest:,} tokens"], rows)
+    return markdown([*header, *others], rows)
 
 
 def real_equal(found: Any) -> str:
