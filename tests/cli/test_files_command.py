@@ -202,7 +202,7 @@ def tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
         (tensors(**{"layers.0.k": (1, 1, 64, 16)}), "must hold the tensors"),
         (tensors(**{f"layers.1.{kind}": (1, 1, 64, 16) for kind in "kv"}), "without gaps"),
         (tensors(k=(1, 1, 64, 16), v=(1, 1, 65, 16)), "must both be"),
-        (tensors(k=(1, 1, 64, 24), v=(1, 1, 64, 24)), "multiple of 16"),
+        (tensors(k=(1, 1, 64, 20), v=(1, 1, 64, 20)), "multiple of 8"),
         (tensors(k=(64, 16), v=(64, 16)), "must both be"),
         ({kind: torch.zeros((1, 1, 64, 16), dtype=torch.int8) for kind in "kv"}, "float32, float16 or bfloat16"),
     ],
