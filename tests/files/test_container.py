@@ -58,7 +58,11 @@ def stores(draw: Any) -> KVStore:
     values.
     """
     spec = CodecSpec(draw(tensor_specs()), draw(tensor_specs()), draw(st.integers(0, 70)), draw(st.integers(0, 5)))
-    rows, heads, channels = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([(16, 16), (80, 80), (72, 72), (48, 32), (8, 40)]))
+    rows, heads, channels = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([(16, 16), (80, 80), (72, 72), (48, 32), (8, 40)])),
+    )
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     store = KVStore(spec)

@@ -126,9 +126,7 @@ def test_every_head_size(backend: str, channels: int, coding: Coding) -> None:
 
 @pytest.mark.parametrize("channels", [(72, 72), (8, 8), (192, 128), (40, 104), (16, 264)])
 @pytest.mark.parametrize("key", ["channel", "head"])
-def test_heads_of_two_widths_and_of_sizes_that_no_block_has(
-    backend: str, channels: tuple[int, int], key: Unit
-) -> None:
+def test_heads_of_two_widths_and_of_sizes_that_no_block_has(backend: str, channels: tuple[int, int], key: Unit) -> None:
     store = filled(backend, 150, 2, channels, starts=[0, 5], spec=spec_of(key, "token", "huffman"))
     k, v = (randn(2, 2, 150, width, seed=i) for i, width in enumerate(channels, 1))
     for given, held in zip((k, v), store.dense(), strict=True):
@@ -148,9 +146,7 @@ def test_sizes_that_cannot_be_held(backend: str) -> None:
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("channels", [64, (72, 40)])
 @pytest.mark.parametrize("tokens", [5, 65, 300])
-def test_a_sink_logit_of_each_head(
-    backend: str, tokens: int, channels: int | tuple[int, int], softcap: float
-) -> None:
+def test_a_sink_logit_of_each_head(backend: str, tokens: int, channels: int | tuple[int, int], softcap: float) -> None:
     """One takes nearly all, one nothing, one is beyond what a float can be raised to."""
     store = filled(backend, tokens, 2, channels, starts=[0, 3])
     q = randn(2, 4, 2, store.channels)

@@ -104,7 +104,9 @@ def _over_store(
         out = _dense(module, query, *fresh, mask, scaling, softcap, causal, sink_logits)
     elif plain and queries * heads // store.heads <= FUSED_QUERIES:
         cap = softcap or 0.0
-        out = without_gradient(lambda: _tokens_first(attend(store, query, scaling, cap, sink_logits=sink_logits)), query)
+        out = without_gradient(
+            lambda: _tokens_first(attend(store, query, scaling, cap, sink_logits=sink_logits)), query
+        )
     elif store.compressed:
         seen = None if plain else mask
         cap = softcap or 0.0

@@ -39,7 +39,14 @@ from kvcomp.integrations.transformers.layer import CompressedLayer, uncompiled
 from kvcomp.integrations.transformers.masks import kvcomp_mask
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, text_config
 from kvcomp.integrations.transformers.session import ForwardPass, Session
-from kvcomp.integrations.transformers.stock import check_stock, holds_nothing, join_stock, stock_memory, stock_rows
+from kvcomp.integrations.transformers.stock import (
+    check_stock,
+    has_state,
+    holds_nothing,
+    join_stock,
+    stock_memory,
+    stock_rows,
+)
 from kvcomp.kernels import host_backend, load_backend
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Memory
@@ -295,11 +302,18 @@ class KVCompCache(Cache):
         self.session.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens. A positive number is the length to keep."""
+        """Remove the last ``-tokens_to_remove`` tokens. A positive number is the length to keep.
+
+        Raises UnsupportedModel for linear attention, whose state cannot go back; the cache is then as it was.
+        """
         try:
             tokens_to_remove = operator.index(tokens_to_remove)
         except TypeError:
             raise InvalidInput(f"tokens must be a whole number, not {tokens_to_remove!r}") from None
+        if tokens_to_remove and any(has_state(layer) for layer in self.layers):
+            raise UnsupportedModel(
+                "the state of a linear-attention layer cannot go back: compute the shorter text anew"
+            )
         layers: list[Any] = list(self.layers)
         layers.sort(key=lambda layer: isinstance(layer, CompressedLayer))  # those that may refuse go first
         for layer in layers:
@@ -379,10 +393,13 @@ class KVCompCache(Cache):
         return f"KVCompCache({len(compressed)} compressed layers{others}, {tokens} tokens, batch of {self._batch()})"
 
     def _batch(self) -> int:
-        return next((layer.store.batch for layer in self.compressed_layers), 0)
+        return max((self._rows_of(layer) for layer in self.layers), default=0)
+
+    def _rows_of(self, layer: Any) -> int:
+        return layer.store.batch if isinstance(layer, CompressedLayer) else stock_rows(layer)
 
     def _check_batch(self, layer: Any, rows: int) -> None:
-        held = layer.store.batch if isinstance(layer, CompressedLayer) else stock_rows(layer)
+        held = self._rows_of(layer)
         if held not in (0, rows):
             more = (
                 f"call batch_repeat_interleave({rows // held}) on it before beams or samples, " if rows > held else ""

@@ -32,6 +32,12 @@ def holds_nothing(layer: Any) -> bool:
     return not isinstance(layer, CacheLayerMixin | LinearAttentionCacheLayerMixin)
 
 
+def has_state(layer: Any) -> bool:
+    """Whether a layer has summed up its tokens in a recurrent state."""
+    linear = isinstance(layer, LinearAttentionCacheLayerMixin)
+    return linear and any(x is not None for x in layer.recurrent_states.values())
+
+
 def stock_rows(layer: Any) -> int:
     """The batch of one of transformers' own cache layers; 0 if it is empty."""
     keys = getattr(layer, "keys", None)
