@@ -7,7 +7,6 @@ A cell is "yes" where the result is that of a DynamicCache with a cache that los
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -18,8 +17,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from families import FAMILIES, config_of
 from generating import LOSSLESS, assert_same, attend_densely, forward, generate, prompt
@@ -116,7 +113,7 @@ def stores_prefixes(model: PreTrainedModel, folder: Path) -> None:
     with PrefixStore(folder / "prefixes") as store:
         store.save(ids, cache, model)
         loaded = store.load(ids, model, LOSSY)
-    assert loaded is not None and loaded.get_seq_length() >= 256
+    assert loaded.get_seq_length() >= 256
 
 
 MODES: dict[str, Mode] = {
@@ -172,7 +169,8 @@ def page(found: dict[str, dict[str, str]]) -> str:
             "# Models",
             "",
             "This page is written by `tests/support/family_modes.py`, which runs a tiny random model of each family.",
-            "A cell says yes where the result is that of a DynamicCache, or of dense attention over what the cache holds.",
+            "A cell says yes where the result is that of a DynamicCache, or of dense attention over what the "
+            "cache holds.",
             "A number is a refusal; its reason stands below.",
             "",
             *(f"| {' | '.join(row)} |" for row in table),

@@ -70,9 +70,8 @@ def join_stock(one: Any, other: Any, tokens: int) -> Any:
         if not one.is_initialized or not other.is_initialized:
             raise InvalidInput("only caches that hold tokens can be joined")
         held = min(one.sliding_window - 1, tokens)
-        joined.keys, joined.values = (
-            torch.cat([_last(x, held) for x in both]) for both in ((one.keys, other.keys), (one.values, other.values))
-        )
+        joined.keys = torch.cat([_last(x, held) for x in (one.keys, other.keys)])  # type: ignore[arg-type]
+        joined.values = torch.cat([_last(x, held) for x in (one.values, other.values)])  # type: ignore[arg-type]
         joined.cumulative_length = tokens
         return joined
     if isinstance(one, LinearAttentionCacheLayerMixin) and not isinstance(one, CacheLayerMixin):
