@@ -129,9 +129,9 @@ def test_every_head_size(backend: str, channels: int, coding: Coding) -> None:
 def test_heads_of_two_widths_and_of_sizes_that_no_block_has(backend: str, channels: tuple[int, int], key: Unit) -> None:
     store = filled(backend, 150, 2, channels, starts=[0, 5], spec=spec_of(key, "token", "huffman"))
     k, v = (randn(2, 2, 150, width, seed=i) for i, width in enumerate(channels, 1))
-    for given, held in zip((k, v), store.dense(), strict=True):
-        assert held.shape == given.shape
-        assert torch.equal(held[0, :, :4], given[0, :, :4])
+    for x, held in zip((k, v), store.dense(), strict=True):
+        assert held.shape == x.shape
+        assert torch.equal(held[0, :, :4], x[0, :, :4])
     check_both(store, randn(2, 4, 3, channels[0]), channels[0] ** -0.5)
     dense = 4 * 2 * (150 + 145) * sum(channels)
     assert store.memory().dense == dense

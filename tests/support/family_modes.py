@@ -169,8 +169,7 @@ def page(found: dict[str, dict[str, str]]) -> str:
             "# Models",
             "",
             "This page is written by `tests/support/family_modes.py`, which runs a tiny random model of each family.",
-            "A cell says yes where the result is that of a DynamicCache, or of dense attention over what the "
-            "cache holds.",
+            "A cell says yes where the result is that of a DynamicCache, or of dense attention over the cache.",
             "A number is a refusal; its reason stands below.",
             "",
             *(f"| {' | '.join(row)} |" for row in table),
