@@ -23,7 +23,6 @@ LATENT = {
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("llama", {}),
-    "Qwen3": ("qwen3", {"head_dim": 64}),
     "Qwen3-Next": ("qwen3_next", {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 32}),
     "Qwen3.5": ("qwen3_5_text", {**DELTA, "head_dim": 64}),
     "Gemma 3": ("gemma3_text", {"layer_types": SLIDING, "sliding_window": 32}),

@@ -58,7 +58,12 @@ def filled(model: PreTrainedModel) -> KVCompCache:
 
 
 def dense_attend(
-    store: KVStore, q: torch.Tensor, scaling: float, softcap: float = 0.0, mask: torch.Tensor | None = None
+    store: KVStore,
+    q: torch.Tensor,
+    scaling: float,
+    softcap: float = 0.0,
+    mask: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What ``attend`` and ``attend_tiled`` stand for: softmax over the decompressed cache, in float64."""
     k, v = (x.repeat_interleave(q.shape[1] // store.heads, dim=1).double() for x in store.dense())
@@ -70,7 +75,10 @@ def dense_attend(
     score = q.double() @ k.mT * scaling
     score = softcap * torch.tanh(score / softcap) if softcap else score
     padding = position < torch.from_numpy(store.starts)[:, None, None, None]
-    weight = (score + mask).masked_fill(padding, -1e30).softmax(-1).masked_fill(padding, 0)
+    score = (score + mask).masked_fill(padding, -1e30)
+    if sink_logits is not None:
+        score = torch.cat([score, sink_logits.double()[:, None, None].expand(*score.shape[:3], 1)], -1)
+    weight = score.softmax(-1)[..., : store.tokens].masked_fill(padding, 0)
     return (weight @ v).to(q.dtype)
 
 

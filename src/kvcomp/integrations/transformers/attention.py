@@ -104,12 +104,14 @@ def _over_store(
         out = _dense(module, query, *fresh, mask, scaling, softcap, causal, sink_logits)
     elif plain and queries * heads // store.heads <= FUSED_QUERIES:
         cap = softcap or 0.0
-        out = without_gradient(lambda: _tokens_first(attend(store, query, scaling, cap, sink_logits)), query)
+        out = without_gradient(
+            lambda: _tokens_first(attend(store, query, scaling, cap, sink_logits=sink_logits)), query
+        )
     elif store.compressed:
         seen = None if plain else mask
         cap = softcap or 0.0
         out = without_gradient(
-            lambda: _tokens_first(attend_tiled(store, query, scaling, cap, seen, sink_logits)), query
+            lambda: _tokens_first(attend_tiled(store, query, scaling, cap, seen, sink_logits=sink_logits)), query
         )
     else:
         if mask is None and queries > 1:

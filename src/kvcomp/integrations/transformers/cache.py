@@ -17,6 +17,7 @@ Works with transformers 5.14 to 5.23.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import reduce
@@ -39,7 +40,14 @@ from kvcomp.integrations.transformers.layer import CompressedLayer, uncompiled
 from kvcomp.integrations.transformers.masks import kvcomp_mask
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, text_config
 from kvcomp.integrations.transformers.session import ForwardPass, Session
-from kvcomp.integrations.transformers.stock import stock_memory, stock_rows
+from kvcomp.integrations.transformers.stock import (
+    check_stock,
+    has_state,
+    holds_nothing,
+    join_stock,
+    stock_memory,
+    stock_rows,
+)
 from kvcomp.kernels import host_backend, load_backend
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Memory
@@ -112,6 +120,8 @@ class KVCompCache(Cache):
                 check_layer(config, index)
                 calibrated = self.calibration.layer(index, self.spec) if self.calibration else None
                 layers[index] = CompressedLayer(self.spec.layer(index, len(layers)), backend, self.session, calibrated)
+            else:
+                check_stock(layer, index)
         self.first = next((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)
         super().__init__(layers=layers)
 
@@ -156,7 +166,7 @@ class KVCompCache(Cache):
             "configuration": session.configuration,
             "not_from_ids": session.not_from_ids,
         }
-        files.save(path, {index: stores[index] for index in chosen}, self.spec, len(stores), model, rows)
+        files.save(path, {index: stores[index] for index in chosen}, self.spec, len(self.layers), model, rows)
 
     @classmethod
     def load(
@@ -206,7 +216,8 @@ class KVCompCache(Cache):
         for container in containers:
             header = container.header
             check_origin(header.model, cache.session.configuration, identity)
-            if header.spec != cache.spec or [layer.layer for layer in header.layers] != list(range(len(cache.layers))):
+            needed = [index for index, layer in enumerate(cache.layers) if not holds_nothing(layer)]
+            if header.spec != cache.spec or [layer.layer for layer in header.layers] != needed:
                 raise InvalidInput(
                     f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
                 )
@@ -218,9 +229,9 @@ class KVCompCache(Cache):
             cache.session.not_from_ids = (header.model or {}).get("not_from_ids", unknown)
         host = host_backend(backend)
         read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
-        for index, layer in enumerate(cache.layers):
+        for index in needed:
             store = read[0][index].join([stores[index] for stores in read[1:]]) if len(read) > 1 else read[0][index]
-            transformers_files.give(layer, store)
+            transformers_files.give(cache.layers[index], store)
         return cache
 
     @property
@@ -228,7 +239,9 @@ class KVCompCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def memory(self) -> Memory:
-        """Bytes by part, over all layers. Those that are not compressed count as ``other``, and as ``dense``."""
+        """Bytes by part, over all layers. Those that are not compressed count as ``other``, and as ``dense``; the repr
+        names them.
+        """
         parts = [x.store.memory() if isinstance(x, CompressedLayer) else stock_memory(x) for x in self.layers]
         return reduce(operator.add, parts, Memory())
 
@@ -302,11 +315,18 @@ class KVCompCache(Cache):
         self.session.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens. A positive number is the length to keep."""
+        """Remove the last ``-tokens_to_remove`` tokens. A positive number is the length to keep.
+
+        Raises UnsupportedModel for linear attention, whose state cannot go back; the cache is then as it was.
+        """
         try:
             tokens_to_remove = operator.index(tokens_to_remove)
         except TypeError:
             raise InvalidInput(f"tokens must be a whole number, not {tokens_to_remove!r}") from None
+        if tokens_to_remove and any(has_state(layer) for layer in self.layers):
+            raise UnsupportedModel(
+                "the state of a linear-attention layer cannot go back: compute the shorter text anew"
+            )
         layers: list[Any] = list(self.layers)
         layers.sort(key=lambda layer: isinstance(layer, CompressedLayer))  # those that may refuse go first
         for layer in layers:
@@ -335,7 +355,7 @@ class KVCompCache(Cache):
         InvalidInput
             For a cache of another model, spec or backend or without tokens; this one is then as it was.
         UnsupportedModel
-            If a layer's cache is not kvcomp's.
+            If no layer is compressed, or one is none of full attention, sliding window and linear attention.
         LimitExceeded
             If memory ends.
         """
@@ -344,8 +364,8 @@ class KVCompCache(Cache):
         self.session.check_configuration(other.session.configuration)
         self.session.check_lengths(self.session.longest, other.session.longest)
         layers = self.compressed_layers
-        if len(layers) != len(self.layers):
-            raise UnsupportedModel("rows join only where every layer's cache is compressed: not with sliding windows")
+        if not layers:
+            raise UnsupportedModel("rows join only where a layer is compressed: this model has sliding windows alone")
         pairs = list(zip(layers, other.compressed_layers, strict=True))
         for layer in (layer for pair in pairs for layer in pair):
             layer.settle()
@@ -355,8 +375,15 @@ class KVCompCache(Cache):
         stores = [(mine.store, theirs.store) for mine, theirs in pairs]
         tokens = max((store.tokens - int(store.starts.min()) for store in stores[0] if store.batch), default=0)
         joined = [mine.join([theirs], tokens) for mine, theirs in stores]
+        others = {
+            index: join_stock(mine, theirs, tokens)
+            for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True))
+            if not isinstance(mine, CompressedLayer)
+        }
         for layer, store in zip(layers, joined, strict=True):
             layer.store = store
+        for index, layer_of_both in others.items():
+            self.layers[index] = layer_of_both
         self.session.not_from_ids = self.session.not_from_ids or other.session.not_from_ids
 
     def attention_mask(self, new: int = 1) -> Tensor:
@@ -374,17 +401,18 @@ class KVCompCache(Cache):
     def __repr__(self) -> str:
         compressed = self.compressed_layers
         tokens = compressed[0].store.tokens if compressed else 0
-        stock = len(self.layers) - len(compressed)
-        return (
-            f"KVCompCache({len(compressed)} compressed layers{f', {stock} others' if stock else ''}, "
-            f"{tokens} tokens, batch of {self._batch()})"
-        )
+        stock = Counter(type(layer).__name__ for layer in self.layers if not isinstance(layer, CompressedLayer))
+        others = "".join(f", {count} {kind}" for kind, count in stock.items())
+        return f"KVCompCache({len(compressed)} compressed layers{others}, {tokens} tokens, batch of {self._batch()})"
 
     def _batch(self) -> int:
-        return next((layer.store.batch for layer in self.compressed_layers), 0)
+        return max((self._rows_of(layer) for layer in self.layers), default=0)
+
+    def _rows_of(self, layer: Any) -> int:
+        return layer.store.batch if isinstance(layer, CompressedLayer) else stock_rows(layer)
 
     def _check_batch(self, layer: Any, rows: int) -> None:
-        held = layer.store.batch if isinstance(layer, CompressedLayer) else stock_rows(layer)
+        held = self._rows_of(layer)
         if held not in (0, rows):
             more = (
                 f"call batch_repeat_interleave({rows // held}) on it before beams or samples, " if rows > held else ""

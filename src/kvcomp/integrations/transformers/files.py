@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.files import recent_only
 from kvcomp.integrations.transformers.layer import CompressedLayer
+from kvcomp.integrations.transformers.stock import holds_nothing
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, read
 
@@ -25,6 +26,8 @@ def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
         if isinstance(layer, CompressedLayer):
             layer.settle()
             stores[index] = layer.store.to_main_memory()
+        elif holds_nothing(layer):
+            continue
         elif layer.is_initialized:
             held = _held(layer, layer.get_seq_length())
             k, v = (x[:, :, x.shape[2] - held :] for x in (layer.keys, layer.values))
@@ -60,7 +63,9 @@ def check_layers(layers: list[Any]) -> None:
     others = [
         index
         for index, layer in enumerate(layers)
-        if not isinstance(layer, CompressedLayer) and type(layer) is not DynamicSlidingWindowLayer
+        if not isinstance(layer, CompressedLayer)
+        and type(layer) is not DynamicSlidingWindowLayer
+        and not holds_nothing(layer)
     ]
     if others:
         raise UnsupportedModel(

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
+from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.store import Memory
+
+
+def check_stock(layer: Any, index: int) -> None:
+    """Raise UnsupportedModel for a layer whose K and V grow, and that cannot be compressed."""
+    if isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer):
+        raise UnsupportedModel(
+            f"layer {index} has a {type(layer).__name__}, which grows and holds more than K and V: "
+            "kvcomp cannot compress it, use a DynamicCache"
+        )
+
+
+def holds_nothing(layer: Any) -> bool:
+    """Whether a layer has no cache of its own: it reads another layer's K and V, or has no attention."""
+    return not isinstance(layer, CacheLayerMixin | LinearAttentionCacheLayerMixin)
+
+
+def has_state(layer: Any) -> bool:
+    """Whether a layer has summed up its tokens in a recurrent state."""
+    linear = isinstance(layer, LinearAttentionCacheLayerMixin)
+    return linear and any(x is not None for x in layer.recurrent_states.values())
 
 
 def stock_rows(layer: Any) -> int:
@@ -27,3 +56,33 @@ def stock_memory(layer: Any) -> Memory:
         values=sum(x.numel() for x in found),
         dense=sum(x.numel() * x.itemsize for x in found),
     )
+
+
+def join_stock(one: Any, other: Any, tokens: int) -> Any:
+    """A layer with the rows of two that end at the same of ``tokens`` positions; both stay as they are.
+
+    Raises UnsupportedModel for layers other than sliding windows and linear attention, InvalidInput where one is empty.
+    """
+    if holds_nothing(one):
+        return one
+    joined = copy(one)
+    if type(one) is DynamicSlidingWindowLayer:
+        if not one.is_initialized or not other.is_initialized:
+            raise InvalidInput("only caches that hold tokens can be joined")
+        held = min(one.sliding_window - 1, tokens)
+        joined.keys = torch.cat([_last(x, held) for x in (one.keys, other.keys)])  # type: ignore[arg-type]
+        joined.values = torch.cat([_last(x, held) for x in (one.values, other.values)])  # type: ignore[arg-type]
+        joined.cumulative_length = tokens
+        return joined
+    if isinstance(one, LinearAttentionCacheLayerMixin) and not isinstance(one, CacheLayerMixin):
+        for name in ("conv_states", "recurrent_states"):
+            mine, theirs = getattr(one, name), getattr(other, name)
+            states = {i: x if x is None else torch.cat([x, theirs[i]]) for i, x in mine.items()}
+            setattr(joined, name, states)
+        return joined
+    raise UnsupportedModel(f"rows of a {type(one).__name__} cannot be joined")
+
+
+def _last(x: Tensor, tokens: int) -> Tensor:
+    """The last tokens of (batch, KV heads, tokens, head_dim), behind padding if there are fewer."""
+    return torch.nn.functional.pad(x, (0, 0, max(0, tokens - x.shape[2]), 0))[:, :, -tokens:]

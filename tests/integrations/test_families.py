@@ -1,0 +1,42 @@
+"""The page of families and what each can do is that of the code; whole, it takes minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from families import FAMILIES, config_of
+from family_modes import MODES, PAGE, attends_as_densely, generates, layers_of, page, results
+from tiny_models import random_model
+
+SOME = ("Gemma 4", "gpt-oss", "Qwen3-Next", "DeepSeek-V3")
+
+
+def rows_of_the_page() -> dict[str, list[str]]:
+    cells = [line.strip("| ").split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_the_page_has_every_family_with_its_layers() -> None:
+    rows = rows_of_the_page()
+    assert rows["family"] == ["cache of the tiny model", *MODES]
+    assert [name for name in rows if name in FAMILIES] == list(FAMILIES)
+    for family in FAMILIES:
+        assert rows[family][0] == layers_of(family), "python tests/support/family_modes.py writes the page again"
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_family_generates_as_with_a_dynamic_cache(family: str, tmp_path: Path) -> None:
+    assert rows_of_the_page()[family][1] == "yes"
+    generates(random_model(config_of(family)), tmp_path, max_new_tokens=3)
+
+
+def test_sinks_and_large_heads_are_attended_as_densely(tmp_path: Path) -> None:
+    for family in ("Gemma 4", "gpt-oss"):
+        attends_as_densely(random_model(config_of(family)), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_page_is_what_every_family_does() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page({family: results(family) for family in FAMILIES})

@@ -1,0 +1,191 @@
+"""What each family of models can do with a compressed cache, and the page that says so.
+
+    python tests/support/family_modes.py        # runs everything and writes docs/models.md
+
+A cell is "yes" where the result is that of a DynamicCache with a cache that loses nothing, else who refuses and why.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from families import FAMILIES, config_of
+from generating import LOSSLESS, assert_same, attend_densely, forward, generate, prompt
+from kvcomp import PrefixStore
+from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.integrations.transformers import attention as transformers_attention
+from tiny_models import LOSSY, random_model
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PROMPT = prompt(110, 95)
+TOLERANCE = 1e-3  # of a logit, in float32; those of these models reach some tens
+
+Mode = Callable[[PreTrainedModel, Path], None]
+
+
+def generates(model: PreTrainedModel, _: Path, **options: Any) -> None:
+    """The tokens and logits of transformers' own cache and attention."""
+    options = {"max_new_tokens": 5, **options}
+    inputs = prompt(110) if "prompt_lookup_num_tokens" in options else PROMPT
+    expected = generate(model, inputs, DynamicCache(config=model.config), "eager", **options)
+    assert_same(generate(model, inputs, KVCompCache(model.config, LOSSLESS), **options), expected, TOLERANCE)
+
+
+def attends_as_densely(model: PreTrainedModel, _: Path) -> None:
+    """Fused attention on compressed pages, and tiled attention of many queries, over what the cache gives back."""
+    called = []
+
+    def noted(name: str, real: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(name)
+        return real(*args, **kwargs)
+
+    def run() -> torch.Tensor:
+        cache = KVCompCache(model.config, LOSSY)
+        new = prompt(130, seed=1)["input_ids"]
+        parts = [prompt(110)["input_ids"], new[:, :1], new[:, 1:]]
+        return torch.cat([forward(model, cache, input_ids=part) for part in parts], 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("attend", "attend_tiled"):
+            patch.setattr(transformers_attention, name, partial(noted, name, getattr(transformers_attention, name)))
+        found = run()
+    with pytest.MonkeyPatch.context() as patch:
+        attend_densely(patch)
+        torch.testing.assert_close(found, run(), atol=2e-3 * float(found.abs().max()), rtol=0)
+    if not {"attend", "attend_tiled"} <= set(called):
+        raise UnsupportedModel("no layer is read by kvcomp's attention")
+
+
+def crops(model: PreTrainedModel, _: Path) -> None:
+    """What is cropped and given again is as if it had never been."""
+    cache, ids = KVCompCache(model.config, LOSSLESS), prompt(40)["input_ids"]
+    cache.activate_past_recording()
+    forward(model, cache, input_ids=ids[:, :30].flip(1))
+    cache.crop(-30)
+    forward(model, cache, input_ids=ids[:, :35])
+    cache.crop(-5)
+    found = forward(model, cache, input_ids=ids[:, 30:])
+    expected = forward(model, None, "eager", input_ids=ids)[:, 30:]
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+def goes_on_from_a_file(model: PreTrainedModel, folder: Path) -> None:
+    cache = KVCompCache(model.config, LOSSY)
+    forward(model, cache, **prompt(110))
+    cache.save(folder / "a.kvc", model)
+    again = KVCompCache.load(folder / "a.kvc", model.config, model)
+    more = prompt(3, seed=2)["input_ids"]
+    torch.testing.assert_close(
+        forward(model, again, input_ids=more), forward(model, cache, input_ids=more), atol=TOLERANCE, rtol=0
+    )
+
+
+def joins(model: PreTrainedModel, _: Path) -> None:
+    """Rows that joined go on as they would alone."""
+    alone = [KVCompCache(model.config, LOSSY) for _ in range(2)]
+    for number, (cache, length) in enumerate(zip(alone, (110, 95), strict=True)):
+        forward(model, cache, **prompt(length, seed=number))
+    both = KVCompCache(model.config, LOSSY)
+    forward(model, both, **prompt(110, seed=0))
+    both.join(alone[1])
+    mask = both.attention_mask(1)
+    token = prompt(1, 1, seed=5)["input_ids"]
+    found = forward(model, both, input_ids=token, attention_mask=mask, position_ids=mask.cumsum(1)[:, -1:] - 1)
+    for row, cache in enumerate(alone):
+        expected = forward(model, cache, input_ids=token[row : row + 1])
+        torch.testing.assert_close(found[row : row + 1], expected, atol=TOLERANCE, rtol=0)
+
+
+def stores_prefixes(model: PreTrainedModel, folder: Path) -> None:
+    ids = prompt(400)["input_ids"]
+    cache = KVCompCache(model.config, LOSSY)
+    forward(model, cache, input_ids=ids)
+    with PrefixStore(folder / "prefixes") as store:
+        store.save(ids, cache, model)
+        loaded = store.load(ids, model, LOSSY)
+    assert loaded.get_seq_length() >= 256
+
+
+MODES: dict[str, Mode] = {
+    "greedy, padded": generates,
+    "beams": partial(generates, num_beams=3),
+    "prompt lookup": partial(generates, prompt_lookup_num_tokens=3),
+    "crop": crops,
+    "fused, tiled": attends_as_densely,
+    "file": goes_on_from_a_file,
+    "join": joins,
+    "prefix store": stores_prefixes,
+}
+
+
+def outcome(model: PreTrainedModel, mode: Mode) -> str:
+    """ "yes", or who refuses and why. What is wrong and not refused is an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mode(model, Path(folder))
+        except (UnsupportedModel, InvalidInput) as refusal:
+            return f"kvcomp: {refusal}"
+        except (ValueError, RuntimeError, NotImplementedError) as refusal:
+            return f"transformers: {str(refusal).splitlines()[0]}"
+    return "yes"
+
+
+def layers_of(family: str) -> str:
+    """The layers of a family's cache."""
+    try:
+        return repr(KVCompCache(config_of(family))).split("(")[1].split(", 0 tokens")[0]
+    except UnsupportedModel as refusal:
+        return f"refused: {refusal}"
+
+
+def results(family: str) -> dict[str, str]:
+    if layers_of(family).startswith("refused"):
+        return dict.fromkeys(MODES, "")
+    model = random_model(config_of(family))
+    return {name: outcome(model, mode) for name, mode in MODES.items()}
+
+
+def page(found: dict[str, dict[str, str]]) -> str:
+    """The page of these results, by family and mode."""
+    reasons: dict[str, int] = {}
+
+    def cell(result: str) -> str:
+        return result if result in ("yes", "") else f"[{reasons.setdefault(result, len(reasons) + 1)}](#reasons)"
+
+    rows = [[family, layers_of(family), *map(cell, found[family].values())] for family in FAMILIES]
+    table = [["family", "cache of the tiny model", *MODES], ["---"] * (2 + len(MODES)), *rows]
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            "This page is written by `tests/support/family_modes.py`, which runs a tiny random model of each family.",
+            "A cell says yes where the result is that of a DynamicCache, or of dense attention over the cache.",
+            "A number is a refusal; its reason stands below.",
+            "",
+            *(f"| {' | '.join(row)} |" for row in table),
+            "",
+            "## Reasons",
+            "",
+            *(f"{number}. {reason}" for reason, number in reasons.items()),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    with ProcessPoolExecutor(2) as pool:
+        found = dict(zip(FAMILIES, pool.map(results, FAMILIES), strict=True))
+    PAGE.write_text(page(found), encoding="utf-8")
