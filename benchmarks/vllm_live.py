@@ -1,7 +1,7 @@
 """What a compressed cache gives and costs in a real vLLM engine on the CPU, with SmolLM2-135M.
 
 Run by `make bench-vllm`, which has vLLM, the model, and needs redis-server for the last part. Tokens that fit are those
-of vLLM's own log, at one size of its cache; beside them stand the bytes that are measured in pages while four prompts
+of vLLM's own log, at one size of its cache; beside them stand the bytes that are measured in pages while two prompts
 of 2,048 tokens are held. KL is over the likeliest 20 tokens at the last 80 places of 1,872 tokens, which see the first
 1,792 through the cache, against vLLM's own bfloat16 cache; the noise floor is that cache filled in other pieces. Times
 depend on what else the machine does, so only gaps are given, of one run, with the server at work beside them.
@@ -28,8 +28,8 @@ from kvcomp.results.schema import environment, figure
 OUTPUT = Path(__file__).parent / "results" / "vllm_live.json"
 WORKER = "kvcomp.integrations.vllm.worker.KVCompWorker"
 SPACE = 1  # GiB of vLLM's cache
-FIRST, SCORED, TEXTS, HELD = 1792, 80, 3, 2048
-SAVING = {"kvcomp": 3.0, "packed": 3.0, "kvcomp-klt": 3.9}
+FIRST, SCORED, TEXTS, HELD, SEQUENCES = 1792, 80, 2, 2048, 2
+SAVING = {"kvcomp": 3.0, "kvcomp-klt": 3.9, "packed": 3.0}
 
 Answer = dict[str, Any]
 
@@ -38,21 +38,29 @@ def main(
     calibration: Annotated[Path | None, typer.Option(help="Of this model, for kvcomp-klt.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o")] = OUTPUT,
 ) -> None:
-    """Measure and write the results file."""
+    """Measure and write the results file, after each engine anew."""
     model, tokenizer = real_models.load("smollm2-135m", "bfloat16")
     ids = text_ids(tokenizer, "", None)[0].tolist()
     config = model.config
     dense = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    parameters = {"space": SPACE << 30, "scored": SCORED, "texts": TEXTS, "held": [HELD] * SEQUENCES}
+    setting = environment(model="SmolLM2-135M", vllm="0.32.0", **parameters)
+    content: Answer = {"kvcomp_results": 1, "kind": "vllm_live", "partial": True, "setting": setting, "methods": []}
+
+    def note(**more: Any) -> None:
+        content.update(more)
+        output.write_text(json.dumps(content, indent=2) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         texts = [ids[i * (FIRST + SCORED) :][: FIRST + SCORED] for i in range(TEXTS)]
         scored = [[{"ids": text, "max_tokens": 1, "scored": SCORED}] for text in texts]
+        held = [{"ids": ids[i * HELD :][:HELD], "max_tokens": 2} for i in range(SEQUENCES)]
         own, own_tokens = engine(folder, {"rounds": scored}, max_num_batched_tokens=FIRST)
-        other, _ = engine(folder, {"rounds": scored}, max_num_batched_tokens=FIRST // 2)
-        methods = [{"name": "vLLM's own cache", "tokens": own_tokens, "bytes_a_token": dense, "kl": kl(own, other)}]
+        methods = [{"name": "vLLM's own cache", "tokens": own_tokens, "bytes_a_token": dense}]
+        note(methods=methods)
         for name in SAVING if calibration else [name for name in SAVING if name != "kvcomp-klt"]:
-            held = [{"ids": ids[i * HELD :][:HELD], "max_tokens": 2} for i in range(4)]
             options = {"spec": name, "saving": SAVING[name]}
             if name == "kvcomp-klt":
                 options["calibration"] = str(calibration)
@@ -70,10 +78,10 @@ def main(
                     "kl": kl(own, found),
                 }
             )
-        gaps = stopped(folder, ids)
-    setting = environment(model="SmolLM2-135M", vllm="0.32.0", space=SPACE << 30, scored=SCORED, texts=TEXTS, held=HELD)
-    content = {"kvcomp_results": 1, "kind": "vllm_live", "partial": False, "setting": setting}
-    output.write_text(json.dumps({**content, "methods": methods, "gaps": gaps}, indent=2) + "\n")
+            note()
+        other, _ = engine(folder, {"rounds": scored}, max_num_batched_tokens=FIRST // 2)
+        note(noise_floor=kl(own, other))
+        note(gaps=stopped(folder, ids), partial=False)
 
 
 def engine(folder: str, request: Answer, **arguments: Any) -> tuple[Answer, int]:
