@@ -47,7 +47,7 @@ def test_times_come_with_their_setting_their_spread_and_the_error(tmp_path: Path
     found = results.read(output, "bench")
     assert found["partial"] is False
     assert found["setting"]["backend"] == "cpu"
-    assert found["setting"]["spec"]["key"]["unit"] == "block"
+    assert found["setting"]["spec"]["key"]["unit"] == "channel"
     assert {"device", "torch", "commit", "date", "GOMP_SPINCOUNT"} <= set(found["setting"])
     assert [row["threads"] for row in found["attention"]] == [1, 2]
     for row in found["attention"]:
