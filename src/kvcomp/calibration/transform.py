@@ -65,6 +65,9 @@ class Affine:
         factor = torch.from_numpy(np.exp2(shifts.astype(np.float32)))
         return Affine(self.matrix / factor[:, :, None], self.mean, self.inverse * factor[:, None, :])
 
+    def to(self, device: torch.device) -> Affine:
+        return Affine(self.matrix.to(device), self.mean.to(device), self.inverse.to(device))
+
     @cached_property
     def back(self) -> tuple[Tensor, Tensor]:
         """(M, m) with x = x' M + m for rows x', (KV heads, D, D) and (KV heads, 1, D)."""

@@ -192,13 +192,11 @@ class Calibrator:
 
     # Steps
 
-    def tensors(self) -> list[Tensors]:
-        return [(i, kind, head) for (i, kind), affine in self.affines.items() for head in range(len(affine.mean))]
-
     def curves(self) -> dict[Tensors, Curve]:
         """The curve of every tensor, which never falls as steps grow: the gradients' shape, the measured size."""
         weights = self.journal.piece("gradients", self._gradients)
-        tensors, found = self.tensors(), {}
+        tensors = [(*at, head) for at, affine in self.affines.items() for head in range(len(affine.mean))]
+        found = {}
         for done, (index, kind, head) in enumerate(tensors):
             self.tell("bits of each head", done, len(tensors))
             shape = partial(self._curve, index, kind, head, weights[f"{index}.{kind}"][head])

@@ -22,7 +22,7 @@ from kvcomp.errors import BackendUnavailable, InvalidInput
 from kvcomp.kernels import Books, CacheView, Steps, load_backend
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import read
-from kvcomp.store.checks import check_crop, check_kv, check_more, check_starts, row_index
+from kvcomp.store.checks import check_crop, check_kv, check_more, check_shape, check_starts, row_index
 from kvcomp.store.join import join
 from kvcomp.store.memory import Memory, memory_of
 from kvcomp.store.padding import Padding, padding
@@ -341,25 +341,12 @@ class KVStore:
         if self.batch:
             check_more(k, v, (self.batch, self.heads, self.channels, self.value_channels), self.dtype)
         else:
-            self.check_shape(k.shape[1], (k.shape[3], v.shape[3]))
-
-    def check_shape(self, heads: int, channels: tuple[int, int]) -> None:
-        """Raise InvalidInput unless spec and calibration are for so many KV heads and channels of K and V."""
-        padding(channels)
-        for of_kind in self.steps:
-            if of_kind is not None and len(of_kind) != heads:
-                raise InvalidInput(f"the spec has steps for {len(of_kind)} KV heads, not {heads}")
-        of = self.calibrated
-        if of is not None and (of.heads, of.channels, of.channels) != (heads, *channels):
-            raise InvalidInput(
-                f"the calibration is for {of.heads} KV heads of {of.channels} channels, "
-                f"not {heads} of {channels[0] if channels[0] == channels[1] else channels}"
-            )
+            check_shape(self.steps, self.calibrated, k.shape[1], (k.shape[3], v.shape[3]))
 
     @torch.inference_mode(False)  # the buffers outlive the mode they were filled in
     def _take_shape(self, batch: int, heads: int, channels: tuple[int, int], dtype: torch.dtype) -> None:
         """Take the shape and dtype of K and V, and make room for sinks."""
-        self.check_shape(heads, channels)
+        check_shape(self.steps, self.calibrated, heads, channels)
         self.batch, self.heads, self.dtype = batch, heads, dtype
         self.channels, self.value_channels = channels
         padded = padding(channels)

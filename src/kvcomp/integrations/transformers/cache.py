@@ -31,11 +31,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvcomp import files
 from kvcomp.calibration import Calibration, resolve
-from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
+from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers import files as transformers_files
 from kvcomp.integrations.transformers.attention import NAME, kvcomp_attention
 from kvcomp.integrations.transformers.budget import plan_for
 from kvcomp.integrations.transformers.identity import check_origin, weights_id
+from kvcomp.integrations.transformers.join import joined_layers
 from kvcomp.integrations.transformers.layer import CompressedLayer, uncompiled
 from kvcomp.integrations.transformers.masks import kvcomp_mask
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, text_config
@@ -43,8 +44,6 @@ from kvcomp.integrations.transformers.session import ForwardPass, Session
 from kvcomp.integrations.transformers.stock import (
     check_stock,
     has_state,
-    holds_nothing,
-    join_stock,
     stock_memory,
     stock_rows,
 )
@@ -216,13 +215,9 @@ class KVCompCache(Cache):
         for container in containers:
             header = container.header
             check_origin(header.model, cache.session.configuration, identity)
-            needed = [index for index, layer in enumerate(cache.layers) if not holds_nothing(layer)]
-            if header.spec != cache.spec or [layer.layer for layer in header.layers] != needed:
-                raise InvalidInput(
-                    f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
-                )
+            needed = transformers_files.check_header(header, cache.layers, cache.spec)
             kept = header.tokens if tokens is None else tokens
-            cache._check_limit(max(1, kept), 0)
+            cache.session.check_limit(max(1, kept), 0)
             cache.session.check_lengths(header.tokens, kept, containers[0].header.tokens)
             cache.session.longest = header.tokens
             unknown = "it is of a file that does not say how it was filled"
@@ -295,14 +290,14 @@ class KVCompCache(Cache):
             with before:
                 raise InvalidInput("the last forward pass did not end; its tokens are taken back: run this one again")
         seen = self.get_seq_length(self.first)
-        self._check_limit(new, seen)
+        self.session.check_limit(new, seen)
         self.session.begin(ForwardPass(self), seen, new)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask for this many new tokens. Raises LimitExceeded if positions end before."""
         self.session.check_whole()
         length, offset = super().get_mask_sizes(query_length, layer_idx)
-        self._check_limit(query_length, length + offset - query_length)
+        self.session.check_limit(query_length, length + offset - query_length)
         return length, offset
 
     def reset(self) -> None:
@@ -363,27 +358,7 @@ class KVCompCache(Cache):
             raise InvalidInput(f"only another KVCompCache can join, not a {type(other).__name__}")
         self.session.check_configuration(other.session.configuration)
         self.session.check_lengths(self.session.longest, other.session.longest)
-        layers = self.compressed_layers
-        if not layers:
-            raise UnsupportedModel("rows join only where a layer is compressed: this model has sliding windows alone")
-        pairs = list(zip(layers, other.compressed_layers, strict=True))
-        for layer in (layer for pair in pairs for layer in pair):
-            layer.settle()
-        for layer, beside in (*pairs, *((theirs, mine) for mine, theirs in pairs)):
-            if beside.store.batch:
-                layer.upload(beside.store.device)
-        stores = [(mine.store, theirs.store) for mine, theirs in pairs]
-        tokens = max((store.tokens - int(store.starts.min()) for store in stores[0] if store.batch), default=0)
-        joined = [mine.join([theirs], tokens) for mine, theirs in stores]
-        others = {
-            index: join_stock(mine, theirs, tokens)
-            for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True))
-            if not isinstance(mine, CompressedLayer)
-        }
-        for layer, store in zip(layers, joined, strict=True):
-            layer.store = store
-        for index, layer_of_both in others.items():
-            self.layers[index] = layer_of_both
+        self.layers[:] = joined_layers(self.layers, other.layers)
         self.session.not_from_ids = self.session.not_from_ids or other.session.not_from_ids
 
     def attention_mask(self, new: int = 1) -> Tensor:
@@ -418,15 +393,6 @@ class KVCompCache(Cache):
                 f"call batch_repeat_interleave({rows // held}) on it before beams or samples, " if rows > held else ""
             )
             raise InvalidInput(f"the cache holds {held} rows, and {rows} come: {more}or use a cache for each batch")
-
-    def _check_limit(self, new: int, seen: int) -> None:
-        if new < 1:
-            raise InvalidInput("there are no new tokens: give at least one")
-        limit = self.session.limit
-        if limit is not None and seen + new > limit:
-            raise LimitExceeded(
-                f"the model's positions end at {limit} tokens: the cache holds {seen}, so {new} more do not fit"
-            )
 
 
 AttentionInterface.register(NAME, kvcomp_attention)

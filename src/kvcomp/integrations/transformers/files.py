@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.files import recent_only
+from kvcomp.files.header import Header
 from kvcomp.integrations.transformers.layer import CompressedLayer
 from kvcomp.integrations.transformers.stock import holds_nothing
 from kvcomp.spec import CodecSpec
@@ -35,6 +36,16 @@ def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
         else:
             raise InvalidInput(f"layer {index} holds no tokens: fill the cache first")
     return stores
+
+
+def check_header(header: Header, layers: list[Any], spec: CodecSpec) -> list[int]:
+    """The layers that a file must hold. Raises InvalidInput if it holds others, or under another spec."""
+    needed = [index for index, layer in enumerate(layers) if not holds_nothing(layer)]
+    if header.spec != spec or [layer.layer for layer in header.layers] != needed:
+        raise InvalidInput(
+            f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
+        )
+    return needed
 
 
 def give(layer: Any, store: KVStore) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from kvcomp.errors import InvalidInput
+from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.integrations.transformers.identity import configuration_of, difference, rope_switch
 from kvcomp.integrations.transformers.masks import MaskPlan, read_mask
 from kvcomp.integrations.transformers.models import identity_of, position_limit
@@ -131,6 +131,15 @@ class Session:
         one.
         """
         return self.rope_switch is not None and tokens >= self.rope_switch
+
+    def check_limit(self, new: int, seen: int) -> None:
+        """Raise InvalidInput for no new tokens, LimitExceeded for more than the model's positions allow."""
+        if new < 1:
+            raise InvalidInput("there are no new tokens: give at least one")
+        if self.limit is not None and seen + new > self.limit:
+            raise LimitExceeded(
+                f"the model's positions end at {self.limit} tokens: the cache holds {seen}, so {new} more do not fit"
+            )
 
     def check_lengths(self, *lengths: int) -> None:
         """Raise InvalidInput if the K of sequences of different lengths would come together, and depend on

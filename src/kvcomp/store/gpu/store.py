@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvcomp.calibration.transform import Affine, Transform
+from kvcomp.calibration.transform import Transform
 from kvcomp.errors import BackendUnavailable, InvalidInput, LimitExceeded
 from kvcomp.kernels import Books
 from kvcomp.kernels.cuda.launch import Launcher
@@ -365,7 +365,7 @@ class GPUStore:
         )
         self.table = Table.empty(self.batch, k.device)
         if self.transform is not None:
-            self.transform = Transform(*(_on_device(of, k.device) for of in (self.transform.key, self.transform.value)))
+            self.transform = Transform(self.transform.key.to(k.device), self.transform.value.to(k.device))
         self.arena = self.kernels.arena(self.channels, self.device)
         tensors = self.spec.key, self.spec.value
         self.device_books = DeviceBooks(self.batch, tensors, k.device)
@@ -397,7 +397,3 @@ class GPUStore:
         with enough_memory():
             self.tail.move(base, self.tokens - base, room)
         self._publish()
-
-
-def _on_device(affine: Affine, device: torch.device) -> Affine:
-    return Affine(*(x.to(device) for x in (affine.matrix, affine.mean, affine.inverse)))
