@@ -106,7 +106,7 @@ def main(
     if context.invoked_subcommand:
         return
     found: dict[str, dict[str, float]] = {}
-    for kind in ("DynamicCache", "kvcomp:paper", "packed:paper"):
+    for kind in ("DynamicCache", "kvcomp", "packed"):
         with screen.status(f"{kind}: {tokens} tokens"):
             command = [sys.executable, __file__, "one", kind, str(tokens), str(new), str(chunk)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
