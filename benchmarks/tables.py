@@ -330,9 +330,10 @@ def real(name: str, found: Any) -> str:
         chosen = [run for run in runs if (run["dtype"], run["prompt_tokens"]) == (dtype, tokens)]
         return {one["name"]: one for run in chosen for one in run["methods"] if "kl" in one}
 
-    exact = of("float32", shortest)
-    others = {"KL, bfloat16": of("bfloat16", shortest), f"KL, {longest:,} tokens": of("float32", longest)}
-    others = {column: run for column, run in others.items() if run and run is not exact}
+    half = of("bfloat16", shortest)
+    exact = of("float32", shortest) or half
+    others = {"KL, bfloat16": half, f"KL, {longest:,} tokens": of("float32", longest)}
+    others = {column: run for column, run in others.items() if run and run != exact}
     rows = []
     for method, one in sorted(exact.items(), key=lambda each: float(each[1]["kl"]["value"])):
         kl = one["kl"]["value"]

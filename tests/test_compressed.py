@@ -18,11 +18,12 @@ def tensors(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_decompress_is_within_the_bound_and_keeps_the_type(dtype: torch.dtype) -> None:
     k, v = tensors(192, dtype)
+    spec = kvcomp.PRESETS["kvcomp"]
     back_k, back_v = kvcomp.compress(k, v).decompress()
     assert back_k.dtype == back_v.dtype == dtype
     for row in range(2):
-        for x, back, unit, r in ((k, back_k, "block", 0.05), (v, back_v, "token", 0.1)):
-            bound = torch.from_numpy(error_bound(as_array(x[row]), unit, r))
+        for x, back, of in ((k, back_k, spec.key), (v, back_v, spec.value)):
+            bound = torch.from_numpy(error_bound(as_array(x[row]), of.unit, of.scale))
             error = (back[row].double() - x[row].double()).abs().unflatten(1, (-1, 64)).swapaxes(0, 1)
             assert bool((error <= bound).all())
             assert bool((error > 0).any())
@@ -51,8 +52,8 @@ def test_a_spec_of_many_layers_and_bad_tensors_are_refused() -> None:
     spec = kvcomp.CodecSpec(kvcomp.TensorSpec("block", (0.1, 0.2)), kvcomp.TensorSpec("token", 0.1))
     with pytest.raises(kvcomp.InvalidInput, match="each layer"):
         kvcomp.compress(k, v, spec)
-    with pytest.raises(kvcomp.InvalidInput, match="head_dim must be a multiple of 16"):
-        kvcomp.compress(k[..., :24], v[..., :24])
+    with pytest.raises(kvcomp.InvalidInput, match="head_dim must be a multiple of 8"):
+        kvcomp.compress(k[..., :20], v[..., :20])
     with pytest.raises(kvcomp.InvalidInput, match="at least one token"):
         kvcomp.compress(k[:, :, :0], v[:, :, :0])
     with pytest.raises(kvcomp.BackendUnavailable, match="no backend 'tpu'"):

@@ -245,9 +245,9 @@ def save(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def test_a_method_that_cannot_hold_a_model_is_said_to_have_failed(tmp_path: Path) -> None:
-    """Heads of 24 channels: no groups of 32, and no multiple of 16."""
+    """Heads of 20 channels: no groups of 32, and no multiple of 8."""
     config = LlamaConfig(
-        num_hidden_layers=1, hidden_size=48, num_attention_heads=2, num_key_value_heads=2, head_dim=24,
+        num_hidden_layers=1, hidden_size=40, num_attention_heads=2, num_key_value_heads=2, head_dim=20,
         intermediate_size=32, vocab_size=4096, max_position_embeddings=1024,
     )  # fmt: skip
     save(config, tmp_path)

@@ -17,7 +17,11 @@ from kvcomp.store.gpu.tail import Tail
 from kvcomp.store.rows import Rows
 
 SOURCE = Path(str(kvcomp.__file__)).parent
-OTHERS = {("fit/statistics.py", "sums.tokens"), ("kernels/cuda/layout.py", "described.table")}  # of other classes
+OTHERS = {  # of other classes
+    ("fit/statistics.py", "sums.tokens"),
+    ("kernels/cuda/layout.py", "described.table"),
+    ("integrations/vllm/worker.py", "layer.impl.pages"),
+}
 CHANGING = {  # a list or an array
     "append", "clear", "extend", "fill", "insert", "pop", "put", "remove", "resize", "reverse", "sort", "update",
 }  # fmt: skip

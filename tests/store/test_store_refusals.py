@@ -27,8 +27,8 @@ BAD: dict[str, tuple[Any, Any]] = {
     "no rows": (K[:0], V[:0]),
     "no heads": (K[:, :0], V[:, :0]),
     "no channels": (K[..., :0], V[..., :0]),
-    "channels": (K[..., :8], V[..., :8]),
-    "many channels": (K.repeat(1, 1, 1, 17), V.repeat(1, 1, 1, 17)),
+    "channels": (K[..., :12], V[..., :12]),
+    "many channels": (K.repeat(1, 1, 1, 33), V.repeat(1, 1, 1, 33)),
     "device": (K.to("meta"), V.to("meta")),
     "one device": (K, V.to("meta")),
 }
