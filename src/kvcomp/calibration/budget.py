@@ -12,7 +12,7 @@ from kvcomp.spec import PAGE_TOKENS, CodecSpec
 
 UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 class Plan(NamedTuple):
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         counts = {level: list(self.levels.values()).count(level) for level in dict.fromkeys(self.levels.values())}
         layers = ", ".join(f"{count} {level}" for level, count in sorted(counts.items()))
-        return f"layers: {layers}; {self.nbytes / GIB:.3g} GiB and a KL of {self.kl:.1e} nats a token to expect"
+        return f"layers: {layers}; {readable(self.nbytes)} and a KL of {self.kl:.1e} nats a token to expect"
 
 
 def parse_bytes(text: str | int) -> int:
@@ -40,6 +40,11 @@ def parse_bytes(text: str | int) -> int:
     if match is None or not (size := int(float(match[1]) * (1024 if match[3] else 1000) ** UNITS[match[2].lower()])):
         raise InvalidInput(f"a budget must be a size such as 2GiB or 500MB, not {text!r}")
     return size
+
+
+def readable(nbytes: float) -> str:
+    """Bytes as people read them."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.2f} MiB"
 
 
 def within(calibration: Calibration, budget: int, tokens: int, itemsize: int, rows: int = 1, other: int = 0) -> Plan:
@@ -89,8 +94,8 @@ def within(calibration: Calibration, budget: int, tokens: int, itemsize: int, ro
     spent = fixed + sum(bits[index][level] for index, level in chosen.items()) / 8
     if spent > budget:
         raise LimitExceeded(
-            f"{tokens:,} tokens need {spent / GIB:.3g} GiB at the coarsest levels, and the budget is "
-            f"{budget / GIB:.3g} GiB: give more, or fewer tokens"
+            f"{tokens:,} tokens need {readable(spent)} at the coarsest levels, and the budget is {readable(budget)}: "
+            "give more, or fewer tokens"
         )
     while steps := list(_finer(chosen, bits, prices, 8 * (budget - spent))):
         _, index, level = max(steps)
