@@ -258,3 +258,18 @@ def test_a_cache_is_refused_for_another_model_or_without_its_calibration(tmp_pat
     more = torch.from_numpy(text(404))[None, -1:]
     with torch.inference_mode():
         assert torch.equal(model(more, past_key_values=back).logits, model(more, past_key_values=cache).logits)
+
+
+def test_a_context_beyond_the_calibrations_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(CONFIGS["llama"])
+    cache = KVCompCache(model.config, "kvcomp-klt", calibration=calibrate(model, tmp_path))
+    model.set_attn_implementation("kvcomp")
+    ids = torch.from_numpy(text(400))[None]
+    with torch.inference_mode(), caplog.at_level("WARNING", "kvcomp"):
+        model(ids[:, :288], past_key_values=cache)
+        assert not caplog.records
+        for token in range(288, 292):
+            model(ids[:, token : token + 1], past_key_values=cache)
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "the calibration was measured on 288 tokens"
+    ]

@@ -115,6 +115,12 @@ class Calibration:
         """Names of the quality levels, from fine to coarse."""
         return tuple(self.about.levels)
 
+    @property
+    def tokens(self) -> int | None:
+        """Of the windows that it was measured on; its levels do not hold beyond. None if it does not say."""
+        prompt, scored = self.about.made.get("prompt"), self.about.made.get("scored")
+        return prompt + scored if isinstance(prompt, int) and isinstance(scored, int) else None
+
     def nbytes(self, level: str, layers: Sequence[int] | None = None) -> int:
         """Bytes that decoding at a level takes from the file: transforms, means, steps, codebooks, shifts.
 

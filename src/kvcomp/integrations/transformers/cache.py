@@ -110,6 +110,7 @@ class KVCompCache(Cache):
         self.session = Session(config)
         if self.calibration is not None:
             self.calibration.check_model(fingerprint_of(config))
+            self.session.calibrated_tokens = self.calibration.tokens
         self.plan = None if budget is None else plan_for(config, spec, self.calibration, budget, context)
         if self.plan is not None:
             self.spec = self.plan.spec

@@ -91,6 +91,8 @@ class Session:
         self.configuration = configuration_of(config)
         self.rope_switch = rope_switch(config)
         self.limit = position_limit(config)
+        self.calibrated_tokens: int | None = None
+        """Of the windows that a calibration was measured on."""
         self.reset()
 
     def reset(self) -> None:
@@ -125,6 +127,12 @@ class Session:
         self.forward = forward
         self.plan = self.positions = None
         self.longest = max(self.longest if before else 0, before + new)
+        if self.calibrated_tokens is not None and before <= self.calibrated_tokens < before + new:
+            logger.warning(
+                "the calibration was measured on %d tokens, and what comes after them is coded much less well: "
+                "calibrate with longer --prompt-tokens, or use the preset kvcomp",
+                self.calibrated_tokens,
+            )
 
     def length_matters(self, tokens: int) -> bool:
         """Whether the rotary frequencies of a forward pass that ends at so many tokens are others than those of a short
