@@ -51,8 +51,7 @@ METADATA = "kvcomp_calibration"
 DEFAULT_LEVEL = "balanced"
 MAX_BYTES = 1 << 30
 MAX_LAYERS, MAX_HEADS, MAX_LEVELS = 1 << 12, 1 << 10, 64
-CLASSES = 4
-MAX_SHIFT = 16
+CLASSES, MAX_SHIFT = 4, 16
 LEVEL_NAME = r"[a-z0-9][a-z0-9.-]{0,31}"
 
 Array = npt.NDArray[Any]
