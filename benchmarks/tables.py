@@ -73,23 +73,38 @@ def quality(found: Any) -> str:
 
 FRONT = "kivi-4", "kivi-4-same-raw", "kvcomp", "kvcomp-klt:near-lossless", "kvcomp-klt:balanced", "kivi-2"
 SHORT = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3"}
+FRONT_BITS = {"smollm2-135m": ("coded_bits", "total_bits"), "gemma3-270m": ("coded_bits",)}  # in the README
 
 
 def front(found: Any) -> str:
-    """The README's table: few methods on the real models, prompts of 2K in float32."""
-    shortest = min(run["prompt_tokens"] for run in found["runs"])
-    runs = [run for run in found["runs"] if (run["dtype"], run["prompt_tokens"]) == ("float32", shortest)]
-    measured = {run["model"]: {one["name"]: one for one in run["methods"]} for run in runs}
-    rows = []
-    for name in FRONT:
-        row = [label(name)]
-        for of in measured.values():
-            one = of[name]
-            row += [f"{one[bits]['value']:.2f}" for bits in ("coded_bits", "total_bits")]
-            row += [f"{one['kl']['value']:.1e}", f"{100 * one['top1']['value']:.1f} %"]
-        rows.append(row)
-    columns = "coded bits", "total bits", "KL", "top-1"
-    return markdown(["method", *(f"{SHORT[model]}: {column}" for model in measured for column in columns)], rows)
+    """The README's table: few methods on the real models, in float32."""
+    shortest, longest = (choose(run["prompt_tokens"] for run in found["runs"]) for choose in (min, max))
+    measured = {
+        (run["model"], run["prompt_tokens"]): {one["name"]: one for one in run["methods"]}
+        for run in found["runs"]
+        if run["dtype"] == "float32"
+    }
+    columns = [
+        (f"{SHORT[model]}: {figure.replace('_', ' ')}", model, shortest, figure)
+        for model, figures in FRONT_BITS.items()
+        for figure in figures
+    ]
+    columns += [
+        (f"{SHORT[model]}: KL, {size / 1000:.0f}K", model, size, "kl")
+        for model in FRONT_BITS
+        for size in (shortest, longest)
+    ]
+    rows = [
+        [
+            label(name),
+            *(
+                f"{measured[model, size][name][figure]['value']:{'.1e' if figure == 'kl' else '.2f'}}"
+                for _, model, size, figure in columns
+            ),
+        ]
+        for name in FRONT
+    ]
+    return markdown(["method", *(column for column, *_ in columns)], rows)
 
 
 def _right(cells: list[Any], task: str) -> str:
