@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import cache_utils
 
 from families import FAMILIES, config_of
 from family_modes import MODES, PAGE, attends_as_densely, generates, layers_of, page, results
@@ -18,6 +19,7 @@ def rows_of_the_page() -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
+@pytest.mark.skipif(not hasattr(cache_utils, "DummyLayer"), reason="the page is of the newest transformers")
 def test_the_page_has_every_family_with_its_layers() -> None:
     rows = rows_of_the_page()
     assert rows["family"] == ["cache of the tiny model", *MODES]
