@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from math import gcd
 from operator import itemgetter
@@ -59,6 +59,7 @@ LARGEST_CODE = 127
 MARGIN = 1.25  # other text reaches farther than the windows do
 
 Levels = Mapping[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]]  # steps, and what was measured
+Layers = Mapping[int, Mapping[str, LevelOfLayer]]
 
 
 class Calibrator:
@@ -127,7 +128,7 @@ class Calibrator:
         self.read()
         curves = self.curves()
         levels = {level: self.level(curves, bits) for level, bits in KIVI_BITS.items()}
-        return self.priced(self.build(levels, text), levels, curves, text)
+        return self.priced(levels, curves, text)
 
     # Statistics and windows
 
@@ -333,12 +334,13 @@ class Calibrator:
         coded = load_backend("cpu").quantise(heads, "head", steps)
         return fit_books(coded.codes[~coded.raw].reshape(-1, PAGE_TOKENS, CLASSES, x.shape[-1] // CLASSES), kind)
 
-    def priced(self, made: Calibration, levels: Levels, curves: Mapping[Tensors, Curve], text: str) -> Calibration:
-        """The same with the bits and the KL of each layer at each level, which a budget is spent by.
+    def priced(self, levels: Levels, curves: Mapping[Tensors, Curve], text: str) -> Calibration:
+        """The calibration with the bits and the KL of each layer at each level, which a budget is spent by.
 
         Bits are counted in pages. The KL of layers are shares of what all of them cost together.
         """
-        found: dict[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]] = {}
+        of_layers = self._of_layers(levels)
+        made, found = self.build(levels, text, of_layers), {}
         for level, (steps, about) in levels.items():
             shares = dict.fromkeys(self.layers, 0.0)
             for tensor, step in steps.items():
@@ -348,8 +350,13 @@ class Calibrator:
                 str(index): {"bits": self._page_bits(made, level, index), "kl": whole * share}
                 for index, share in shares.items()
             }
-            found[level] = steps, {**about, "layers": prices}
-        return self.build(found, text)
+            found[level] = {**about, "layers": prices}
+        return Calibration.build(replace(made.about, levels=found), self._matrices(), of_layers)
+
+    def _matrices(self) -> dict[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        """A and the mean of K and of V, by layer."""
+        k, v = ({i: (x.matrix, x.mean) for (i, of), x in self.affines.items() if of == kind} for kind in (0, 1))
+        return {index: (k[index], v[index]) for index in self.layers}
 
     def _page_bits(self, made: Calibration, level: str, index: int) -> float:
         """Bits a value of a layer's pages, with everything that is in them."""
@@ -360,19 +367,16 @@ class Calibrator:
             memory += sealed(spec.bare().layer(index, made.about.layers), k, v, calibrated=calibrated).memory()
         return memory.coded_bits
 
-    def build(self, levels: Levels, text: str) -> Calibration:
-        """The calibration with these levels. text: what to call the text."""
-        transforms = {
-            index: (
-                (self.affines[index, 0].matrix, self.affines[index, 0].mean),
-                (self.affines[index, 1].matrix, self.affines[index, 1].mean),
-            )
-            for index in self.layers
-        }
-        of_layers = {
+    def _of_layers(self, levels: Levels) -> Layers:
+        """Steps and codebooks of every layer."""
+        return {
             index: {name: self.level_of_layer(index, steps) for name, (steps, _) in levels.items()}
             for index in self.layers
         }
+
+    def build(self, levels: Levels, text: str, of_layers: Layers | None = None) -> Calibration:
+        """The calibration with these levels, without prices. text: what to call the text."""
+        of_layers = self._of_layers(levels) if of_layers is None else of_layers
         digest = xxh3_64(b"".join(ids.numpy().tobytes() for ids, _ in self.drawn)).hexdigest()
         about = About(
             fingerprint_of(self.config),
@@ -385,7 +389,7 @@ class Calibrator:
                 **asdict(self.settings),
             },
         )
-        return Calibration.build(about, transforms, of_layers)
+        return Calibration.build(about, self._matrices(), of_layers)
 
 
 def shifts_of(reach: Tensor, step: Tensor | float) -> Tensor:
