@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomp.fit.calibrate import LARGEST_CODE, shifts_of
-from kvcomp.fit.curves import NEAR, Curve, allocate, next_price, predicted, price_of
+from kvcomp.fit.curves import LARGEST_CODE, NEAR, Curve, allocate, next_price, predicted, price_of, shifts_of
 
 STEPS = np.geomspace(0.01, 10, 9)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def text(tokens: int = 700) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.random.default_rng(0).integers(0, 64, tokens)
 
 
-def calibrator(model: Any, path: Path, resume: bool = False) -> Calibrator:
-    return Calibrator(model, text(), SETTINGS, Journal(path / "made.partial", {}, resume))
+def calibrator(model: Any, path: Path, resume: bool = False, settings: Settings = SETTINGS) -> Calibrator:
+    return Calibrator(model, text(), settings, Journal(path / "made.partial", {}, resume))
 
 
 def calibrate(model: Any, path: Path) -> Calibration:
@@ -224,6 +225,28 @@ def test_frequencies_that_change_with_length_are_refused_by_name(config: PreTrai
         calibrator(model_of(config), tmp_path)
 
 
+def test_windows_stand_all_over_the_positions_and_say_the_same_there(tmp_path: Path) -> None:
+    """K at a place is K of the same text at 0, turned; what the model says of the text does not change."""
+    model = model_of(CONFIGS["llama"])
+    made = calibrator(model, tmp_path)
+    made.write()
+    made.read()
+    firsts = [int(window.positions[0, 0]) - SETTINGS.prompt for window in made.windows]
+    room = made.context - SETTINGS.length
+    assert firsts[0] == 0 < 0.6 * room < max(firsts) <= room
+    ids = torch.cat([made.drawn[2][0][:, : SETTINGS.prompt], made.windows[2].text], 1)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        plain = model(ids[:, : SETTINGS.prompt], past_key_values=cache)
+        plain = model(ids[:, SETTINGS.prompt :], past_key_values=cache).logits[0].log_softmax(-1)
+    assert torch.allclose(plain, made.windows[2].log_probs, atol=1e-3)
+    here, there = cache.layers[1].keys[:, :, : SETTINGS.prompt], made.windows[2].layers[1].keys
+    assert not torch.allclose(here, there, atol=1e-2)
+    assert torch.allclose(here.norm(dim=3), there.norm(dim=3), atol=1e-3)
+    model = model_of(CONFIGS["no rope"])
+    assert calibrator(model, tmp_path).context == SETTINGS.length
+
+
 def test_what_cannot_be_calibrated_says_why(tmp_path: Path) -> None:
     model = model_of(CONFIGS["llama"])
     journal = Journal(tmp_path / "made.partial", {}, False)
@@ -233,6 +256,8 @@ def test_what_cannot_be_calibrated_says_why(tmp_path: Path) -> None:
         Calibrator(model, text(), Settings(4, 4096, 32), journal)
     with pytest.raises(InvalidInput, match="too short"):
         Calibrator(model, text(), Settings(4, 128, 64), journal)
+    with pytest.raises(InvalidInput, match="--context"):
+        Calibrator(model, text(), replace(SETTINGS, context=1 << 20), journal)
     with pytest.raises(InvalidInput, match="too few"):
         Calibrator(model, text(), Settings(2, 256, 32), journal)
 
@@ -262,7 +287,10 @@ def test_a_cache_is_refused_for_another_model_or_without_its_calibration(tmp_pat
 
 def test_a_context_beyond_the_calibrations_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = model_of(CONFIGS["llama"])
-    cache = KVCompCache(model.config, "kvcomp-klt", calibration=calibrate(model, tmp_path))
+    whole = calibrate(model, tmp_path)
+    assert whole.tokens == model.config.max_position_embeddings
+    calibration = run(calibrator(model, tmp_path, settings=replace(SETTINGS, context=288)))
+    cache = KVCompCache(model.config, "kvcomp-klt", calibration=calibration)
     model.set_attn_implementation("kvcomp")
     ids = torch.from_numpy(text(400))[None]
     with torch.inference_mode(), caplog.at_level("WARNING", "kvcomp"):

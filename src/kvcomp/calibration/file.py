@@ -116,9 +116,10 @@ class Calibration:
 
     @property
     def tokens(self) -> int | None:
-        """Of the windows that it was measured on; its levels do not hold beyond. None if it does not say."""
-        prompt, scored = self.about.made.get("prompt"), self.about.made.get("scored")
-        return prompt + scored if isinstance(prompt, int) and isinstance(scored, int) else None
+        """That it was measured on; its levels do not hold beyond. None if it does not say."""
+        prompt, scored, context = (self.about.made.get(name) for name in ("prompt", "scored", "context"))
+        window = prompt + scored if isinstance(prompt, int) and isinstance(scored, int) else None
+        return context if isinstance(context, int) else window
 
     def nbytes(self, level: str, layers: Sequence[int] | None = None) -> int:
         """Bytes that decoding at a level takes from the file: transforms, means, steps, codebooks, shifts.

@@ -35,6 +35,14 @@ def calibrate(
     windows: Annotated[int, typer.Option(min=4, help="Windows of text to measure on")] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=256, help="Tokens of each that are compressed")] = 2048,
     scored_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each that are predicted from them")] = 128,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=256,
+            help="Tokens that it must hold for, if positions are rotary: fewer take fewer bits "
+            "[default: as many as the model allows]",
+        ),
+    ] = None,
     resume: Resume = False,
 ) -> None:
     """Measure a model on text and write what the preset kvcomp-klt needs of it: transforms, steps and codebooks.
@@ -54,7 +62,7 @@ def calibrate(
 
             loaded, tokenizer = load_model(model)
             ids = None if text is None else text_ids(tokenizer, model, text)[0]
-        settings = Settings(windows, prompt_tokens, scored_tokens)
+        settings = Settings(windows, prompt_tokens, scored_tokens, context=context)
         if output is None:
             with telling() as tell:
                 calibration = cached(loaded, settings, tell)

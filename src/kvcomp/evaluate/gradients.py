@@ -6,7 +6,7 @@ log p(label), for labels drawn from the prediction itself. One backward pass giv
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy, deepcopy
 from typing import Any
 
@@ -21,7 +21,13 @@ Gradients = dict[tuple[int, int], Tensor]
 
 
 def label_gradients(
-    model: Any, layers: Sequence[Any], text: Tensor, wanted: Collection[int], labels: int, seed: int
+    model: Any,
+    layers: Sequence[Any],
+    text: Tensor,
+    wanted: Collection[int],
+    labels: int,
+    seed: int,
+    told: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Gradients]:
     """Gradients of the log probability of drawn labels, by the K and V of a prompt.
 
@@ -39,6 +45,8 @@ def label_gradients(
         How often a label is drawn for every token of the text, each with a backward pass.
     seed
         Of the labels.
+    told
+        What the model is told besides: ``position_ids`` that are not those after the prompt.
     """
     attend_plainly(model)
     generator = torch.Generator(text.device).manual_seed(seed)
@@ -50,7 +58,7 @@ def label_gradients(
             own[-1].keys, own[-1].values = (x.detach().clone().requires_grad_() for x in (layer.keys, layer.values))
             leaves[index, 0], leaves[index, 1] = own[-1].keys, own[-1].values
     with torch.enable_grad():
-        log_probs = model(text, past_key_values=Cache(layers=own)).logits[0].float().log_softmax(-1)
+        log_probs = model(text, past_key_values=Cache(layers=own), **(told or {})).logits[0].float().log_softmax(-1)
         for label in range(labels):
             drawn = draw(log_probs.detach().exp(), generator)
             total = log_probs.gather(1, drawn).sum()

@@ -71,7 +71,7 @@ def calibrate(model: PreTrainedModel, settings: Settings | None = None, tell: Te
 
 def cached_path(model: PreTrainedModel, settings: Settings) -> Path:
     """Where the calibration of these weights is, if it has been made. Raises InvalidInput as ``calibrate`` does."""
-    amount = f"{settings.windows}x{settings.prompt}+{settings.scored}"
+    amount = f"{settings.windows}x{settings.prompt}+{settings.scored}-of-{settings.context or 'all'}"
     return user_cache_path("kvcomp") / "calibrations" / f"{weights_id(model)}-{amount}-{METHOD}.kvcal"
 
 

@@ -12,7 +12,7 @@ word. Most text can be predicted without looking far back. The second kind shows
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,34 +28,52 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from xxhash import xxh3_64
 
-from kvcomp.calibration import CLASSES, MAX_SHIFT, About, Calibration, LevelOfLayer, quantise_matrix
-from kvcomp.calibration.transform import Affine, metric_klt
+from kvcomp.calibration import About, Calibration, LevelOfLayer
+from kvcomp.calibration.transform import Affine
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.fidelity import attend_plainly
 from kvcomp.evaluate.gradients import label_gradients
 from kvcomp.evaluate.methods.kivi import GROUP, Kivi
-from kvcomp.fit.codebooks import fit_books
-from kvcomp.fit.curves import NEAR, UNSEEN_KL, Curve, Tensors, allocate, entropy_bits, next_price, predicted, price_of
+from kvcomp.fit.codebooks import books_of, page_bits
+from kvcomp.fit.curves import (
+    NEAR,
+    UNSEEN_KL,
+    Curve,
+    Tensors,
+    allocate,
+    entropy_bits,
+    next_price,
+    predicted,
+    price_of,
+    shifts_of,
+)
 from kvcomp.fit.quality import Quality, Window, mean_kl, values_of
-from kvcomp.fit.statistics import LayerSums, Statistics, check_rope, compressed_layers, observe
-from kvcomp.fit.windows import Settings, Tell, draw_windows, first_token, write
-from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, position_limit, setting, text_config
-from kvcomp.kernels import Books, load_backend
+from kvcomp.fit.statistics import Statistics, check_rope, compressed_layers, observe
+from kvcomp.fit.windows import (
+    EVERY,
+    Settings,
+    Tell,
+    coded_part,
+    context_of,
+    draw_windows,
+    first_token,
+    is_rotary,
+    spread,
+    write,
+)
+from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, setting, text_config
 from kvcomp.results.journal import Journal
-from kvcomp.spec import KINDS, LEVELS, PAGE_TOKENS
-from kvcomp.store import Memory, sealed
+from kvcomp.spec import KINDS, LEVELS
 
 METHOD = "gradients"  # in the names of cached files: another way makes others
 # Steps of a curve, over the root mean square of a tensor in its coordinates.
 FACTORS = (0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
-EVERY = 2  # windows of which one is used for the bits of a curve
 LABELS = 1  # backward passes a window
 MEASURED = 64  # tokens after a prompt that are predicted with one layer coded alone
 WITHIN = 100.0  # a measured KL this many times the predicted one, or less than that part of it, is taken for noise
 PIECES = 8  # the model writes a window in so many pieces, side by side
 KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))
 MEASUREMENTS = 5  # most for a level
-LARGEST_CODE = 127
 MARGIN = 1.25  # other text reaches farther than the windows do
 
 Levels = Mapping[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]]  # steps, and what was measured
@@ -101,15 +119,8 @@ class Calibrator:
         self.layers = compressed_layers(self.config)
         for index in self.layers:
             check_layer(self.config, index)
-        limit = position_limit(self.config)
-        if limit is not None and limit < settings.length:
-            raise InvalidInput(f"the model's positions end at {limit} tokens: give a shorter --prompt-tokens")
-        pages = (settings.prompt - settings.window - settings.sinks) // PAGE_TOKENS
-        if pages < 1 or settings.prompt < 2 * settings.scored + settings.window + settings.sinks:
-            raise InvalidInput(f"prompts of {settings.prompt} tokens are too short for {settings.scored} scored ones")
-        self.coded = slice(settings.sinks, settings.sinks + pages * PAGE_TOKENS)
-        if settings.windows < 2 * EVERY:
-            raise InvalidInput(f"{settings.windows} windows are too few: give at least {2 * EVERY}")
+        self.context = context_of(self.config, settings)
+        self.coded = coded_part(settings)
         if ids is not None and ids.size < 2 * settings.length:
             raise InvalidInput(
                 f"the text has {ids.size} tokens, and {2 * settings.length} is the least: give a longer --text, or "
@@ -148,12 +159,13 @@ class Calibrator:
     def read(self, transforms: Mapping[tuple[int, int], Affine] | None = None) -> None:
         """Read the windows into caches, and make the transforms unless they are given."""
         statistics, prompt = Statistics(), self.settings.prompt
-        for done, (ids, repeats) in enumerate(self.drawn):
+        places = spread(len(self.drawn), self.settings, self.context)
+        for done, ((ids, repeats), positions) in enumerate(zip(self.drawn, places, strict=True)):
             self.tell("reading", done, len(self.drawn))
-            cache = observe(self.model, ids[:, :prompt], self.settings.sinks, statistics)
-            layers: list[Any] = list(cache.layers)
-            log_probs = self._predict(layers, ids[:, prompt:])
-            self.windows.append(Window(layers, ids[:, prompt:], log_probs, repeats))
+            told, after = self._told(positions[:, :prompt]), positions[:, prompt:]
+            layers = list(observe(self.model, ids[:, :prompt], self.settings.sinks, statistics, told).layers)
+            log_probs = self._predict(layers, ids[:, prompt:], after)
+            self.windows.append(Window(layers, ids[:, prompt:], log_probs, repeats, after))
         self.affines = dict(self._transforms(statistics) if transforms is None else transforms)
         for (index, kind), affine in self.affines.items():
             x = torch.cat([values_of(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
@@ -163,15 +175,21 @@ class Calibrator:
     def _transforms(self, statistics: Statistics) -> dict[tuple[int, int], Affine]:
         centred = not setting(self.config, "attn_logit_softcapping")  # a soft cap would notice q.mean
         return {
-            (index, kind): _affine(sums, kind == 0, centred or kind == 1)
+            (index, kind): sums.affine(kind == 0, centred or kind == 1)
             for index, sums in statistics.layers.items()
             for kind in (0, 1)
         }
 
-    def _predict(self, layers: Sequence[Any], text: Tensor) -> Tensor:
+    def _told(self, positions: Tensor) -> dict[str, Tensor]:
+        """What to tell the model of where tokens stand."""
+        return {"position_ids": positions} if is_rotary(self.config) else {}
+
+    def _predict(self, layers: Sequence[Any], text: Tensor, positions: Tensor) -> Tensor:
         """Log probabilities of a text after these cache layers, which stay as they are."""
         cache = Cache(layers=[copy(x) if type(x) is DynamicLayer else deepcopy(x) for x in layers])
-        log_probs: Tensor = self.model(text, past_key_values=cache).logits[0].float().log_softmax(-1)
+        log_probs: Tensor = (
+            self.model(text, past_key_values=cache, **self._told(positions)).logits[0].float().log_softmax(-1)
+        )
         return log_probs
 
     @torch.no_grad()
@@ -187,7 +205,7 @@ class Calibrator:
                 whole = values_of(layers[index], kind).clone()
                 whole[:, :, self.coded] = values[number]
                 setattr(layers[index], "values" if kind else "keys", whole)
-            log_probs = self._predict(layers, window.text)
+            log_probs = self._predict(layers, window.text, window.positions)
             kls[window.repeats].append(mean_kl(window.log_probs, log_probs))
         return Quality(*(float(np.mean(kl)) for kl in kls))
 
@@ -220,7 +238,8 @@ class Calibrator:
         for done, window in enumerate(self.windows):
             self.tell("gradients", done, len(self.windows))
             share = 2 * LABELS * self.settings.scored * len(self.windows)
-            for gradients in label_gradients(self.model, window.layers, window.text, self.layers, LABELS, done):
+            at = self._told(window.positions)
+            for gradients in label_gradients(self.model, window.layers, window.text, self.layers, LABELS, done, at):
                 for key, gradient in gradients.items():
                     g = gradient[0, :, self.coded].double()
                     total[key] = total.get(key, 0) + g.mT @ g / share
@@ -253,7 +272,8 @@ class Calibrator:
             whole = values_of(layers[index], kind).clone()
             whole[0, :, self.coded] = affine.undo((self.coordinates[index, kind][number] / step).round() * step)
             setattr(layers[index], "values" if kind else "keys", whole)
-            kls.append(mean_kl(window.log_probs[:MEASURED], self._predict(layers, window.text[:, :MEASURED])))
+            found = self._predict(layers, window.text[:, :MEASURED], window.positions[:, :MEASURED])
+            kls.append(mean_kl(window.log_probs[:MEASURED], found))
         return float(np.mean(kls))
 
     def steps_of(self, index: int, kind: int, steps: Sequence[float]) -> Tensor:
@@ -309,13 +329,8 @@ class Calibrator:
         reached = [one for one in tried if one[2].over(wanted) <= 1]
         by_price = itemgetter(0)  # prices may be equal, and steps have no order
         price, steps, quality = min(reached, key=by_price) if reached else max(tried, key=by_price)
-        about = {
-            "price": price,
-            "kl": asdict(quality),
-            "kl_of": asdict(wanted),
-            "as_good_as": f"KIVI-style, {bits} bits",
-        }
-        return steps, {**about, "reached": bool(reached)}
+        kls = {"kl": asdict(quality), "kl_of": asdict(wanted)}
+        return steps, {"price": price, **kls, "as_good_as": f"KIVI-style, {bits} bits", "reached": bool(reached)}
 
     # The calibration
 
@@ -324,15 +339,9 @@ class Calibrator:
         heads = len(self.affines[index, 0].mean)
         chosen = [tuple(steps[index, kind, head] for head in range(heads)) for kind in (0, 1)]
         shifts = [shifts_of(self.reach[index, kind], torch.tensor(chosen[kind])[:, None]) for kind in (0, 1)]
-        books = [self._books(index, kind, chosen[kind], shifts[kind]) for kind in (0, 1)]
+        books = [books_of(self.coordinates[index, kind], chosen[kind], shifts[kind], kind) for kind in (0, 1)]
         packed = torch.stack(shifts).to(torch.uint8).numpy()
         return LevelOfLayer((chosen[0], chosen[1]), (books[0], books[1]), packed if packed.any() else None)
-
-    def _books(self, index: int, kind: int, steps: tuple[float, ...], shifts: Tensor) -> Books:
-        x = self.coordinates[index, kind] / shifts.exp2()[:, None]
-        heads = np.ascontiguousarray(x.transpose(0, 1).flatten(1, 2).numpy())
-        coded = load_backend("cpu").quantise(heads, "head", steps)
-        return fit_books(coded.codes[~coded.raw].reshape(-1, PAGE_TOKENS, CLASSES, x.shape[-1] // CLASSES), kind)
 
     def priced(self, levels: Levels, curves: Mapping[Tensors, Curve], text: str) -> Calibration:
         """The calibration with the bits and the KL of each layer at each level, which a budget is spent by.
@@ -347,7 +356,7 @@ class Calibrator:
                 shares[tensor[0]] += curves[tensor].kl_at(step)
             whole = Quality(**about["kl"]).mean / sum(shares.values())
             prices = {
-                str(index): {"bits": self._page_bits(made, level, index), "kl": whole * share}
+                str(index): {"bits": page_bits(made, level, index, self._kv(index)), "kl": whole * share}
                 for index, share in shares.items()
             }
             found[level] = {**about, "layers": prices}
@@ -358,14 +367,11 @@ class Calibrator:
         k, v = ({i: (x.matrix, x.mean) for (i, of), x in self.affines.items() if of == kind} for kind in (0, 1))
         return {index: (k[index], v[index]) for index in self.layers}
 
-    def _page_bits(self, made: Calibration, level: str, index: int) -> float:
-        """Bits a value of a layer's pages, with everything that is in them."""
-        spec, memory = made.spec(level), Memory()
-        calibrated = made.layer(index, spec)
+    def _kv(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """A layer's coded K and V, of the windows that bits are counted on."""
         for window in self.windows[::EVERY]:
             k, v = (values_of(window.layers[index], kind)[:, :, self.coded] for kind in (0, 1))
-            memory += sealed(spec.bare().layer(index, made.about.layers), k, v, calibrated=calibrated).memory()
-        return memory.coded_bits
+            yield k, v
 
     def _of_layers(self, levels: Levels) -> Layers:
         """Steps and codebooks of every layer."""
@@ -386,19 +392,7 @@ class Calibrator:
                 "text": text,
                 "tokens_digest": digest,
                 "written": len(self.drawn) - (0 if self.text is None else self.settings.windows),
-                **asdict(self.settings),
+                **asdict(replace(self.settings, context=self.context)),
             },
         )
         return Calibration.build(about, self._matrices(), of_layers)
-
-
-def shifts_of(reach: Tensor, step: Tensor | float) -> Tensor:
-    """How many times the step of a coordinate must be doubled for its codes to have 8 bits."""
-    return (reach / (LARGEST_CODE * step)).log2().ceil().clamp(0, MAX_SHIFT)
-
-
-def _affine(sums: LayerSums, key: bool, centred: bool) -> Affine:
-    mean, covariance = sums.moments(key, centred)
-    metric = sums.qq if key else sums.output
-    matrix = torch.stack([metric_klt(c, m) for c, m in zip(covariance, metric, strict=True)])
-    return Affine.of(quantise_matrix(matrix), mean)

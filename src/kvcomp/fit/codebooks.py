@@ -7,13 +7,19 @@ where that costs next to nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
+from kvcomp.calibration import CLASSES, Calibration
 from kvcomp.codec import codebook
 from kvcomp.codec.codebook import Codebook
 from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES
-from kvcomp.kernels import Books
+from kvcomp.kernels import Books, load_backend
+from kvcomp.spec import PAGE_TOKENS
+from kvcomp.store import Memory, sealed
 
 LIMIT = 12
 # Shares of blocks that may have a code beyond one side of a class of the narrow book.
@@ -52,6 +58,28 @@ def fit_books(codes: Codes, kind: int) -> Books:
                 best, lowest = books, cost
     assert best is not None
     return best
+
+
+def books_of(x: Tensor, steps: Sequence[float], shifts: Tensor, kind: int) -> Books:
+    """The books of a layer's coordinates of K (0) or V (1), (windows, KV heads, tokens, D), at the steps of its heads.
+
+    shifts: of the coordinates, (KV heads, D).
+    """
+    heads = np.ascontiguousarray((x / shifts.exp2()[:, None]).transpose(0, 1).flatten(1, 2).numpy())
+    coded = load_backend("cpu").quantise(heads, "head", tuple(steps))
+    return fit_books(coded.codes[~coded.raw].reshape(-1, PAGE_TOKENS, CLASSES, x.shape[-1] // CLASSES), kind)
+
+
+def page_bits(made: Calibration, level: str, index: int, kv: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Bits a value of a layer's pages at a level, with everything that is in them.
+
+    kv: K and V of the layer, (1, KV heads, tokens, D) each.
+    """
+    spec, memory = made.spec(level), Memory()
+    calibrated = made.layer(index, spec)
+    for k, v in kv:
+        memory += sealed(spec.bare().layer(index, made.about.layers), k, v, calibrated=calibrated).memory()
+    return memory.coded_bits
 
 
 def _reach(least: Counts, most: Counts) -> tuple[Counts, Counts]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvcomp.calibration import CLASSES
+from kvcomp.calibration import CLASSES, MAX_SHIFT
 from kvcomp.spec import PAGE_TOKENS
 
 FINER = 8  # steps tried between two of a curve
@@ -18,6 +18,7 @@ PRICES = 1e-3, 1e9  # bits a value for a nat
 UNSEEN_KL = 1e-9  # less is rounding
 FLATTEST = 0.2  # a slope that is less is noise
 NEAR = 0.9  # a level whose KL is this part of the wanted one is near enough
+LARGEST_CODE = 127
 HALVINGS = 20  # of the prices' logarithm
 
 Tensors = tuple[int, int, int]  # layer, K (0) or V (1), head
@@ -83,6 +84,11 @@ def next_price(found: Mapping[float, float]) -> float:
     (at, worse), *others = reversed(good) if good else bad
     slope = (others[0][1] - worse) / (others[0][0] - at) if others else 1.0
     return float(np.exp(np.clip(-at - (target - worse) / max(slope, FLATTEST), *np.log(PRICES))))
+
+
+def shifts_of(reach: Tensor, step: Tensor | float) -> Tensor:
+    """How many times the step of a coordinate must be doubled for its codes to have 8 bits."""
+    return (reach / (LARGEST_CODE * step)).log2().ceil().clamp(0, MAX_SHIFT)
 
 
 def entropy_bits(codes: Tensor, kind: int) -> float:

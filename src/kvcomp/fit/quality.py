@@ -22,6 +22,8 @@ class Window:
     """float32 (tokens, vocabulary)."""
     repeats: bool
     """Whether the text repeats a part of the prompt."""
+    positions: Tensor
+    """Of the text, int64 (1, tokens)."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ any kind are in it, unless their frequencies change with the length of the seque
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from kvcomp.calibration import quantise_matrix
+from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.evaluate.fidelity import attend_plainly
 from kvcomp.integrations.transformers.attention import kvcomp_attention
@@ -48,6 +51,13 @@ class LayerSums:
         mean = first / self.tokens if centred else torch.zeros_like(first)
         return mean, second / self.tokens - mean[:, :, None] * mean[:, None, :]
 
+    def affine(self, key: bool, centred: bool) -> Affine:
+        """The Karhunen-Loeve transform of K or V in the metric of the queries or the output projection."""
+        mean, covariance = self.moments(key, centred)
+        metric = self.qq if key else self.output
+        matrix = torch.stack([metric_klt(c, m) for c, m in zip(covariance, metric, strict=True)])
+        return Affine.of(quantise_matrix(matrix), mean)
+
 
 class Statistics:
     """Sums of every full-attention layer."""
@@ -75,7 +85,9 @@ def compressed_layers(config: PreTrainedConfig) -> list[int]:
 
 
 @torch.no_grad()
-def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics) -> DynamicCache:
+def observe(
+    model: Any, ids: Tensor, skip: int, statistics: Statistics, told: Mapping[str, Tensor] | None = None
+) -> DynamicCache:
     """Pass a text through a model and add its K, V and queries.
 
     Parameters
@@ -88,6 +100,8 @@ def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics) -> Dynam
         First tokens, the sinks, that do not count.
     statistics
         What is added to.
+    told
+        What the model is told besides: ``position_ids`` that do not begin at 0.
 
     Returns
     -------
@@ -116,7 +130,7 @@ def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics) -> Dynam
     model.set_attn_implementation(NAME)
     cache = DynamicCache(config=model.config)
     try:
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, past_key_values=cache, logits_to_keep=1, **(told or {}))
     finally:
         attend_plainly(model)
     if seen != wanted:

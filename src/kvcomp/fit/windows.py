@@ -1,7 +1,11 @@
-"""The text that a calibration is measured on: windows of the given text, and some that the model writes itself.
+"""What a calibration is measured on: windows of the given text, and some that the model writes itself, in which places.
 
 What a model writes has a bit of everything it was trained on. A share of it keeps a calibration on one kind of text
 from failing on another.
+
+Under rotary positions K turns as the place grows, in some directions by a fraction of a turn over thousands of tokens.
+So the windows stand at places spread over all that the calibration is to hold for. The model says the same of a text
+wherever it stands, as it sees differences of places alone.
 """
 
 from __future__ import annotations
@@ -16,12 +20,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
+from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.gradients import draw
-from kvcomp.integrations.transformers.models import setting
+from kvcomp.integrations.transformers.identity import rope_parts
+from kvcomp.integrations.transformers.models import position_limit, setting
+from kvcomp.spec import PAGE_TOKENS
 
 TEXT_FOR_WRITTEN = 4  # windows of text for each that the model writes
 SEED = 0
+EVERY = 2  # windows of which one is used for the bits of a curve
 TOLD = 64  # tokens written between two reports
+GOLDEN = (5**0.5 - 1) / 2  # any of its multiples, less their whole part, are spread evenly
 
 Tell = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 
@@ -40,6 +49,8 @@ class Settings:
     """First tokens that stay raw, as in the spec."""
     window: int = 64
     """Newest tokens that stay raw, as in the spec."""
+    context: int | None = None
+    """That windows are spread over, where positions are rotary; as many as the model allows if None."""
 
     @property
     def length(self) -> int:
@@ -66,6 +77,36 @@ def draw_windows(ids: npt.NDArray[np.int64], count: int, settings: Settings) -> 
             window[settings.prompt :] = window[first : first + settings.scored]
         windows.append((window[None], index >= half))
     return windows
+
+
+def is_rotary(config: PreTrainedConfig) -> bool:
+    """Whether a model sees differences of positions alone, and takes any positions."""
+    return bool(rope_parts(setting(config, "rope_parameters")))
+
+
+def context_of(config: PreTrainedConfig, settings: Settings) -> int:
+    """Tokens that windows are spread over. Raises InvalidInput if the model has no such positions."""
+    limit, most = position_limit(config), settings.context or setting(config, "max_position_embeddings")
+    context = max(most, settings.length) if is_rotary(config) and isinstance(most, int) else settings.length
+    if limit is not None and limit < context:
+        raise InvalidInput(f"the model's positions end at {limit} tokens: give a shorter --prompt-tokens or --context")
+    return context
+
+
+def coded_part(settings: Settings) -> slice:
+    """The tokens of a window that are coded. Raises InvalidInput if there is too little to measure on."""
+    pages = (settings.prompt - settings.window - settings.sinks) // PAGE_TOKENS
+    if pages < 1 or settings.prompt < 2 * settings.scored + settings.window + settings.sinks:
+        raise InvalidInput(f"prompts of {settings.prompt} tokens are too short for {settings.scored} scored ones")
+    if settings.windows < 2 * EVERY:
+        raise InvalidInput(f"{settings.windows} windows are too few: give at least {2 * EVERY}")
+    return slice(settings.sinks, settings.sinks + pages * PAGE_TOKENS)
+
+
+def spread(count: int, settings: Settings, context: int) -> list[Tensor]:
+    """Positions of windows in a context, int64 (1, length) each; those of every second window are spread as well."""
+    firsts = (int((context - settings.length) * (GOLDEN * index % 1)) for index in range(count))
+    return [torch.arange(first, first + settings.length)[None] for first in firsts]
 
 
 def first_token(config: PreTrainedConfig) -> int:

@@ -130,7 +130,7 @@ class Session:
         if self.calibrated_tokens is not None and before <= self.calibrated_tokens < before + new:
             logger.warning(
                 "the calibration was measured on %d tokens, and what comes after them is coded much less well: "
-                "calibrate with longer --prompt-tokens, or use the preset kvcomp",
+                "calibrate with a larger --context, or use the preset kvcomp",
                 self.calibrated_tokens,
             )
 
