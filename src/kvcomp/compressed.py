@@ -18,6 +18,7 @@ from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, Memory, sealed
 from kvcomp.store.attention import attend
 from kvcomp.store.checks import check_tensor
+from kvcomp.store.places import places as token_places
 
 
 class Place(NamedTuple):
@@ -121,11 +122,12 @@ class CompressedKV:
             Unless compressed with a calibration.
         """
         transform, steps = self._certified(), self._store.steps
-        bounds = [
-            transform_bounds.value_bound(held, torch.tensor(of_kind), affine)
-            for held, of_kind, affine in zip(self._store.held(), steps, (transform.key, transform.value), strict=True)
-        ]
-        return bounds[0], bounds[1]
+        (k, v), (k_steps, v_steps) = self._store.held(), (torch.tensor(of_kind) for of_kind in steps)
+        places = token_places(self._store, 0, self._store.tokens)
+        return (
+            transform_bounds.value_bound(k, k_steps, transform.key, places),
+            transform_bounds.value_bound(v, v_steps, transform.value),
+        )
 
     def _certified(self) -> Transform:
         """The transform. Raises InvalidInput if there is none."""

@@ -7,9 +7,9 @@ from kvcomp.calibration.file import (
     Calibration,
     LayerCalibration,
     LevelOfLayer,
-    quantise_matrix,
 )
 from kvcomp.calibration.named import resolve
+from kvcomp.calibration.transform import quantise_matrix
 
 __all__ = [
     "CLASSES",

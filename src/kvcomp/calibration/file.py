@@ -10,6 +10,8 @@ those of ``About``. Layer i has these tensors, and for each level the last three
     i.key.matrix    i8  (heads, D, D)     and i.value.matrix
     i.key.scale     f32 (heads, D)        and i.value.scale
     i.key.mean      f32 (heads, D)        and i.value.mean
+    i.key.pairs     i16 (pairs, 2)        channels of K whose mean turns; absent if none does
+    i.key.speed     f64 (pairs,)          and by how many radians a token
     i.LEVEL.steps   f32 (2, heads)        of K, of V
     i.LEVEL.books   u8                    the wide and the narrow book of K, then of V
     i.LEVEL.shifts  u8  (2, heads, D)     absent if all are 0
@@ -38,7 +40,8 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from kvcomp import disk
-from kvcomp.calibration.transform import Affine, Transform
+from kvcomp.calibration.rotary import Rotation
+from kvcomp.calibration.transform import Affine, Transform, eight_bits
 from kvcomp.codec import codebook
 from kvcomp.codec.block import check_channels
 from kvcomp.codec.codebook import Codebook
@@ -130,6 +133,7 @@ class Calibration:
         for transform, levels in (self.layers[index] for index in (self.layers if layers is None else layers)):
             affines = (transform.key, transform.value)
             size += sum(x.matrix.numel() + 8 * x.mean.numel() for x in affines)
+            size += 0 if (turn := transform.key.rotation) is None else 12 * len(turn.speed)
             size += sum(4 * len(steps) for steps in levels[level].steps)
             size += sum(len(book.to_bytes()) for pair in levels[level].books for book in pair if book)
             size += 0 if (shifts := levels[level].shifts) is None else shifts.nbytes
@@ -258,6 +262,7 @@ class Calibration:
         about: About,
         transforms: Mapping[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
         levels: Mapping[int, Mapping[str, LevelOfLayer]],
+        rotations: Mapping[int, Rotation | None] | None = None,
     ) -> Self:
         """Build a calibration from its parts.
 
@@ -270,13 +275,18 @@ class Calibration:
             ``quantise_matrix`` is rounded once more.
         levels
             Of each layer its levels, by name.
+        rotations
+            Of the means of K, for layers where they turn.
         """
         tensors: dict[str, Array] = {}
         for index, parts in transforms.items():
             for kind, (matrix, mean) in zip(("key", "value"), parts, strict=True):
-                rounded, scale = _eight_bits(matrix)
+                rounded, scale = eight_bits(matrix)
                 tensors[f"{index}.{kind}.matrix"], tensors[f"{index}.{kind}.scale"] = rounded, scale
                 tensors[f"{index}.{kind}.mean"] = mean.to(torch.float32).numpy()
+            if (turn := (rotations or {}).get(index)) is not None:
+                tensors[f"{index}.key.pairs"] = np.array([turn.first, turn.second], np.int16).T.copy()
+                tensors[f"{index}.key.speed"] = np.array(turn.speed)
             for level, of_layer in levels[index].items():
                 tensors[f"{index}.{level}.steps"] = np.array(of_layer.steps, np.float32)
                 books = b"".join(book.to_bytes() for pair in of_layer.books for book in pair if book)
@@ -285,18 +295,6 @@ class Calibration:
                     tensors[f"{index}.{level}.shifts"] = of_layer.shifts
         text = json.dumps({"version": VERSION, **asdict(about)})
         return cls.from_bytes(save(tensors, {METADATA: text}))
-
-
-def quantise_matrix(matrix: Tensor) -> Tensor:
-    """Round A (heads, D, D) as the file keeps it, float32."""
-    rounded, scale = _eight_bits(matrix)
-    return torch.from_numpy(rounded * scale[..., None])
-
-
-def _eight_bits(matrix: Tensor) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    exact = matrix.to(torch.float32)
-    scale = (exact.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    return (exact / scale[..., None]).round().to(torch.int8).numpy(), scale.numpy()
 
 
 # Reading foreign bytes
@@ -368,8 +366,12 @@ def _affine(tensors: dict[str, Array], name: str) -> Affine:
         raise LimitExceeded(f"{name} in the calibration has {matrix.shape[0]} heads")
     try:
         check_channels(matrix.shape[1])
+        rotation = None
+        if name.endswith(".key") and f"{name}.pairs" in tensors:
+            pairs, speed = _take(tensors, f"{name}.pairs", "int16"), _take(tensors, f"{name}.speed", "float64")
+            rotation = Rotation.of(pairs, speed, matrix.shape[1])
         with np.errstate(all="ignore"):
-            return Affine.of(torch.from_numpy(matrix * scale[..., None]), torch.from_numpy(mean))
+            return Affine.of(torch.from_numpy(matrix * scale[..., None]), torch.from_numpy(mean), rotation)
     except InvalidInput as error:
         raise CorruptData(f"{name} in the calibration: {error}") from None
 

@@ -2,7 +2,8 @@
 
 With k and v as the model makes them, the cache holds K' = A (k - a) and V' = B (v - b) for each KV head.
 
-- q.k = (A^-T q).K' + q.a. The last term is the same for every token, so softmax drops it.
+- q.k = (A^-T q).K' + q.a. Where a is the same for every token, softmax drops the last term. Under rotary positions it
+  is not (``rotary``): a turns with the token's place, and q.a is added to the scores.
 - The weights w sum to 1, so sum w v = B^-1 (sum w V') + b.
 
 A step costs one D x D product for each query head and one for each output, whatever the length of the cache.
@@ -14,7 +15,7 @@ most of the information.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvcomp.calibration.rotary import Rotation
 from kvcomp.errors import InvalidInput
 
 RIDGE = 1e-3  # added to a metric, in units of its mean diagonal: no direction may go unseen
@@ -31,7 +33,7 @@ UNIT = 2.0**-24  # relative error of one float32 operation
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """x' = A (x - mean), for each KV head; ``of`` makes one."""
+    """x' = A (x - mean), for each KV head; ``of`` makes one. Under a rotation the mean is that at the place 0."""
 
     matrix: Tensor
     """A, float32 (KV heads, D, D)."""
@@ -39,10 +41,12 @@ class Affine:
     """float32 (KV heads, D)."""
     inverse: Tensor
     """A^-1."""
+    rotation: Rotation | None = None
+    """How the mean turns with a token's place; None where it stays."""
 
     @classmethod
-    def of(cls, matrix: Tensor, mean: Tensor) -> Affine:
-        """Make one from A (KV heads, D, D) and the mean (KV heads, D).
+    def of(cls, matrix: Tensor, mean: Tensor, rotation: Rotation | None = None) -> Affine:
+        """Make one from A (KV heads, D, D), the mean (KV heads, D) and how it turns.
 
         Raises
         ------
@@ -58,29 +62,39 @@ class Affine:
         condition = matrix.double().abs().sum(-1).amax(-1) * inverse.abs().sum(-1).amax(-1)
         if failed.any() or not (condition < WORST_CONDITION).all():
             raise InvalidInput("a transform cannot be inverted: its matrix is singular or nearly so")
-        return cls(matrix, mean.to(torch.float32).contiguous(), inverse.to(torch.float32).contiguous())
+        return cls(matrix, mean.to(torch.float32).contiguous(), inverse.to(torch.float32).contiguous(), rotation)
 
     def coarsened(self, shifts: npt.NDArray[np.uint8]) -> Affine:
         """The same with row r of A divided by 2^shift, (KV heads, D), which floats hold exactly."""
         factor = torch.from_numpy(np.exp2(shifts.astype(np.float32)))
-        return Affine(self.matrix / factor[:, :, None], self.mean, self.inverse * factor[:, None, :])
+        return replace(self, matrix=self.matrix / factor[:, :, None], inverse=self.inverse * factor[:, None, :])
 
     def to(self, device: torch.device) -> Affine:
-        return Affine(self.matrix.to(device), self.mean.to(device), self.inverse.to(device))
+        return replace(self, matrix=self.matrix.to(device), mean=self.mean.to(device), inverse=self.inverse.to(device))
 
     @cached_property
-    def back(self) -> tuple[Tensor, Tensor]:
-        """(M, m) with x = x' M + m for rows x', (KV heads, D, D) and (KV heads, 1, D)."""
-        return self.inverse.mT, self.mean[:, None]
+    def still(self) -> Tensor:
+        """The part of the mean that does not turn, float32 (KV heads, D)."""
+        return self.mean if self.rotation is None else self.rotation.still(self.mean)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """(batch, KV heads, tokens, D) -> the same in x's dtype; products in float32."""
-        return ((x.detach().to(torch.float32) - self.mean[:, None]) @ self.matrix.mT).to(x.dtype)
+    def means(self, places: Tensor | None) -> Tensor:
+        """The mean at each token's place: (KV heads, 1, D), or (.., KV heads, tokens, D) for places (.., tokens)."""
+        if self.rotation is None:
+            return self.mean[:, None]
+        if places is None:
+            raise InvalidInput("the mean of these K turns with the place of a token: give the places")
+        return self.rotation.turned(self.mean, places)
 
-    def undo(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        """(batch, KV heads, tokens, D) -> the same in x's dtype; products in float32.
+
+        places: of the tokens, int64 (tokens,) or (batch, tokens); needed where the mean turns.
+        """
+        return ((x.detach().to(torch.float32) - self.means(places)) @ self.matrix.mT).to(x.dtype)
+
+    def undo(self, x: Tensor, places: Tensor | None = None) -> Tensor:
         """Undo ``apply``, for (batch, KV heads, tokens, D) or (KV heads, tokens, D)."""
-        matrix, mean = self.back
-        return (x.to(torch.float32) @ matrix + mean).to(x.dtype)
+        return (x.to(torch.float32) @ self.inverse.mT + self.means(places)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +124,31 @@ class Transform:
     def outputs(self, out: Tensor) -> Tensor:
         """sum w V' (batch, heads, queries, D) -> sum w v, in float32, for weights that sum to 1."""
         grouped = out.to(torch.float32).reshape(out.shape[0] * self.heads, -1, self.channels)
-        matrix, mean = self.value.back
+        mean, matrix = self.value.mean[:, None], self.value.inverse.mT
         return torch.baddbmm(_of_rows(mean, len(out)), grouped, _of_rows(matrix, len(out))).view(out.shape)
+
+    def bias(self, q: Tensor, tokens: int, first: int = 0) -> Tensor | None:
+        """What scores q.K' lack of q.(k - still) because the mean turns; None where it does not.
+
+        Parameters
+        ----------
+        q
+            (batch, heads, queries, D), as the model makes them.
+        tokens
+            How many.
+        first
+            Place of the first.
+
+        Returns
+        -------
+        Tensor or None
+            float32 (batch, heads, queries, tokens).
+        """
+        if self.key.rotation is None:
+            return None
+        grouped = q.detach().to(torch.float32).reshape(q.shape[0], self.heads, -1, self.channels)
+        found: Tensor = self.key.rotation.products(grouped, self.key.mean, first, tokens)
+        return found.view(*q.shape[:3], tokens)
 
 
 def _of_rows(x: Tensor, rows: int) -> Tensor:
@@ -145,8 +182,23 @@ def metric_klt(covariance: Tensor, metric: Tensor) -> Tensor:
     return result
 
 
+def quantise_matrix(matrix: Tensor) -> Tensor:
+    """Round A (heads, D, D) as the file keeps it, float32."""
+    rounded, scale = eight_bits(matrix)
+    return torch.from_numpy(rounded * scale[..., None])
+
+
+def eight_bits(matrix: Tensor) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """A (heads, D, D) as the file keeps it: int8, and a scale for each row, (heads, D)."""
+    exact = matrix.to(torch.float32)
+    scale = (exact.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (exact / scale[..., None]).round().to(torch.int8).numpy(), scale.numpy()
+
+
 def logit_bound(q: Tensor, held: Tensor, steps: Tensor, transform: Transform, scaling: float = 1.0) -> Tensor:
     """How far, at most, a logit lies from the exact scaling q.(k - mean) with the uncompressed k: a certificate.
+
+    The mean is that at the token's place. What it adds to a logit is no matter of compression.
 
     No coordinate of a coded K' is off by more than half of its head's step s, so the logit is off by at most
     scaling (s/2) ||A^-T q||_1 and what rounding adds: of K' to the cache's type, of A^-1 to float32, and of the float32
@@ -178,7 +230,7 @@ def logit_bound(q: Tensor, held: Tensor, steps: Tensor, transform: Transform, sc
     return abs(scaling) * bound.view(*q.shape[:3], -1)
 
 
-def value_bound(held: Tensor, steps: Tensor, affine: Affine) -> Tensor:
+def value_bound(held: Tensor, steps: Tensor, affine: Affine, places: Tensor | None = None) -> Tensor:
     """How far, at most, ``affine.undo(held)`` is off in the model's coordinates: a certificate.
 
     It is (s/2) times the L1 norm of each row of A^-1, and what rounding adds.
@@ -191,6 +243,8 @@ def value_bound(held: Tensor, steps: Tensor, affine: Affine) -> Tensor:
         Steps of the heads, (KV heads,).
     affine
         The transform that ``held`` went through.
+    places
+        Of the tokens, as for ``Affine.apply``.
 
     Returns
     -------
@@ -198,8 +252,8 @@ def value_bound(held: Tensor, steps: Tensor, affine: Affine) -> Tensor:
         float32 of held's shape.
     """
     size, moved = _displacement(held, steps, affine)
-    inverse, back = affine.inverse.abs(), affine.undo(held).float().abs()
-    products = 2 * (held.shape[-1] + 2) * UNIT * (size @ inverse.mT + affine.mean[:, None].abs())
+    inverse, back = affine.inverse.abs(), affine.undo(held, places).float().abs()
+    products = 2 * (held.shape[-1] + 2) * UNIT * (size @ inverse.mT + affine.means(places).abs())
     return moved @ inverse.mT + products + torch.finfo(held.dtype).eps * back
 
 

@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from xxhash import xxh3_64
 
 from kvcomp.calibration import About, Calibration, LevelOfLayer
+from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Affine
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.fidelity import attend_plainly
@@ -48,6 +49,7 @@ from kvcomp.fit.curves import (
     shifts_of,
 )
 from kvcomp.fit.quality import Quality, Window, mean_kl, values_of
+from kvcomp.fit.rotation import rotations
 from kvcomp.fit.statistics import Statistics, check_rope, compressed_layers, observe
 from kvcomp.fit.windows import (
     EVERY,
@@ -65,7 +67,7 @@ from kvcomp.integrations.transformers.models import check_layer, fingerprint_of,
 from kvcomp.results.journal import Journal
 from kvcomp.spec import KINDS, LEVELS
 
-METHOD = "gradients"  # in the names of cached files: another way makes others
+METHOD = "turning"  # in the names of cached files: another way makes others
 # Steps of a curve, over the root mean square of a tensor in its coordinates.
 FACTORS = (0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
 LABELS = 1  # backward passes a window
@@ -130,6 +132,7 @@ class Calibrator:
         self.drawn = [] if ids is None else draw_windows(ids, settings.windows, settings)
         self.affines: dict[tuple[int, int], Affine] = {}
         self.windows: list[Window] = []
+        self.rotations: dict[int, Rotation] = {}
         self.coordinates: dict[tuple[int, int], Tensor] = {}
         self.reach: dict[tuple[int, int], Tensor] = {}  # of each coordinate, (KV heads, D)
 
@@ -159,6 +162,8 @@ class Calibrator:
     def read(self, transforms: Mapping[tuple[int, int], Affine] | None = None) -> None:
         """Read the windows into caches, and make the transforms unless they are given."""
         statistics, prompt = Statistics(), self.settings.prompt
+        if is_rotary(self.config):
+            self.rotations = rotations(self.model, self.drawn[0][0], self.layers, self.context)
         places = spread(len(self.drawn), self.settings, self.context)
         for done, ((ids, repeats), positions) in enumerate(zip(self.drawn, places, strict=True)):
             self.tell("reading", done, len(self.drawn))
@@ -166,19 +171,23 @@ class Calibrator:
             layers = list(observe(self.model, ids[:, :prompt], self.settings.sinks, statistics, told).layers)
             log_probs = self._predict(layers, ids[:, prompt:], after)
             self.windows.append(Window(layers, ids[:, prompt:], log_probs, repeats, after))
+        self.places = torch.cat(places)[:, self.coded]
         self.affines = dict(self._transforms(statistics) if transforms is None else transforms)
         for (index, kind), affine in self.affines.items():
-            x = torch.cat([values_of(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
-            self.coordinates[index, kind] = affine.apply(x)
+            self.coordinates[index, kind] = affine.apply(self._coded(index, kind), self.places)
             self.reach[index, kind] = MARGIN * self.coordinates[index, kind].abs().amax((0, 2))
 
     def _transforms(self, statistics: Statistics) -> dict[tuple[int, int], Affine]:
         centred = not setting(self.config, "attn_logit_softcapping")  # a soft cap would notice q.mean
-        return {
-            (index, kind): sums.affine(kind == 0, centred or kind == 1)
-            for index, sums in statistics.layers.items()
-            for kind in (0, 1)
-        }
+        found = {}
+        for index, sums in statistics.layers.items():
+            found[index, 0] = sums.of_key(self._coded(index, 0), self.places, self.rotations.get(index), centred)
+            found[index, 1] = sums.of_value()
+        return found
+
+    def _coded(self, index: int, kind: int) -> Tensor:
+        """K or V of a layer's coded tokens, (windows, KV heads, tokens, D)."""
+        return torch.cat([values_of(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
 
     def _told(self, positions: Tensor) -> dict[str, Tensor]:
         """What to tell the model of where tokens stand."""
@@ -270,7 +279,9 @@ class Calibrator:
             window = self.windows[number]
             layers = [copy(layer) for layer in window.layers]
             whole = values_of(layers[index], kind).clone()
-            whole[0, :, self.coded] = affine.undo((self.coordinates[index, kind][number] / step).round() * step)
+            whole[0, :, self.coded] = affine.undo(
+                (self.coordinates[index, kind][number] / step).round() * step, self.places[number]
+            )
             setattr(layers[index], "values" if kind else "keys", whole)
             found = self._predict(layers, window.text[:, :MEASURED], window.positions[:, :MEASURED])
             kls.append(mean_kl(window.log_probs[:MEASURED], found))
@@ -286,7 +297,7 @@ class Calibrator:
         found = {}
         for (index, kind), x in self.coordinates.items():
             step = self.steps_of(index, kind, [steps[index, kind, head] for head in range(x.shape[1])])
-            found[index, kind] = self.affines[index, kind].undo((x / step).round() * step)
+            found[index, kind] = self.affines[index, kind].undo((x / step).round() * step, self.places)
         return found
 
     def rounded(self, method: Kivi, index: int, kind: int) -> Tensor:
@@ -360,18 +371,24 @@ class Calibrator:
                 for index, share in shares.items()
             }
             found[level] = {**about, "layers": prices}
-        return Calibration.build(replace(made.about, levels=found), self._matrices(), of_layers)
+        return Calibration.build(replace(made.about, levels=found), self._matrices(), of_layers, self._turning())
 
     def _matrices(self) -> dict[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
         """A and the mean of K and of V, by layer."""
         k, v = ({i: (x.matrix, x.mean) for (i, of), x in self.affines.items() if of == kind} for kind in (0, 1))
         return {index: (k[index], v[index]) for index in self.layers}
 
+    def _turning(self) -> dict[int, Rotation | None]:
+        """How the mean of K turns, by layer."""
+        return {index: self.affines[index, 0].rotation for index in self.layers}
+
     def _kv(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """A layer's coded K and V, of the windows that bits are counted on."""
+        """A layer's coded K and V, of the windows that bits are counted on, K as it is at the first places."""
         for window in self.windows[::EVERY]:
             k, v = (values_of(window.layers[index], kind)[:, :, self.coded] for kind in (0, 1))
-            yield k, v
+            first = int(window.positions[0, 0]) - self.settings.prompt + self.coded.start
+            turn = self.rotations.get(index)
+            yield (k if turn is None else turn.turned(k, torch.full((k.shape[2],), -first))), v
 
     def _of_layers(self, levels: Levels) -> Layers:
         """Steps and codebooks of every layer."""
@@ -395,4 +412,4 @@ class Calibrator:
                 **asdict(replace(self.settings, context=self.context)),
             },
         )
-        return Calibration.build(about, self._matrices(), of_layers)
+        return Calibration.build(about, self._matrices(), of_layers, self._turning())

@@ -1,7 +1,7 @@
 """What a calibration needs to know of a model's K, V and queries, gathered as text passes through the model.
 
-Sums are kept, not tokens: memory does not grow with the text. K is taken as it enters the cache, so rotary positions of
-any kind are in it, unless their frequencies change with the length of the sequence.
+Of V and the queries sums are kept, not tokens. K is taken as it enters the cache, from the windows that are kept: its
+mean is that before the rotary positions (``rotation``), its covariance what is left without it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from kvcomp.calibration import quantise_matrix
+from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.evaluate.fidelity import attend_plainly
+from kvcomp.fit.rotation import worth_it
 from kvcomp.integrations.transformers.attention import kvcomp_attention
 from kvcomp.integrations.transformers.models import setting
 
@@ -34,9 +36,6 @@ class LayerSums:
 
     tokens: int
     """How many were added."""
-    k: Tensor
-    kk: Tensor
-    """Of k k^T."""
     v: Tensor
     vv: Tensor
     """Of v v^T."""
@@ -45,18 +44,42 @@ class LayerSums:
     output: Tensor
     """W_o^T W_o of the head's part of the output projection, over its group."""
 
-    def moments(self, key: bool, centred: bool = True) -> tuple[Tensor, Tensor]:
-        """Mean (heads, D) and covariance (heads, D, D) of K or V; around 0 unless ``centred``."""
-        first, second = (self.k, self.kk) if key else (self.v, self.vv)
-        mean = first / self.tokens if centred else torch.zeros_like(first)
-        return mean, second / self.tokens - mean[:, :, None] * mean[:, None, :]
+    def of_value(self) -> Affine:
+        """The Karhunen-Loeve transform of V in the metric of the output projection."""
+        mean = self.v / self.tokens
+        return _transform(mean, self.vv / self.tokens - mean[:, :, None] * mean[:, None, :], self.output)
 
-    def affine(self, key: bool, centred: bool) -> Affine:
-        """The Karhunen-Loeve transform of K or V in the metric of the queries or the output projection."""
-        mean, covariance = self.moments(key, centred)
-        metric = self.qq if key else self.output
-        matrix = torch.stack([metric_klt(c, m) for c, m in zip(covariance, metric, strict=True)])
-        return Affine.of(quantise_matrix(matrix), mean)
+    def of_key(self, k: Tensor, places: Tensor, rotation: Rotation | None, centred: bool) -> Affine:
+        """The same of K in the metric of the queries, less its mean, which turns where it is worth it.
+
+        Parameters
+        ----------
+        k
+            (windows, KV heads, tokens, D).
+        places
+            Of the tokens, int64 (windows, tokens).
+        rotation
+            Of the layer, all of it.
+        centred
+            Whether a mean that does not turn may be taken too.
+        """
+        x, kept = k.double(), None
+        if rotation is None:
+            mean = x.mean((0, 2)) * centred
+        else:
+            unturned = rotation.turned(x, -places)
+            mean, second = unturned.mean((0, 2)), unturned.square().mean((0, 2))
+            kept = worth_it(rotation, mean.square(), second - mean.square())
+            turning = 0.0 if kept is None else mean - kept.still(mean)
+            mean = rotation.still(mean) * centred + turning
+        x = x - (mean[:, None] if kept is None else kept.turned(mean, places))
+        flat = x.transpose(0, 1).flatten(1, 2)
+        return _transform(mean, flat.mT @ flat / flat.shape[1], self.qq, kept)
+
+
+def _transform(mean: Tensor, covariance: Tensor, metric: Tensor, rotation: Rotation | None = None) -> Affine:
+    matrix = torch.stack([metric_klt(c, m) for c, m in zip(covariance, metric, strict=True)])
+    return Affine.of(quantise_matrix(matrix), mean, rotation)
 
 
 class Statistics:
@@ -151,14 +174,14 @@ def _add(
         raise InvalidInput(
             f"layer {index} gives keys, values or queries that are not finite: this model cannot be used"
         )
-    new = LayerSums(k.shape[1], k.sum(1), k.mT @ k, v.sum(1), v.mT @ v, q.mT @ q, torch.empty(0))
+    new = LayerSums(k.shape[1], v.sum(1), v.mT @ v, q.mT @ q, torch.empty(0))
     sums = statistics.layers.get(index)
     if sums is None:
         new.output = _output_metric(module, query.shape[0], k.shape[0], k.shape[2])
         statistics.layers[index] = new
         return
     sums.tokens += new.tokens
-    for name in ("k", "kk", "v", "vv", "qq"):
+    for name in ("v", "vv", "qq"):
         setattr(sums, name, getattr(sums, name) + getattr(new, name))
 
 

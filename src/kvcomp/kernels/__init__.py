@@ -117,8 +117,9 @@ class Backend(Protocol):
         scaling: float,
         softcap: float = 0.0,
         threads: int = 1,
+        bias: npt.NDArray[np.float32] | None = None,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """softmax(cap(scaling q.K)) V over sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579).
+        """softmax(cap(scaling (q.K + bias))) V over sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579).
 
         Parameters
         ----------
@@ -134,6 +135,9 @@ class Backend(Protocol):
             cap(x) = softcap tanh(x / softcap); 0 for none.
         threads
             Most threads to use. The result does not depend on it.
+        bias
+            float32 (rows, KV heads, queries of a KV head, tokens or more): what is added to q.K, by the number of the
+            token among its row's, the sinks first.
 
         Returns
         -------

@@ -201,6 +201,7 @@ def attend(
     scaling: float,
     softcap: float = 0.0,
     threads: int = 1,
+    bias: npt.NDArray[np.float32] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Compute ``Backend.attend`` in float64, written as the formula."""
     rows, heads, queries, _ = q.shape
@@ -224,6 +225,8 @@ def attend(
             values = np.concatenate([*v, to_float32(view.tail_v[row, :, tail])], axis=1).astype(np.float64)
             if keys.shape[1]:
                 score = scaling * np.einsum("hd,htd->ht", q[row, :, i].astype(np.float64), keys)
+                if bias is not None:
+                    score += scaling * bias[row, :, i, : keys.shape[1]]
                 if softcap:
                     score = softcap * np.tanh(score / softcap)
                 peak = score.max(axis=1, keepdims=True)

@@ -8,7 +8,8 @@ cache merge exactly. Nothing larger than a block (fused) or a tile is ever decom
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,6 +74,8 @@ def attend_tiled(
             softcap,
             None if mask is None else mask[row],
             store.held_channels[1],
+            None if transform is None else partial(transform.bias, q[row, None]),
+            int(store.starts[row]),
         )
         for row in range(store.batch)
     ]
@@ -92,6 +95,8 @@ def attend_tiles(
     softcap: float,
     mask: Tensor | None = None,
     width: int | None = None,
+    bias: Callable[[int, int], Tensor | None] | None = None,
+    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one sequence's last tokens, tile by tile.
 
@@ -111,6 +116,10 @@ def attend_tiles(
         None for causal, or (heads, queries, tokens).
     width
         head_dim of V; that of q if None.
+    bias
+        ``Transform.bias`` of the queries as the model makes them; None for none.
+    start
+        Position of the token at the place 0.
 
     Returns
     -------
@@ -127,9 +136,13 @@ def attend_tiles(
     for begin, k, v in tiles:
         k, v = k.to(torch.float32), v.to(torch.float32)
         seen = slice(begin, begin + k.shape[1])
+        added = None if bias is None else bias(k.shape[1], begin - start)
+        added = None if added is None else (added * scaling).view(*grouped.shape[:3], -1)
         for first in range(0, queries, TILE_QUERIES):
             part = slice(first, first + TILE_QUERIES)
             score = _matmul(grouped[:, :, part], k.mT)
+            if added is not None:
+                score += added[:, :, part]
             if softcap:
                 score = softcap * torch.tanh(score / softcap)
             position = tokens - queries + first
@@ -189,7 +202,7 @@ def _check(store: Store, q: Tensor, scaling: float, softcap: float, sink_logits:
         check_sink_logits(sink_logits, q)
     if q.device != store.device:
         raise InvalidInput(f"the cache is on {store.device}, the queries are on {q.device}")
-    if softcap and isinstance(store.transform, Transform) and bool(store.transform.key.mean.any()):
+    if softcap and isinstance(store.transform, Transform) and bool(store.transform.key.still.any()):
         raise InvalidInput(
             "this calibration has means of K, which a soft cap does not allow: calibrate this model itself"
         )

@@ -26,6 +26,7 @@ from kvcomp.store.checks import check_crop, check_kv, check_more, check_shape, c
 from kvcomp.store.join import join
 from kvcomp.store.memory import Memory, memory_of
 from kvcomp.store.padding import Padding, padding
+from kvcomp.store.places import bias, place_tail, places
 from kvcomp.store.protocol import Store
 from kvcomp.store.rows import Rows
 from kvcomp.store.seal import seal_row
@@ -137,9 +138,9 @@ class KVStore:
         self._check(k, v)
         if not self.batch:
             self._allocate(k, v)
-        if self.transform is not None:
-            k, v = self.transform.key.apply(k), self.transform.value.apply(v)
         new = k.shape[2]
+        if self.transform is not None:
+            k, v = self.transform.key.apply(k, places(self, self.tokens, new)), self.transform.value.apply(v)
         if self.tokens - self.tail_base + new > self.tail_k.shape[2]:
             self._make_room(k, v)
         else:
@@ -157,6 +158,8 @@ class KVStore:
         moved = new != rows.starts
         if (moved & ((rows.tail_begin > rows.starts) | (new < self.tail_base))).any():
             raise InvalidInput("the padding of a row cannot change once its tokens are compressed")
+        if moved.any():
+            place_tail(self, moved, new)
         rows.starts[moved] = rows.tail_begin[moved] = new[moved]
 
     def seal(self) -> None:
@@ -267,6 +270,7 @@ class KVStore:
             scaling,
             softcap,
             torch.get_num_threads(),
+            bias(self, q),
         )
         result = torch.from_numpy(out).view(*q.shape[:3], -1)
         if self.transform is not None:
@@ -315,7 +319,7 @@ class KVStore:
         sealed.
         """
         padding = np.where(self.rows.tail_begin > self.starts, self.starts, 0).tolist()
-        return read.undone(self.transform, *self.held(), padding)
+        return read.undone(self.transform, *self.held(), padding, places(self, 0, self.tokens))
 
     def held(self) -> tuple[Tensor, Tensor]:
         """The same as it is held: K' and V' where there is a calibration, with padding where there is any."""

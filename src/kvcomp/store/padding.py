@@ -22,11 +22,11 @@ class Widen:
         """As they are held."""
         return held_channels(self.channels)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """(.., channels) -> (.., held)."""
+    def apply(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        """(.., channels) -> (.., held), whatever the places of tokens."""
         return torch.nn.functional.pad(x.detach(), (0, self.held - self.channels))
 
-    def undo(self, x: Tensor) -> Tensor:
+    def undo(self, x: Tensor, places: Tensor | None = None) -> Tensor:
         """Undo ``apply``."""
         return x[..., : self.channels]
 
@@ -41,6 +41,9 @@ class Padding:
     def queries(self, q: Tensor) -> Tensor:
         """q (batch, heads, queries, channels of K) in float32, whose products with the padded K are those with K."""
         return self.key.apply(q).to(torch.float32)
+
+    def bias(self, q: Tensor, tokens: int, first: int = 0) -> None:
+        """Nothing: zeros take nothing from scores."""
 
     def outputs(self, out: Tensor) -> Tensor:
         """sum w V (batch, heads, queries, held channels of V) -> without the zeros."""

@@ -16,6 +16,7 @@ from kvcomp.codec.quantise import error_bound, to_float32
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import KINDS, PAGE_TOKENS, Kind, TensorSpec
 from kvcomp.store.cpu import KVStore
+from kvcomp.store.places import places
 from kvcomp.store.tensors import as_array
 
 
@@ -105,7 +106,9 @@ def error_shares(store: KVStore, k: Tensor, v: Tensor) -> Iterator[tuple[Kind, n
 
 def _held(store: KVStore, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """K and V in the coordinates that the store holds and bounds them in."""
-    return (k, v) if store.transform is None else (store.transform.key.apply(k), store.transform.value.apply(v))
+    if store.transform is None:
+        return k, v
+    return store.transform.key.apply(k, places(store, 0, store.tokens)), store.transform.value.apply(v)
 
 
 def _bound(x: npt.NDArray[Any], y: npt.NDArray[Any], tensor: TensorSpec) -> npt.NDArray[np.float64]:

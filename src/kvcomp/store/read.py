@@ -48,11 +48,15 @@ def in_order(
         yield base + at, tail[0][:, part], tail[1][:, part]
 
 
-def undone(transform: Transform | Padding | None, k: Tensor, v: Tensor, padding: Sequence[int]) -> Pair:
-    """``Store.dense`` of K and V as held. padding: of each row with sealed pages, how many positions it has."""
+def undone(
+    transform: Transform | Padding | None, k: Tensor, v: Tensor, padding: Sequence[int], places: Tensor | None = None
+) -> Pair:
+    """``Store.dense`` of K and V as held. padding: of each row with sealed pages, how many positions it has. places: of
+    the tokens, (rows, tokens).
+    """
     if transform is None:
         return k, v
-    k, v = transform.key.undo(k), transform.value.undo(v)
+    k, v = transform.key.undo(k, places), transform.value.undo(v)
     for row, start in enumerate(padding):
         k[row, :, :start] = v[row, :, :start] = 0
     return k, v

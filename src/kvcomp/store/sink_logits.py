@@ -36,7 +36,8 @@ def take_share(
     scaling
         Factor on q.K.
     transform
-        What K passed before it was held: a calibration takes its mean a from K, and scores lack ``scaling`` q.a.
+        What K passed before it was held: a calibration takes its mean from K, and of that scores lack what does not
+        turn.
 
     Returns
     -------
@@ -44,7 +45,7 @@ def take_share(
         ``out``, float32, times e^lse / (e^lse + e^logit).
     """
     if isinstance(transform, Transform):
-        mean = transform.key.mean.repeat_interleave(q.shape[1] // transform.heads, 0)
+        mean = transform.key.still.repeat_interleave(q.shape[1] // transform.heads, 0)
         lse = lse + scaling * (q.detach().to(torch.float32) * mean[:, None]).sum(-1)
     share = torch.sigmoid(lse - sink_logits.detach().to(torch.float32)[:, None])
     return out.to(torch.float32) * share[..., None]

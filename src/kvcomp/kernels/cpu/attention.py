@@ -190,6 +190,16 @@ def soften_and_weigh(tokens, softcap, s, peak, total, out):
 
 
 @compiled
+def add_bias(bias, step, tokens, s):
+    """Add a bias to the scores; that of a query is ``step`` bytes behind that of the one before."""
+    score = floats_at(s.score, (s.queries, TOKENS))
+    for g in range(s.queries):
+        of_query = floats_at(bias + g * step, tokens)
+        for t in range(tokens):
+            score[g, t] += of_query[t]
+
+
+@compiled
 def score_raw(keys, step, tokens, dtype, s):
     q, score = floats_at(s.q, (s.queries, s.padded)), floats_at(s.score, (s.queries, TOKENS))
     score_raw_keys(q, keys, step, tokens, dtype, floats_at(s.values, (TOKENS, s.key_channels)), score)
@@ -204,9 +214,28 @@ def add_raw(values, step, tokens, dtype, s, out):
 
 @compiled
 def attend_page(
-    page, following, tokens, head, heads, k_unit, v_unit, books, steps, dtype, softcap, s, peak, total, out
+    page,
+    following,
+    tokens,
+    head,
+    heads,
+    k_unit,
+    v_unit,
+    books,
+    steps,
+    dtype,
+    softcap,
+    bias,
+    bias_step,
+    s,
+    peak,
+    total,
+    out,
 ):
-    """Take one step of the online softmax over the first tokens of a page; ``following`` is the next page, or 0."""
+    """Take one step of the online softmax over the first tokens of a page; ``following`` is the next page, or 0.
+
+    bias: address of what is added to the scores of the first query; no more is if 0.
+    """
     value_bytes = 4 if dtype == FLOAT32 else 2
     integers_at(s.seen, s.queries)[:] = tokens
 
@@ -219,6 +248,8 @@ def attend_page(
     else:
         slot = decode_coded(page, block, mode, K, head, heads, k_unit, v_unit, books, steps, s)
         score_coded_keys(k_unit, slot, books, s)
+    if bias:
+        add_bias(bias, bias_step, tokens, s)
 
     soften_and_weigh(tokens, softcap, s, peak, total, out)
 
@@ -235,10 +266,12 @@ def attend_page(
 
 
 @compiled
-def attend_raw(keys, key_step, values, value_step, begin, end, ends, dtype, softcap, s, peak, total, out):
+def attend_raw(
+    keys, key_step, values, value_step, begin, end, ends, dtype, softcap, bias, bias_step, s, peak, total, out
+):
     """Take the raw tokens ``begin`` to ``end``, ``step`` bytes apart, into the online softmax.
 
-    Query g sees those before ends[g].
+    Query g sees those before ends[g]. bias: as for ``attend_page``, from the token ``begin`` on.
     """
     seen = integers_at(s.seen, s.queries)
     for token in range(begin, end, TOKENS):
@@ -246,13 +279,15 @@ def attend_raw(keys, key_step, values, value_step, begin, end, ends, dtype, soft
         for g in range(s.queries):
             seen[g] = max(0, min(tokens, ends[g] - token))
         score_raw(keys + token * key_step, key_step, tokens, dtype, s)
+        if bias:
+            add_bias(bias + 4 * (token - begin), bias_step, tokens, s)
         soften_and_weigh(tokens, softcap, s, peak, total, out)
         add_raw(values + token * value_step, value_step, tokens, dtype, s, out)
 
 
 @compiled(entry=True)
 def attend_tasks(
-    counter, first_part, q, pages, valid, count, units, books, steps, dtype,
+    counter, first_part, q, bias, pages, valid, count, units, books, steps, dtype,
     sinks, sink_strides, sink_count, tail, tail_strides, tail_begin, tail_end,
     scaling, softcap, partial_out, partial_peak, partial_total,
 ):  # fmt: skip
@@ -267,6 +302,9 @@ def attend_tasks(
         by 512 tokens; the sinks come with the first of these.
     q
         float32 (rows, heads, queries, channels of K).
+    bias
+        float32 (rows, heads, queries, tokens): as for ``Backend.attend``, times the factor on q; nothing if there are
+        no tokens.
     pages, valid, count, sink_count, tail_begin
         As in ``CacheView``.
     units, steps, dtype
@@ -294,6 +332,7 @@ def attend_tasks(
     prepare(s)
     scaled, rest = floats_at(s.q, (queries, s.padded)), floats_at(s.rest, queries)
     factor = f32(scaling) if softcap else f32(scaling) * LOG2_E
+    bias_step = i64(4) * bias.shape[3]
     k_unit, v_unit, steps_at = units[0], units[1], row_address(steps, 0)
     row, tables_of = 0, -1
     while True:
@@ -319,6 +358,10 @@ def attend_tasks(
 
         part = number - first_part[row]
         page_parts = (count[row] + PART_PAGES - 1) // PART_PAGES
+        place = i64(sink_count[row])  # of the part's first token among the row's
+        for index in range(min(part * PART_PAGES, count[row])):
+            place += valid[row, index]
+        of_head = address_of(bias) + bias_step * queries * (row * heads + head)
         if part < page_parts:
             last = min((part + 1) * PART_PAGES, count[row])
             for index in range(part * PART_PAGES, last):
@@ -338,11 +381,14 @@ def attend_tasks(
                         steps_at,
                         dtype,
                         softcap,
+                        of_head + 4 * place if bias_step else i64(0),
+                        bias_step,
                         s,
                         peak,
                         total,
                         out,
                     )
+                    place += tokens
         else:
             for source, strides, is_tail in ((sinks, sink_strides, False), (tail, tail_strides, True)):
                 keys = source[0] + row * strides[0, 0] + head * strides[0, 1]
@@ -350,11 +396,26 @@ def attend_tasks(
                 if is_tail:
                     first = tail_begin[row] + (part - page_parts) * PART_TAIL
                     end, ends = min(first + PART_TAIL, tail_end.max()), tail_end
+                    at = of_head + 4 * (place + first - tail_begin[row])
                 else:
                     first, end = i64(0), sink_count[row] if part == page_parts else i64(0)
-                    ends = np.full(queries, end)
+                    ends, at = np.full(queries, end), of_head
                 attend_raw(
-                    keys, strides[0, 2], values, strides[1, 2], first, end, ends, dtype, softcap, s, peak, total, out
+                    keys,
+                    strides[0, 2],
+                    values,
+                    strides[1, 2],
+                    first,
+                    end,
+                    ends,
+                    dtype,
+                    softcap,
+                    at if bias_step else i64(0),
+                    bias_step,
+                    s,
+                    peak,
+                    total,
+                    out,
                 )
         for g in range(queries):
             for c in range(value_channels):

@@ -26,7 +26,7 @@ from kvcomp.kernels.cpu.decompress import decompress_pages
 from kvcomp.kernels.cpu.encode import encode_blocks
 from kvcomp.kernels.cpu.quantise import quantise_blocks, quantise_heads
 from kvcomp.kernels.cpu.raw import write_rows
-from kvcomp.kernels.cpu.softmax import merge
+from kvcomp.kernels.cpu.softmax import LOG2_E, merge
 from kvcomp.kernels.cpu.tables import describe_books
 from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
 
@@ -67,6 +67,7 @@ def attend(
     scaling: float,
     softcap: float = 0.0,
     threads: int = 1,
+    bias: npt.NDArray[np.float32] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Compute ``Backend.attend`` in tasks of some pages of a row and KV head, whose partial results are merged."""
     rows, heads, queries, channels = q.shape
@@ -87,6 +88,7 @@ def attend(
         counter,
         first_part,
         np.ascontiguousarray(q),
+        _scaled(bias, q, scaling, softcap),
         np.ascontiguousarray(view.pages, np.int64),
         np.ascontiguousarray(view.valid, np.int32),
         np.ascontiguousarray(view.count, np.int64),
@@ -248,6 +250,15 @@ def encode_pages(
     )
     total = int(offsets[-1])
     return np.append(buffer[:total], np.zeros(widest, np.uint8)), offsets
+
+
+def _scaled(
+    bias: npt.NDArray[np.float32] | None, q: npt.NDArray[np.float32], scaling: float, softcap: float
+) -> npt.NDArray[np.float32]:
+    """A bias as scores are: scaled, and in powers of two where no cap comes in between."""
+    if bias is None:
+        return np.empty((*q.shape[:3], 0), np.float32)
+    return np.ascontiguousarray(bias * np.float32(scaling if softcap else scaling * LOG2_E))
 
 
 def _steps(steps: Steps, heads: int) -> npt.NDArray[np.float32]:

@@ -1,0 +1,118 @@
+"""Means that turn: what rotary positions (RoPE, arXiv 2104.09864) make of the mean that K has before them.
+
+A model turns pairs of channels of K by w t, for a token at the place t. So the mean m of K before that is R(t) m after
+it, whatever the text. Without it there is less to code, and nothing in the slow pairs that holds for short texts only.
+In exchange scores lack q.R(t) m, which is, for the pair (c, d) of channels,
+
+    (q_c m_c + q_d m_d) cos w t + (q_d m_c - q_c m_d) sin w t
+
+and so a product of 2 numbers a pair, made once of a query, with a table that all layers share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvcomp.errors import InvalidInput
+
+FASTEST = np.pi  # radians a token
+LEAST_ROOM = 1024  # tokens of a table
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Pairs of channels that turn as tokens go on, and how fast."""
+
+    first: tuple[int, ...]
+    """A channel of each pair."""
+    second: tuple[int, ...]
+    """The other one."""
+    speed: tuple[float, ...]
+    """Radians a token."""
+
+    @classmethod
+    def of(cls, pairs: npt.NDArray[np.integer], speed: npt.NDArray[np.floating], channels: int) -> Rotation:
+        """Make one from channels (pairs, 2) and radians a token (pairs,).
+
+        Raises
+        ------
+        InvalidInput
+            If a channel is none of a head's, or in two pairs, or a speed is out of range.
+        """
+        places = pairs.ravel()
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or speed.shape != pairs.shape[:1] or not len(pairs):
+            raise InvalidInput(f"a rotation of channels {pairs.shape} and speeds {speed.shape} turns no pairs")
+        if places.min() < 0 or places.max() >= channels or len(np.unique(places)) < places.size:
+            raise InvalidInput(f"a rotation has channels twice, or others than 0 to {channels - 1}")
+        if not (np.abs(speed) <= FASTEST).all():
+            raise InvalidInput(f"a rotation has speeds beyond {FASTEST:.2f} radians a token")
+        return cls(tuple(pairs[:, 0].tolist()), tuple(pairs[:, 1].tolist()), tuple(map(float, speed)))
+
+    @cached_property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.first), torch.tensor(self.second)
+
+    def still(self, x: Tensor) -> Tensor:
+        """x (.., D) with zeros for the pairs that turn."""
+        first, second = self._both
+        return x.index_fill(-1, torch.cat([first, second]).to(x.device), 0.0)
+
+    def turned(self, x: Tensor, places: Tensor) -> Tensor:
+        """x as it is at each place.
+
+        Parameters
+        ----------
+        x
+            (KV heads, D), or (.., KV heads, tokens, D) with a vector for each token.
+        places
+            int64 (.., tokens), of either sign.
+
+        Returns
+        -------
+        Tensor
+            (.., KV heads, tokens, D) in x's dtype.
+        """
+        first, second = (which.to(x.device) for which in self._both)
+        cos, sin = _at(self.speed, int(places)) if places.numel() == 1 else _cos_sin(self.speed, places.to(x.device))
+        cos, sin = (of.to(x.device, x.dtype)[..., None, :, :] for of in (cos, sin))
+        each = x[:, None] if x.ndim == 2 else x
+        c, d = each[..., first], each[..., second]
+        found = each.expand(*torch.broadcast_shapes(each.shape[:-1], cos.shape[:-1]), each.shape[-1]).clone()
+        found[..., first], found[..., second] = c * cos - d * sin, d * cos + c * sin
+        return found
+
+    def products(self, q: Tensor, mean: Tensor, begin: int, tokens: int) -> Tensor:
+        """q.R(t) m for the places t from ``begin`` on.
+
+        q: float32 (batch, KV heads, queries, D). mean: float32 (KV heads, D).
+        Returns float32 (batch, KV heads, queries, tokens).
+        """
+        first, second = (which.to(q.device) for which in self._both)
+        q_c, q_d, m_c, m_d = q[..., first], q[..., second], mean[:, None, first], mean[:, None, second]
+        both = torch.cat([q_c * m_c + q_d * m_d, q_d * m_c - q_c * m_d], -1)
+        room = max(LEAST_ROOM, 1 << (begin + tokens - 1).bit_length())
+        return both @ _table(self.speed, room, q.device)[:, begin : begin + tokens]
+
+
+def _cos_sin(speed: tuple[float, ...], places: Tensor) -> tuple[Tensor, Tensor]:
+    """cos w t and sin w t, float64 (.., tokens, pairs)."""
+    angle = places[..., None].double() * torch.tensor(speed, dtype=torch.float64, device=places.device)
+    return angle.cos(), angle.sin()
+
+
+@lru_cache(maxsize=64)
+def _at(speed: tuple[float, ...], place: int) -> tuple[Tensor, Tensor]:
+    """The same for one place, which all layers of a step share."""
+    return _cos_sin(speed, torch.tensor([place]))
+
+
+@lru_cache(maxsize=8)
+def _table(speed: tuple[float, ...], tokens: int, device: torch.device) -> Tensor:
+    """cos w t, then sin w t: float32 (2 pairs, tokens)."""
+    return torch.cat(_cos_sin(speed, torch.arange(tokens)), -1).mT.to(device, torch.float32).contiguous()
