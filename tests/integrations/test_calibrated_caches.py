@@ -9,23 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     DynamicCache,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
-    Phi3Config,
     PreTrainedConfig,
     Qwen3Config,
 )
 
 from kvcomp.calibration import Calibration
-from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.errors import InvalidInput
 from kvcomp.fit.calibrate import KIVI_BITS, Calibrator
-from kvcomp.fit.statistics import Statistics, observe
-from kvcomp.fit.windows import Settings, write
+from kvcomp.fit.rotation import rotations
+from kvcomp.fit.statistics import LayerSums
+from kvcomp.fit.windows import Settings
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.results.journal import Journal
 from kvcomp.spec import LEVELS
@@ -69,6 +71,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **{**SMALL, "pad_token_id": 0}, head_dim=16, query_pre_attn_scalar=16, sliding_window=128
     ),
 }  # fmt: skip
+
+
+COHERE = CohereConfig(**SMALL, rope_parameters={**ROPE, "rope_type": "default"})
 
 
 def model_of(config: PreTrainedConfig) -> Any:
@@ -125,104 +130,48 @@ def test_models_of_many_kinds_are_calibrated_and_generate(kind: str, tmp_path: P
     assert change["near-lossless"] <= change["aggressive"]
 
 
-def test_sums_are_those_of_the_tokens() -> None:
-    model = model_of(CONFIGS["llama"])
-    ids = torch.from_numpy(text(300))[None]
-    statistics = Statistics()
-    caches: list[Any] = [observe(model, part, 4, statistics) for part in (ids[:, :150], ids[:, 150:])]
-    whole = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(ids[:, :150], past_key_values=whole)
-    assert torch.equal(caches[0].layers[1].keys, whole.layers[1].keys)
-    for index in range(2):
-        k = torch.cat([cache.layers[index].keys[0, :, 4:] for cache in caches], 1).double()
-        mean, covariance = statistics.layers[index].moments(True)
-        assert statistics.layers[index].tokens == k.shape[1] == 292
-        assert torch.allclose(mean, k.mean(1), atol=1e-9)
-        assert torch.allclose(covariance[1], torch.cov(k[1].T, correction=0), atol=1e-9)
-        weight = model.model.layers[index].self_attn.o_proj.weight.double()
-        expected = weight[:, :32].T @ weight[:, :32]  # the first KV head's group of two heads
-        assert torch.allclose(statistics.layers[index].output[0], expected[:16, :16] + expected[16:, 16:], atol=1e-5)
+@pytest.mark.parametrize("kind", ["llama", "partial rope", "interleaved rope"])
+def test_the_rotation_is_measured_and_the_mean_is_that_before_it(kind: str) -> None:
+    config = COHERE if kind == "interleaved rope" else CONFIGS[kind]
+    model = model_of(config)
+    found = rotations(model, torch.from_numpy(text(64))[None], [0, 1], 2048)
+    channels = 16
+    turning = channels // 4 if kind == "partial rope" else channels
+    speed = 10000.0 ** -(np.arange(0, turning, 2) / turning)
+    for rotation in found.values():
+        assert np.allclose(rotation.speed, speed, atol=1e-6)
+        beside = 1 if kind == "interleaved rope" else turning // 2
+        assert {b - a for a, b in zip(rotation.first, rotation.second, strict=True)} == {beside}
+    places = torch.arange(300)[None]
+    k = torch.randn(1, 2, 300, channels) + 3 * torch.randn(2, 1, channels)
+    sums = LayerSums(1, *(torch.eye(channels, dtype=torch.float64).expand(2, -1, -1),) * 4)
+    affine = sums.of_key(found[0].turned(k, places), places, found[0], True)
+    assert affine.rotation is not None
+    assert torch.allclose(affine.mean, k[0].mean(1), atol=0.3)
+    assert float(affine.apply(found[0].turned(k, places), places).mean((0, 2)).abs().max()) < 0.1
 
 
-def test_an_interrupted_calibration_goes_on_and_gives_the_same(tmp_path: Path) -> None:
-    """Stopped once in every part of it."""
-    model = model_of(CONFIGS["llama"])
-    whole = calibrate(model, tmp_path)
-    places = [
-        ("the model writes", 1),
-        ("reading", 2),
-        ("gradients", 3),
-        ("each layer alone", 3),
-        ("as good as 3 bits", 1),
-    ]
-    for count, (where, when) in enumerate(places):
-        seen = []
-
-        def stop(
-            what: str, done: int, total: int, where: str = where, when: int = when, seen: list[Any] = seen
-        ) -> None:
-            assert 0 <= done < total
-            seen.append((what, done))
-            if (what, done) == (where, when):
-                raise KeyboardInterrupt
-
-        interrupted = calibrator(model, tmp_path, resume=count > 0)
-        interrupted.tell = stop
-        with pytest.raises(KeyboardInterrupt):
-            run(interrupted)
-        assert (("the model writes", 1) in seen) == (count < 2)  # what is done is not done again
-        assert (("gradients", 0) in seen) == (count in (2, 3))
-    again = calibrator(model, tmp_path, resume=True)
-    assert "written" in again.journal
-    assert len([key for key in again.journal.pieces if key.startswith("alone.")]) == len(again.layers) * 2
-    assert run(again).content == whole.content
+def test_what_does_not_turn_has_no_rotation() -> None:
+    keys = torch.randn(2, 64, 16, dtype=torch.float64)
+    with torch.no_grad():
+        assert rotations(Still(keys), torch.from_numpy(text(64))[None], [0], 2048) == {}
+        assert rotations(Still(keys, noise=0.1), torch.from_numpy(text(64))[None], [0], 2048) == {}
 
 
-def test_some_of_the_text_is_written_by_the_model(tmp_path: Path) -> None:
-    model = model_of(CONFIGS["llama"])
-    made = calibrator(model, tmp_path)
-    made.write()
-    assert [repeats for _, repeats in made.drawn] == [False, False, True, True, True]
-    assert all(ids.shape == (1, SETTINGS.length) for ids, _ in made.drawn)
-    first = int(made.drawn[-1][0][0, 0])
-    assert first in text()
-    again = calibrator(model, tmp_path, resume=True)
-    again.write()
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(made.drawn, again.drawn, strict=True))
+class Still:
+    """A model whose K does not depend on places, or in no way that is a rotation."""
 
+    config = CONFIGS["llama"]
 
-@torch.no_grad()
-def test_what_a_model_writes_is_drawn_from_what_it_predicts() -> None:
-    model = model_of(CONFIGS["llama"])
-    model.lm_head.weight.mul_(10)  # so that it expects something
-    written = torch.from_numpy(write(model, text(), 4, 200, lambda *_: None))
-    assert written.shape == (4, 200)
-    logits = model(written).logits[:, :-1].flatten(0, 1)
-    loss = torch.nn.functional.cross_entropy(logits, written[:, 1:].flatten())
-    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
-    assert abs(float(loss - entropy)) < 0.2
-    assert entropy < np.log(64) - 0.5
+    def __init__(self, keys: Tensor, noise: float = 0.0) -> None:
+        self.keys, self.noise = keys, noise
 
+    def set_attn_implementation(self, name: str) -> None:
+        pass
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**SMALL, rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 2.0}),
-        Phi3Config(
-            **{**SMALL, "pad_token_id": 0},
-            original_max_position_embeddings=512,
-            rope_parameters={
-                **ROPE, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
-                "original_max_position_embeddings": 512,
-            },
-        ),
-    ],
-    ids=["dynamic", "longrope"],
-)  # fmt: skip
-def test_frequencies_that_change_with_length_are_refused_by_name(config: PreTrainedConfig, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=r"dynamic|longrope"):
-        calibrator(model_of(config), tmp_path)
+    def __call__(self, ids: Tensor, past_key_values: Any, position_ids: Tensor, logits_to_keep: int) -> None:
+        k = (self.keys + self.noise * position_ids[0, 0] * torch.randn_like(self.keys))[None]
+        past_key_values.update(k, k, 0)
 
 
 def test_windows_stand_all_over_the_positions_and_say_the_same_there(tmp_path: Path) -> None:

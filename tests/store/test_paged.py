@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calibrating import calibrated, like_keys
+from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import value_bound
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
@@ -298,15 +299,20 @@ def test_raw_pages_hold_what_was_written(backend: str) -> None:
     assert torch.equal(v[:, :70], torch.stack(sequence.v, 1))
 
 
+ROTATION = Rotation.of(np.array([[0, 1], [8, 20]]), np.array([0.7, 1e-3]), 32)
+
+
+@pytest.mark.parametrize("rotation", [None, ROTATION])
 @pytest.mark.parametrize("level", ["near-lossless", "aggressive"])
-def test_calibrated_pages_hold_transformed_values(level: str) -> None:
+def test_calibrated_pages_hold_transformed_values(level: str, rotation: Rotation | None) -> None:
     """Attention is that over what the pages decode to, brought back, and this lies within the certificate."""
-    calibration = calibrated()
+    calibration = calibrated(rotation=rotation)
     spec = calibration.spec(level).layer(0, 1)
     books = calibration.layer(0, calibration.spec(level))
     assert books is not None
     engine = Engine(spec, dtype=torch.float32, calibrated=books)
-    exact = like_keys(1, 2, 400, 32, 8)[0], like_keys(1, 2, 400, 32, 9)[0].flip(-1)
+    places, keys = torch.arange(400), like_keys(1, 2, 400, 32, 8)[0]
+    exact = keys if rotation is None else rotation.turned(keys, places), like_keys(1, 2, 400, 32, 9)[0].flip(-1)
     blocks, done = np.array([engine.free.pop(0) for _ in range(7)]), 0
     for new in (100, 200, 1, 63, 1):
         part = slice(done, done + new)
@@ -324,8 +330,8 @@ def test_calibrated_pages_hold_transformed_values(level: str) -> None:
         for x, y, affine, tensor in zip(
             held, exact, (books.transform.key, books.transform.value), (spec.key, spec.value), strict=True
         ):
-            back.append(affine.undo(x))
-            bound = value_bound(x, torch.tensor(tensor.heads), affine)
+            back.append(affine.undo(x, places[:done]))
+            bound = value_bound(x, torch.tensor(tensor.heads), affine, places[:done])
             assert ((back[-1] - y[:, :done]).abs() <= bound).all()
         k, v = (x.double().repeat_interleave(2, 0) for x in (exact if new == done else back))
         k, v = k[:, :done], v[:, :done]

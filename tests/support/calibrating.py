@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.calibration import CLASSES, About, Calibration, LevelOfLayer, quantise_matrix
+from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.fit.codebooks import fit_books
 from kvcomp.kernels import Books, load_backend
@@ -34,23 +35,30 @@ def calibrated(
     model: Mapping[str, Any] | None = None,
     centred: bool = True,
     sample: tuple[Tensor, Tensor] | None = None,
+    rotation: Rotation | None = None,
 ) -> Calibration:
-    """A calibration whose layers are all alike, fitted to ``like_keys``, or to ``sample``, K and V."""
+    """A calibration whose layers are all alike, fitted to ``like_keys``, or to ``sample``, K and V. Under a rotation its
+    keys are turned.
+    """
+    places = torch.arange(1024)
     kv = sample or (like_keys(1, heads, 1024, channels, 1), like_keys(1, heads, 1024, channels, 2).flip(-1))
     affines = []
     for index, x in enumerate(kv):
         mean = x[0].mean(1) if centred or index else torch.zeros(heads, channels)
+        turn = None if index else rotation
         moved = (x[0] - mean[:, None]).double()
+        moved = moved if turn is None else turn.turned(moved, places)
         covariance = moved.mT @ moved / moved.shape[1]
         metric = torch.diag_embed(torch.linspace(0.5, 2, channels, dtype=torch.float64)).expand(heads, -1, -1)
         matrix = torch.stack([metric_klt(c, m) for c, m in zip(covariance, metric, strict=True)])
-        affines.append(Affine.of(quantise_matrix(matrix), mean))
+        affines.append(Affine.of(quantise_matrix(matrix), mean, turn))
     levels: dict[str, LevelOfLayer] = {}
     for level, factor in STEPS.items():
         books: list[Books] = []
         steps = []
         for kind, (affine, x) in enumerate(zip(affines, kv, strict=True)):
-            moved = affine.apply(x)[0]
+            given = x if affine.rotation is None else affine.rotation.turned(x, places)
+            moved = affine.apply(given, places)[0]
             steps.append(tuple(float(s) for s in factor * moved.square().mean((1, 2)).sqrt()))
             coded = load_backend("cpu").quantise(moved.numpy(), "head", steps[-1])
             books.append(fit_books(coded.codes.reshape(-1, 64, CLASSES, channels // CLASSES), kind))
@@ -58,4 +66,5 @@ def calibrated(
     key, value = affines
     parts = (key.matrix, key.mean), (value.matrix, value.mean)
     about = About(model or {"model_type": "none"}, layers, {level: {"kl": 0.0} for level in levels}, {"text": "none"})
-    return Calibration.build(about, dict.fromkeys(range(layers), parts), dict.fromkeys(range(layers), levels))
+    of_layers = (dict.fromkeys(range(layers), of_layer) for of_layer in (parts, levels, rotation))
+    return Calibration.build(about, *of_layers)

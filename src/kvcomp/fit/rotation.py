@@ -84,7 +84,9 @@ def _rotation(here: Tensor, there: list[Tensor], offsets: list[int], context: in
             speed += np.angle(np.exp(1j * (angle - speed * offset))) / offset
             turned = before * torch.from_numpy(np.exp(1j * speed * offset))
             rest = (after - turned).abs().square().sum((0, 1)) / size
-        if bool((rest < LARGEST_REST).all()):
+        others = np.setdiff1d(np.arange(channels), pairs)
+        moved = (there[-1] - here)[..., others].square().sum() > LARGEST_REST * here[..., others].square().sum()
+        if bool((rest < LARGEST_REST).all()) and not moved:
             moving = np.abs(speed) * context >= LEAST_TURN
             return Rotation.of(pairs[moving], speed[moving], channels) if moving.any() else None
     return None

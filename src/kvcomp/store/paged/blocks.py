@@ -40,6 +40,8 @@ class Step:
     """(tokens,) the block of each token of the step."""
     offset: Ints
     """(tokens,) its place there."""
+    position: Ints
+    """(tokens,) its place in its sequence."""
     decoding: Ints
     """(rows,) the tokens that are the only one of their sequence in this step."""
     table: Ints
@@ -109,6 +111,7 @@ class Blocks:
             fresh=fresh,
             block=block,
             offset=offset,
+            position=position,
             decoding=begins[decoding],
             table=np.where(valid > 0, table[decoding, : column.size], 0),
             valid=valid.astype(np.int32),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +102,8 @@ class PagedLayer:
     def write(self, step: Step, k: Tensor, v: Tensor) -> None:
         """Put the tokens of a step into raw pages; k, v: (tokens, KV heads, head_dim)."""
         if self.transform is not None:
-            k, v = _applied(self.transform.key, k), _applied(self.transform.value, v)
+            places = torch.from_numpy(step.position)
+            k, v = _applied(self.transform.key, k, places), _applied(self.transform.value, v, places)
         self.free(step.fresh)
         brief = set(step.seals.tolist())  # raw until the end of the step: they take no room from what stays
         for block in step.fresh.tolist():
@@ -181,15 +183,23 @@ class PagedLayer:
             scaling,
             softcap,
             torch.get_num_threads(),
+            self._bias(q[:, :, None], step.table.shape[1] * PAGE_TOKENS),
         )
         result = torch.from_numpy(out).view(rows, heads, 1, channels)
         return (result if self.transform is None else self.transform.outputs(result))[:, :, 0]
+
+    def _bias(self, q: Tensor, tokens: int) -> npt.NDArray[np.float32] | None:
+        """``Transform.bias`` of queries (rows, heads, 1, head_dim), as kernels take it."""
+        found = None if self.transform is None else self.transform.bias(q, tokens)
+        return None if found is None else found.view(len(q), self.shape.heads, -1, tokens).numpy()
 
     def _prefill(self, prefill: Prefill, q: Tensor, scaling: float, softcap: float) -> Tensor:
         queries = q.transpose(0, 1)[None]
         inner = queries.to(torch.float32) if self.transform is None else self.transform.queries(queries)
         tiles = self._tiles(prefill)
-        out = attend_tiles(tiles, self.shape.heads, prefill.tokens, inner[0], scaling, softcap)[0][None]
+        bias = None if self.transform is None else partial(self.transform.bias, queries)
+        heads = self.shape.heads
+        out = attend_tiles(tiles, heads, prefill.tokens, inner[0], scaling, softcap, bias=bias)[0][None]
         return (out if self.transform is None else self.transform.outputs(out))[0].transpose(0, 1)
 
     def _tiles(self, prefill: Prefill) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -226,9 +236,9 @@ class PagedLayer:
             self._arena.give(address - self._base)
 
 
-def _applied(affine: Affine, x: Tensor) -> Tensor:
+def _applied(affine: Affine, x: Tensor, places: Tensor) -> Tensor:
     """``Affine.apply`` on (tokens, KV heads, head_dim)."""
-    return affine.apply(x.transpose(0, 1)).transpose(0, 1)
+    return affine.apply(x.transpose(0, 1), places).transpose(0, 1)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
