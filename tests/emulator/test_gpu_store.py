@@ -4,10 +4,13 @@ sequence's life.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from emulator import COMPILER, Emulator
+from kvcomp.calibration.rotary import Rotation
+from kvcomp.calibration.transform import Affine, Transform
 from kvcomp.errors import LimitExceeded
 from kvcomp.kernels.reference import page_bytes
 from kvcomp.spec import CodecSpec, TensorSpec
@@ -139,3 +142,27 @@ def test_other_units(units: tuple[str, str]) -> None:
     pair.append(1, seal=False)
     pair.check()
     pair.check_pages()
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_means_that_turn_are_those_of_the_cpu(queries: int) -> None:
+    """No fused kernel knows them: attention goes tile by tile."""
+    pair = Pair(SPEC, 2)
+    rotation = Rotation.of(np.array([[0, 32], [3, 7]]), np.array([0.5, 1e-3]), CHANNELS)
+    matrix = torch.randn((HEADS, CHANNELS, CHANNELS), generator=pair.random) / 8
+    mean = torch.randn((HEADS, CHANNELS), generator=pair.random)
+    transform = Transform(Affine.of(matrix, mean, rotation), Affine.of(matrix, mean))
+    pair.gpu = GPUStore(SPEC, transform=transform, launcher=lambda device: pair.on)
+    pair.cpu = KVStore(SPEC, "reference", transform=transform)
+    pair.append(150, seal=False)
+    for store in (pair.gpu, pair.cpu):
+        store.set_starts([0, 9])
+        store.seal()
+    pair.append(70)
+    pair.append(queries)
+    pair.check_pages()
+    for mine, theirs in zip(pair.gpu.dense(), pair.cpu.dense(), strict=True):
+        assert torch.equal(mine, theirs)
+    q = torch.randn((2, HEADS * GROUP, queries, CHANNELS), generator=pair.random)
+    out, expected = attend(pair.gpu, q, 0.125), attend(pair.cpu, q, 0.125)
+    assert (out - expected).abs().max() < TOLERANCE * expected.abs().max()

@@ -37,8 +37,9 @@ def calibrated(
     sample: tuple[Tensor, Tensor] | None = None,
     rotation: Rotation | None = None,
 ) -> Calibration:
-    """A calibration whose layers are all alike, fitted to ``like_keys``, or to ``sample``, K and V. Under a rotation its
-    keys are turned.
+    """A calibration whose layers are all alike, fitted to ``like_keys`` or ``sample``, K and V.
+
+    rotation: how the keys are turned.
     """
     places = torch.arange(1024)
     kv = sample or (like_keys(1, heads, 1024, channels, 1), like_keys(1, heads, 1024, channels, 2).flip(-1))

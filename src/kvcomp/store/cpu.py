@@ -158,8 +158,7 @@ class KVStore:
         moved = new != rows.starts
         if (moved & ((rows.tail_begin > rows.starts) | (new < self.tail_base))).any():
             raise InvalidInput("the padding of a row cannot change once its tokens are compressed")
-        if moved.any():
-            place_tail(self, moved, new)
+        place_tail(self, self.tail_k, self.tail_base, new)
         rows.starts[moved] = rows.tail_begin[moved] = new[moved]
 
     def seal(self) -> None:

@@ -12,25 +12,35 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvcomp.calibration.transform import Transform
+
 if TYPE_CHECKING:
     from kvcomp.store.cpu import KVStore
+    from kvcomp.store.gpu.store import GPUStore
 
 
-def places(store: KVStore, first: int, count: int) -> Tensor | None:
+def turns(store: KVStore | GPUStore) -> bool:
+    """Whether a mean of the store's calibration turns."""
+    return isinstance(store.transform, Transform) and store.transform.key.rotation is not None
+
+
+def places(store: KVStore | GPUStore, first: int, count: int) -> Tensor | None:
     """Places of ``count`` positions from ``first`` on, int64 (rows, count); None where they do not matter."""
-    if store.calibrated is None or store.calibrated.key.rotation is None:
+    if not turns(store):
         return None
-    return torch.arange(first, first + count) - torch.from_numpy(store.starts)[:, None]
+    starts = torch.from_numpy(store.starts).to(store.device)
+    return torch.arange(first, first + count, device=store.device) - starts[:, None]
 
 
-def place_tail(store: KVStore, rows: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64]) -> None:
-    """Give K of these rows, which lie in the tail alone, the places that it has with other starts."""
-    held = store.tokens - store.tail_base
-    old = places(store, store.tail_base, held)
-    if old is not None and store.calibrated is not None:
-        k, key, chosen = store.tail_k[:, :, :held], store.calibrated.key, torch.from_numpy(rows)
-        new = old + torch.from_numpy(store.starts - starts)[:, None]
-        k[chosen] = key.apply(key.undo(k[chosen], old[chosen]), new[chosen])
+def place_tail(store: KVStore | GPUStore, k: Tensor, base: int, starts: npt.NDArray[np.int64]) -> None:
+    """Give K of the tail, (rows, KV heads, tokens, D) from the position ``base`` on, the places of other starts."""
+    held = store.tokens - base
+    old = places(store, base, held)
+    moved = torch.from_numpy(np.flatnonzero(starts != store.starts)).to(store.device)
+    if old is not None and isinstance(store.transform, Transform) and moved.numel():
+        new = old + torch.from_numpy(store.starts - starts).to(store.device)[:, None]
+        key = store.transform.key
+        k[moved, :, :held] = key.apply(key.undo(k[moved, :, :held], old[moved]), new[moved])
 
 
 def bias(store: KVStore, q: Tensor) -> npt.NDArray[np.float32] | None:

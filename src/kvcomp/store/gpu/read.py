@@ -14,6 +14,7 @@ from kvcomp.kernels.cuda import launch
 from kvcomp.kernels.cuda.layout import BFLOAT16_128, AttendArguments, DecompressArguments
 from kvcomp.spec import PAGE_TOKENS
 from kvcomp.store.memory import Memory
+from kvcomp.store.places import places
 from kvcomp.store.read import in_order, undone
 from kvcomp.store.sink_logits import take_share
 from kvcomp.store.tensors import NAMES
@@ -101,7 +102,7 @@ def tiles(store: GPUStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
 def dense(store: GPUStore) -> tuple[Tensor, Tensor]:
     """``Store.dense``."""
     padding = [row.start if row.tail_begin > row.start else 0 for row in store.rows]
-    return undone(store.transform, *held(store), padding)
+    return undone(store.transform, *held(store), padding, places(store, 0, store.tokens))
 
 
 def held(store: GPUStore) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,8 @@ from kvcomp.store.gpu.rows import Row, Table
 from kvcomp.store.gpu.sealing import Sealing
 from kvcomp.store.gpu.tail import Tail
 from kvcomp.store.memory import Memory
+from kvcomp.store.places import place_tail, turns
+from kvcomp.store.places import places as token_places
 from kvcomp.store.tail import grown_room, steady_room
 from kvcomp.store.training import default_book
 
@@ -144,7 +146,8 @@ class GPUStore:
                 if new:
                     self.allocate(k)
                 if self.transform is not None:
-                    k, v = self.transform.key.apply(k), self.transform.value.apply(v)
+                    places = token_places(self, self.tokens, k.shape[2])
+                    k, v = self.transform.key.apply(k, places), self.transform.value.apply(v)
             self.prepare(k.shape[2])
         except (BackendUnavailable, LimitExceeded):
             self.batch = 0 if new else self.batch
@@ -171,6 +174,7 @@ class GPUStore:
         for row, start in zip(self.rows, starts, strict=True):
             if start != row.start and (row.tail_begin > row.start or start < self.tail.base):
                 raise InvalidInput("the padding of a row cannot change once its tokens are compressed")
+        place_tail(self, self.tail.k, self.tail.base, np.asarray(starts, np.int64))
         for row, start in zip(self.rows, starts, strict=True):
             if start != row.start:
                 row.start = row.tail_begin = int(start)
@@ -292,9 +296,9 @@ class GPUStore:
 
     def can_attend(self, queries: int) -> bool:
         """Whether all of the last ``queries`` tokens lie in the tail, as ``attend`` needs: a crop may leave some in
-        pages.
+        pages. The kernel knows no means of K that turn.
         """
-        return queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
+        return not turns(self) and queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
 
     def attend(self, q: Tensor, scaling: float, softcap: float = 0.0, sink_logits: Tensor | None = None) -> Tensor:
         """Fused attention of the last tokens, decoding the sealed pages; q: (batch, heads, queries, head_dim)."""
