@@ -71,11 +71,12 @@ METHOD = "turning"  # in the names of cached files: another way makes others
 # Steps of a curve, over the root mean square of a tensor in its coordinates.
 FACTORS = (0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
 LABELS = 1  # backward passes a window
-MEASURED = 64  # tokens after a prompt that are predicted with one layer coded alone
+MEASURED = 16  # tokens after a prompt that are predicted with one layer coded alone
+TRUST = 0.75  # power of what that gives over what gradients say: it is noisy, and too little is worse than too much
 WITHIN = 100.0  # a measured KL this many times the predicted one, or less than that part of it, is taken for noise
 PIECES = 8  # the model writes a window in so many pieces, side by side
 KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))
-MEASUREMENTS = 5  # most for a level
+MEASUREMENTS = 6  # most for a level
 MARGIN = 1.25  # other text reaches farther than the windows do
 
 Levels = Mapping[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]]  # steps, and what was measured
@@ -237,7 +238,7 @@ class Calibrator:
             alone = partial(self._alone, index, kind, [steps[tensor] for tensor in heads])
             share = self.journal.piece(f"alone.{index}.{kind}", alone) / predicted(heads, steps)
             for tensor, curve in heads.items():
-                kl = np.maximum(curve.kl * np.clip(share, 1 / WITHIN, WITHIN), UNSEEN_KL)
+                kl = np.maximum(curve.kl * np.clip(share, 1 / WITHIN, WITHIN) ** TRUST, UNSEEN_KL)
                 found[tensor] = Curve(curve.steps, curve.bits, kl)
         return found
 
@@ -272,16 +273,15 @@ class Calibrator:
 
     @torch.no_grad()
     def _alone(self, index: int, kind: int, steps: Sequence[float]) -> float:
-        """KL with the K or V of one layer coded alone, mean of a window that goes on and one that repeats."""
-        affine, kls = self.affines[index, kind], []
-        step = self.steps_of(index, kind, steps)
-        for number in (0, [window.repeats for window in self.windows].index(True)):
-            window = self.windows[number]
+        """KL with the K or V of one layer coded alone, mean of all windows: few tokens of each, as windows differ more
+        than tokens do.
+        """
+        affine, step, kls = self.affines[index, kind], self.steps_of(index, kind, steps), []
+        coded = affine.undo((self.coordinates[index, kind] / step).round() * step, self.places)
+        for number, window in enumerate(self.windows):
             layers = [copy(layer) for layer in window.layers]
             whole = values_of(layers[index], kind).clone()
-            whole[0, :, self.coded] = affine.undo(
-                (self.coordinates[index, kind][number] / step).round() * step, self.places[number]
-            )
+            whole[0, :, self.coded] = coded[number]
             setattr(layers[index], "values" if kind else "keys", whole)
             found = self._predict(layers, window.text[:, :MEASURED], window.positions[:, :MEASURED])
             kls.append(mean_kl(window.log_probs[:MEASURED], found))
