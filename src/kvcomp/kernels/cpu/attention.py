@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvcomp.codec.block import MAX_CHANNELS
-from kvcomp.codec.dtypes import CHANNEL, FLOAT32, HEAD, RAW
+from kvcomp.codec.dtypes import CHANNEL, FIXED, FLOAT32, HEAD, RAW
 from kvcomp.kernels.cpu.bits import (
     FAST,
     address_of,
@@ -30,10 +30,12 @@ from kvcomp.kernels.cpu.decode import (
     K,
     V,
 )
+from kvcomp.kernels.cpu.fixed import multiply, turn_keys, turn_weights
 from kvcomp.kernels.cpu.page import (
     TOKENS,
     block_at,
     code_masks,
+    fixed_width,
     prefetch_block,
     prefetch_token_scales,
     table_places,
@@ -43,11 +45,12 @@ from kvcomp.kernels.cpu.scratch import (
     FACTORS,
     KEY_SLOTS,
     SLOTS,
-    decode_coded,
     lay_out,
     prepare,
     run_of_form,
     take_books,
+    take_pairs,
+    take_scales,
 )
 from kvcomp.kernels.cpu.softmax import LOG2_E, LOWEST, soften, weigh
 
@@ -77,15 +80,13 @@ def score_coded_keys(unit, slot, books, s):
             q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
             score[g] = fold(q, s.scale, s.zero, units, s.key_channels, of_a, of_b)
     else:
-        place = min(slot, i64(2))
-        key_a, key_b = s.key_a + place * s.queries * pitch, s.key_b + place * s.queries * pitch
-        ready, q_sum = integers_at(s.key_ready, KEY_SLOTS), floats_at(s.q_sum, s.queries)
-        bias = floats_at(s.key_bias, (KEY_SLOTS, s.queries))[place]
-        if not ready[place]:
-            ready[place] = 1
+        key_a, key_b = s.key_a + slot * s.queries * pitch, s.key_b + slot * s.queries * pitch
+        ready = integers_at(s.key_ready, KEY_SLOTS)
+        bias = floats_at(s.key_bias, (KEY_SLOTS, s.queries))[slot]
+        if not ready[slot]:
+            ready[slot] = 1
             for g in range(s.queries):
                 q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
-                q_sum[g] = fold(q, s.ones, s.ones, units, s.key_channels, of_a, of_b)
                 bias[g] = fold(q, s.ones, s.first + 4 * MAX_CHANNELS * slot, units, s.key_channels, of_a, of_b)
         for g in range(s.queries):
             score[g] = bias[g]
@@ -110,9 +111,59 @@ def score_coded_keys(unit, slot, books, s):
                 step,
             )
     if unit != CHANNEL:
-        sums = floats_at(s.q_sum, s.queries)
+        scale_scores(s)
+
+
+@compiled
+def scale_scores(s):
+    """Apply scales and zeros of tokens to the scores of bare codes."""
+    sums = floats_at(s.q_sum, s.queries)
+    for g in range(s.queries):
+        rescale(s.score + 4 * g * TOKENS, s.scale, s.zero, sums[g], TOKENS)
+
+
+@compiled
+def score_fixed_keys(codes, unit, width, s):
+    """Score as ``score_coded_keys`` does, from codes of a fixed width at an address."""
+    score, pitch, turned = floats_at(s.score, (s.queries, TOKENS)), 4 * s.padded, s.q_turned
+    score[:] = f32(0)
+    if unit == CHANNEL:
+        turned = s.turned
         for g in range(s.queries):
-            rescale(s.score + g * step, s.scale, s.zero, sums[g], TOKENS)
+            q = s.q + g * pitch
+            score[g] = turn_keys(q, s.scale, s.zero, s.key_channels // 4, turned + g * pitch)
+    multiply(codes, K, s.key_channels, width, turned, pitch, s.queries, s.values, s.score, 4 * TOKENS)
+    if unit != CHANNEL:
+        scale_scores(s)
+
+
+@compiled
+def add_fixed_values(codes, unit, width, s, out):
+    """Add what ``add_coded_values`` adds, from codes of a fixed width at an address."""
+    step, pitch, to = 4 * s.value_channels, 4 * s.padded, s.part if unit == CHANNEL else out
+    rest, zero = floats_at(s.rest, s.queries), floats_at(s.zero, s.value_channels)
+    part = floats_at(s.part, (s.queries, s.value_channels))
+    for g in range(s.queries):
+        weights, turned = s.score + 4 * g * TOKENS, s.turned + g * pitch
+        if unit == CHANNEL:
+            total = turn_weights(weights, s.ones, s.ones, turned)
+            for c in range(s.value_channels):
+                part[g, c] = total * zero[c]
+        else:
+            rest[g] += turn_weights(weights, s.scale, s.zero, turned)
+    multiply(codes, V, s.value_channels, width, s.turned, pitch, s.queries, s.values, to, step)
+    if unit == CHANNEL:
+        add_part(s, out)
+
+
+@compiled
+def add_part(s, out):
+    """Add sums of bare codes, times the scales of the channels."""
+    part, sums = floats_at(s.part, (s.queries, s.value_channels)), floats_at(out, (s.queries, s.value_channels))
+    scale = floats_at(s.scale, s.value_channels)
+    for g in range(s.queries):
+        for c in range(s.value_channels):
+            sums[g, c] += part[g, c] * scale[c]
 
 
 @compiled(fastmath=FAST)
@@ -122,12 +173,8 @@ def add_coded_values(unit, slot, books, s, out):
     What every channel gets goes to ``rest``.
     """
     pitch, rows, step = i64(4 * FACTORS), TOKENS // 2, 4 * s.value_channels
-    rest, zero, scale = (
-        floats_at(s.rest, s.queries),
-        floats_at(s.zero, s.value_channels),
-        floats_at(s.scale, s.value_channels),
-    )
-    part, sums = floats_at(s.part, (s.queries, s.value_channels)), floats_at(out, (s.queries, s.value_channels))
+    rest, zero = floats_at(s.rest, s.queries), floats_at(s.zero, s.value_channels)
+    part = floats_at(s.part, (s.queries, s.value_channels))
     first = s.first + 4 * MAX_CHANNELS * slot
     from_zero = integers_at(s.form, SLOTS)[slot] == 1
     to, scales, zeros = out, s.scale, s.zero
@@ -176,9 +223,7 @@ def add_coded_values(unit, slot, books, s, out):
             step,
         )
     if unit == CHANNEL:
-        for g in range(s.queries):
-            for c in range(s.value_channels):
-                sums[g, c] += part[g, c] * scale[c]
+        add_part(s, out)
 
 
 @compiled
@@ -217,8 +262,11 @@ def attend_page(
     if mode == RAW:
         score_raw(block, s.key_channels * value_bytes, tokens, dtype, s)
     else:
-        slot = decode_coded(page, block, mode, K, head, heads, k_unit, v_unit, books, steps, s)
-        score_coded_keys(k_unit, slot, books, s)
+        codes = take_scales(page, block, mode, K, head, heads, k_unit, v_unit, steps, s)
+        if mode >= FIXED:
+            score_fixed_keys(codes, k_unit, fixed_width(mode), s)
+        else:
+            score_coded_keys(k_unit, take_pairs(codes, mode, K, k_unit, books, s), books, s)
 
     soften_and_weigh(tokens, softcap, s, peak, total, out)
 
@@ -230,8 +278,11 @@ def attend_page(
     if mode == RAW:
         add_raw(block, s.value_channels * value_bytes, tokens, dtype, s, out)
     else:
-        slot = decode_coded(page, block, mode, V, head, heads, k_unit, v_unit, books, steps, s)
-        add_coded_values(v_unit, slot, books, s, out)
+        codes = take_scales(page, block, mode, V, head, heads, k_unit, v_unit, steps, s)
+        if mode >= FIXED:
+            add_fixed_values(codes, v_unit, fixed_width(mode), s, out)
+        else:
+            add_coded_values(v_unit, take_pairs(codes, mode, V, v_unit, books, s), books, s, out)
 
 
 @compiled
@@ -292,7 +343,7 @@ def attend_tasks(
     memory = np.empty(lay_out(i64(0), queries, channels, value_channels, table_bytes).end + 64, np.uint8)
     s = lay_out(address_of(memory), queries, channels, value_channels, table_bytes)
     prepare(s)
-    scaled, rest = floats_at(s.q, (queries, s.padded)), floats_at(s.rest, queries)
+    scaled, q_sum, rest = floats_at(s.q, (queries, s.padded)), floats_at(s.q_sum, queries), floats_at(s.rest, queries)
     factor = f32(scaling) if softcap else f32(scaling) * LOG2_E
     k_unit, v_unit, steps_at = units[0], units[1], row_address(steps, 0)
     row, tables_of = 0, -1
@@ -310,6 +361,8 @@ def attend_tasks(
         for g in range(queries):
             for c in range(channels):
                 scaled[g, c] = q[row, head, g, c] * factor
+            q_of, turned = s.q + 4 * g * s.padded, s.q_turned + 4 * g * s.padded
+            q_sum[g] = turn_keys(q_of, s.ones, s.ones, channels // 4, turned)
         integers_at(s.key_ready, KEY_SLOTS)[:] = 0
         sums = partial_out[number, head]
         sums[:], rest[:] = f32(0), f32(0)

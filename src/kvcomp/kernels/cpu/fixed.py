@@ -1,0 +1,271 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
+"""Blocks of a fixed width: bit fields -> floats -> products, all in the order in which the words lie.
+
+The words of one row and half of a block (docs/format.md, section 4) hold 32 codes at the same bits, one of each stream:
+lanes [g : 8][j : 4]. Of K, g is a token and j a quarter of the channels. Of V, g is a channel and j one of four tokens.
+A *run* of positions stays with eight tokens of K (D/4 positions) or eight channels of V (16 positions), so products
+are sums of whole registers, and only a run's total is summed over j. Addresses are int64, as everywhere here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import types
+from numba.core import cgutils
+
+from kvcomp.codec.block import STREAMS
+from kvcomp.kernels.cpu.bits import (
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    at,
+    compiled,
+    emitted,
+    integers,
+    integers_at,
+    sum_of_lanes,
+    vector,
+)
+from kvcomp.kernels.cpu.decode import V, stream_offset
+from kvcomp.spec import PAGE_TOKENS as TOKENS
+
+HALF = STREAMS // 2  # streams of a half, which a row of codes is of
+GROUPS, PARTS = 8, 4  # values of g and j
+PIECE = 16  # positions that are unpacked together: those of a run of V
+ROW_WORDS, ROW_FLOATS = 4 * STREAMS, 4 * HALF  # bytes of a row of words, and of a row of unpacked codes
+FLOATS = vector(F32)
+import os
+
+MOST = int(os.environ.get("MOST", "2"))
+WIDE_REGISTERS = bool(get_host_cpu_features().get("avx512f"))
+
+
+def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    """``unpack_piece(words, width, late, out)``: the codes at 16 positions, as float32 [position][lane].
+
+    words: the first row that has any of them. late: whether they begin in the middle of its words.
+    """
+    words, width, late, out = args
+    done, nothing = builder.append_basic_block("done"), builder.append_basic_block("nothing")
+    chosen = builder.switch(builder.add(builder.shl(width, I64(1)), late), nothing)
+    for bits in range(1, 9):
+        for is_late in range(1 + bits % 2):
+            case = builder.append_basic_block(f"unpack_{bits}_{is_late}")
+            chosen.add_case(I64(2 * bits + is_late), case)
+            builder.position_at_end(case)
+            _unpack_width(builder, bits, PIECE * is_late, words, out)
+            builder.branch(done)
+    builder.position_at_end(nothing)
+    builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _unpack_width(builder: ir.IRBuilder, bits: int, first: int, words: ir.Value, out: ir.Value) -> None:
+    """The codes of one width from a bit of the first row on."""
+    with cgutils.for_range_slice(builder, I64(0), I64(ROW_FLOATS), I64(4 * LANES), I64) as (lanes, _):
+        row, column = (builder.add(x, lanes) for x in (words, out))
+        rows = [
+            builder.load(at(builder, row, ROW_WORDS * i), align=4, typ=vector(I32))
+            for i in range((first + PIECE * bits + 31) // 32)
+        ]
+        for position in range(PIECE):
+            index, begin = divmod(first + position * bits, 32)
+            code = builder.lshr(rows[index], integers(I32, [begin] * LANES)) if begin else rows[index]
+            if begin + bits > 32:
+                code = builder.or_(code, builder.shl(rows[index + 1], integers(I32, [32 - begin] * LANES)))
+            if begin + bits != 32:
+                code = builder.and_(code, integers(I32, [(1 << bits) - 1] * LANES))
+            builder.store(builder.sitofp(code, FLOATS), at(builder, column, ROW_FLOATS * position), align=4)
+
+
+unpack_piece = emitted(types.void, [types.int64] * 4, _unpack)
+
+
+@compiled
+def unpack(words, width, positions, out):
+    """Unpack the codes of the streams of one half to float32 [position][lane]; ``positions`` is a multiple of 16."""
+    for first in range(0, positions, PIECE):
+        bit = first * width
+        unpack_piece(words + ROW_WORDS * (bit >> 5), width, (bit & 31) >> 4, out + ROW_FLOATS * first)
+
+
+def _run(queries: int) -> Any:
+    """``run(codes, positions, factors, factor_bytes, out, out_bytes)``: one run for so many queries.
+
+    out[query, g] += sum over positions r and parts j of factors[query, r, j] * codes[r, g, j]
+
+    A sum takes two registers of 16 lanes. There are several of each, where there is room: an addition waits for the
+    one before.
+    """
+    registers = 2 if WIDE_REGISTERS else 4
+    copies = max(1, 8 // (queries * registers))
+
+    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+        codes, positions, factors, factor_bytes, out, out_bytes = args
+        nothing = ir.Constant(FLOATS, [0.0] * LANES)
+        sums = {
+            (query, half, copy): cgutils.alloca_once_value(builder, nothing)
+            for query in range(queries)
+            for half in range(2)
+            for copy in range(copies)
+        }
+        with cgutils.for_range_slice(builder, I64(0), positions, I64(4), I64) as (first, _):
+            row = builder.add(codes, builder.mul(first, I64(ROW_FLOATS)))
+            of_row = builder.add(factors, builder.mul(first, I64(4 * PARTS)))
+            for i in range(4):
+                values = [
+                    builder.load(at(builder, row, ROW_FLOATS * i + 4 * LANES * half), align=4, typ=FLOATS)
+                    for half in range(2)
+                ]
+                for query in range(queries):
+                    place = builder.add(of_row, builder.mul(factor_bytes, I64(query)))
+                    parts = builder.load(at(builder, place, 4 * PARTS * i), align=4, typ=vector(F32, PARTS))
+                    repeated = builder.shuffle_vector(parts, parts, integers(I32, [*range(PARTS)] * (LANES // PARTS)))
+                    for half in range(2):
+                        place = sums[query, half, i % copies]
+                        product = builder.fmul(values[half], repeated, flags=("contract",))
+                        so_far = builder.load(place, typ=FLOATS)
+                        builder.store(builder.fadd(so_far, product, flags=("contract",)), place)
+        for query in range(queries):
+            halves = []
+            for half in range(2):
+                total = builder.load(sums[query, half, 0], typ=FLOATS)
+                for copy in range(1, copies):
+                    total = builder.fadd(total, builder.load(sums[query, half, copy], typ=FLOATS))
+                halves.append(total)
+            place = at(builder, builder.add(out, builder.mul(out_bytes, I64(query))))
+            so_far = builder.load(place, align=4, typ=vector(F32, GROUPS))
+            builder.store(builder.fadd(so_far, _sum_of_parts(builder, *halves)), place, align=4)
+
+    return emitted(types.void, [types.int64] * 6, emit)
+
+
+def _sum_of_parts(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
+    """[g : 8][j : 4] in two vectors -> [g : 8]; four lanes stay together until the end, which is what is cheap."""
+
+    def neighbours(x: ir.Value, y: ir.Value, lanes: int) -> ir.Value:
+        """In each four lanes two sums of neighbours of x, then two of y."""
+        of = [
+            [base + odd + shift for base in range(0, lanes, 4) for shift in (0, 2, lanes, lanes + 2)] for odd in (0, 1)
+        ]
+        return builder.fadd(*(builder.shuffle_vector(x, y, integers(I32, chosen)) for chosen in of))
+
+    pairs = neighbours(first, second, LANES)
+    low, high = (builder.shuffle_vector(pairs, pairs, integers(I32, range(begin, begin + 8))) for begin in (0, 8))
+    sums = neighbours(low, high, 8)  # of g = 0, 4, 2, 6, 1, 5, 3, 7
+    return builder.shuffle_vector(sums, sums, integers(I32, [0, 4, 2, 6, 1, 5, 3, 7]))
+
+
+_run_4, _run_3, _run_2, _run_1 = _run(4), _run(3), _run(2), _run(1)
+
+
+@compiled
+def multiply(codes, kind, channels, width, factors, factor_bytes, queries, unpacked, out, out_bytes):
+    """Add products of a block's codes to ``out``: float32 [query, token] for K, [query, channel] for V.
+
+    factors: float32 [query, position of a run, j], as ``turn_keys`` and ``turn_weights`` give them.
+    unpacked: scratch, float32 [channels, 32].
+    """
+    run = PIECE if kind == V else channels // 4
+    for s in range(2):
+        unpack(codes + 4 * HALF * s, width, channels, unpacked)
+        for number in range(channels // run):
+            place, values = out + 4 * GROUPS * (s * (channels // run) + number), unpacked + ROW_FLOATS * run * number
+            query = 0
+            while query < queries:
+                of, to, left = factors + query * factor_bytes, place + query * out_bytes, queries - query
+                if MOST >= 4 and left >= 4:
+                    _run_4(values, run, of, factor_bytes, to, out_bytes)
+                    query += 4
+                elif MOST >= 3 and left >= 3:
+                    _run_3(values, run, of, factor_bytes, to, out_bytes)
+                    query += 3
+                elif left >= 2:
+                    _run_2(values, run, of, factor_bytes, to, out_bytes)
+                    query += 2
+                else:
+                    _run_1(values, run, of, factor_bytes, to, out_bytes)
+                    query += 1
+
+def _turn_keys(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
+    q, scale, zero, quarter, out = args
+    four, step = vector(F32, PARTS), builder.shl(quarter, I64(2))
+    total = cgutils.alloca_once_value(builder, ir.Constant(four, [0.0] * PARTS))
+    with cgutils.for_range_slice(builder, I64(0), step, I64(4 * PARTS), I64) as (first, _):
+        turned = []
+        for j in range(PARTS):
+            offset = builder.add(first, builder.mul(step, I64(j)))
+            x, s, z = (builder.load(at(builder, builder.add(place, offset)), align=4, typ=four) for place in args[:3])
+            x = builder.fmul(x, s)
+            part = builder.fmul(x, z, flags=("contract",))
+            builder.store(builder.fadd(builder.load(total, typ=four), part, flags=("contract",)), total)
+            turned.append(x)
+        low, high = (builder.shuffle_vector(*turned[j : j + 2], integers(I32, range(8))) for j in (0, 2))
+        order = [PARTS * j + channel for channel in range(PARTS) for j in range(PARTS)]
+        place = at(builder, builder.add(out, builder.shl(first, I64(2))))
+        builder.store(builder.shuffle_vector(low, high, integers(I32, order)), place, align=4)
+    return sum_of_lanes(builder, builder.load(total, typ=four))
+
+
+# turn_keys(q, scale, zero, quarter, out): x = q * scale, of four quarters of the channels, as the factors of K's runs,
+# [channel of a quarter][quarter]. Returns the sum of x * zero.
+turn_keys = emitted(types.float32, [types.int64] * 5, _turn_keys)
+
+
+def _turn_weights(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
+    weights, scale, zero, out = args
+    total: ir.Value = ir.Constant(FLOATS, [0.0] * LANES)
+    order = [8 * block + 2 * j + odd for block in range(LANES // 8) for odd in range(2) for j in range(PARTS)]
+    for offset in range(0, 4 * TOKENS, 4 * LANES):
+        x, s, z = (builder.load(at(builder, place, offset), align=4, typ=FLOATS) for place in (weights, scale, zero))
+        x = builder.fmul(x, s)
+        total = builder.fadd(total, builder.fmul(x, z, flags=("contract",)), flags=("contract",))
+        builder.store(builder.shuffle_vector(x, x, integers(I32, order)), at(builder, out, offset), align=4)
+    return sum_of_lanes(builder, total)
+
+
+# turn_weights(weights, scale, zero, out): x = weights * scale, of 64 tokens, as the factors of V's runs,
+# [position][one of four tokens]. Returns the sum of x * zero.
+turn_weights = emitted(types.float32, [types.int64] * 4, _turn_weights)
+
+
+def _pair(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    unpacked, out, step = args
+    a, b = (
+        [
+            builder.trunc(
+                builder.fptosi(
+                    builder.load(at(builder, unpacked, ROW_FLOATS * second + 4 * LANES * half), align=4, typ=FLOATS),
+                    vector(I32),
+                ),
+                vector(I16),
+            )
+            for half in range(2)
+        ]
+        for second in range(2)
+    )
+    pairs = [builder.or_(x, builder.shl(y, integers(I16, [8] * LANES))) for x, y in zip(a, b, strict=True)]
+    for j in range(PARTS):
+        streams = integers(I32, [PARTS * g + j for g in range(GROUPS)])
+        run = builder.shuffle_vector(*pairs, streams)
+        builder.store(run, at(builder, builder.add(out, builder.mul(step, I64(j)))), align=2)
+
+
+_pair_up = emitted(types.void, [types.int64] * 3, _pair)
+
+
+@compiled
+def decode_fixed(codes, kind, channels, width, offsets, unpacked, out):
+    """Decode codes of a fixed width to wide pairs, address to address; ``unpacked`` is scratch as in ``multiply``."""
+    step, place_of = stream_offset(kind, channels, 0, 1), integers_at(offsets, channels // 2)
+    for s in range(2):
+        unpack(codes + 4 * HALF * s, width, channels, unpacked)
+        for pair in range(channels // 2):
+            target = out + stream_offset(kind, channels, s, 0) + place_of[pair]
+            _pair_up(unpacked + 2 * ROW_FLOATS * pair, target, step)
