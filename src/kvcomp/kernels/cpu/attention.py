@@ -30,7 +30,7 @@ from kvcomp.kernels.cpu.decode import (
     K,
     V,
 )
-from kvcomp.kernels.cpu.fixed import multiply, turn_keys, turn_weights
+from kvcomp.kernels.cpu.fixed import multiply, scale_keys, turn, turn_weights
 from kvcomp.kernels.cpu.page import (
     TOKENS,
     block_at,
@@ -129,9 +129,11 @@ def score_fixed_keys(codes, unit, width, s):
     score[:] = f32(0)
     if unit == CHANNEL:
         turned = s.turned
+        turn(s.scale, s.key_channels // 4, s.turned_scale)
+        turn(s.zero, s.key_channels // 4, s.turned_zero)
         for g in range(s.queries):
-            q = s.q + g * pitch
-            score[g] = turn_keys(q, s.scale, s.zero, s.key_channels // 4, turned + g * pitch)
+            q = s.q_turned + g * pitch
+            score[g] = scale_keys(q, s.turned_scale, s.turned_zero, s.key_channels, turned + g * pitch)
     multiply(codes, K, s.key_channels, width, turned, pitch, s.queries, s.values, s.score, 4 * TOKENS)
     if unit != CHANNEL:
         scale_scores(s)
@@ -361,8 +363,8 @@ def attend_tasks(
         for g in range(queries):
             for c in range(channels):
                 scaled[g, c] = q[row, head, g, c] * factor
-            q_of, turned = s.q + 4 * g * s.padded, s.q_turned + 4 * g * s.padded
-            q_sum[g] = turn_keys(q_of, s.ones, s.ones, channels // 4, turned)
+            q_sum[g] = scaled[g].sum()
+            turn(s.q + 4 * g * s.padded, channels // 4, s.q_turned + 4 * g * s.padded)
         integers_at(s.key_ready, KEY_SLOTS)[:] = 0
         sums = partial_out[number, head]
         sums[:], rest[:] = f32(0), f32(0)

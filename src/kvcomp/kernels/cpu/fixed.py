@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import types
@@ -20,6 +21,7 @@ from numba.core import cgutils
 from kvcomp.codec.block import STREAMS
 from kvcomp.kernels.cpu.bits import (
     F32,
+    FAST,
     I16,
     I32,
     I64,
@@ -27,6 +29,7 @@ from kvcomp.kernels.cpu.bits import (
     at,
     compiled,
     emitted,
+    floats_at,
     integers,
     integers_at,
     sum_of_lanes,
@@ -40,6 +43,7 @@ GROUPS, PARTS = 8, 4  # values of g and j
 PIECE = 16  # positions that are unpacked together: those of a run of V
 ROW_WORDS, ROW_FLOATS = 4 * STREAMS, 4 * HALF  # bytes of a row of words, and of a row of unpacked codes
 FLOATS = vector(F32)
+f32 = np.float32
 import os
 
 MOST = int(os.environ.get("MOST", "2"))
@@ -88,11 +92,11 @@ unpack_piece = emitted(types.void, [types.int64] * 4, _unpack)
 
 
 @compiled
-def unpack(words, width, positions, out):
-    """Unpack the codes of the streams of one half to float32 [position][lane]; ``positions`` is a multiple of 16."""
-    for first in range(0, positions, PIECE):
-        bit = first * width
-        unpack_piece(words + ROW_WORDS * (bit >> 5), width, (bit & 31) >> 4, out + ROW_FLOATS * first)
+def unpack(words, width, first, last, out):
+    """Unpack codes of the streams of one half to float32 [position][lane]; both positions are multiples of 16."""
+    for position in range(first, last, PIECE):
+        bit = position * width
+        unpack_piece(words + ROW_WORDS * (bit >> 5), width, (bit & 31) >> 4, out + ROW_FLOATS * (position - first))
 
 
 def _run(queries: int) -> Any:
@@ -100,8 +104,8 @@ def _run(queries: int) -> Any:
 
     out[query, g] += sum over positions r and parts j of factors[query, r, j] * codes[r, g, j]
 
-    A sum takes two registers of 16 lanes. There are several of each, where there is room: an addition waits for the
-    one before.
+    A sum takes two vectors, and there are several of each where registers allow: an addition waits for the one before.
+    Two queries are as many as 16 registers hold. Four on AVX-512 would save loads, which are not what limits.
     """
     registers = 2 if WIDE_REGISTERS else 4
     copies = max(1, 8 // (queries * registers))
@@ -162,60 +166,61 @@ def _sum_of_parts(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> i
     return builder.shuffle_vector(sums, sums, integers(I32, [0, 4, 2, 6, 1, 5, 3, 7]))
 
 
-_run_4, _run_3, _run_2, _run_1 = _run(4), _run(3), _run(2), _run(1)
+_run_2, _run_1 = _run(2), _run(1)
+
+
+@compiled
+def multiply_run(codes, positions, factors, factor_bytes, queries, out, out_bytes):
+    """``_run`` for any number of queries."""
+    for query in range(0, queries - 1, 2):
+        of, to = factors + query * factor_bytes, out + query * out_bytes
+        _run_2(codes, positions, of, factor_bytes, to, out_bytes)
+    if queries & 1:
+        of, to = factors + (queries - 1) * factor_bytes, out + (queries - 1) * out_bytes
+        _run_1(codes, positions, of, factor_bytes, to, out_bytes)
 
 
 @compiled
 def multiply(codes, kind, channels, width, factors, factor_bytes, queries, unpacked, out, out_bytes):
     """Add products of a block's codes to ``out``: float32 [query, token] for K, [query, channel] for V.
 
-    factors: float32 [query, position of a run, j], as ``turn_keys`` and ``turn_weights`` give them.
+    factors: float32 [query, position of a run, j], as ``turn`` and ``turn_weights`` give them.
     unpacked: scratch, float32 [channels, 32].
     """
-    run = PIECE if kind == V else channels // 4
+    run = PIECE if kind == V else channels // PARTS
+    some = channels if run % PIECE else run  # positions at a time: few stay in the nearest cache
     for s in range(2):
-        unpack(codes + 4 * HALF * s, width, channels, unpacked)
-        for number in range(channels // run):
-            place, values = out + 4 * GROUPS * (s * (channels // run) + number), unpacked + ROW_FLOATS * run * number
-            query = 0
-            while query < queries:
-                of, to, left = factors + query * factor_bytes, place + query * out_bytes, queries - query
-                if MOST >= 4 and left >= 4:
-                    _run_4(values, run, of, factor_bytes, to, out_bytes)
-                    query += 4
-                elif MOST >= 3 and left >= 3:
-                    _run_3(values, run, of, factor_bytes, to, out_bytes)
-                    query += 3
-                elif left >= 2:
-                    _run_2(values, run, of, factor_bytes, to, out_bytes)
-                    query += 2
-                else:
-                    _run_1(values, run, of, factor_bytes, to, out_bytes)
-                    query += 1
+        for first in range(0, channels, some):
+            unpack(codes + 4 * HALF * s, width, first, first + some, unpacked)
+            for begin in range(0, some, run):
+                place = out + 4 * GROUPS * ((s * channels + first + begin) // run)
+                multiply_run(unpacked + ROW_FLOATS * begin, run, factors, factor_bytes, queries, place, out_bytes)
 
-def _turn_keys(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-    q, scale, zero, quarter, out = args
-    four, step = vector(F32, PARTS), builder.shl(quarter, I64(2))
-    total = cgutils.alloca_once_value(builder, ir.Constant(four, [0.0] * PARTS))
+
+def _turn(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    source, quarter, out = args
+    step = builder.shl(quarter, I64(2))
     with cgutils.for_range_slice(builder, I64(0), step, I64(4 * PARTS), I64) as (first, _):
-        turned = []
-        for j in range(PARTS):
-            offset = builder.add(first, builder.mul(step, I64(j)))
-            x, s, z = (builder.load(at(builder, builder.add(place, offset)), align=4, typ=four) for place in args[:3])
-            x = builder.fmul(x, s)
-            part = builder.fmul(x, z, flags=("contract",))
-            builder.store(builder.fadd(builder.load(total, typ=four), part, flags=("contract",)), total)
-            turned.append(x)
-        low, high = (builder.shuffle_vector(*turned[j : j + 2], integers(I32, range(8))) for j in (0, 2))
+        places = [builder.add(source, builder.add(first, builder.mul(step, I64(j)))) for j in range(PARTS)]
+        rows = [builder.load(at(builder, place), align=4, typ=vector(F32, PARTS)) for place in places]
+        low, high = (builder.shuffle_vector(*rows[j : j + 2], integers(I32, range(8))) for j in (0, 2))
         order = [PARTS * j + channel for channel in range(PARTS) for j in range(PARTS)]
         place = at(builder, builder.add(out, builder.shl(first, I64(2))))
         builder.store(builder.shuffle_vector(low, high, integers(I32, order)), place, align=4)
-    return sum_of_lanes(builder, builder.load(total, typ=four))
 
 
-# turn_keys(q, scale, zero, quarter, out): x = q * scale, of four quarters of the channels, as the factors of K's runs,
-# [channel of a quarter][quarter]. Returns the sum of x * zero.
-turn_keys = emitted(types.float32, [types.int64] * 5, _turn_keys)
+turn = emitted(types.void, [types.int64] * 3, _turn)  # [quarter][channel of it], floats, to the order of K's factors
+
+
+@compiled(fastmath=FAST)
+def scale_keys(q, scale, zero, channels, out):
+    """x = q * scale, all in the order of the factors. Returns the sum of x * zero."""
+    source, scales, zeros = floats_at(q, channels), floats_at(scale, channels), floats_at(zero, channels)
+    scaled, total = floats_at(out, channels), f32(0)
+    for c in range(channels):
+        scaled[c] = source[c] * scales[c]
+        total += scaled[c] * zeros[c]
+    return total
 
 
 def _turn_weights(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
@@ -265,7 +270,7 @@ def decode_fixed(codes, kind, channels, width, offsets, unpacked, out):
     """Decode codes of a fixed width to wide pairs, address to address; ``unpacked`` is scratch as in ``multiply``."""
     step, place_of = stream_offset(kind, channels, 0, 1), integers_at(offsets, channels // 2)
     for s in range(2):
-        unpack(codes + 4 * HALF * s, width, channels, unpacked)
+        unpack(codes + 4 * HALF * s, width, 0, channels, unpacked)
         for pair in range(channels // 2):
             target = out + stream_offset(kind, channels, s, 0) + place_of[pair]
             _pair_up(unpacked + 2 * ROW_FLOATS * pair, target, step)

@@ -61,6 +61,8 @@ class Scratch(NamedTuple):
     q_sum: int  # [queries]
     q_turned: int  # [queries, padded]: the same as factors of fixed-width K, where no channel has its own scale
     turned: int  # [queries, padded]: those for a block
+    turned_scale: int  # [padded]: scale and zero of K's channels, in the same order
+    turned_zero: int
     key_a: int  # [slots of K, queries, FACTORS]: q for the first code of each pair, where no channel has its own scale
     key_b: int  # and for the second
     key_bias: int  # [slots of K, queries]: what the first codes of the classes add to every score
@@ -100,7 +102,9 @@ def lay_out(base, queries, key_channels, value_channels, table_bytes):
     q_sum = q + 4 * queries * padded
     q_turned = q_sum + 4 * ((queries + 15) & ~15)
     turned = q_turned + 4 * queries * padded
-    key_a = turned + 4 * queries * padded
+    turned_scale = turned + 4 * queries * padded
+    turned_zero = turned_scale + 4 * padded
+    key_a = turned_zero + 4 * padded
     key_b = key_a + 4 * KEY_SLOTS * queries * FACTORS
     key_bias = key_b + 4 * KEY_SLOTS * queries * FACTORS
     key_ready = key_bias + 4 * KEY_SLOTS * ((queries + 15) & ~15)
@@ -128,9 +132,9 @@ def lay_out(base, queries, key_channels, value_channels, table_bytes):
     tables = built + line
     end = tables + table_bytes
     return Scratch(
-        queries, key_channels, value_channels, padded, q, q_sum, q_turned, turned, key_a, key_b, key_bias, key_ready,
-        of_a, of_b, score, part, rest, seen, scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, low, streams,
-        offsets, begin, built, tables, end,
+        queries, key_channels, value_channels, padded, q, q_sum, q_turned, turned, turned_scale, turned_zero,
+        key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen, scale, zero, ones, unit, narrow_unit,
+        wide_unit, first, form, values, pairs, low, streams, offsets, begin, built, tables, end,
     )  # fmt: skip
 
 
