@@ -246,7 +246,7 @@ def restore(kind, pairs, by_channel, scale, zero, turned, channels, values):
 def decompress_pages(pages, units, books, steps, heads, channels, dtype, out, strides):
     """Decode the pages at these addresses to K and V at the two addresses ``out``, (heads, 64*pages, channels of each).
 
-    units, channels: int64 (2,). books: (4, columns), as ``describe_books`` gives them. steps: float32 (2, heads), for
+    units, channels: int64 (2,). books: int64 (4,), as ``book_addresses`` gives them. steps: float32 (2, heads), for
     the unit ``head``. dtype: its number. strides: int64 (2, 3), those of K and V in bytes.
     """
     size = 4 if dtype == FLOAT32 else 2

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 
@@ -26,6 +25,7 @@ from kvcomp.kernels.cpu.bits import (
     I32,
     I64,
     LANES,
+    OF_VECTOR,
     at,
     compiled,
     emitted,
@@ -47,7 +47,6 @@ f32 = np.float32
 import os
 
 MOST = int(os.environ.get("MOST", "2"))
-WIDE_REGISTERS = bool(get_host_cpu_features().get("avx512f"))
 
 
 def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
@@ -107,8 +106,7 @@ def _run(queries: int) -> Any:
     A sum takes two vectors, and there are several of each where registers allow: an addition waits for the one before.
     Two queries are as many as 16 registers hold. Four on AVX-512 would save loads, which are not what limits.
     """
-    registers = 2 if WIDE_REGISTERS else 4
-    copies = max(1, 8 // (queries * registers))
+    copies = max(1, 8 // (2 * queries * OF_VECTOR))
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
         codes, positions, factors, factor_bytes, out, out_bytes = args

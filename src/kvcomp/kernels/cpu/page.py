@@ -97,8 +97,10 @@ def prefetch_token_scales(page, heads, k_unit, v_unit):
 
 @compiled
 def book_at(books, slot):
-    """Description of one of a row's four books (K default, K own, V default, V own), which lie at an address."""
-    return integers_at(books + 8 * COLUMNS * slot, COLUMNS)
+    """Description of one of a row's four books (K default, K own, V default, V own): ``books`` is the address of
+    theirs.
+    """
+    return integers_at(integers_at(books, 4)[slot], COLUMNS)
 
 
 @compiled
