@@ -66,7 +66,7 @@ class _Prepared(NamedTuple):
     all_pages: int
     pages: Array
     valid: Array
-    count: Array
+    page_count: Array
     units: Array
     books: Array
     steps: Array
@@ -118,7 +118,7 @@ def attend(
     value_channels = view.channels[1]
     tail_end = np.ascontiguousarray(tail_end, np.int64)
     first_part = np.empty(rows + 1, np.int64)
-    parts = plan_parts(prepared.count, prepared.tail_begin, tail_end, first_part)
+    parts = plan_parts(prepared.page_count, prepared.tail_begin, tail_end, first_part)
     partial = np.empty((parts, heads, queries, value_channels), np.float32)
     peak, total = np.empty((parts, heads, queries), np.float32), np.empty((parts, heads, queries), np.float32)
     out, lse = np.empty((*q.shape[:3], value_channels), np.float32), np.empty(q.shape[:3], np.float32)

@@ -44,9 +44,6 @@ PIECE = 16  # positions that are unpacked together: those of a run of V
 ROW_WORDS, ROW_FLOATS = 4 * STREAMS, 4 * HALF  # bytes of a row of words, and of a row of unpacked codes
 FLOATS = vector(F32)
 f32 = np.float32
-import os
-
-MOST = int(os.environ.get("MOST", "2"))
 
 
 def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
