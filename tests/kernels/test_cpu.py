@@ -12,6 +12,7 @@ import pytest
 import attention_cases
 from attention_cases import NUMPY, Cache, Case, make_raw, relative_error, steps_of, values_like
 from kvcomp.codec import codebook
+from kvcomp.codec.page import fixed_mode
 from kvcomp.codec.quantise import round_to
 from kvcomp.errors import InvalidInput
 from kvcomp.kernels import Books, Steps, reference
@@ -43,6 +44,12 @@ def scales_for(units: tuple[Unit, Unit], scales: tuple[float, float]) -> tuple[f
     """Scales of a case, larger where they are of the heads: so that these have about as many codes."""
     key, value = (1.5 * scale if unit == "head" else scale for unit, scale in zip(units, scales, strict=True))
     return key, value
+
+
+def modes_of(address: int, heads: int) -> list[int]:
+    """Modes of the blocks of a page."""
+    words = np.frombuffer(reference.page_bytes(address, heads)[: 8 * heads], "<u4")
+    return (words & 15).tolist()
 
 
 def build(
@@ -136,6 +143,34 @@ def test_attend_precision(scales: tuple[float, float], coding: tuple[Coding, Cod
             assert_attends(
                 build(64, 3, (2,), units, scales=scales, coding=coding, own=own, value="float32", classes=classes)
             )
+
+
+@pytest.mark.parametrize("channels", [16, 48, 80, 128, 288])
+@pytest.mark.parametrize("width", range(1, 9))
+def test_every_fixed_width(channels: int, width: int) -> None:
+    """Codes that straddle words, rows that end in the middle of one, runs of K that begin there."""
+    rng = np.random.default_rng(width)
+    least, most = -(1 << (width - 1)), (1 << (width - 1)) - 1
+    k, v = (rounded(rng.integers(least, most + 1, (2, 128, channels)), "float32") for _ in "KV")
+    steps: Steps = ((1.0, 0.75), (0.5, 1.25))
+    k, v = (
+        x * np.array(of_kind, np.float32)[:, None, None] for x, of_kind in zip((k, v), steps, strict=True) if of_kind
+    )
+    quantised = [reference.quantise(x, "head", scale) for x, scale in zip((k, v), steps, strict=True) if scale]
+    units: tuple[Unit, Unit] = ("head", "head")
+    nothing: Books = (None, None)
+    pages, offsets = cpu.encode_pages(k, v, *quantised, ("fixed",) * 2, units, nothing, nothing)
+    addresses = pages.ctypes.data + offsets[:-1]
+    modes = {mode for page in addresses.tolist() for mode in modes_of(page, 2)}
+    assert modes == {fixed_mode(width)}
+    out_k, out_v = np.zeros_like(k), np.zeros_like(v)
+    cpu.decompress(addresses, units, nothing, nothing, out_k, out_v, steps)
+    np.testing.assert_array_equal(out_k, k)
+    np.testing.assert_array_equal(out_v, v)
+    cache = build(channels, 1 + width % 3, (2,), units, tail=20, value="float32")
+    cache.view.pages[0, :2] = addresses
+    view = replace(cache.view, books=[(nothing, nothing)], steps=steps)
+    assert_attends(replace(cache, view=view, scaling=channels**-0.5 / (1 << width), owners=[pages]))
 
 
 @pytest.mark.parametrize("channels", [16, 64, 80, 128, 192, 512])
@@ -234,7 +269,8 @@ def test_attend_rows_are_independent() -> None:
     cache = build(64, 4, (19, 0, 2), partial=37)
     together, lse = cache.attend(cpu, 2)
     for row in range(3):
-        fields = {name: x[row : row + 1] for name, x in vars(cache.view).items() if name not in ("units", "steps")}
+        shared = "units", "steps", "derived"
+        fields = {name: x[row : row + 1] for name, x in vars(cache.view).items() if name not in shared}
         view = replace(cache.view, **fields)
         out, one_lse = cpu.attend(cache.q[row : row + 1], view, cache.tail_end, cache.scaling)
         np.testing.assert_array_equal(out[0], together[row])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ NO_STEPS: Steps = (None, None)
 
 @dataclass(frozen=True)
 class CacheView:
-    """The rows of a batch, in memory that the caller keeps alive.
+    """The rows of a batch, in memory that the caller keeps alive. Once read, only values of the tail change.
 
     Values are float32, float16, or bfloat16 as its bits in uint16: one dtype in pages, sinks and tail.
     """
@@ -36,7 +36,7 @@ class CacheView:
     books: Sequence[tuple[Books, Books]]
     """For each row the codebooks of K and V."""
     sinks_k: Array
-    """(rows, KV heads, sinks, channels of K)."""
+    """(rows, KV heads, sinks, channels of K); of this and the next three the channels of a token lie side by side."""
     sinks_v: Array
     """(rows, KV heads, sinks, channels of V)."""
     sink_count: npt.NDArray[np.int64]
@@ -49,6 +49,8 @@ class CacheView:
     """(rows,) the first token of the tail that counts."""
     steps: Steps = NO_STEPS
     """Steps of the KV heads, for K and V, where the unit is ``head``."""
+    derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What a backend makes of the view once, under its name."""
 
     @property
     def channels(self) -> tuple[int, int]:

@@ -32,7 +32,6 @@ from kvcomp.store.rows import Rows
 from kvcomp.store.seal import seal_row
 from kvcomp.store.sink_logits import take_share
 from kvcomp.store.tail import grown_room, steady_room
-from kvcomp.store.tensors import as_array
 from kvcomp.store.training import check_books, default_book
 
 # torch's threads do not survive a fork, and the child would wait for them: it computes on one, as DataLoader's do.
@@ -95,6 +94,7 @@ class KVStore:
         self.tokens = self.batch = self.heads = self.channels = self.value_channels = self.tail_base = 0
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.rows = Rows.empty(0)
+        self._view: CacheView | None = None  # forgotten by whatever changes rows or buffers
 
     def of(
         self,
@@ -160,11 +160,13 @@ class KVStore:
             raise InvalidInput("the padding of a row cannot change once its tokens are compressed")
         place_tail(self, self.tail_k, self.tail_base, new)
         rows.starts[moved] = rows.tail_begin[moved] = new[moved]
+        self._view = None
 
     def seal(self) -> None:
         """Compress every whole page of tokens beyond the window. What is sealed never changes."""
         sealed = [seal_row(self, row) for row in range(self.batch)]
         if any(sealed):
+            self._view = None
             self._trim_tail()
 
     def step(self) -> None:
@@ -178,7 +180,7 @@ class KVStore:
         check_crop(tokens, self.tokens)
         self.rows.crop(tokens)
         self.tokens = tokens
-        self.tail_base = min(self.tail_base, tokens)
+        self.tail_base, self._view = min(self.tail_base, tokens), None
 
     @torch.inference_mode(False)
     def select(self, rows: Tensor | Sequence[int]) -> None:
@@ -190,7 +192,7 @@ class KVStore:
         self.tail_k, self.tail_v, self.sinks_k, self.sinks_v = (
             x.index_select(0, chosen) for x in (self.tail_k, self.tail_v, self.sinks_k, self.sinks_v)
         )
-        self.rows, self.batch = self.rows.select(index), index.size
+        self.rows, self.batch, self._view = self.rows.select(index), index.size, None
 
     def join(self, others: Sequence[Self], tokens: int | None = None) -> Self:
         """One batch of these rows and those of others (``kvcomp.store.join``)."""
@@ -265,7 +267,7 @@ class KVStore:
         out, lse = self.kernels.attend(
             inner.reshape(self.batch, self.heads, group * queries, -1).contiguous().numpy(),
             self.view(),
-            np.tile(np.arange(at - queries + 1, at + 1), group),
+            at - queries + 1 + np.arange(group * queries) % queries,
             scaling,
             softcap,
             torch.get_num_threads(),
@@ -288,22 +290,10 @@ class KVStore:
         return max(1, begin + self.spec.window + PAGE_TOKENS - self.tokens)
 
     def view(self) -> CacheView:
-        """What attention kernels read."""
-        rows = self.rows
-        return CacheView(
-            pages=rows.pages,
-            valid=rows.valid,
-            count=rows.count,
-            units=self.units,
-            books=[self.books(row) for row in range(self.batch)],
-            sinks_k=as_array(self.sinks_k),
-            sinks_v=as_array(self.sinks_v),
-            sink_count=rows.sink_count,
-            tail_k=as_array(self.tail_k),
-            tail_v=as_array(self.tail_v),
-            tail_begin=rows.tail_begin - self.tail_base,
-            steps=self.steps,
-        )
+        """What attention kernels read; the same view until rows or buffers change."""
+        if self._view is None:
+            self._view = read.view(self)
+        return self._view
 
     def tiles(self, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """A row's tokens in order: position of the first, and K and V as held, (KV heads, tokens, head_dim) each."""
@@ -358,6 +348,7 @@ class KVStore:
         self.held_channels = channels if padded is None else (padded.key.held, padded.value.held)
         self.layout = Layout(heads, self.held_channels, self.units, dtype.itemsize)
         self.sinks_k, self.sinks_v = self._empty(self.spec.sinks)
+        self._view = None
 
     def _empty(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Room for K and V of so many tokens."""
@@ -399,4 +390,4 @@ class KVStore:
         old = self.tail_k, self.tail_v
         self.tail_k, self.tail_v = self._empty(room)
         self.tail_k[:, :, :kept], self.tail_v[:, :, :kept] = (x[:, :, first:last] for x in old)
-        self.tail_base = base
+        self.tail_base, self._view = base, None

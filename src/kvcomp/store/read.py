@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.calibration.transform import Transform
+from kvcomp.kernels import CacheView
 from kvcomp.spec import PAGE_TOKENS
 from kvcomp.store.padding import Padding
 from kvcomp.store.tail import TILE_PAGES
@@ -19,6 +20,25 @@ if TYPE_CHECKING:
     from kvcomp.store.cpu import KVStore
 
 Pair = tuple[Tensor, Tensor]
+
+
+def view(store: KVStore) -> CacheView:
+    """``KVStore.view``."""
+    rows = store.rows
+    return CacheView(
+        pages=rows.pages,
+        valid=rows.valid,
+        count=rows.count,
+        units=store.units,
+        books=[store.books(row) for row in range(store.batch)],
+        sinks_k=as_array(store.sinks_k),
+        sinks_v=as_array(store.sinks_v),
+        sink_count=rows.sink_count,
+        tail_k=as_array(store.tail_k),
+        tail_v=as_array(store.tail_v),
+        tail_begin=rows.tail_begin - store.tail_base,
+        steps=store.steps,
+    )
 
 
 def tiles(store: KVStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -2,19 +2,16 @@
 """Fused decode attention on compressed pages (KVComp, arXiv 2509.00579, "Fetch").
 
 One task is one KV head of one part of a sequence: sixteen pages, or the raw sinks and tail. A block is decoded into a
-few kilobytes of scratch, used at once and forgotten. Scales are folded into q (K) and into the weights (V), zeros into
-one number for each query, so the products run on bare codes. The parts do not depend on the number of threads, so
-neither does the result.
+few kilobytes of scratch, used at once and forgotten. The parts do not depend on the number of threads, so neither does
+the result.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from kvcomp.codec.block import MAX_CHANNELS
-from kvcomp.codec.dtypes import CHANNEL, FLOAT32, HEAD, RAW
+from kvcomp.codec.dtypes import FIXED, FLOAT32, RAW
 from kvcomp.kernels.cpu.bits import (
-    FAST,
     address_of,
     compiled,
     floats_at,
@@ -24,30 +21,28 @@ from kvcomp.kernels.cpu.bits import (
     take_next,
 )
 from kvcomp.kernels.cpu.decode import (
-    EMPTY,
     MOST_CLASSES,
-    NARROW,
     K,
     V,
 )
+from kvcomp.kernels.cpu.fixed import turn
 from kvcomp.kernels.cpu.page import (
     TOKENS,
     block_at,
-    code_masks,
+    fixed_width,
     prefetch_block,
     prefetch_token_scales,
     table_places,
 )
-from kvcomp.kernels.cpu.products import accumulate, add_multiple, add_raw_values, fold, rescale, score_raw_keys
+from kvcomp.kernels.cpu.products import add_raw_values, score_raw_keys
+from kvcomp.kernels.cpu.scores import add_coded_values, add_fixed_values, score_coded_keys, score_fixed_keys
 from kvcomp.kernels.cpu.scratch import (
-    FACTORS,
     KEY_SLOTS,
-    SLOTS,
-    decode_coded,
     lay_out,
     prepare,
-    run_of_form,
     take_books,
+    take_pairs,
+    take_scales,
 )
 from kvcomp.kernels.cpu.softmax import LOG2_E, LOWEST, soften, weigh
 
@@ -55,130 +50,6 @@ PART_PAGES = 16
 PART_TAIL = 512  # tail tokens of a part
 
 f32, i64 = np.float32, np.int64
-
-
-@compiled
-def add_first(slot, channels, s):
-    """Add the first codes to the zeros of the channels."""
-    if integers_at(s.form, SLOTS)[slot] == 2:
-        add_multiple(s.zero, s.first + 4 * MAX_CHANNELS * slot, f32(1), channels)
-
-
-@compiled
-def score_coded_keys(unit, slot, books, s):
-    """score[g, t] = sum over channels of q * (code + zero) * scale, from pairs [channel pair][token]."""
-    score = floats_at(s.score, (s.queries, TOKENS))
-    pitch = i64(4 * FACTORS)
-    units = s.unit + 4 * MAX_CHANNELS * slot
-    if unit == CHANNEL:
-        add_first(slot, s.key_channels, s)
-        key_a, key_b = s.of_a, s.of_b
-        for g in range(s.queries):
-            q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
-            score[g] = fold(q, s.scale, s.zero, units, s.key_channels, of_a, of_b)
-    else:
-        place = min(slot, i64(2))
-        key_a, key_b = s.key_a + place * s.queries * pitch, s.key_b + place * s.queries * pitch
-        ready, q_sum = integers_at(s.key_ready, KEY_SLOTS), floats_at(s.q_sum, s.queries)
-        bias = floats_at(s.key_bias, (KEY_SLOTS, s.queries))[place]
-        if not ready[place]:
-            ready[place] = 1
-            for g in range(s.queries):
-                q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
-                q_sum[g] = fold(q, s.ones, s.ones, units, s.key_channels, of_a, of_b)
-                bias[g] = fold(q, s.ones, s.first + 4 * MAX_CHANNELS * slot, units, s.key_channels, of_a, of_b)
-        for g in range(s.queries):
-            score[g] = bias[g]
-    step = i64(4 * TOKENS)
-    for index in range(MOST_CLASSES):
-        begin, end, form = run_of_form(index, slot, books, s.key_channels // 2)
-        if end > begin and form != EMPTY:
-            mask_a, mask_b, _, _ = code_masks(form)
-            pairs, key = s.pairs + 2 * TOKENS * begin, 4 * begin
-            accumulate(
-                pairs,
-                2 * TOKENS,
-                TOKENS,
-                end - begin,
-                mask_a,
-                mask_b,
-                key_a + key,
-                key_b + key,
-                pitch,
-                s.queries,
-                s.score,
-                step,
-            )
-    if unit != CHANNEL:
-        sums = floats_at(s.q_sum, s.queries)
-        for g in range(s.queries):
-            rescale(s.score + g * step, s.scale, s.zero, sums[g], TOKENS)
-
-
-@compiled(fastmath=FAST)
-def add_coded_values(unit, slot, books, s, out):
-    """Add sum over tokens of weight * (code + zero) * scale to out[g, c], from pairs [token pair][channel].
-
-    What every channel gets goes to ``rest``.
-    """
-    pitch, rows, step = i64(4 * FACTORS), TOKENS // 2, 4 * s.value_channels
-    rest, zero, scale = (
-        floats_at(s.rest, s.queries),
-        floats_at(s.zero, s.value_channels),
-        floats_at(s.scale, s.value_channels),
-    )
-    part, sums = floats_at(s.part, (s.queries, s.value_channels)), floats_at(out, (s.queries, s.value_channels))
-    first = s.first + 4 * MAX_CHANNELS * slot
-    from_zero = integers_at(s.form, SLOTS)[slot] == 1
-    to, scales, zeros = out, s.scale, s.zero
-    if unit == CHANNEL:
-        add_first(slot, s.value_channels, s)
-        to, scales, zeros = s.part, s.ones, s.ones
-    elif unit == HEAD:
-        zeros = s.ones
-    for index in range(MOST_CLASSES):
-        begin, end, form = run_of_form(index, slot, books, s.value_channels)
-        if end == begin or (begin and form == EMPTY):
-            continue
-        mask_a, mask_b, _, _ = code_masks(form)
-        units = s.narrow_unit if form == NARROW else s.wide_unit
-        for g in range(s.queries):
-            weights, of_a, of_b = s.score + 4 * g * TOKENS, s.of_a + g * pitch, s.of_b + g * pitch
-            total = fold(weights, scales, zeros, units, TOKENS, of_a, of_b)
-            if begin:  # the sum is that of the run before
-                continue
-            if unit == CHANNEL:
-                for c in range(s.value_channels):
-                    part[g, c] = total * zero[c]
-            elif unit == HEAD:
-                rest[g] += total * zero[0]
-                add_multiple(out + g * step, first, total, s.value_channels)
-            else:
-                rest[g] += total
-                if not from_zero:
-                    total = fold(weights, scales, s.ones, units, TOKENS, of_a, of_b)
-                    add_multiple(out + g * step, first, total, s.value_channels)
-        if form == EMPTY:
-            continue
-        pairs = s.pairs + 2 * begin
-        accumulate(
-            pairs,
-            2 * s.value_channels,
-            end - begin,
-            rows,
-            mask_a,
-            mask_b,
-            s.of_a,
-            s.of_b,
-            pitch,
-            s.queries,
-            to + 4 * begin,
-            step,
-        )
-    if unit == CHANNEL:
-        for g in range(s.queries):
-            for c in range(s.value_channels):
-                sums[g, c] += part[g, c] * scale[c]
 
 
 @compiled
@@ -246,8 +117,11 @@ def attend_page(
     if mode == RAW:
         score_raw(block, s.key_channels * value_bytes, tokens, dtype, s)
     else:
-        slot = decode_coded(page, block, mode, K, head, heads, k_unit, v_unit, books, steps, s)
-        score_coded_keys(k_unit, slot, books, s)
+        codes = take_scales(page, block, mode, K, head, heads, k_unit, v_unit, steps, s)
+        if mode >= FIXED:
+            score_fixed_keys(codes, k_unit, fixed_width(mode), s)
+        else:
+            score_coded_keys(k_unit, take_pairs(codes, mode, K, k_unit, books, s), books, s)
     if bias:
         add_bias(bias, bias_step, tokens, s)
 
@@ -261,8 +135,11 @@ def attend_page(
     if mode == RAW:
         add_raw(block, s.value_channels * value_bytes, tokens, dtype, s, out)
     else:
-        slot = decode_coded(page, block, mode, V, head, heads, k_unit, v_unit, books, steps, s)
-        add_coded_values(v_unit, slot, books, s, out)
+        codes = take_scales(page, block, mode, V, head, heads, k_unit, v_unit, steps, s)
+        if mode >= FIXED:
+            add_fixed_values(codes, v_unit, fixed_width(mode), s, out)
+        else:
+            add_coded_values(v_unit, take_pairs(codes, mode, V, v_unit, books, s), books, s, out)
 
 
 @compiled
@@ -283,6 +160,20 @@ def attend_raw(
             add_bias(bias + 4 * (token - begin), bias_step, tokens, s)
         soften_and_weigh(tokens, softcap, s, peak, total, out)
         add_raw(values + token * value_step, value_step, tokens, dtype, s, out)
+
+
+@compiled(entry=True)
+def plan_parts(count, tail_begin, tail_end, first_part):
+    """Fill ``first_part``, see ``attend_tasks``. Returns how many parts there are."""
+    last = i64(0)
+    for end in tail_end:
+        last = max(last, end)
+    first_part[0] = 0
+    for row in range(count.size):
+        of_pages = (count[row] + PART_PAGES - 1) // PART_PAGES
+        of_tail = (last - tail_begin[row] + PART_TAIL - 1) // PART_TAIL
+        first_part[row + 1] = first_part[row] + of_pages + max(i64(1), of_tail)
+    return first_part[count.size]
 
 
 @compiled(entry=True)
@@ -310,7 +201,7 @@ def attend_tasks(
     units, steps, dtype
         As for ``decompress_pages``.
     books
-        int64 (rows, 4, columns), as ``describe_books`` gives them.
+        int64 (rows, 4), as ``book_addresses`` gives them.
     sinks, tail
         int64 (2,): addresses of K and V.
     sink_strides, tail_strides
@@ -330,7 +221,7 @@ def attend_tasks(
     memory = np.empty(lay_out(i64(0), queries, channels, value_channels, table_bytes).end + 64, np.uint8)
     s = lay_out(address_of(memory), queries, channels, value_channels, table_bytes)
     prepare(s)
-    scaled, rest = floats_at(s.q, (queries, s.padded)), floats_at(s.rest, queries)
+    scaled, q_sum, rest = floats_at(s.q, (queries, s.padded)), floats_at(s.q_sum, queries), floats_at(s.rest, queries)
     factor = f32(scaling) if softcap else f32(scaling) * LOG2_E
     bias_step = i64(4) * bias.shape[3]
     k_unit, v_unit, steps_at = units[0], units[1], row_address(steps, 0)
@@ -349,6 +240,8 @@ def attend_tasks(
         for g in range(queries):
             for c in range(channels):
                 scaled[g, c] = q[row, head, g, c] * factor
+            q_sum[g] = scaled[g].sum()
+            turn(s.q + 4 * g * s.padded, channels // 4, s.q_turned + 4 * g * s.padded)
         integers_at(s.key_ready, KEY_SLOTS)[:] = 0
         sums = partial_out[number, head]
         sums[:], rest[:] = f32(0), f32(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,16 +18,16 @@ from kvcomp.codec.block import check_channels
 from kvcomp.codec.dtypes import UNIT_NUMBERS, dtype_of
 from kvcomp.codec.page import Layout
 from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, SCALE_BITS, Quantised, check_scale, check_values
+from kvcomp.errors import InvalidInput
 from kvcomp.kernels import NO_STEPS, Array, Books, CacheView, Steps
-from kvcomp.kernels.cpu.attention import PART_PAGES, PART_TAIL, attend_tasks
+from kvcomp.kernels.cpu.attention import attend_tasks, plan_parts
 from kvcomp.kernels.cpu.count import count_blocks
-from kvcomp.kernels.cpu.decode import COLUMNS
 from kvcomp.kernels.cpu.decompress import decompress_pages
 from kvcomp.kernels.cpu.encode import encode_blocks
 from kvcomp.kernels.cpu.quantise import quantise_blocks, quantise_heads
 from kvcomp.kernels.cpu.raw import write_rows
 from kvcomp.kernels.cpu.softmax import LOG2_E, merge
-from kvcomp.kernels.cpu.tables import describe_books
+from kvcomp.kernels.cpu.tables import book_addresses, describe_books
 from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
 
 __all__ = ["attend", "count_pairs", "decompress", "encode_pages", "quantise", "write_raw"]
@@ -60,6 +60,48 @@ class _CompileNotice(event.Listener):
 event.register("numba:compile", _CompileNotice())  # type: ignore[no-untyped-call]
 
 
+class _Prepared(NamedTuple):
+    """A view as ``attend_tasks`` takes it, which says more of most; all layers of a model and step need theirs."""
+
+    all_pages: int
+    pages: Array
+    valid: Array
+    page_count: Array
+    units: Array
+    books: Array
+    steps: Array
+    dtype: int
+    sinks: Array
+    sink_strides: Array
+    sink_count: Array
+    tail: Array
+    tail_strides: Array
+    tail_begin: Array
+
+    @classmethod
+    def of(cls, view: CacheView) -> _Prepared:
+        rows, heads = view.tail_k.shape[:2]
+        sinks, tail = (view.sinks_k, view.sinks_v), (view.tail_k, view.tail_v)
+        if any(x.size and x.strides[-1] != x.itemsize for x in (*sinks, *tail)):
+            raise InvalidInput("the channels of a token in sinks and tail must lie side by side")
+        return cls(
+            int(view.count.sum()),
+            np.ascontiguousarray(view.pages, np.int64),
+            np.ascontiguousarray(view.valid, np.int32),
+            np.ascontiguousarray(view.count, np.int64),
+            _unit_numbers(view.units),
+            book_addresses([of_kind for of_row in view.books for of_kind in of_row], view.channels[1]).reshape(rows, 4),
+            _steps(view.steps, heads),
+            dtype_of(view.tail_k.dtype).number,
+            _addresses(*sinks),
+            _strides(*sinks),
+            np.ascontiguousarray(view.sink_count, np.int64),
+            _addresses(*tail),
+            _strides(*tail),
+            np.ascontiguousarray(view.tail_begin, np.int64),
+        )
+
+
 def attend(
     q: npt.NDArray[np.float32],
     view: CacheView,
@@ -71,39 +113,22 @@ def attend(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Compute ``Backend.attend`` in tasks of some pages of a row and KV head, whose partial results are merged."""
     rows, heads, queries, channels = q.shape
+    if "cpu" not in view.derived:
+        view.derived["cpu"] = _Prepared.of(view)
+    prepared: _Prepared = view.derived["cpu"]
     value_channels = view.channels[1]
-    tail_k, tail_v, sinks_k, sinks_v = (
-        _rows_of_values(x) for x in (view.tail_k, view.tail_v, view.sinks_k, view.sinks_v)
-    )
     tail_end = np.ascontiguousarray(tail_end, np.int64)
-    tail_tokens = np.maximum(tail_end.max(initial=0) - view.tail_begin, 0)
-    first_part = np.zeros(rows + 1, np.int64)
-    np.cumsum(-(-view.count // PART_PAGES) + np.maximum(1, -(-tail_tokens // PART_TAIL)), out=first_part[1:])
-    parts = int(first_part[-1])
+    first_part = np.empty(rows + 1, np.int64)
+    parts = plan_parts(prepared.page_count, prepared.tail_begin, tail_end, first_part)
     partial = np.empty((parts, heads, queries, value_channels), np.float32)
-    peak, total = np.empty((2, parts, heads, queries), np.float32)
+    peak, total = np.empty((parts, heads, queries), np.float32), np.empty((parts, heads, queries), np.float32)
     out, lse = np.empty((*q.shape[:3], value_channels), np.float32), np.empty(q.shape[:3], np.float32)
-    counter = np.zeros(1, np.int64)
     arguments: tuple[Any, ...] = (
-        counter,
+        np.zeros(1, np.int64),
         first_part,
         np.ascontiguousarray(q),
         _scaled(bias, q, scaling, softcap),
-        np.ascontiguousarray(view.pages, np.int64),
-        np.ascontiguousarray(view.valid, np.int32),
-        np.ascontiguousarray(view.count, np.int64),
-        _unit_numbers(view.units),
-        describe_books([of_kind for of_row in view.books for of_kind in of_row], value_channels).reshape(
-            rows, 4, COLUMNS
-        ),
-        _steps(view.steps, heads),
-        dtype_of(tail_k.dtype).number,
-        _addresses(sinks_k, sinks_v),
-        np.array([sinks_k.strides, sinks_v.strides]),
-        np.ascontiguousarray(view.sink_count, np.int64),
-        _addresses(tail_k, tail_v),
-        np.array([tail_k.strides, tail_v.strides]),
-        np.ascontiguousarray(view.tail_begin, np.int64),
+        *prepared[1:],
         tail_end,
         float(scaling),
         float(softcap),
@@ -111,7 +136,7 @@ def attend(
         peak,
         total,
     )
-    work = int(view.count.sum()) * PAGE_TOKENS * heads * (channels + value_channels)
+    work = prepared.all_pages * PAGE_TOKENS * heads * (channels + value_channels)
     others = min(threads, parts * heads, work // THREAD_VALUES) - 1
     running = [_workers(others).submit(attend_tasks, *arguments) for _ in range(others)] if others > 0 else []
     try:
@@ -140,13 +165,13 @@ def decompress(
     decompress_pages(
         np.ascontiguousarray(pages, np.int64),
         _unit_numbers(units),
-        describe_books([k_books, v_books], value_channels),
+        book_addresses([k_books, v_books], value_channels),
         _steps(steps, heads),
         heads,
         np.array([channels, value_channels]),
         dtype_of(out_k.dtype).number,
         _addresses(*results),
-        np.array([x.strides for x in results]),
+        _strides(*results),
     )
     for out, result in zip((out_k, out_v), results, strict=True):
         if out is not result:
@@ -163,7 +188,7 @@ def write_raw(
         np.ascontiguousarray(pages, np.int64),
         np.ascontiguousarray(offsets, np.int64),
         _addresses(k, v),
-        np.array([k.strides, v.strides]),
+        _strides(k, v),
         Layout(heads, (channels, channels), units, k.itemsize).first_block,
         heads,
         channels * k.itemsize,
@@ -236,7 +261,7 @@ def encode_pages(
     buffer = np.empty(pages * heads * 2 * (block_bytes + 8) + pages * 1024 + widest + 64, np.uint8)
     encode_blocks(
         _addresses(k, v),
-        np.array([k.strides, v.strides]),
+        _strides(k, v),
         k.itemsize,
         (np.ascontiguousarray(kq.codes), np.ascontiguousarray(vq.codes)),
         (np.ascontiguousarray(kq.raw), np.ascontiguousarray(vq.raw)),
@@ -244,7 +269,7 @@ def encode_pages(
         (_by_block(kq.zero), _by_block(vq.zero)),
         _unit_numbers(units),
         np.array([code == "fixed" for code in coding]),
-        describe_books([k_books, v_books], v.shape[2]),
+        np.array(describe_books([k_books, v_books], v.shape[2])),
         buffer,
         offsets,
     )
@@ -277,6 +302,10 @@ def _unit_numbers(units: tuple[Unit, Unit]) -> npt.NDArray[np.int64]:
 
 def _addresses(first: Array, second: Array) -> npt.NDArray[np.int64]:
     return np.array([first.__array_interface__["data"][0], second.__array_interface__["data"][0]], np.int64)
+
+
+def _strides(first: Array, second: Array) -> npt.NDArray[np.int64]:
+    return np.array([first.strides, second.strides], np.int64)
 
 
 def _rows_of_values(x: Array) -> Array:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -20,6 +21,8 @@ from numba.extending import intrinsic
 from kvcomp.codec.dtypes import BFLOAT16, FLOAT16, FLOAT32
 
 LANES = 16  # floats of a vector: a register of AVX-512; LLVM splits it where registers are smaller
+# Of all others we take AVX2's: sums that do not fit registers go to memory and back at every step.
+REGISTERS, OF_VECTOR = (32, 1) if get_host_cpu_features().get("avx512f") else (16, 2)
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()

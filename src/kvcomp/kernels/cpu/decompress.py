@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 
 from kvcomp.codec.block import MAX_CHANNELS
-from kvcomp.codec.dtypes import CHANNEL, FLOAT32, HEAD, RAW
+from kvcomp.codec.dtypes import CHANNEL, FIXED, FLOAT32, HEAD, RAW
 from kvcomp.codec.quantise import HEAD_ZERO
 from kvcomp.kernels.cpu.bits import (
     F32,
@@ -47,15 +47,24 @@ from kvcomp.kernels.cpu.decode import (
     class_of,
     of_class,
 )
+from kvcomp.kernels.cpu.fixed import decode_fixed
 from kvcomp.kernels.cpu.page import (
-    NO_BOOK,
     TOKENS,
     block_at,
     book_at,
+    fixed_width,
     prefetch_block,
     table_places,
 )
-from kvcomp.kernels.cpu.scratch import decode_coded, lay_out, prepare, run_of_form, take_books
+from kvcomp.kernels.cpu.scratch import (
+    lay_out,
+    offsets_of,
+    prepare,
+    run_of_form,
+    take_books,
+    take_pairs,
+    take_scales,
+)
 
 f32, i64 = np.float32, np.int64
 FLOATS = vector(F32)
@@ -190,8 +199,6 @@ def widen_pairs(kind, slot, books, channels, pairs, first):
 
     books, pairs and first are addresses; ``first`` is scratch, uint16 [channels or tokens].
     """
-    if slot == NO_BOOK:
-        return
     book = book_at(books, slot)
     if kind == K:
         twice = halves_at(first, TOKENS)
@@ -239,7 +246,7 @@ def restore(kind, pairs, by_channel, scale, zero, turned, channels, values):
 def decompress_pages(pages, units, books, steps, heads, channels, dtype, out, strides):
     """Decode the pages at these addresses to K and V at the two addresses ``out``, (heads, 64*pages, channels of each).
 
-    units, channels: int64 (2,). books: (4, columns), as ``describe_books`` gives them. steps: float32 (2, heads), for
+    units, channels: int64 (2,). books: int64 (4,), as ``book_addresses`` gives them. steps: float32 (2, heads), for
     the unit ``head``. dtype: its number. strides: int64 (2, 3), those of K and V in bytes.
     """
     size = 4 if dtype == FLOAT32 else 2
@@ -263,12 +270,14 @@ def decompress_pages(pages, units, books, steps, heads, channels, dtype, out, st
                 for t in range(TOKENS):
                     copy_bytes(block + t * width * size, rows + t * strides[kind, 1], width * size)
                 continue
-            slot = decode_coded(
-                page, block, mode, kind, head, heads, units[0], units[1], address_of(books), address_of(steps), s
-            )
-            widen_pairs(kind, slot, address_of(books), width, s.pairs, address_of(first))
-            if units[kind] == HEAD and slot != NO_BOOK:
-                floats_at(s.zero, TOKENS)[:] = f32(HEAD_ZERO)
+            codes = take_scales(page, block, mode, kind, head, heads, units[0], units[1], address_of(steps), s)
+            if mode >= FIXED:
+                decode_fixed(codes, kind, width, fixed_width(mode), offsets_of(kind, s), s.values, s.pairs)
+            else:
+                slot = take_pairs(codes, mode, kind, units[kind], address_of(books), s)
+                widen_pairs(kind, slot, address_of(books), width, s.pairs, address_of(first))
+                if units[kind] == HEAD:
+                    floats_at(s.zero, TOKENS)[:] = f32(HEAD_ZERO)
             by_channel = units[kind] == CHANNEL
             restore(kind, s.pairs, by_channel, s.scale, s.zero, address_of(turned), width, s.values)
             for t in range(TOKENS):

@@ -34,7 +34,6 @@ from kvcomp.kernels.cpu.decode import (
     K,
     V,
     build_table,
-    decode_fixed,
     decode_huffman,
     of_class,
 )
@@ -98,8 +97,10 @@ def prefetch_token_scales(page, heads, k_unit, v_unit):
 
 @compiled
 def book_at(books, slot):
-    """Description of one of a row's four books (K default, K own, V default, V own), which lie at an address."""
-    return integers_at(books + 8 * COLUMNS * slot, COLUMNS)
+    """Description of one of a row's four books (K default, K own, V default, V own): ``books`` is the address of
+    theirs.
+    """
+    return integers_at(integers_at(books, 4)[slot], COLUMNS)
 
 
 @compiled
@@ -126,16 +127,13 @@ def build_tables(book, places):
 
 
 @compiled
-def decode_block(codes, mode, kind, channels, books, begin, built, offsets, streams, pairs, low):
-    """Decode the codes of a coded block to pairs; all but mode, kind and channels are addresses.
+def decode_words(codes, mode, kind, channels, books, begin, built, offsets, streams, pairs, low):
+    """Decode the words of a Huffman block to pairs; all but mode, kind and channels are addresses.
 
     begin: int64 [4, 4], where the tables of each book's classes lie.
     built: int64 [4], whether they are there; they are built when first needed.
-    Returns the slot of the block's book, ``NO_BOOK`` where codes have a fixed width.
+    Returns the slot of the block's book.
     """
-    if mode >= FIXED:
-        decode_fixed(codes, kind, channels, fixed_width(mode), offsets, pairs)
-        return NO_BOOK
     slot = 2 * kind + (1 if mode == OWN_BOOK else 0)
     book, is_built = book_at(books, slot), integers_at(built, 4)
     tables = begin + 8 * MOST_CLASSES * slot

@@ -30,11 +30,10 @@ from kvcomp.kernels.cpu.decode import (
     pair_offsets,
 )
 from kvcomp.kernels.cpu.page import (
-    NO_BOOK,
     TOKENS,
     book_at,
     code_masks,
-    decode_block,
+    decode_words,
     fixed_width,
     load_scales,
     table_places,
@@ -42,7 +41,7 @@ from kvcomp.kernels.cpu.page import (
 )
 
 FACTORS = MAX_CHANNELS // 2  # room for the factors of a query's pairs
-SLOTS, KEY_SLOTS = 5, 3
+SLOTS, KEY_SLOTS = 4, 2
 
 f32, i64 = np.float32, np.int64
 
@@ -50,16 +49,20 @@ f32, i64 = np.float32, np.int64
 class Scratch(NamedTuple):
     """What a task runner works in, by address; float32 where nothing is said.
 
-    It holds addresses, as passing arrays on counts references. A *slot* is one of a row's four books, or ``NO_BOOK``.
-    For K there are three: 0 is the default, 1 the own book, 2 fixed width.
+    It holds addresses, as passing arrays on counts references. A *slot* is one of a row's four books. For K there are
+    two: 0 is the default, 1 the own book.
     """
 
     queries: int
     key_channels: int
     value_channels: int
-    padded: int  # floats of a row of q: at least the channels of K and of V, a multiple of 32
+    padded: int  # floats of a row of q: at least the channels of K and of V and the tokens, a multiple of 32
     q: int  # [queries, padded], scaled
     q_sum: int  # [queries]
+    q_turned: int  # [queries, padded]: the same as factors of fixed-width K, where no channel has its own scale
+    turned: int  # [queries, padded]: those for a block
+    turned_scale: int  # [padded]: scale and zero of K's channels, in the same order
+    turned_zero: int
     key_a: int  # [slots of K, queries, FACTORS]: q for the first code of each pair, where no channel has its own scale
     key_b: int  # and for the second
     key_bias: int  # [slots of K, queries]: what the first codes of the classes add to every score
@@ -78,7 +81,7 @@ class Scratch(NamedTuple):
     wide_unit: int
     first: int  # [slots, channels]: the first code of the class of each channel, plus a zero that is always the same
     form: int  # int64 [slots]: whether the two are there, and (2) whether any ``first`` is not 0
-    values: int  # [tokens, channels]: raw values
+    values: int  # [tokens, channels]: raw values, or [channels, half the streams]: codes of fixed width
     pairs: int  # uint16 [tokens * channels / 2]: decoded codes
     low: int  # uint16 [tokens * channels / 2]: their low bits, where these are apart
     streams: int  # int64 [streams]
@@ -93,11 +96,15 @@ class Scratch(NamedTuple):
 def lay_out(base, queries, key_channels, value_channels, table_bytes):
     """Lay scratch out from an address on."""
     channels = max(key_channels, value_channels)
-    padded = (channels + 31) & ~31
+    padded = max((channels + 31) & ~31, TOKENS)
     line = 64
     q = (base + line - 1) & ~i64(line - 1)
     q_sum = q + 4 * queries * padded
-    key_a = q_sum + 4 * ((queries + 15) & ~15)
+    q_turned = q_sum + 4 * ((queries + 15) & ~15)
+    turned = q_turned + 4 * queries * padded
+    turned_scale = turned + 4 * queries * padded
+    turned_zero = turned_scale + 4 * padded
+    key_a = turned_zero + 4 * padded
     key_b = key_a + 4 * KEY_SLOTS * queries * FACTORS
     key_bias = key_b + 4 * KEY_SLOTS * queries * FACTORS
     key_ready = key_bias + 4 * KEY_SLOTS * ((queries + 15) & ~15)
@@ -125,9 +132,9 @@ def lay_out(base, queries, key_channels, value_channels, table_bytes):
     tables = built + line
     end = tables + table_bytes
     return Scratch(
-        queries, key_channels, value_channels, padded, q, q_sum, key_a, key_b, key_bias, key_ready, of_a, of_b, score,
-        part, rest, seen, scale, zero, ones, unit, narrow_unit, wide_unit, first, form, values, pairs, low, streams,
-        offsets, begin, built, tables, end,
+        queries, key_channels, value_channels, padded, q, q_sum, q_turned, turned, turned_scale, turned_zero,
+        key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen, scale, zero, ones, unit, narrow_unit,
+        wide_unit, first, form, values, pairs, low, streams, offsets, begin, built, tables, end,
     )  # fmt: skip
 
 
@@ -183,14 +190,12 @@ def set_form(kind, value_unit, slot, books, s):
     channels = channels_of(kind, s)
     unit, first = floats_at(s.unit, (SLOTS, MAX_CHANNELS))[slot], floats_at(s.first, (SLOTS, MAX_CHANNELS))[slot]
     narrow_unit, wide_unit = floats_at(s.narrow_unit, MAX_CHANNELS), floats_at(s.wide_unit, MAX_CHANNELS)
+    book = book_at(books, slot)
     for c in range(MAX_CHANNELS):
-        form_of_class, lowest = i64(WIDE), i64(0)
-        if slot != NO_BOOK:
-            book = book_at(books, slot)
-            index = class_of(kind, channels, book[CLASSES], min(c, channels - 1))
-            form_of_class, lowest = of_class(book, index, FORM), of_class(book, index, FIRST)
-            if value_unit == HEAD:
-                lowest += HEAD_ZERO
+        index = class_of(kind, channels, book[CLASSES], min(c, channels - 1))
+        form_of_class, lowest = of_class(book, index, FORM), of_class(book, index, FIRST)
+        if value_unit == HEAD:
+            lowest += HEAD_ZERO
         unit[c] = wide_unit[c] if form_of_class == WIDE else narrow_unit[c]
         first[c] = f32(lowest)
         if lowest:
@@ -203,8 +208,6 @@ def run_of_form(index, slot, books, count):
 
     Returns (begin, end, form) among ``count`` of them; none for a class that the run from an earlier one takes in.
     """
-    if slot == NO_BOOK:
-        return i64(0), count if index == 0 else i64(0), i64(WIDE)
     book = book_at(books, slot)
     form = of_class(book, index, FORM)
     if index and of_class(book, index - 1, FORM) == form:
@@ -216,22 +219,28 @@ def run_of_form(index, slot, books, count):
 
 
 @compiled
-def decode_coded(page, block, mode, kind, head, heads, k_unit, v_unit, books, steps, s):
-    """Decode a coded block to scratch: its scales, the zeros that are not in ``first``, and its pairs.
+def take_scales(page, block, mode, kind, head, heads, k_unit, v_unit, steps, s):
+    """Load the scales of a coded block, and the zeros that are not in ``first``. Returns the address of its codes.
 
-    ``steps`` is the address of float32 [K or V, heads]. Returns the slot of the block's book.
+    ``steps`` is the address of float32 [K or V, heads].
     """
     unit, channels = k_unit if kind == K else v_unit, channels_of(kind, s)
     if unit == TOKEN:
         load_scales(token_scales_at(page, heads, k_unit, kind), TOKEN, channels, s.scale, s.zero)
-    elif unit == HEAD:
+        return block
+    if unit == HEAD:
         zero = 0 if mode < FIXED else -(1 << (fixed_width(mode) - 1))
         floats_at(s.scale, TOKENS)[:] = load_f32(steps + 4 * (kind * heads + head))
         floats_at(s.zero, TOKENS)[:] = f32(zero)
-    else:
-        block += load_scales(block, unit, channels, s.scale, s.zero)
-    slot = decode_block(
-        block, mode, kind, channels, books, s.begin, s.built, offsets_of(kind, s), s.streams, s.pairs, s.low
+        return block
+    return block + load_scales(block, unit, channels, s.scale, s.zero)
+
+
+@compiled
+def take_pairs(codes, mode, kind, unit, books, s):
+    """Decode a Huffman block to pairs in scratch. Returns the slot of its book."""
+    slot = decode_words(
+        codes, mode, kind, channels_of(kind, s), books, s.begin, s.built, offsets_of(kind, s), s.streams, s.pairs, s.low
     )
     set_form(kind, unit, slot, books, s)
     return slot

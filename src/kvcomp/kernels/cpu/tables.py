@@ -16,15 +16,18 @@ FAST_MEAN = {NARROW: 4.8, WIDE: 10.5}  # bits of a pair up to which twice as man
 NO_COLUMNS = np.zeros(COLUMNS, np.int64)
 
 
-def describe_books(books: Sequence[Books], value_channels: int) -> npt.NDArray[np.int64]:
-    """Describe the books of K and of V, in turn, as ``decode`` wants them: (2 * len(books), columns)."""
-    return np.array(
-        [
-            _description(book, kind % 2 == 0 or value_channels % 64 == 0)
-            for kind, of_kind in enumerate(books)
-            for book in of_kind
-        ]
-    )
+def describe_books(books: Sequence[Books], value_channels: int) -> list[npt.NDArray[np.int64]]:
+    """Describe the books of K and of V, in turn, as ``decode`` wants them: (columns,) each, kept with its book."""
+    return [
+        _description(book, kind % 2 == 0 or value_channels % 64 == 0)
+        for kind, of_kind in enumerate(books)
+        for book in of_kind
+    ]
+
+
+def book_addresses(books: Sequence[Books], value_channels: int) -> npt.NDArray[np.int64]:
+    """Addresses of these descriptions, (2 * len(books),); they last as long as the books."""
+    return np.array([x.ctypes.data for x in describe_books(books, value_channels)], np.int64)
 
 
 def _description(book: Codebook | None, mixed: bool) -> npt.NDArray[np.int64]:

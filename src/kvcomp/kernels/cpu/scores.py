@@ -1,0 +1,189 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
+"""What attention takes from one block: scores from K, sums from V, of coded pairs or of codes of a fixed width.
+
+Scales are folded into q (K) and into the weights (V), zeros into one number for each query, so the products run on bare
+codes. ``s`` is the scratch; its ``score`` is filled, or holds the weights.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvcomp.codec.block import MAX_CHANNELS
+from kvcomp.codec.dtypes import CHANNEL, HEAD
+from kvcomp.kernels.cpu.bits import FAST, compiled, floats_at, integers_at
+from kvcomp.kernels.cpu.decode import EMPTY, MOST_CLASSES, NARROW, K, V
+from kvcomp.kernels.cpu.fixed import multiply, scale_keys, turn, turn_weights
+from kvcomp.kernels.cpu.page import TOKENS, code_masks
+from kvcomp.kernels.cpu.products import accumulate, add_multiple, fold, rescale
+from kvcomp.kernels.cpu.scratch import FACTORS, KEY_SLOTS, SLOTS, run_of_form
+
+f32, i64 = np.float32, np.int64
+
+
+@compiled
+def add_first(slot, channels, s):
+    """Add the first codes to the zeros of the channels."""
+    if integers_at(s.form, SLOTS)[slot] == 2:
+        add_multiple(s.zero, s.first + 4 * MAX_CHANNELS * slot, f32(1), channels)
+
+
+@compiled
+def score_coded_keys(unit, slot, books, s):
+    """score[g, t] = sum over channels of q * (code + zero) * scale, from pairs [channel pair][token]."""
+    score = floats_at(s.score, (s.queries, TOKENS))
+    pitch = i64(4 * FACTORS)
+    units = s.unit + 4 * MAX_CHANNELS * slot
+    if unit == CHANNEL:
+        add_first(slot, s.key_channels, s)
+        key_a, key_b = s.of_a, s.of_b
+        for g in range(s.queries):
+            q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
+            score[g] = fold(q, s.scale, s.zero, units, s.key_channels, of_a, of_b)
+    else:
+        key_a, key_b = s.key_a + slot * s.queries * pitch, s.key_b + slot * s.queries * pitch
+        ready = integers_at(s.key_ready, KEY_SLOTS)
+        bias = floats_at(s.key_bias, (KEY_SLOTS, s.queries))[slot]
+        if not ready[slot]:
+            ready[slot] = 1
+            for g in range(s.queries):
+                q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
+                bias[g] = fold(q, s.ones, s.first + 4 * MAX_CHANNELS * slot, units, s.key_channels, of_a, of_b)
+        for g in range(s.queries):
+            score[g] = bias[g]
+    step = i64(4 * TOKENS)
+    for index in range(MOST_CLASSES):
+        begin, end, form = run_of_form(index, slot, books, s.key_channels // 2)
+        if end > begin and form != EMPTY:
+            mask_a, mask_b, _, _ = code_masks(form)
+            pairs, key = s.pairs + 2 * TOKENS * begin, 4 * begin
+            accumulate(
+                pairs,
+                2 * TOKENS,
+                TOKENS,
+                end - begin,
+                mask_a,
+                mask_b,
+                key_a + key,
+                key_b + key,
+                pitch,
+                s.queries,
+                s.score,
+                step,
+            )
+    if unit != CHANNEL:
+        scale_scores(s)
+
+
+@compiled
+def scale_scores(s):
+    """Apply scales and zeros of tokens to the scores of bare codes."""
+    sums = floats_at(s.q_sum, s.queries)
+    for g in range(s.queries):
+        rescale(s.score + 4 * g * TOKENS, s.scale, s.zero, sums[g], TOKENS)
+
+
+@compiled
+def score_fixed_keys(codes, unit, width, s):
+    """Score as ``score_coded_keys`` does, from codes of a fixed width at an address."""
+    score, pitch, turned = floats_at(s.score, (s.queries, TOKENS)), 4 * s.padded, s.q_turned
+    score[:] = f32(0)
+    if unit == CHANNEL:
+        turned = s.turned
+        turn(s.scale, s.key_channels // 4, s.turned_scale)
+        turn(s.zero, s.key_channels // 4, s.turned_zero)
+        for g in range(s.queries):
+            q = s.q_turned + g * pitch
+            score[g] = scale_keys(q, s.turned_scale, s.turned_zero, s.key_channels, turned + g * pitch)
+    multiply(codes, K, s.key_channels, width, turned, pitch, s.queries, s.values, s.score, 4 * TOKENS)
+    if unit != CHANNEL:
+        scale_scores(s)
+
+
+@compiled
+def add_fixed_values(codes, unit, width, s, out):
+    """Add what ``add_coded_values`` adds, from codes of a fixed width at an address."""
+    step, pitch, to = 4 * s.value_channels, 4 * s.padded, s.part if unit == CHANNEL else out
+    rest, zero = floats_at(s.rest, s.queries), floats_at(s.zero, s.value_channels)
+    part = floats_at(s.part, (s.queries, s.value_channels))
+    for g in range(s.queries):
+        weights, turned = s.score + 4 * g * TOKENS, s.turned + g * pitch
+        if unit == CHANNEL:
+            total = turn_weights(weights, s.ones, s.ones, turned)
+            for c in range(s.value_channels):
+                part[g, c] = total * zero[c]
+        else:
+            rest[g] += turn_weights(weights, s.scale, s.zero, turned)
+    multiply(codes, V, s.value_channels, width, s.turned, pitch, s.queries, s.values, to, step)
+    if unit == CHANNEL:
+        add_part(s, out)
+
+
+@compiled
+def add_part(s, out):
+    """Add sums of bare codes, times the scales of the channels."""
+    part, sums = floats_at(s.part, (s.queries, s.value_channels)), floats_at(out, (s.queries, s.value_channels))
+    scale = floats_at(s.scale, s.value_channels)
+    for g in range(s.queries):
+        for c in range(s.value_channels):
+            sums[g, c] += part[g, c] * scale[c]
+
+
+@compiled(fastmath=FAST)
+def add_coded_values(unit, slot, books, s, out):
+    """Add sum over tokens of weight * (code + zero) * scale to out[g, c], from pairs [token pair][channel].
+
+    What every channel gets goes to ``rest``.
+    """
+    pitch, rows, step = i64(4 * FACTORS), TOKENS // 2, 4 * s.value_channels
+    rest, zero = floats_at(s.rest, s.queries), floats_at(s.zero, s.value_channels)
+    part = floats_at(s.part, (s.queries, s.value_channels))
+    first = s.first + 4 * MAX_CHANNELS * slot
+    from_zero = integers_at(s.form, SLOTS)[slot] == 1
+    to, scales, zeros = out, s.scale, s.zero
+    if unit == CHANNEL:
+        add_first(slot, s.value_channels, s)
+        to, scales, zeros = s.part, s.ones, s.ones
+    elif unit == HEAD:
+        zeros = s.ones
+    for index in range(MOST_CLASSES):
+        begin, end, form = run_of_form(index, slot, books, s.value_channels)
+        if end == begin or (begin and form == EMPTY):
+            continue
+        mask_a, mask_b, _, _ = code_masks(form)
+        units = s.narrow_unit if form == NARROW else s.wide_unit
+        for g in range(s.queries):
+            weights, of_a, of_b = s.score + 4 * g * TOKENS, s.of_a + g * pitch, s.of_b + g * pitch
+            total = fold(weights, scales, zeros, units, TOKENS, of_a, of_b)
+            if begin:  # the sum is that of the run before
+                continue
+            if unit == CHANNEL:
+                for c in range(s.value_channels):
+                    part[g, c] = total * zero[c]
+            elif unit == HEAD:
+                rest[g] += total * zero[0]
+                add_multiple(out + g * step, first, total, s.value_channels)
+            else:
+                rest[g] += total
+                if not from_zero:
+                    total = fold(weights, scales, s.ones, units, TOKENS, of_a, of_b)
+                    add_multiple(out + g * step, first, total, s.value_channels)
+        if form == EMPTY:
+            continue
+        pairs = s.pairs + 2 * begin
+        accumulate(
+            pairs,
+            2 * s.value_channels,
+            end - begin,
+            rows,
+            mask_a,
+            mask_b,
+            s.of_a,
+            s.of_b,
+            pitch,
+            s.queries,
+            to + 4 * begin,
+            step,
+        )
+    if unit == CHANNEL:
+        add_part(s, out)
