@@ -427,6 +427,56 @@ def first_token(found: Any) -> str:
     return markdown([*header, *(f"ms at {rate:g} Gbit/s" for rate in rates)], rows)
 
 
+def vllm(found: Any) -> str:
+    """A compressed cache in vLLM beside vLLM's own: rows are figures, columns the specs that were measured."""
+    specs = [name for name in ("kvcomp", "kvcomp-klt") if name in found]
+
+    def spread(of: Any) -> str:
+        return f"{of['median']:.2f} ({of['least']:.2f} to {of['most']:.2f})"
+
+    rows = {
+        "tokens that fit, by vLLM's log": lambda name: f"{found[name]['tokens']:,} ({found[name]['times']:.2f}x)",
+        "held at once, sequences": lambda name: str(found[name]["short"]["ours"]["sequences"]),
+        "of them outside vLLM's memory, MB": lambda name: f"{found[name]['short']['ours']['outside'] / 1e6:.1f}",
+        "fewer bytes a token, 2K": lambda name: f"{_dense(found) / found[name]['short']['ours']['bytes_a_token']:.2f}x",
+        "fewer bytes a token, 8K": lambda name: f"{_dense(found) / found[name]['long']['ours']['bytes_a_token']:.2f}x",
+        "tokens/s over vLLM's own, equal memory": lambda name: spread(found[name]["equal_memory"]["cpu"]["ratio"]),
+        "tokens/s over vLLM's own, equal concurrency": lambda name: spread(
+            found[name]["equal_concurrency"]["cpu"]["ratio"]
+        ),
+        "KL": lambda name: f"{found[name]['kl']['mean']:.1e}",
+        "KL of the spec in transformers": lambda name: f"{found['transformers'][name]['mean']:.1e}",
+    }
+    body = [[title, *(figure(name) for name in specs)] for title, figure in rows.items()]
+    first, gaps = found["first_token"], found["gaps"]
+    more = [
+        f"KL's noise floor: {found['noise_floor']['mean']:.1e}.",
+        f"First token, 1,900 tokens, seconds: {spread(first['computed'])} computed, {spread(first['loaded'])} loaded.",
+        f"The ratio of both: {spread(first['ratio'])}, {first['ratio']['count']} prompts.",
+        *(
+            f"Gaps between tokens with Redis {name}: median {of['median']:.3f} s, longest {of['most']:.3f} s."
+            for name, of in gaps.items()
+        ),
+    ]
+    return "\n".join([markdown(["", *specs], body), "", *(f"- {line}" for line in more)])
+
+
+def _dense(found: Any) -> float:
+    """Bytes of a token in vLLM's own cache: what it is given over the tokens that it says to hold."""
+    return float(found["setting"]["space"] / found["own"]["tokens"])
+
+
+def vllm_soak(found: Any) -> str:
+    """What a soak came to, in a sentence."""
+    given = found["setting"]
+    return (
+        f"**Soak**: {given['clients']} clients for {given['minutes']:g} minutes on {given['model']}, "
+        f"{found['requests']:,} requests of random lengths, {found['preempted']:,.0f} preemptions: "
+        f"{found['wrong']} answers differ from the same request alone, {found['left']['used']} bytes left at the end "
+        f"(commit {given['commit']})."
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several with a comma between
     "front": ("real.json", front),
     "quality": ("quality.json", quality),
@@ -445,10 +495,23 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "transfer": ("transfer.json", transfer),
     "encoder": ("transfer.json", encoder),
     "first-token": ("transfer.json", first_token),
+    "vllm": ("vllm_live.json", vllm),
+    "vllm-soak": ("vllm_soak.json", vllm_soak),
     "claims": ("quality.json,attention_cpu.json", claims),
     **{
         f"setting-{name}": (f"{name}.json", about)
-        for name in ("quality", "klt", "real", "memory", "attention_cpu", "codec", "generate", "files", "transfer")
+        for name in (
+            "quality",
+            "klt",
+            "real",
+            "memory",
+            "attention_cpu",
+            "codec",
+            "generate",
+            "files",
+            "transfer",
+            "vllm_live",
+        )
     },
 }
 

@@ -64,20 +64,21 @@ class Engine:
             "HF_HUB_OFFLINE": "1",
             "NUMBA_CACHE_DIR": str(Path(python).parents[1] / "numba"),  # its Numba may be another version
         }
-        self._open = ExitStack()
-        self._log = self._open.enter_context(tempfile.TemporaryFile("w+"))
         read, write = os.pipe()
-        self._process = subprocess.Popen(
-            [python, Path(__file__).parent / "vllm_engine.py", str(write)],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[write],
-            text=True,
-        )
-        os.close(write)
-        self._answers = self._open.enter_context(os.fdopen(read))
+        with ExitStack() as files:
+            self._answers = files.enter_context(os.fdopen(read))
+            self._log = files.enter_context(tempfile.TemporaryFile("w+"))
+            self._process = subprocess.Popen(
+                [python, Path(__file__).parent / "vllm_engine.py", str(write)],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[write],
+                text=True,
+            )
+            os.close(write)
+            self._files = files.pop_all()
         self._ask(arguments)
 
     def __call__(self, call: str, **arguments: Any) -> Any:
@@ -110,7 +111,7 @@ class Engine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._open.close()
+        self._files.close()
 
     def __enter__(self) -> Self:
         return self

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 TOP = 20
@@ -66,7 +64,8 @@ def run(llm: Any, prompts: Prompts) -> dict[str, Any]:
     begin = _clocks()
     outputs = llm.generate([{"prompt_token_ids": one["ids"]} for one in prompts], parameters, use_tqdm=False)
     took = _since(begin)
-    llm.llm_engine.step()  # the worker is told which are over
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":  # a core of its own does so by itself
+        llm.llm_engine.step()  # the worker is told which are over
     answers = [
         [
             {
@@ -110,11 +109,9 @@ def drop(llm: Any, held: list[int]) -> None:
 
 
 def state(llm: Any, live: bool) -> dict[str, Any]:
-    """Bytes of the compressed cache and resident bytes of the process, now and at most, and vLLM's metrics."""
+    """Bytes of the compressed cache and vLLM's metrics."""
     return {
         "memory": llm.collective_rpc("kvcomp_memory")[0] if live else None,
-        "resident": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
-        "most_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "metrics": {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")},
     }
 

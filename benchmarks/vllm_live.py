@@ -4,12 +4,14 @@ Run by `make bench-vllm`, which has vLLM, the model, and needs redis-server for 
 thread and the same bytes for its cache: what four dense sequences of 2,048 tokens take.
 
 - Tokens that fit are those of vLLM's own log. They are then held: as many sequences as the log allows, all at once.
-  Beside them stand the bytes of pages, raw ones included, and how much the process grew, next to vLLM's own.
+  Beside them stand the bytes of pages, raw ones included. vLLM's memory is resident; what lies outside adds to it.
 - Steps of both engines are timed in turns while they hold those sequences, and once more with equally many.
 - KL is over the likeliest 20 tokens at 80 places, which see the first 1,792 tokens through the cache, against vLLM's
   own; the noise floor is vLLM's own filled in other pieces. "transformers" is the same spec there, on the same texts.
 - The first token is that of prompts computed and of the same prompts from Redis, in turns.
 - Gaps are between tokens of a running request, with Redis at work and with it stopped.
+
+A part that ``--resume`` adds says its own commit.
 
     python benchmarks/vllm_live.py [--resume]
 """
@@ -17,10 +19,13 @@ thread and the same bytes for its cache: what four dense sequences of 2,048 toke
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +40,7 @@ from kvcomp.evaluate.fidelity import fill, predict, sample
 from kvcomp.evaluate.methods import KVComp
 from kvcomp.evaluate.models import text_ids
 from kvcomp.results.schema import environment, figure
+from kvcomp.spec import PRESETS, is_calibrated
 from vllm_client import ROOT, Engine
 
 OUTPUT = Path(__file__).parent / "results" / "vllm_live.json"
@@ -42,8 +48,12 @@ CALIBRATION = ROOT / "examples" / "calibrations" / "smollm2-135m.kvcal"
 FIRST, SCORED, TEXTS = 1792, 80, 3
 DENSE, SHORT, LONG, SPARE = 4, 2048, 8064, 64  # sequences of vLLM's own that fit, their tokens, a long one, a block
 STEPS, TURNS = 6, 4
-PREFIX, PROMPTS, SETTLED = 1900, 3, 4.0  # tokens of a stored prompt; seconds until it is stored
-SAVING = {"kvcomp": 3.5, "kvcomp-klt": 4.0}
+PREFIX, PREFIX_CHUNK, PROMPTS, SETTLED = 1900, 256, 3, 4.0  # tokens of a stored prompt; seconds until it is stored
+PORT = 16391
+NO_SINKS = "kvcomp, no sinks"
+SAVING = {"kvcomp": 3.5, NO_SINKS: 3.7, "kvcomp-klt": 4.0}
+WHOLE = ("kvcomp",)  # timed, and held until the memory is full; the others hold FEW sequences
+FEW = 3
 
 Found = dict[str, Any]
 Ids = list[int]
@@ -77,7 +87,7 @@ def main(
 
     def part(name: str, measure: Callable[[], Found]) -> Found:
         if name not in content:
-            content[name] = measure()
+            content[name] = measure() | {"commit": setting["commit"], "load_average": os.getloadavg()[0]}
             output.write_text(json.dumps(content, indent=2) + "\n")
         return dict(content[name])
 
@@ -87,28 +97,37 @@ def main(
         same = {"model": folder, "dtype": "bfloat16", "max_model_len": LONG + SPARE, "enable_prefix_caching": False}
         same |= {"kv_cache_memory_bytes": space, "max_num_batched_tokens": FIRST}
         texts = [ids[i * (FIRST + SCORED + 1) :][: FIRST + SCORED + 1] for i in range(TEXTS)]
-        part("store", partial(store, same, ids))
+        part("first_token", partial(first_tokens, same, ids))
+        part("gaps", partial(gaps, same, ids))
         with Engine(None, **same) as own:
             reference = part("own", lambda: {"tokens": own.tokens, "scored": scored(own, texts)})
+            part("noise_floor", partial(noise, same, texts, reference))
+            part("transformers", partial(in_transformers, model, texts, folder))
             for name, saving in SAVING.items():
-                part(name, partial(method, name, saving, same, own, reference, ids, texts))
-        part("noise_floor", partial(noise, same, texts, reference))
-        part("transformers", partial(in_transformers, model, texts))
+                part(name, partial(method, options(name, folder), saving, same, own, reference, ids, texts))
     content["own"].pop("scored")
     content["partial"] = False
     output.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def options(name: str, folder: str) -> dict[str, str]:
+    """Spec and calibration of a method."""
+    if name == NO_SINKS:
+        path = Path(folder) / "no-sinks.json"
+        path.write_text(replace(PRESETS["kvcomp"], sinks=0).to_json())
+        return {"spec": str(path)}
+    return {"spec": name} | ({"calibration": str(CALIBRATION)} if is_calibrated(name) else {})
+
+
 def method(
-    name: str, saving: float, same: Found, own: Engine, reference: Found, ids: Ids, texts: Sequence[Ids]
+    given: dict[str, str], saving: float, same: Found, own: Engine, reference: Found, ids: Ids, texts: Sequence[Ids]
 ) -> Found:
     """A compressed cache beside vLLM's own: bytes, KL, and times in turns."""
-    options: Found = {"spec": name, "saving": saving}
-    if name == "kvcomp-klt":
-        options["calibration"] = str(CALIBRATION)
-    with Engine(options, **same) as ours:
+    with Engine({**given, "saving": saving}, **same) as ours:
         found: Found = {"saving": saving, "tokens": ours.tokens, "times": ours.tokens / reference["tokens"]}
         found["kl"] = kl(reference["scored"], scored(ours, texts))
+        if given["spec"] not in WHOLE:
+            return found | {"short": {"ours": held(ours, ids, FEW, SHORT)}}
         many = (ours.tokens - SPARE) // SHORT
         found["short"] = {"own": held(own, ids, DENSE, SHORT), "ours": held(ours, ids, many, SHORT)}
         found["equal_memory"] = turns(own, ours, DENSE, many)
@@ -124,13 +143,13 @@ def method(
 
 def held(engine: Engine, ids: Ids, sequences: int, tokens: int) -> Found:
     """Hold sequences of nearly so many tokens, and say what they take; what they generate fills them up."""
-    before = engine.state()
+    before = engine.state()["metrics"]["vllm:num_preemptions"]
     prompts = [ids[i * tokens :][: tokens - SPARE] for i in range(sequences)]
     began = engine("hold", prompts=[{"ids": prompt, "max_tokens": SPARE} for prompt in prompts])
     after = engine.state()
     count = sum(map(len, prompts)) if after["memory"] is None else after["memory"]["tokens"]
-    found = {"sequences": began["held"], "tokens": count, "grown": after["resident"] - before["resident"]}
-    found |= {"preempted": after["metrics"]["vllm:num_preemptions"] - before["metrics"]["vllm:num_preemptions"]}
+    found = {"sequences": began["held"], "tokens": count}
+    found |= {"preempted": after["metrics"]["vllm:num_preemptions"] - before}
     found |= {"prefill_cpu_seconds": began["cpu"], "prefill_seconds": began["seconds"]}
     if memory := after["memory"]:
         found |= {"used": memory["used"], "outside": memory["outside"], "room": memory["room"]}
@@ -179,14 +198,14 @@ def noise(same: Found, texts: Sequence[Ids], reference: Found) -> Found:
         return kl(reference["scored"], scored(other, texts))
 
 
-def in_transformers(model: Any, texts: Sequence[Ids]) -> Found:
+def in_transformers(model: Any, texts: Sequence[Ids], folder: str) -> Found:
     """KL of the same specs in transformers, on the same places."""
     found: dict[str, list[Any]] = {name: [] for name in ("own", *SAVING)}
     for text in texts:
         each = sample(model, torch.tensor([text[:-1]]), FIRST)
         found["own"].append(likeliest(each.log_probs))
         for name in SAVING:
-            compressed = KVComp(name, calibration=CALIBRATION if name == "kvcomp-klt" else None)
+            compressed = KVComp(**options(name, folder))
             found[name].append(likeliest(predict(model, each.text, fill(model, each, compressed), compressed)))
     return {name: kl(found["own"], found[name]) for name in SAVING}
 
@@ -210,34 +229,54 @@ def _kl(own: dict[str, float], other: dict[str, float]) -> float:
     return float((p * np.log(p / q)).sum())
 
 
-def store(same: Found, ids: Ids) -> Found:
-    """The first token from Redis and without it, and gaps between tokens while Redis is at work and stopped."""
-    port = 16391
-    command = ["redis-server", "--port", str(port), "--save", "", "--maxmemory", "500mb"]
+@contextmanager
+def redis() -> Iterator[tuple[int, str]]:
+    """Process id and URL of a server that keeps nothing on the disk."""
+    command = ["redis-server", "--port", str(PORT), "--save", "", "--maxmemory", "500mb"]
     server = subprocess.Popen([*command, "--maxmemory-policy", "allkeys-lru"], stdout=subprocess.DEVNULL)
+    try:
+        yield server.pid, f"redis://127.0.0.1:{PORT}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def connected(same: Found, url: str, chunk: int, **more: Any) -> Engine:
+    """An engine with vLLM's own cache and kvcomp's connector, in processes as vLLM has them by default.
+
+    Its model is in float32: what these processes multiply with is not ours to choose (``linear_in_float32``).
+    """
     transfer = {
         "kv_connector": "KVCompConnector",
         "kv_connector_module_path": "kvcomp.integrations.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"url": f"redis://127.0.0.1:{port}", "timeout": 5.0},
+        "kv_connector_extra_config": {"url": url, "timeout": 5.0, "chunk_tokens": chunk},
     }
-    arguments = same | {"kv_transfer_config": transfer, "disable_hybrid_kv_cache_manager": True}
-    try:
-        with Engine(None, **arguments) as engine:
-            engine("run", prompts=[{"ids": ids[-600:], "max_tokens": 1}])
-            first = [first_token(engine, ids[i * PREFIX :][:PREFIX]) for i in range(PROMPTS)]
-            gaps = engine("gaps", prompt=ids[:400], server=server.pid)
-    finally:
-        server.kill()
-        server.wait()
+    more |= {"dtype": "float32", "max_model_len": SHORT, "disable_hybrid_kv_cache_manager": True}
+    return Engine(None, apart=True, **(same | more | {"kv_transfer_config": transfer}))
+
+
+def first_tokens(same: Found, ids: Ids) -> Found:
+    """The first token from Redis and without it, in turns."""
+    with redis() as (_, url), connected(same, url, PREFIX_CHUNK) as engine:
+        first_token(engine, ids[-PREFIX:])  # what is compiled on the first use
+        found = [first_token(engine, ids[i * PREFIX :][:PREFIX]) for i in range(PROMPTS)]
     return {
-        "first_token": {
-            **{name: spread([one[name] for one in first]) for name in ("computed", "loaded")},
-            "ratio": spread([one["loaded"] / one["computed"] for one in first]),
-        },
-        "gaps": {name: spread(of) for name, of in gaps.items()},
+        **{name: spread([one[name] for one in found]) for name in ("computed", "loaded")},
+        "ratio": spread([one["loaded"] / one["computed"] for one in found]),
     }
+
+
+def gaps(same: Found, ids: Ids) -> Found:
+    """Gaps between tokens while Redis is at work and stopped, with others that ask for a chunk of 64 tokens.
+
+    Their prompts are computed 16 tokens a step, so that a gap is not theirs.
+    """
+    few = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
+    with redis() as (server, url), connected(same, url, SPARE, **few) as engine:
+        found = engine("gaps", prompt=ids[:400], server=server)
+    return {name: spread(of) for name, of in found.items()}
 
 
 def first_token(engine: Engine, prompt: Ids) -> dict[str, float]:
