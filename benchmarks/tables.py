@@ -429,15 +429,15 @@ def first_token(found: Any) -> str:
 
 def vllm(found: Any) -> str:
     """A compressed cache in vLLM beside vLLM's own: rows are figures, columns the specs that were measured."""
-    specs = [name for name in ("kvcomp", "kvcomp-klt") if name in found]
+    specs = [name for name in ("kvcomp", "kvcomp, no sinks", "kvcomp-klt") if name in found]
 
     def spread(of: Any) -> str:
         return f"{of['median']:.2f} ({of['least']:.2f} to {of['most']:.2f})"
 
-    rows = {
+    rows: dict[str, Callable[[str], str]] = {
         "tokens that fit, by vLLM's log": lambda name: f"{found[name]['tokens']:,} ({found[name]['times']:.2f}x)",
-        "held at once, sequences": lambda name: str(found[name]["short"]["ours"]["sequences"]),
-        "of them outside vLLM's memory, MB": lambda name: f"{found[name]['short']['ours']['outside'] / 1e6:.1f}",
+        "held at once, of 2K": lambda name: str(found[name]["short"]["ours"]["sequences"]),
+        "pages outside vLLM's memory": lambda name: f"{_outside(found[name]['short']['ours']):.1f} %",
         "fewer bytes a token, 2K": lambda name: f"{_dense(found) / found[name]['short']['ours']['bytes_a_token']:.2f}x",
         "fewer bytes a token, 8K": lambda name: f"{_dense(found) / found[name]['long']['ours']['bytes_a_token']:.2f}x",
         "tokens/s over vLLM's own, equal memory": lambda name: spread(found[name]["equal_memory"]["cpu"]["ratio"]),
@@ -447,7 +447,7 @@ def vllm(found: Any) -> str:
         "KL": lambda name: f"{found[name]['kl']['mean']:.1e}",
         "KL of the spec in transformers": lambda name: f"{found['transformers'][name]['mean']:.1e}",
     }
-    body = [[title, *(figure(name) for name in specs)] for title, figure in rows.items()]
+    body = [[title, *(_or_blank(figure, name) for name in specs)] for title, figure in rows.items()]
     first, gaps = found["first_token"], found["gaps"]
     more = [
         f"KL's noise floor: {found['noise_floor']['mean']:.1e}.",
@@ -459,6 +459,19 @@ def vllm(found: Any) -> str:
         ),
     ]
     return "\n".join([markdown(["", *specs], body), "", *(f"- {line}" for line in more)])
+
+
+def _or_blank(figure: Callable[[str], str], name: str) -> str:
+    """A figure; nothing where it was not measured."""
+    try:
+        return figure(name)
+    except KeyError:
+        return ""
+
+
+def _outside(held: Any) -> float:
+    """Pages outside vLLM's memory, in per cent of all."""
+    return float(100 * held["outside"] / (held["used"] + held["outside"]))
 
 
 def _dense(found: Any) -> float:

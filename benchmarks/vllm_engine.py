@@ -55,7 +55,7 @@ def linear_in_float32() -> None:
         wide = plain(x.float(), copies[weight.data_ptr()], None if bias is None else bias.float())
         return wide.to(x.dtype)
 
-    torch.nn.functional.linear = linear
+    torch.nn.functional.linear = linear  # type: ignore[assignment]
 
 
 def run(llm: Any, prompts: Prompts) -> dict[str, Any]:

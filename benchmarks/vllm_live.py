@@ -94,7 +94,12 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        same = {"model": folder, "dtype": "bfloat16", "max_model_len": LONG + SPARE, "enable_prefix_caching": False}
+        same: Found = {
+            "model": folder,
+            "dtype": "bfloat16",
+            "max_model_len": LONG + SPARE,
+            "enable_prefix_caching": False,
+        }
         same |= {"kv_cache_memory_bytes": space, "max_num_batched_tokens": FIRST}
         texts = [ids[i * (FIRST + SCORED + 1) :][: FIRST + SCORED + 1] for i in range(TEXTS)]
         part("first_token", partial(first_tokens, same, ids))

@@ -38,7 +38,12 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "fine.json"
         spec.write_text(json.dumps(FINE))
-        arguments = {"model": str(model), "dtype": "float32", "max_model_len": CONTEXT, "max_num_seqs": clients}
+        arguments: dict[str, Any] = {
+            "model": str(model),
+            "dtype": "float32",
+            "max_model_len": CONTEXT,
+            "max_num_seqs": clients,
+        }
         arguments |= {"max_num_batched_tokens": 256, "num_gpu_blocks_override": BLOCKS, "enable_prefix_caching": False}
         arguments |= {"kv_cache_memory_bytes": 1 << 30}
         with Engine({"spec": str(spec), "saving": 1.5}, **arguments) as engine:
