@@ -450,14 +450,19 @@ def vllm(found: Any) -> str:
     body = [[title, *(_or_blank(figure, name) for name in specs)] for title, figure in rows.items()]
     first, gaps = found["first_token"], found["gaps"]
     more = [
-        f"KL's noise floor: {found['noise_floor']['mean']:.1e}.",
         f"First token, 1,900 tokens, seconds: {spread(first['computed'])} computed, {spread(first['loaded'])} loaded.",
-        f"The ratio of both: {spread(first['ratio'])}, {first['ratio']['count']} prompts.",
+        (
+            f"Their ratio: {spread(first['ratio'])}, {first['ratio']['count']} prompts, load average "
+            f"{first['load_average']:.0f}, commit {first['commit']}."
+        ),
         *(
-            f"Gaps between tokens with Redis {name}: median {of['median']:.3f} s, longest {of['most']:.3f} s."
-            for name, of in gaps.items()
+            f"Gaps between tokens with Redis {name}: median {gaps[name]['median']:.2f} s, longest "
+            f"{gaps[name]['most']:.2f} s, load average {gaps['load_average']:.0f}, commit {gaps['commit']}."
+            for name in ("at work", "stopped")
         ),
     ]
+    if noise := found.get("noise_floor"):
+        more.insert(0, f"KL's noise floor: {noise['mean']:.1e}.")
     return "\n".join([markdown(["", *specs], body), "", *(f"- {line}" for line in more)])
 
 

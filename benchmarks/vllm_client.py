@@ -15,7 +15,7 @@ from kvcomp.errors import InvalidInput, KVCompError
 
 ROOT = Path(__file__).parents[1]
 WORKER = "kvcomp.integrations.vllm.worker.KVCompWorker"
-END = 3000  # characters of a log that an error shows
+END = 20_000  # characters of a log that an error shows
 # So fine that a wrong token, page or mask is far outside what is lost.
 FINE = {
     "kvcomp_spec": 1,
