@@ -84,6 +84,8 @@ def main(
     content: Found = {"kvcomp_results": 1, "kind": "vllm_live", "partial": True, "setting": setting}
     if resume and output.exists():
         content |= json.loads(output.read_text()) | {"partial": True}
+        if "scored" not in content.get("own", {}):  # a run that ended keeps no log probabilities
+            content.pop("own", None)
 
     def part(name: str, measure: Callable[[], Found]) -> Found:
         if name not in content:
