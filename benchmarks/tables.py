@@ -427,6 +427,74 @@ def first_token(found: Any) -> str:
     return markdown([*header, *(f"ms at {rate:g} Gbit/s" for rate in rates)], rows)
 
 
+def vllm(found: Any) -> str:
+    """A compressed cache in vLLM beside vLLM's own: rows are figures, columns the specs that were measured."""
+    specs = [name for name in ("kvcomp", "kvcomp, no sinks", "kvcomp-klt") if name in found]
+
+    def spread(of: Any) -> str:
+        return f"{of['median']:.2f} ({of['least']:.2f} to {of['most']:.2f})"
+
+    rows: dict[str, Callable[[str], str]] = {
+        "tokens that fit, by vLLM's log": lambda name: f"{found[name]['tokens']:,} ({found[name]['times']:.2f}x)",
+        "held at once, of 2K": lambda name: str(found[name]["short"]["ours"]["sequences"]),
+        "pages outside vLLM's memory": lambda name: f"{_outside(found[name]['short']['ours']):.1f} %",
+        "fewer bytes a token, 2K": lambda name: f"{_dense(found) / found[name]['short']['ours']['bytes_a_token']:.2f}x",
+        "fewer bytes a token, 8K": lambda name: f"{_dense(found) / found[name]['long']['ours']['bytes_a_token']:.2f}x",
+        "tokens/s over vLLM's own, equal memory": lambda name: spread(found[name]["equal_memory"]["cpu"]["ratio"]),
+        "tokens/s over vLLM's own, equal concurrency": lambda name: spread(
+            found[name]["equal_concurrency"]["cpu"]["ratio"]
+        ),
+        "KL": lambda name: f"{found[name]['kl']['mean']:.1e}",
+        "KL of the spec in transformers": lambda name: f"{found['transformers'][name]['mean']:.1e}",
+    }
+    body = [[title, *(_or_blank(figure, name) for name in specs)] for title, figure in rows.items()]
+    first, gaps = found["first_token"], found["gaps"]
+    more = [
+        f"First token, 1,900 tokens, seconds: {spread(first['computed'])} computed, {spread(first['loaded'])} loaded.",
+        (
+            f"Their ratio: {spread(first['ratio'])}, {first['ratio']['count']} prompts, load average "
+            f"{first['load_average']:.0f}, commit {first['commit']}."
+        ),
+        *(
+            f"Gaps between tokens with Redis {name}: median {gaps[name]['median']:.2f} s, longest "
+            f"{gaps[name]['most']:.2f} s, load average {gaps['load_average']:.0f}, commit {gaps['commit']}."
+            for name in ("at work", "stopped")
+        ),
+    ]
+    if noise := found.get("noise_floor"):
+        more.insert(0, f"KL's noise floor: {noise['mean']:.1e}.")
+    return "\n".join([markdown(["", *specs], body), "", *(f"- {line}" for line in more)])
+
+
+def _or_blank(figure: Callable[[str], str], name: str) -> str:
+    """A figure; nothing where it was not measured."""
+    try:
+        return figure(name)
+    except KeyError:
+        return ""
+
+
+def _outside(held: Any) -> float:
+    """Pages outside vLLM's memory, in per cent of all."""
+    return float(100 * held["outside"] / (held["used"] + held["outside"]))
+
+
+def _dense(found: Any) -> float:
+    """Bytes of a token in vLLM's own cache: what it is given over the tokens that it says to hold."""
+    return float(found["setting"]["space"] / found["own"]["tokens"])
+
+
+def vllm_soak(found: Any) -> str:
+    """What a soak came to, in a sentence."""
+    given = found["setting"]
+    return (
+        f"**Soak**: {given['clients']} clients for {given['minutes']:g} minutes on {given['model']}, "
+        f"{found['requests']:,} requests of random lengths, {found['preempted']:,.0f} preemptions: "
+        f"{found['wrong']} answers differ from the same request alone, {found['left']['used']} bytes left at the end "
+        f"(commit {given['commit']})."
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several with a comma between
     "front": ("real.json", front),
     "quality": ("quality.json", quality),
@@ -445,10 +513,23 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "transfer": ("transfer.json", transfer),
     "encoder": ("transfer.json", encoder),
     "first-token": ("transfer.json", first_token),
+    "vllm": ("vllm_live.json", vllm),
+    "vllm-soak": ("vllm_soak.json", vllm_soak),
     "claims": ("quality.json,attention_cpu.json", claims),
     **{
         f"setting-{name}": (f"{name}.json", about)
-        for name in ("quality", "klt", "real", "memory", "attention_cpu", "codec", "generate", "files", "transfer")
+        for name in (
+            "quality",
+            "klt",
+            "real",
+            "memory",
+            "attention_cpu",
+            "codec",
+            "generate",
+            "files",
+            "transfer",
+            "vllm_live",
+        )
     },
 }
 

@@ -1,124 +1,231 @@
-"""What a compressed cache gives and costs in a real vLLM engine on the CPU, with SmolLM2-135M.
+"""What a compressed cache gives and costs in a real vLLM engine on the CPU, with SmolLM2-135M in bfloat16.
 
-Run by `make bench-vllm`, which has vLLM, the model, and needs redis-server for the last part. Tokens that fit are those
-of vLLM's own log, at one size of its cache; beside them stand the bytes that are measured in pages while two prompts
-of 2,048 tokens are held. KL is over the likeliest 20 tokens at the last 80 places of 1,872 tokens, which see the first
-1,792 through the cache, against vLLM's own bfloat16 cache; the noise floor is that cache filled in other pieces. Times
-depend on what else the machine does, so only gaps are given, of one run, with the server at work beside them.
+Run by `make bench-vllm`, which has vLLM, the model, and needs redis-server for the last part. Every engine has one
+thread and the same bytes for its cache: what four dense sequences of 2,048 tokens take.
+
+- Tokens that fit are those of vLLM's own log. They are then held: as many sequences as the log allows, all at once.
+  Beside them stand the bytes of pages, raw ones included. vLLM's memory is resident; what lies outside adds to it.
+- Steps of both engines are timed in turns while they hold those sequences, and once more with equally many.
+- KL is over the likeliest 20 tokens at 80 places, which see the first 1,792 tokens through the cache, against vLLM's
+  own; the noise floor is vLLM's own filled in other pieces. "transformers" is the same spec there, on the same texts.
+- The first token is that of prompts computed and of the same prompts from Redis, in turns.
+- Gaps are between tokens of a running request, with Redis at work and with it stopped.
+
+A part that ``--resume`` adds says its own commit.
+
+    python benchmarks/vllm_live.py [--resume]
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 
 import real_models
-from kvcomp.errors import InvalidInput
+import vllm_engine
+from kvcomp.evaluate.fidelity import fill, predict, sample
+from kvcomp.evaluate.methods import KVComp
 from kvcomp.evaluate.models import text_ids
 from kvcomp.results.schema import environment, figure
+from kvcomp.spec import PRESETS, is_calibrated
+from vllm_client import ROOT, Engine
 
 OUTPUT = Path(__file__).parent / "results" / "vllm_live.json"
-WORKER = "kvcomp.integrations.vllm.worker.KVCompWorker"
-SPACE = 1  # GiB of vLLM's cache
-FIRST, SCORED, TEXTS, HELD, SEQUENCES = 1792, 80, 2, 2048, 2
-SAVING = {"kvcomp": 3.0, "kvcomp-klt": 3.9, "packed": 3.0}
+CALIBRATION = ROOT / "examples" / "calibrations" / "smollm2-135m.kvcal"
+FIRST, SCORED, TEXTS = 1792, 80, 3
+DENSE, SHORT, LONG, SPARE = 4, 2048, 8064, 64  # sequences of vLLM's own that fit, their tokens, a long one, a block
+STEPS, TURNS = 6, 4
+PREFIX, PREFIX_CHUNK, PROMPTS, SETTLED = 1900, 256, 3, 4.0  # tokens of a stored prompt; seconds until it is stored
+PORT = 16391
+NO_SINKS = "kvcomp, no sinks"
+SAVING = {"kvcomp": 3.5, NO_SINKS: 3.7, "kvcomp-klt": 4.0}
+WHOLE = ("kvcomp",)  # timed, and held until the memory is full; the others hold FEW sequences
+FEW = 3
 
-Answer = dict[str, Any]
+Found = dict[str, Any]
+Ids = list[int]
 
 
 def main(
-    calibration: Annotated[Path | None, typer.Option(help="Of this model, for kvcomp-klt.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the parts that the output has.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o")] = OUTPUT,
 ) -> None:
-    """Measure and write the results file, after each engine anew."""
+    """Measure, and write the results file after each part."""
+    torch.set_num_threads(1)
+    vllm_engine.linear_in_float32()
     model, tokenizer = real_models.load("smollm2-135m", "bfloat16")
     ids = text_ids(tokenizer, "", None)[0].tolist()
     config = model.config
-    dense = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
-    parameters = {"space": SPACE << 30, "scored": SCORED, "texts": TEXTS, "held": [HELD] * SEQUENCES}
-    setting = environment(model="SmolLM2-135M", vllm="0.32.0", **parameters)
-    content: Answer = {"kvcomp_results": 1, "kind": "vllm_live", "partial": True, "setting": setting, "methods": []}
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    space = (DENSE * SHORT + SPARE) * token
+    setting = environment(
+        model="SmolLM2-135M",
+        vllm="0.32.0",
+        space=space,
+        first=FIRST,
+        scored=SCORED,
+        texts=TEXTS,
+        short=SHORT,
+        long=LONG,
+    )
+    content: Found = {"kvcomp_results": 1, "kind": "vllm_live", "partial": True, "setting": setting}
+    if resume and output.exists():
+        content |= json.loads(output.read_text()) | {"partial": True}
+        if "scored" not in content.get("own", {}):  # a run that ended keeps no log probabilities
+            content.pop("own", None)
 
-    def note(**more: Any) -> None:
-        content.update(more)
-        output.write_text(json.dumps(content, indent=2) + "\n")
+    def part(name: str, measure: Callable[[], Found]) -> Found:
+        if name not in content:
+            content[name] = measure() | {"commit": setting["commit"], "load_average": os.getloadavg()[0]}
+            output.write_text(json.dumps(content, indent=2) + "\n")
+        return dict(content[name])
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        texts = [ids[i * (FIRST + SCORED) :][: FIRST + SCORED] for i in range(TEXTS)]
-        scored = [[{"ids": text, "max_tokens": 1, "scored": SCORED}] for text in texts]
-        held = [{"ids": ids[i * HELD :][:HELD], "max_tokens": 2} for i in range(SEQUENCES)]
-        own, own_tokens = engine(folder, {"rounds": scored}, max_num_batched_tokens=FIRST)
-        methods = [{"name": "vLLM's own cache", "tokens": own_tokens, "bytes_a_token": dense}]
-        note(methods=methods)
-        for name in SAVING if calibration else [name for name in SAVING if name != "kvcomp-klt"]:
-            options = {"spec": name, "saving": SAVING[name]}
-            if name == "kvcomp-klt":
-                options["calibration"] = str(calibration)
-            more = {"worker_cls": WORKER, "additional_config": {"kvcomp": options}}
-            found, tokens = engine(folder, {"rounds": [*scored, held]}, max_num_batched_tokens=FIRST, **more)
-            memory = found["memory"]
-            methods.append(
-                {
-                    "name": name,
-                    "saving": SAVING[name],
-                    "tokens": tokens,
-                    "times": tokens / own_tokens,
-                    "bytes_a_token": (memory["used"] + memory["outside"]) / memory["tokens"],
-                    "outside": memory["outside"],
-                    "kl": kl(own, found),
-                }
-            )
-            note()
-        other, _ = engine(folder, {"rounds": scored}, max_num_batched_tokens=FIRST // 2)
-        note(noise_floor=kl(own, other))
-        note(gaps=stopped(folder, ids), partial=False)
+        same: Found = {
+            "model": folder,
+            "dtype": "bfloat16",
+            "max_model_len": LONG + SPARE,
+            "enable_prefix_caching": False,
+        }
+        same |= {"kv_cache_memory_bytes": space, "max_num_batched_tokens": FIRST}
+        texts = [ids[i * (FIRST + SCORED + 1) :][: FIRST + SCORED + 1] for i in range(TEXTS)]
+        part("first_token", partial(first_tokens, same, ids))
+        part("gaps", partial(gaps, same, ids))
+        with Engine(None, **same) as own:
+            reference = part("own", lambda: {"tokens": own.tokens, "scored": scored(own, texts)})
+            part("noise_floor", partial(noise, same, texts, reference))
+            part("transformers", partial(in_transformers, model, texts, folder))
+            for name, saving in SAVING.items():
+                part(name, partial(method, options(name, folder), saving, same, own, reference, ids, texts))
+    content["own"].pop("scored")
+    content["partial"] = False
+    output.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def engine(folder: str, request: Answer, **arguments: Any) -> tuple[Answer, int]:
-    """What an engine answers, and how many tokens its log says its cache holds."""
-    python = os.environ.get("KVCOMP_VLLM")
-    if not python:
-        raise InvalidInput("KVCOMP_VLLM must name a Python that has vLLM: use make bench-vllm")
-    arguments = {"model": folder, "dtype": "bfloat16", "max_model_len": 4096, **arguments}
-    paths = [Path(folder) / name for name in ("request.json", "answer.json")]
-    paths[0].write_text(json.dumps({**request, "engine": arguments}))
-    more = {
-        "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
-        "VLLM_CPU_KVCACHE_SPACE": str(SPACE),
-        "VLLM_NO_USAGE_STATS": "1",
-        "NUMBA_CACHE_DIR": str(Path(python).parents[1] / "numba"),
+def options(name: str, folder: str) -> dict[str, str]:
+    """Spec and calibration of a method."""
+    if name == NO_SINKS:
+        path = Path(folder) / "no-sinks.json"
+        path.write_text(replace(PRESETS["kvcomp"], sinks=0).to_json())
+        return {"spec": str(path)}
+    return {"spec": name} | ({"calibration": str(CALIBRATION)} if is_calibrated(name) else {})
+
+
+def method(
+    given: dict[str, str], saving: float, same: Found, own: Engine, reference: Found, ids: Ids, texts: Sequence[Ids]
+) -> Found:
+    """A compressed cache beside vLLM's own: bytes, KL, and times in turns."""
+    with Engine({**given, "saving": saving}, **same) as ours:
+        found: Found = {"saving": saving, "tokens": ours.tokens, "times": ours.tokens / reference["tokens"]}
+        found["kl"] = kl(reference["scored"], scored(ours, texts))
+        if given["spec"] not in WHOLE:
+            return found | {"short": {"ours": held(ours, ids, FEW, SHORT)}}
+        many = (ours.tokens - SPARE) // SHORT
+        found["short"] = {"own": held(own, ids, DENSE, SHORT), "ours": held(ours, ids, many, SHORT)}
+        found["equal_memory"] = turns(own, ours, DENSE, many)
+        ours("drop", held=list(range(DENSE, many)))
+        found["equal_concurrency"] = turns(own, ours, DENSE, DENSE)
+        own("drop", held=list(range(DENSE)))
+        ours("drop", held=list(range(DENSE)))
+        found["long"] = {"ours": held(ours, ids, 1, LONG)}
+        ours("drop", held=[0])
+        found["left"] = ours.state()["memory"]
+    return found
+
+
+def held(engine: Engine, ids: Ids, sequences: int, tokens: int) -> Found:
+    """Hold sequences of nearly so many tokens, and say what they take; what they generate fills them up."""
+    before = engine.state()["metrics"]["vllm:num_preemptions"]
+    prompts = [ids[i * tokens :][: tokens - SPARE] for i in range(sequences)]
+    began = engine("hold", prompts=[{"ids": prompt, "max_tokens": SPARE} for prompt in prompts])
+    after = engine.state()
+    count = sum(map(len, prompts)) if after["memory"] is None else after["memory"]["tokens"]
+    found = {"sequences": began["held"], "tokens": count}
+    found |= {"preempted": after["metrics"]["vllm:num_preemptions"] - before}
+    found |= {"prefill_cpu_seconds": began["cpu"], "prefill_seconds": began["seconds"]}
+    if memory := after["memory"]:
+        found |= {"used": memory["used"], "outside": memory["outside"], "room": memory["room"]}
+        found |= {"bytes_a_token": (memory["used"] + memory["outside"]) / count}
+    return found
+
+
+def turns(own: Engine, ours: Engine, theirs: int, many: int) -> Found:
+    """Tokens a second of both, and their ratio, by CPU time and by the clock; a step gives each sequence a token."""
+    taken: dict[str, list[Found]] = {"own": [], "ours": []}
+    for _ in range(TURNS):
+        for name, engine in (("own", own), ("ours", ours)):
+            steps = engine("steps", count=STEPS)
+            taken[name].append({clock: float(np.median([one[clock] for one in steps])) for clock in steps[0]})
+    rates = {
+        clock: {
+            name: [sequences / one[clock] for one in taken[name]]
+            for name, sequences in (("own", theirs), ("ours", many))
+        }
+        for clock in ("cpu", "seconds")
     }
-    script = Path(__file__).parent / "vllm_engine.py"
-    run = subprocess.run(
-        [python, script, *paths], env={**os.environ, **more}, check=True, stdout=subprocess.PIPE, text=True
-    )
-    tokens = re.search(r"KV cache size: ([0-9,]+) tokens", run.stdout)
-    assert tokens is not None
-    return json.loads(paths[1].read_text()), int(tokens[1].replace(",", ""))
+    return {
+        "sequences": {"own": theirs, "ours": many},
+        **{
+            clock: {
+                **{name: spread(of) for name, of in both.items()},
+                "ratio": spread([b / a for a, b in zip(both["own"], both["ours"], strict=True)]),
+            }
+            for clock, both in rates.items()
+        },
+    }
 
 
-def kl(own: Answer, other: Answer) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> Found:
+    return {"median": float(np.median(values)), "least": min(values), "most": max(values), "count": len(values)}
+
+
+def scored(engine: Engine, texts: Sequence[Ids]) -> list[Any]:
+    """The likeliest tokens at the last places of each text, each alone."""
+    prompts = [{"ids": text, "max_tokens": 1, "scored": SCORED} for text in texts]
+    return [engine("run", prompts=[prompt])["answers"][0][0]["scored"] for prompt in prompts]
+
+
+def noise(same: Found, texts: Sequence[Ids], reference: Found) -> Found:
+    with Engine(None, **(same | {"max_num_batched_tokens": FIRST // 2})) as other:
+        return kl(reference["scored"], scored(other, texts))
+
+
+def in_transformers(model: Any, texts: Sequence[Ids], folder: str) -> Found:
+    """KL of the same specs in transformers, on the same places."""
+    found: dict[str, list[Any]] = {name: [] for name in ("own", *SAVING)}
+    for text in texts:
+        each = sample(model, torch.tensor([text[:-1]]), FIRST)
+        found["own"].append(likeliest(each.log_probs))
+        for name in SAVING:
+            compressed = KVComp(**options(name, folder))
+            found[name].append(likeliest(predict(model, each.text, fill(model, each, compressed), compressed)))
+    return {name: kl(found["own"], found[name]) for name in SAVING}
+
+
+def likeliest(log_probs: Any) -> list[dict[str, float]]:
+    values, tokens = log_probs.topk(vllm_engine.TOP)
+    return [dict(zip(map(str, t), v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
+
+
+def kl(own: Sequence[Any], other: Sequence[Any]) -> Found:
     """Mean KL over the likeliest tokens of the first, the rest as one, with its error over texts."""
-    return figure([float(np.mean([_kl(*place) for place in _places(*texts)])) for texts in _texts(own, other)])
-
-
-def _texts(own: Answer, other: Answer) -> list[tuple[Any, Any]]:
-    answers = [[found["rounds"][i][0][0]["scored"] for i in range(TEXTS)] for found in (own, other)]
-    return list(zip(*answers, strict=True))
-
-
-def _places(own: Any, other: Any) -> list[tuple[dict[str, float], dict[str, float]]]:
-    return list(zip(own, other, strict=True))
+    texts = zip(own, other, strict=True)
+    return figure([float(np.mean([_kl(*places) for places in zip(*text, strict=True)])) for text in texts])
 
 
 def _kl(own: dict[str, float], other: dict[str, float]) -> float:
@@ -129,29 +236,63 @@ def _kl(own: dict[str, float], other: dict[str, float]) -> float:
     return float((p * np.log(p / q)).sum())
 
 
-def stopped(folder: str, ids: list[int]) -> dict[str, Any]:
-    """Gaps between tokens of a running request, in seconds, while Redis is at work and while it is stopped."""
-    port = 16391
-    command = ["redis-server", "--port", str(port), "--save", "", "--maxmemory", "500mb"]
+@contextmanager
+def redis() -> Iterator[tuple[int, str]]:
+    """Process id and URL of a server that keeps nothing on the disk."""
+    command = ["redis-server", "--port", str(PORT), "--save", "", "--maxmemory", "500mb"]
     server = subprocess.Popen([*command, "--maxmemory-policy", "allkeys-lru"], stdout=subprocess.DEVNULL)
     try:
-        extra = {"url": f"redis://127.0.0.1:{port}", "chunk_tokens": 64, "timeout": 5.0}
-        transfer = {
-            "kv_connector": "KVCompConnector",
-            "kv_connector_module_path": "kvcomp.integrations.vllm",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": extra,
-        }
-        request = {"rounds": [], "stop": server.pid, "prompt": ids[:400]}
-        found, _ = engine(folder, request, kv_transfer_config=transfer, disable_hybrid_kv_cache_manager=True)
+        yield server.pid, f"redis://127.0.0.1:{PORT}"
     finally:
         server.kill()
         server.wait()
-    return {
-        name: {"median": float(np.median(of)), "longest": max(of), "count": len(of)}
-        for name, of in found["gaps"].items()
+
+
+def connected(same: Found, url: str, chunk: int, **more: Any) -> Engine:
+    """An engine with vLLM's own cache and kvcomp's connector, in processes as vLLM has them by default.
+
+    Its model is in float32: what these processes multiply with is not ours to choose (``linear_in_float32``).
+    """
+    transfer = {
+        "kv_connector": "KVCompConnector",
+        "kv_connector_module_path": "kvcomp.integrations.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"url": url, "timeout": 5.0, "chunk_tokens": chunk},
     }
+    more |= {"dtype": "float32", "max_model_len": SHORT, "disable_hybrid_kv_cache_manager": True}
+    return Engine(None, apart=True, **(same | more | {"kv_transfer_config": transfer}))
+
+
+def first_tokens(same: Found, ids: Ids) -> Found:
+    """The first token from Redis and without it, in turns."""
+    with redis() as (_, url), connected(same, url, PREFIX_CHUNK) as engine:
+        first_token(engine, ids[-PREFIX:])  # what is compiled on the first use
+        found = [first_token(engine, ids[i * PREFIX :][:PREFIX]) for i in range(PROMPTS)]
+    return {
+        **{name: spread([one[name] for one in found]) for name in ("computed", "loaded")},
+        "ratio": spread([one["loaded"] / one["computed"] for one in found]),
+    }
+
+
+def gaps(same: Found, ids: Ids) -> Found:
+    """Gaps between tokens while Redis is at work and stopped, with others that ask for a chunk of 64 tokens.
+
+    Their prompts are computed 16 tokens a step, so that a gap is not theirs.
+    """
+    few = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
+    with redis() as (server, url), connected(same, url, SPARE, **few) as engine:
+        found = engine("gaps", prompt=ids[:400], server=server)
+    return {name: spread(of) for name, of in found.items()}
+
+
+def first_token(engine: Engine, prompt: Ids) -> dict[str, float]:
+    """Seconds to the first token of a prompt, computed and stored, and then from the store."""
+    found = {}
+    for name in ("computed", "loaded"):
+        found[name] = float(engine("run", prompts=[{"ids": prompt, "max_tokens": 1}])["seconds"])
+        time.sleep(SETTLED)
+    return found
 
 
 if __name__ == "__main__":

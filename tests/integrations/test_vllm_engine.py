@@ -14,69 +14,39 @@ from typing import Any
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PYTHON = os.environ.get("KVCOMP_VLLM", "")
+import vllm_client
+from vllm_client import CLOSE, FINE, ROOT, Engine, EngineFailed
+
 MODEL = ROOT / "examples" / "tiny-lm"
-WORKER = "kvcomp.integrations.vllm.worker.KVCompWorker"
-# So fine that a wrong token, page or mask is far outside what is lost.
-FINE = {
-    "kvcomp_spec": 1,
-    "key": {"unit": "channel", "relative_scale": 0.005},
-    "value": {"unit": "token", "relative_scale": 0.005},
-}
-CLOSE = 0.1  # nats between log probabilities: these scales and another order of float32 sums cost a tenth of that
 
-pytestmark = pytest.mark.skipif(not PYTHON, reason="vLLM is not here: make test-vllm")
+pytestmark = pytest.mark.skipif(not os.environ.get("KVCOMP_VLLM"), reason="vLLM is not here: make test-vllm")
 
 
-def engine(
-    path: Path, rounds: list[Any], live: dict[str, Any] | None, **arguments: Any
-) -> subprocess.CompletedProcess[str]:
-    """Run rounds of prompts in an engine of its own; the answer lies in ``path``."""
-    more = {"worker_cls": WORKER, "additional_config": {"kvcomp": live}} if live is not None else {}
-    arguments = {"model": str(MODEL), "dtype": "float32", "max_model_len": 1024, **more, **arguments}
-    (path / "request.json").write_text(json.dumps({"engine": arguments, "rounds": rounds}))
-    return subprocess.run(
-        [PYTHON, ROOT / "benchmarks/vllm_engine.py", path / "request.json", path / "answer.json"],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT / "src"),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "NUMBA_CACHE_DIR": str(Path(PYTHON).parents[1] / "numba"),  # its Numba may be another version
-        },
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+def start(live: dict[str, Any] | None, **arguments: Any) -> Engine:
+    """An engine as vLLM makes it by default: its core and its worker have processes of their own."""
+    few = {"model": str(MODEL), "dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 30}
+    return Engine(live, apart=True, **(few | arguments))
 
 
-def answers(path: Path, rounds: list[Any], live: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
-    done = engine(path, rounds, live, **arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads((path / "answer.json").read_text())
+def answers(engine: Engine, prompts: list[dict[str, Any]]) -> list[Any]:
+    """Of prompts together, a list of answers each."""
+    found: list[Any] = engine("run", prompts=prompts)["answers"]
     return found
 
 
-def same(one: dict[str, Any], other: dict[str, Any], close: float = CLOSE) -> None:
-    """Two answers agree: the log probabilities of the likeliest tokens, up to where they choose between near ties."""
-    for ours, theirs, mine, yours in zip(one["top"], other["top"], one["ids"], other["ids"], strict=True):
-        likely = sorted(theirs, key=theirs.__getitem__)[-5:]
-        assert set(likely) <= set(ours)
-        assert max(abs(ours[token] - theirs[token]) for token in likely) < close
-        if mine != yours:
-            assert abs(theirs[str(mine)] - theirs[str(yours)]) < 2 * close
-            return
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert vllm_client.same(one, other, CLOSE)
 
 
 def prompts() -> list[dict[str, Any]]:
     """Prompts of lengths around blocks and chunks, two with a common beginning of four blocks."""
     random = np.random.default_rng(5)
-    made = [{"ids": random.integers(4, 4000, n).tolist(), "max_tokens": 70} for n in (1, 63, 64, 65, 300, 700)]
+    made = [
+        {"ids": random.integers(4, 4000, n).tolist(), "max_tokens": 70, "likeliest": True}
+        for n in (1, 63, 64, 65, 300, 700)
+    ]
     common = made[5]["ids"][:256]
-    return [*made, {"ids": [*common, *random.integers(4, 4000, 30).tolist()], "max_tokens": 70}]
+    return [*made, {"ids": [*common, *random.integers(4, 4000, 30).tolist()], "max_tokens": 70, "likeliest": True}]
 
 
 @pytest.fixture(scope="module")
@@ -87,46 +57,115 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def dense() -> list[Any]:
     """Each prompt alone with vLLM's own cache, in pieces of at most 256 tokens."""
-    alone = [[prompt] for prompt in prompts()]
-    return answers(tmp_path_factory.mktemp("dense"), alone, None, max_num_batched_tokens=256)
+    with start(None, max_num_batched_tokens=256) as engine:
+        return [answers(engine, [prompt])[0][0] for prompt in prompts()]
 
 
-@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(("caching", "saving"), [(True, 1.5), (False, 1.5), (True, 8)])
 def test_prompts_together_get_what_each_gets_alone_with_vllms_own_cache(
-    tmp_path: Path, spec: str, dense: dict[str, Any], caching: bool
+    spec: str, dense: list[Any], caching: bool, saving: float
 ) -> None:
-    """Prefill in pieces, continuous batching, a shared prefix, and so few blocks that requests are preempted."""
-    rounds = [prompts(), prompts()[::-1], [{"ids": [5], "max_tokens": 1}]]
+    """Prefill in pieces, continuous batching, a shared prefix, and so few blocks that requests are preempted.
+
+    With a declared saving of 8, pages are larger than declared: they lie outside, and no answer is another.
+    """
     arguments = {"max_num_batched_tokens": 256, "enable_prefix_caching": caching, "num_gpu_blocks_override": 23}
-    found = answers(tmp_path, rounds, {"spec": spec, "saving": 1.5}, **arguments)
-    assert found["metrics"]["vllm:num_preemptions"] > 0
-    for together in (found["rounds"][0], found["rounds"][1][::-1]):
-        for [ours], [[theirs]] in zip(together, dense["rounds"], strict=True):
+    with start({"spec": spec, "saving": saving}, **arguments) as engine:
+        rounds = [answers(engine, prompts()), answers(engine, prompts()[::-1])[::-1]]
+        answers(engine, [{"ids": [5], "max_tokens": 1}])
+        state = engine.state()
+    assert state["metrics"]["vllm:num_preemptions"] > 0
+    for together in rounds:
+        for [ours], theirs in zip(together, dense, strict=True):
             same(ours, theirs)
     if caching:
-        assert found["metrics"]["vllm:prefix_cache_hits"] > 0
+        assert state["metrics"]["vllm:prefix_cache_hits"] > 0
+        assert (state["memory"]["outside"] > 0) == (saving == 8)
     else:
-        assert found["memory"]["tokens"] <= 1  # of the last request, which is not over for the worker
-        assert found["memory"]["outside"] == 0
+        assert state["memory"]["tokens"] <= 1  # of the last request, which the worker may not know to be over
+        assert state["memory"]["outside"] == 0
 
 
-def test_several_answers_to_one_prompt_and_the_default_spec(tmp_path: Path) -> None:
-    """n > 1 shares the prompt's pages. bfloat16, with codebooks of the default spec, is near vLLM's own cache."""
-    prompt = {"ids": prompts()[4]["ids"], "max_tokens": 40, "n": 4}
-    again = {"ids": prompts()[4]["ids"], "max_tokens": 40}
-    live = answers(tmp_path, [[prompt], [again]], {}, dtype="bfloat16")
-    assert len({tuple(one["ids"]) for one in live["rounds"][0][0]}) > 1
-    own = answers(tmp_path, [[again]], None, dtype="bfloat16")
-    first, reference = (x["rounds"][-1][0][0]["top"][0] for x in (live, own))
+SCHEDULER = "kvcomp.integrations.vllm.scheduler.KVCompScheduler"
+
+
+@pytest.mark.parametrize("scheduler", [None, SCHEDULER])
+def test_pages_that_are_larger_than_declared_make_requests_wait_if_asked_to(
+    spec: str, dense: list[Any], scheduler: str | None
+) -> None:
+    """What lies outside stays near the reserve and one sequence, where it would be more, and no answer is another."""
+    arguments = {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 64, "scheduler_cls": scheduler}
+    with start({"spec": spec, "saving": 8, "reserve": 0.2}, **arguments) as engine:
+        found = answers(engine, prompts())
+        memory = engine.state()["memory"]
+    for [ours], theirs in zip(found, dense, strict=True):
+        same(ours, theirs)
+    most = 0.2 * memory["room"] + memory["room"] / 64 * 8 * 16  # of 1,024 raw tokens
+    assert (memory["outside"] < most) == (scheduler is not None)
+
+
+@pytest.mark.parametrize("live", [{}, {"spec": "kvcomp-klt", "calibration": str(MODEL / "model.kvcal")}])
+def test_several_answers_to_one_prompt_with_a_coarse_spec(live: dict[str, Any]) -> None:
+    """n > 1 shares the prompt's pages. In bfloat16 the answer is near that of vLLM's own cache."""
+    prompt = {"ids": prompts()[4]["ids"], "max_tokens": 40, "n": 4, "likeliest": True}
+    again = prompt | {"n": 1}
+    with start(live, dtype="bfloat16") as engine:
+        [several], [[one]] = answers(engine, [prompt]), answers(engine, [again])
+        memory = engine.state()["memory"]
+    with start(None, dtype="bfloat16") as engine:
+        [[own]] = answers(engine, [again])
+    assert len({tuple(answer["ids"]) for answer in several}) > 1
+    first, reference = one["top"][0], own["top"][0]
     p = {token: np.exp(value) for token, value in reference.items()}
     assert sum(p[t] * (reference[t] - first.get(t, min(first.values()))) for t in p) < 0.5
-    assert live["memory"]["used"] > 0
-    assert live["memory"]["outside"] == 0
+    assert memory["used"] > 0
+    assert memory["outside"] == 0
 
 
-def test_an_engine_that_cannot_have_it_says_why_when_it_starts(tmp_path: Path) -> None:
-    done = engine(tmp_path, [], {}, block_size=128)
-    assert done.returncode != 0
-    assert "add --block-size 64" in done.stdout + done.stderr
+def test_prompts_from_a_store_get_what_they_get_computed(tmp_path: Path, spec: str, dense: list[Any]) -> None:
+    """An engine with blocks of 128 tokens fills the store, one with blocks of 32 reads it."""
+    transfer = {
+        "kv_connector": "KVCompConnector",
+        "kv_connector_module_path": "kvcomp.integrations.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"url": str(tmp_path / "store"), "spec": spec, "chunk_tokens": 128},
+    }
+    arguments = {"kv_transfer_config": transfer, "disable_hybrid_kv_cache_manager": True}
+    for block in (128, 32):
+        with start(None, block_size=block, enable_prefix_caching=False, **arguments) as engine:
+            for [ours], theirs in zip(answers(engine, prompts()), dense, strict=True):
+                same(ours, theirs)
+            hits = engine.state()["metrics"]["vllm:external_prefix_cache_hits"]
+            assert (hits > 0) == (block == 32)
+
+
+LAYOUTS = """
+import sys, torch
+from kvcomp.integrations.vllm.layout import _cpu_kernel, find_layout
+for dtype in (torch.float32, torch.bfloat16):
+    for tokens in (32, 64, 128):
+        for channels in (32, 64, 128):
+            write = _cpu_kernel(dtype, tokens, channels)
+            layout = find_layout(write, tokens, channels, dtype)
+            k, v = torch.randn(2, tokens, 1, channels).to(dtype)
+            cache = torch.zeros(1, 1, tokens, 2 * channels, dtype=dtype)
+            write(k, v, cache)
+            both = torch.cat((k, v), -1).transpose(0, 1)[None]
+            assert layout.read(cache).equal(both) and layout.write(both).equal(cache), (dtype, tokens, channels)
+"""
+
+
+def test_the_layout_of_vllms_kernels_is_found() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [os.environ["KVCOMP_VLLM"], "-c", LAYOUTS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_engine_that_cannot_have_it_says_why_when_it_starts() -> None:
+    with pytest.raises(EngineFailed, match="add --block-size 64"):
+        start({}, block_size=128)

@@ -125,7 +125,17 @@ def test_fewer_bytes_are_declared(saving: float | None, size: int) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"spec": "none"}, {"saving": 0.5}, {"saving": True}, {"saving": 100}, {"block": 1}, [], {"spec": "kvcomp-klt"}],
+    [
+        {"spec": "none"},
+        {"saving": 0.5},
+        {"saving": True},
+        {"saving": 100},
+        {"reserve": -1},
+        {"reserve": "1"},
+        {"block": 1},
+        [],
+        {"spec": "kvcomp-klt"},
+    ],
 )
 def test_options_are_checked(options: Any) -> None:
     with pytest.raises(InvalidInput):

@@ -13,9 +13,10 @@ from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store.tensors import NAMES
 
 OPTION = "kvcomp"  # of vLLM's --additional-config
-PARAMETERS = "spec", "calibration", "saving"
+PARAMETERS = "spec", "calibration", "saving", "reserve"
 SAVING = 3.0
 MOST_SAVING = 8.0
+RESERVE = 0.1
 TESTED = (0, 32)  # vLLM's version, major and minor
 
 
@@ -27,6 +28,8 @@ class Live:
     calibration: Calibration | None
     saving: float
     """How many times fewer bytes a token takes than vLLM's own cache, as vLLM is told."""
+    reserve: float
+    """How much of vLLM's memory, as a share, pages may take outside of it before ``KVCompScheduler`` waits."""
 
     @classmethod
     def of(cls, vllm_config: Any) -> Live:
@@ -36,13 +39,12 @@ class Live:
             raise InvalidInput(
                 f"{OPTION} in --additional-config must be an object with {', '.join(PARAMETERS)}, not {content!r}"
             )
-        saving = content.get("saving", SAVING)
-        if isinstance(saving, bool) or not isinstance(saving, int | float) or not 1 <= saving <= MOST_SAVING:
-            raise InvalidInput(f"saving must be a number from 1 to {MOST_SAVING:g}, not {saving!r}")
+        saving = _number("saving", content.get("saving", SAVING), 1, MOST_SAVING)
+        reserve = _number("reserve", content.get("reserve", RESERVE), 0, 1)
         spec, calibration = resolve(content.get("spec", "kvcomp"), content.get("calibration"))
         if calibration is not None:
             calibration.check_model(fingerprint_of(vllm_config.model_config.hf_text_config))
-        return cls(spec, calibration, float(saving))
+        return cls(spec, calibration, saving, reserve)
 
     def declared(self, spec: Any) -> Any:
         """A layer's cache as vLLM is told of it. Raises UnsupportedModel for one that is no plain full attention."""
@@ -56,6 +58,12 @@ class Live:
         if self.calibration and calibrated is None:
             raise UnsupportedModel(f"the calibration has no layer {index}: use a spec that needs none for this model")
         return self.spec.layer(index, layers), calibrated
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise InvalidInput(f"{name} must be a number from {least:g} to {most:g}, not {value!r}")
+    return float(value)
 
 
 def check_engine(vllm_config: Any, version: str, overridden: bool) -> None:

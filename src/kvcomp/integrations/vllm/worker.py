@@ -20,6 +20,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from kvcomp.errors import UnsupportedModel
 from kvcomp.integrations.vllm.attention import Engine, KVCompAttentionBackend, KVCompAttentionImpl
 from kvcomp.integrations.vllm.live import Live, check_engine
+from kvcomp.integrations.vllm.scheduler import DEAD, OUTSIDE
 from kvcomp.store.paged import Blocks, PagedCache, PagedLayer, Shape
 
 logger = init_logger("vllm.kvcomp.worker")
@@ -78,7 +79,11 @@ class KVCompWorker(CPUWorker):
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step of the engine, after what it says of sequences that came and went."""
         self._follow(scheduler_output)
-        return super().execute_model(scheduler_output)
+        return self._told(super().execute_model(scheduler_output))
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """The end of a step."""
+        return self._told(super().sample_tokens(grammar_output))
 
     def kvcomp_memory(self) -> dict[str, int]:
         """Bytes of the cache, for ``LLM.collective_rpc("kvcomp_memory")``."""
@@ -93,6 +98,13 @@ class KVCompWorker(CPUWorker):
         memory = layer.kv_cache.view(torch.uint8).flatten().numpy()
         spec, calibrated = self._live.layer(index, layers)
         return PagedLayer(spec, shape, blocks, memory, calibrated)
+
+    def _told(self, output: Any) -> Any:
+        """What a step returns, with what the scheduler must know."""
+        if output is not None:
+            memory = self._cache.memory()
+            setattr(output, OUTSIDE, memory.outside / memory.room)
+        return output
 
     def _follow(self, output: Any) -> None:
         """Take over which sequence holds which blocks."""
@@ -109,3 +121,4 @@ class KVCompWorker(CPUWorker):
                 self._cache.end(name)
             if blocks:
                 self._cache.hold(name, blocks[0])
+        self._cache.drop(getattr(output, DEAD, ()))

@@ -20,14 +20,11 @@ class Arena:
 
     def __init__(self, size: int) -> None:
         self.size = size // ALIGNMENT * ALIGNMENT
+        self.used = 0
+        """Bytes in pieces."""
         self._pieces: dict[int, int] = {}  # bytes of each piece, by its offset
         self._free = [(0, self.size)] if self.size else []  # (offset, bytes), in order
         self._by_size = [(self.size, 0)] if self.size else []  # the same as (bytes, offset)
-
-    @property
-    def used(self) -> int:
-        """Bytes in pieces."""
-        return self.size - sum(size for _, size in self._free)
 
     def take(self, size: int) -> int | None:
         """The offset of a new piece of so many bytes, from the smallest gap that has them; None if no gap has."""
@@ -42,6 +39,7 @@ class Arena:
         if found > size:
             self._add(offset + size, found - size)
         self._pieces[offset] = size
+        self.used += size
         return offset
 
     def give(self, offset: int) -> None:
@@ -49,6 +47,7 @@ class Arena:
         size = self._pieces.pop(offset, None)
         if size is None:
             raise InvalidInput(f"no piece begins at {offset}")
+        self.used -= size
         place = bisect_left(self._free, (offset, 0))
         if place < len(self._free) and self._free[place][0] == offset + size:
             size += self._remove(place)[1]

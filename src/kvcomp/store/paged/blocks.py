@@ -132,8 +132,12 @@ class Blocks:
         blocks = np.unique(blocks[self.filled[blocks] > 0])
         whole = self.filled[blocks] == PAGE_TOKENS
         dead = blocks[~whole] if shared else blocks
-        self.filled[dead], self.raw[dead] = 0, False
+        self.drop(dead)
         return dead, self._sealed(blocks[whole & self.raw[blocks]]) if shared else blocks[:0]
+
+    def drop(self, blocks: Ints) -> None:
+        """Let blocks be free."""
+        self.filled[blocks], self.raw[blocks] = 0, False
 
     def _check(self, block: Ints, offset: Ints, fresh: Ints) -> None:
         begins = np.flatnonzero((offset > 0) & (np.diff(block, prepend=-1) != 0))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvcomp.store.paged.blocks import Blocks, Ints, Step
 from kvcomp.store.paged.layer import PagedLayer
 from kvcomp.store.paged.owners import Owners
@@ -55,6 +57,13 @@ class PagedCache:
         for layer in self.layers.values():
             layer.free(dead)
             layer.seal(seals)
+
+    def drop(self, blocks: Iterable[int]) -> None:
+        """Give back the pages of blocks that the engine takes out of use."""
+        dead = np.fromiter(blocks, np.int64)
+        self._blocks.drop(dead)
+        for layer in self.layers.values():
+            layer.free(dead)
 
     def memory(self) -> PagedMemory:
         """Bytes of all layers."""

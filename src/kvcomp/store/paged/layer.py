@@ -83,6 +83,8 @@ class PagedLayer:
         room = memory.ctypes.data + memory.nbytes - self._base - shape.channels  # kernels read beyond the last page
         self._arena = Arena(max(room, 0))
         self._outside: dict[int, Bytes] = {}
+        self.outside = 0
+        """Bytes of pages that did not fit into the engine's memory."""
 
     @property
     def room(self) -> int:
@@ -93,11 +95,6 @@ class PagedLayer:
     def used(self) -> int:
         """Bytes of pages inside the engine's memory."""
         return self._arena.used
-
-    @property
-    def outside(self) -> int:
-        """Bytes of pages that did not fit there."""
-        return sum(x.nbytes for x in self._outside.values())
 
     def write(self, step: Step, k: Tensor, v: Tensor) -> None:
         """Put the tokens of a step into raw pages; k, v: (tokens, KV heads, head_dim)."""
@@ -226,14 +223,18 @@ class PagedLayer:
             outside = np.empty(size + self.shape.channels, np.uint8)
             address = outside.ctypes.data
             self._outside[address] = outside
+            self.outside += outside.nbytes
         else:
             address = self._base + offset
         ctypes.memmove(address, page.ctypes.data, page.nbytes)
         self.address[block] = address
 
     def _give(self, address: int) -> None:
-        if self._outside.pop(address, None) is None:
+        page = self._outside.pop(address, None)
+        if page is None:
             self._arena.give(address - self._base)
+        else:
+            self.outside -= page.nbytes
 
 
 def _applied(affine: Affine, x: Tensor, places: Tensor) -> Tensor:
