@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcomp.calibration import CLASSES, About, Calibration, LevelOfLayer, quantise_matrix
 from kvcomp.calibration.rotary import Rotation
-from kvcomp.calibration.transform import Affine, metric_klt
+from kvcomp.calibration.transform import Affine, Transform, metric_klt
 from kvcomp.fit.codebooks import fit_books
 from kvcomp.kernels import Books, load_backend
 
@@ -65,7 +65,6 @@ def calibrated(
             books.append(fit_books(coded.codes.reshape(-1, 64, CLASSES, channels // CLASSES), kind))
         levels[level] = LevelOfLayer((steps[0], steps[1]), (books[0], books[1]))
     key, value = affines
-    parts = (key.matrix, key.mean), (value.matrix, value.mean)
     about = About(model or {"model_type": "none"}, layers, {level: {"kl": 0.0} for level in levels}, {"text": "none"})
-    of_layers = (dict.fromkeys(range(layers), of_layer) for of_layer in (parts, levels, rotation))
-    return Calibration.build(about, *of_layers)
+    transforms = dict.fromkeys(range(layers), Transform(key, value))
+    return Calibration.build(about, transforms, dict.fromkeys(range(layers), levels))

@@ -36,7 +36,6 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from torch import Tensor
 from xxhash import xxh3_128
 
 from kvcomp import disk
@@ -260,9 +259,8 @@ class Calibration:
     def build(
         cls,
         about: About,
-        transforms: Mapping[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
+        transforms: Mapping[int, Transform],
         levels: Mapping[int, Mapping[str, LevelOfLayer]],
-        rotations: Mapping[int, Rotation | None] | None = None,
     ) -> Self:
         """Build a calibration from its parts.
 
@@ -271,20 +269,17 @@ class Calibration:
         about
             What it says of itself.
         transforms
-            Of each layer (A, mean) of K and of V, (heads, D, D) and (heads, D). An A that does not come from
-            ``quantise_matrix`` is rounded once more.
+            Of each layer. An A that does not come from ``quantise_matrix`` is rounded once more.
         levels
             Of each layer its levels, by name.
-        rotations
-            Of the means of K, for layers where they turn.
         """
         tensors: dict[str, Array] = {}
-        for index, parts in transforms.items():
-            for kind, (matrix, mean) in zip(("key", "value"), parts, strict=True):
-                rounded, scale = eight_bits(matrix)
+        for index, transform in transforms.items():
+            for kind, affine in (("key", transform.key), ("value", transform.value)):
+                rounded, scale = eight_bits(affine.matrix)
                 tensors[f"{index}.{kind}.matrix"], tensors[f"{index}.{kind}.scale"] = rounded, scale
-                tensors[f"{index}.{kind}.mean"] = mean.to(torch.float32).numpy()
-            if (turn := (rotations or {}).get(index)) is not None:
+                tensors[f"{index}.{kind}.mean"] = affine.mean.numpy()
+            if (turn := transform.key.rotation) is not None:
                 tensors[f"{index}.key.pairs"] = np.array([turn.first, turn.second], np.int16).T.copy()
                 tensors[f"{index}.key.speed"] = np.array(turn.speed)
             for level, of_layer in levels[index].items():

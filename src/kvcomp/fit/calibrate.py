@@ -30,8 +30,7 @@ from xxhash import xxh3_64
 
 from kvcomp.calibration import About, Calibration, LevelOfLayer
 from kvcomp.calibration.rotary import Rotation
-from kvcomp.calibration.transform import Affine
-from kvcomp.errors import InvalidInput
+from kvcomp.calibration.transform import Affine, Transform
 from kvcomp.evaluate.fidelity import attend_plainly
 from kvcomp.evaluate.gradients import label_gradients
 from kvcomp.evaluate.methods.kivi import GROUP, Kivi
@@ -60,6 +59,7 @@ from kvcomp.fit.windows import (
     draw_windows,
     first_token,
     is_rotary,
+    long_enough,
     spread,
     write,
 )
@@ -124,13 +124,8 @@ class Calibrator:
             check_layer(self.config, index)
         self.context = context_of(self.config, settings)
         self.coded = coded_part(settings)
-        if ids is not None and ids.size < 2 * settings.length:
-            raise InvalidInput(
-                f"the text has {ids.size} tokens, and {2 * settings.length} is the least: give a longer --text, or "
-                "none, and the model writes its own"
-            )
         self.text = ids
-        self.drawn = [] if ids is None else draw_windows(ids, settings.windows, settings)
+        self.drawn = [] if ids is None else draw_windows(long_enough(ids, settings), settings.windows, settings)
         self.affines: dict[tuple[int, int], Affine] = {}
         self.windows: list[Window] = []
         self.rotations: dict[int, Rotation] = {}
@@ -371,16 +366,8 @@ class Calibrator:
                 for index, share in shares.items()
             }
             found[level] = {**about, "layers": prices}
-        return Calibration.build(replace(made.about, levels=found), self._matrices(), of_layers, self._turning())
-
-    def _matrices(self) -> dict[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-        """A and the mean of K and of V, by layer."""
-        k, v = ({i: (x.matrix, x.mean) for (i, of), x in self.affines.items() if of == kind} for kind in (0, 1))
-        return {index: (k[index], v[index]) for index in self.layers}
-
-    def _turning(self) -> dict[int, Rotation | None]:
-        """How the mean of K turns, by layer."""
-        return {index: self.affines[index, 0].rotation for index in self.layers}
+        transforms = {index: transform for index, (transform, _) in made.layers.items()}
+        return Calibration.build(replace(made.about, levels=found), transforms, of_layers)
 
     def _kv(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A layer's coded K and V, of the windows that bits are counted on, K as it is at the first places."""
@@ -412,4 +399,5 @@ class Calibrator:
                 **asdict(replace(self.settings, context=self.context)),
             },
         )
-        return Calibration.build(about, self._matrices(), of_layers, self._turning())
+        transforms = {index: Transform(self.affines[index, 0], self.affines[index, 1]) for index in self.layers}
+        return Calibration.build(about, transforms, of_layers)

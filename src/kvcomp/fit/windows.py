@@ -63,6 +63,16 @@ class Settings:
         return self.windows // TEXT_FOR_WRITTEN
 
 
+def long_enough(ids: npt.NDArray[np.int64], settings: Settings) -> npt.NDArray[np.int64]:
+    """The ids of a text that windows can be drawn from. Raises InvalidInput if it is too short."""
+    if ids.size < 2 * settings.length:
+        raise InvalidInput(
+            f"the text has {ids.size} tokens, and {2 * settings.length} is the least: give a longer --text, or none, "
+            "and the model writes its own"
+        )
+    return ids
+
+
 def draw_windows(ids: npt.NDArray[np.int64], count: int, settings: Settings) -> list[tuple[Tensor, bool]]:
     """Windows spread over a text, int64 (1, length), and whether each repeats a part of its prompt: half do."""
     windows = []
