@@ -56,15 +56,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for chains in (1, 4):
         module = check(driver.cuModuleLoadData(compiled(10 * major + minor, chains)))
-        jobs = [(name, degree) for name in MODELLED for degree in (1,)] + [("lds", degree) for degree in DEGREES]
+        jobs = [(name, 1) for name in MODELLED] + [("lds", degree) for degree in DEGREES]
         for name, degree in jobs:
             for warps in WARPS:
                 instructions = TURNS * UNROLLED * chains * warps / SCHEDULERS
-                row = {"instruction": name, "chains": chains, "warps": warps}
+                row: dict[str, Any] = {"instruction": name, "chains": chains, "warps": warps}
                 row["cycles"] = round(cycles(module, name, warps, degree) / instructions, 2)
                 if name == "lds":
-                    row |= {"degree": degree, "modelled": LATENCY if chains == 1 else WAVEFRONT * degree}
-                elif chains > 1:
+                    waiting = (LATENCY + degree - 1) * SCHEDULERS / (chains * warps)
+                    row |= {"degree": degree, "modelled": max(WAVEFRONT * degree, waiting)}
+                elif chains > 1 and warps > SCHEDULERS:
                     row["modelled"] = MODELLED[name]
                 rows.append(row)
                 print(row, flush=True)
