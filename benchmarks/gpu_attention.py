@@ -2,8 +2,8 @@
 
 Run by ``make gpu-check``. A time is that of a CUDA graph of CALLS calls, or, where a call cannot be recorded, of as
 many calls one after the other; the host's time for a call stands beside it. Every result is compared with float32
-attention over the decompressed cache before it is timed. ``--once`` runs the fused kernel once on the middle shape, for
-a profiler.
+attention over the decompressed cache before it is timed, and the file is written after every row. ``--once`` runs some
+builds of the fused kernel once each on the first shape, for a profiler.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvcomp.kernels.cuda.layout import AttendBuild
 from kvcomp.results.schema import environment
-from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store.gpu.store import GPUStore
 
 RESULTS = Path(__file__).parent / "results" / "gpu_attention.json"
@@ -39,12 +43,15 @@ def _klt(step: float) -> CodecSpec:
 
 
 SPECS = {
-    "huffman, limit 10": CodecSpec(TensorSpec("block", 0.09, limit=10), TensorSpec("token", 0.11, limit=10)),
-    "huffman, limit 12": CodecSpec(TensorSpec("block", 0.09), TensorSpec("token", 0.11)),
+    "packed:paper": PRESETS["packed:paper"],
+    "kvcomp:paper": PRESETS["kvcomp:paper"],
+    "kvcomp": PRESETS["kvcomp"],
+    "packed": PRESETS["packed"],
+    "kvcomp:paper, limit 10": CodecSpec(TensorSpec("block", 0.05, limit=10), TensorSpec("token", 0.1, limit=10)),
     "kvcomp-klt": _klt(0.7),  # 2.5 bits of normal values
-    "fixed width, 4 bits": CodecSpec(TensorSpec("block", 1 / 14, "fixed"), TensorSpec("token", 1 / 12, "fixed")),
     "fixed width, 2 bits": CodecSpec(TensorSpec("block", 0.34, "fixed"), TensorSpec("token", 0.34, "fixed")),
 }
+FEWER = 8  # warps of a CTA that are timed beside the most that fit
 TOLERANCE = 0.02  # bfloat16 outputs, relative to the largest
 
 
@@ -134,19 +141,31 @@ def fill(spec: CodecSpec, k: Tensor, v: Tensor) -> GPUStore:
 
 
 def right(store: GPUStore, q: Tensor, out: Tensor) -> bool:
-    """Whether the fused output is that of float32 attention over the decompressed cache, for the first row
-    and KV head.
+    """Whether the fused output is that of float32 attention over the decompressed cache, for the first row and KV head
+    and the last.
     """
-    tile_k, tile_v = store.dense()
-    k, v = (x[0, 0].float() for x in (tile_k, tile_v))
     group = q.shape[1] // HEADS
-    score = q[0, :group, 0].float() @ k.T * CHANNELS**-0.5
-    expected = score.softmax(-1) @ v
-    found = out[0, :group, 0].float()
-    return bool(torch.isfinite(out).all() and (found - expected).abs().max() <= TOLERANCE * expected.abs().max())
+    held_k, held_v = store.dense()
+    for row, head in ((0, 0), (q.shape[0] - 1, HEADS - 1)):
+        k, v = (x[row, head].float() for x in (held_k, held_v))
+        queries = slice(head * group, (head + 1) * group)
+        expected = (q[row, queries, 0].float() @ k.T * CHANNELS**-0.5).softmax(-1) @ v
+        error = (out[row, queries, 0].float() - expected).abs().max()
+        if not (torch.isfinite(out).all() and error <= TOLERANCE * expected.abs().max()):
+            return False
+    return True
+
+
+def builds(store: GPUStore) -> Iterator[tuple[str, AttendBuild]]:
+    """The build that a store takes, and the same with fewer warps if it has more."""
+    build = store.kernels.attend_build(torch.bfloat16, False)
+    yield "", build
+    if build.warps > FEWER:
+        yield f", {FEWER} warps", replace(build, warps=FEWER)
 
 
 def measure_shape(batch: int, tokens: int) -> Iterator[dict[str, Any]]:
+    torch.cuda.empty_cache()  # of another shape's
     k, v = (torch.randn((batch, HEADS, tokens, CHANNELS), device="cuda", dtype=torch.bfloat16) for _ in "KV")
     dense_bytes = k.nbytes + v.nbytes
     shape = {"batch": batch, "tokens": tokens}
@@ -182,19 +201,15 @@ def measure_shape(batch: int, tokens: int) -> Iterator[dict[str, Any]]:
         yield {**shape, "what": f"decompress a row, {name}", "ms": took, "gigabytes_a_second": row_bytes / took / 1e6}
         memory = store.memory()
         for group, q in queries.items():
-            out = store.attend(q, CHANNELS**-0.5)
-            row = {
-                **shape,
-                "group": group,
-                "what": f"kvcomp, {name}",
-                "coded_bits": memory.coded_bits,
-                "bytes": memory.total,
-            }
-            if not right(store, q, out):
-                yield {**row, "error": "the output is wrong"}
-                continue
-            found = timed(lambda store=store, q=q: store.attend(q, CHANNELS**-0.5))  # type: ignore[misc]
-            yield {**row, **found, "share_of_roof": memory.total / dense_bytes * read["ms"] / found["ms"]}
+            for variant, build in builds(store):
+                row = {**shape, "group": group, "what": f"kvcomp, {name}{variant}", "warps": build.warps}
+                row |= {"coded_bits": memory.coded_bits, "bytes": memory.total}
+                with patch.object(store.kernels, "attend_build", lambda *_, build=build: build):
+                    if not right(store, q, store.attend(q, CHANNELS**-0.5)):
+                        yield {**row, "error": "the output is wrong"}
+                        continue
+                    found = timed(lambda store=store, q=q: store.attend(q, CHANNELS**-0.5))  # type: ignore[misc]
+                yield {**row, **found, "share_of_roof": memory.total / dense_bytes * read["ms"] / found["ms"]}
         del store
 
 
@@ -237,25 +252,25 @@ def main() -> None:
     torch.manual_seed(0)
     if arguments.once:
         k, v = (torch.randn((8, HEADS, 32768, CHANNELS), device="cuda", dtype=torch.bfloat16) for _ in "KV")
-        store = fill(SPECS["huffman, limit 10"], k, v)
-        store.attend(torch.randn((8, HEADS * 4, 1, CHANNELS), device="cuda", dtype=torch.bfloat16), CHANNELS**-0.5)
+        q = torch.randn((8, HEADS * 4, 1, CHANNELS), device="cuda", dtype=torch.bfloat16)
+        for name in ("packed:paper", "kvcomp:paper"):
+            store = fill(SPECS[name], k, v)
+            for _, build in builds(store):
+                with patch.object(store.kernels, "attend_build", lambda *_, build=build: build):
+                    store.attend(q, CHANNELS**-0.5)
         torch.cuda.synchronize()
         return
     rows: list[dict[str, Any]] = []
-    for batch, tokens in SHAPES:
-        for row in measure_shape(batch, tokens):
-            rows.append(row)
-            print(row, flush=True)
-            if time.monotonic() > end:
-                break
-        torch.cuda.empty_cache()
-        RESULTS.write_text(
-            json.dumps({"setting": environment(), "complete": time.monotonic() <= end, "rows": rows}, indent=1) + "\n"
-        )
-        if time.monotonic() > end:
+    about = environment()
+    for row in chain.from_iterable(measure_shape(*shape) for shape in SHAPES):
+        rows.append(row)
+        print(row, flush=True)
+        over = time.monotonic() > end
+        RESULTS.write_text(json.dumps({"setting": about, "complete": not over, "rows": rows}, indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(table(rows) + "\n")
+        if over:
             print("out of time")
             break
-    RESULTS.with_suffix(".md").write_text(table(rows) + "\n")
     print(table(rows))
 
 

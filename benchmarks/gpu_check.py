@@ -1,15 +1,21 @@
 """Everything there is to check on a machine with an NVIDIA GPU, in one command: ``make gpu-check``.
 
 Uses the Python it is run with: torch 2.11 or later with CUDA, transformers 5.17 or later, cuda-bindings with NVRTC,
-numpy, pytest; no
-Numba. Correctness first, then compute-sanitizer, then benchmarks, then hardware counters; what is missing is skipped,
-and said. All of it
-ends within ten minutes: a step gets what time is left but for the least that later steps need.
-benchmarks/results/gpu_check.json tells how each step ended and on what machine; gpu_check.md is the same to read.
+numpy, pytest; Numba and pytest-xdist make it faster. What is missing is skipped, and said.
+
+No step hinders another. Benchmarks compare each configuration with float32 attention before they time it, and a wrong
+one loses its own time only. Steps come by what they are worth, compute-sanitizer last; a step gets what time is left
+but for the least of those behind it. results/gpu_check.json is written after every step; gpu_check.md is the same to
+read.
+
+On a machine that is lent: ``python benchmarks/gpu_first.py --compile 90`` beforehand with XDG_CACHE_HOME set to
+KERNELS, carry that folder, then ``gpu_check.py --minutes 9`` with the names of steps as often as there is time.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import os
 import re
@@ -18,14 +24,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SECONDS = 580  # for all
+MINUTES = 29.0  # for all
+KERNELS = ROOT / ".gpu-kernels"  # compiled beforehand, if it is there
 COUNTERS = (
     "gpu__time_duration.sum",
     "smsp__inst_executed.sum",
@@ -36,15 +43,20 @@ COUNTERS = (
     "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
     "sm__inst_executed.avg.per_cycle_active",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "smsp__inst_executed_pipe_alu.sum",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "smsp__average_warps_issue_stalled_short_scoreboard_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_mio_throttle_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio",
 )
 PYTEST = ("-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-o", "filterwarnings=default")
+WORKERS = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 
 
 @dataclass(frozen=True)
 class Step:
     """command: without the Python that runs it, unless ``tool`` runs it; in it PYTHON stands for that, LIMIT for the
-    seconds after which it must begin nothing. tool: what must be there. least, most: seconds. benchmark: left out where
-    results are wrong.
+    seconds after which it must begin nothing. tool: what must be there. least, most: seconds.
     """
 
     name: str
@@ -52,27 +64,28 @@ class Step:
     least: int
     most: int
     tool: str | None = None
-    benchmark: bool = False
+
+
+def _sanitiser(kind: str) -> Step:
+    command = "--tool", kind, "--error-exitcode", "1", "PYTHON", "benchmarks/gpu_sanitise.py"
+    return Step(kind, command, 30, 120, "compute-sanitizer")
 
 
 STEPS = (
-    Step("correctness", (*PYTEST, "-m", "gpu", "tests/gpu"), 90, 180),
-    *(
-        Step(
-            kind, ("--tool", kind, "--error-exitcode", "1", "PYTHON", "benchmarks/gpu_sanitise.py"), 30, 75,
-            "compute-sanitizer",
-        )
-        for kind in ("memcheck", "racecheck")
-    ),
-    Step("attention", ("benchmarks/gpu_attention.py", "--limit", "LIMIT"), 90, 170, benchmark=True),
-    Step("generation", ("benchmarks/gpu_generate.py", "--small", "--limit", "LIMIT"), 60, 120, benchmark=True),
-    Step("throughput", ("benchmarks/gpu_throughput.py", "--limit", "LIMIT"), 40, 80, benchmark=True),
+    Step("first results", ("benchmarks/gpu_first.py",), 30, 150),
+    Step("rates", ("benchmarks/gpu_rates.py",), 20, 90),
+    Step("correctness", (*PYTEST, *WORKERS, "-m", "gpu", "tests/gpu"), 120, 240),
+    Step("attention", ("benchmarks/gpu_attention.py", "--limit", "LIMIT"), 150, 480),
     Step(
         "hardware counters",
-        ("--clock-control", "none", "--kernel-name", "attend", "--launch-count", "1", "--csv", "--page", "raw",
+        ("--clock-control", "none", "--kernel-name", "attend", "--csv", "--page", "raw",
          "--metrics", ",".join(COUNTERS), "PYTHON", "benchmarks/gpu_attention.py", "--once"),
-        40, 90, "ncu", benchmark=True,
+        60, 180, "ncu",
     ),
+    Step("generation", ("benchmarks/gpu_generate.py", "--small", "--limit", "LIMIT"), 60, 240),
+    Step("throughput", ("benchmarks/gpu_throughput.py", "--limit", "LIMIT"), 40, 120),
+    _sanitiser("memcheck"),
+    _sanitiser("racecheck"),
 )  # fmt: skip
 
 
@@ -93,6 +106,8 @@ class Ended:
 def run_command(command: Sequence[str], limit: float) -> tuple[int | None, str]:
     """Status, None if the time was over, and output of a command in the repository's root."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
+    if KERNELS.exists():
+        environment["XDG_CACHE_HOME"] = str(KERNELS)
     started = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -120,41 +135,38 @@ def find_tool(name: str) -> str | None:
 
 def run_steps(
     steps: Sequence[Step],
+    seconds: float,
     run: Callable[[Sequence[str], float], tuple[int | None, str]] = run_command,
     find: Callable[[str], str | None] = find_tool,
     clock: Callable[[], float] = time.monotonic,
-) -> list[Ended]:
-    """Run the steps within SECONDS of now."""
-    end = clock() + SECONDS
+) -> Iterator[Ended]:
+    """Run the steps within so many seconds of now; gives each as it ends."""
+    end = clock() + seconds
     found = {x.tool: find(x.tool) for x in steps if x.tool}
-    correct = True
-    ended: list[Ended] = []
     for number, step in enumerate(steps):
         later = sum(x.least for x in steps[number + 1 :] if not x.tool or found[x.tool])
         begin = clock()
-        limit = min(step.most, end - begin - later)
+        left = end - begin
+        limit = min(step.most, max(left - later, step.least))
         reason = ""
         if step.tool and not found[step.tool]:
             reason = f"{step.tool} is not on this machine"
-        elif step.benchmark and not correct:
-            reason = "results that are wrong are not timed"
-        elif limit < step.least:
+        elif left < step.least:
             reason = "no time is left"
         if reason:
             print(f"== {step.name}: SKIPPED, {reason}", flush=True)
-            ended.append(Ended(step.name, f"skipped: {reason}", 0.0, ""))
+            yield Ended(step.name, f"skipped: {reason}", 0.0, "")
             continue
         print(f"== {step.name}, at most {limit:.0f} s", flush=True)
-        words = {"PYTHON": sys.executable, "LIMIT": str(int(0.7 * limit))}
+        words = {"PYTHON": sys.executable, "LIMIT": str(int(0.9 * limit - 10))}
         arguments = [words.get(x, x) for x in step.command]
         status, output = run([found[step.tool] or "" if step.tool else sys.executable, *arguments], limit)
         outcome = (
             f"stopped after {limit:.0f} s" if status is None else "passed" if status == 0 else f"failed ({status})"
         )
-        ended.append(Ended(step.name, outcome, round(clock() - begin, 1), output[-6000:]))
-        correct = correct and (step.benchmark or ended[-1].fine)
-        print(f"{output[-6000:]}\n== {step.name}: {outcome}, {ended[-1].seconds:.0f} s", flush=True)
-    return ended
+        ended = Ended(step.name, outcome, round(clock() - begin, 1), output[-6000:])
+        print(f"{ended.tail}\n== {step.name}: {outcome}, {ended.seconds:.0f} s", flush=True)
+        yield ended
 
 
 def write(about: dict[str, Any], ended: Sequence[Ended], results: Path) -> None:
@@ -176,6 +188,13 @@ def write(about: dict[str, Any], ended: Sequence[Ended], results: Path) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", metavar="STEP", help="only these")
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.steps) - {x.name for x in STEPS}:
+        parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(x.name for x in STEPS)}")
+    steps = [x for x in STEPS if not arguments.steps or x.name in arguments.steps]
     device = "torch.cuda.get_device_properties(0)"  # fails where there is none
     probe = f"import json, torch; from kvcomp.results import schema; {device}; print(json.dumps(schema.environment()))"
     status, output = run_command([sys.executable, "-c", probe], 90)
@@ -184,8 +203,10 @@ def main() -> int:
         return 1
     about = json.loads(output.splitlines()[-1])
     print(about)
-    ended = run_steps(STEPS)
-    write(about, ended, RESULTS)
+    ended: list[Ended] = []
+    for one in run_steps(steps, 60 * arguments.minutes):
+        ended.append(one)
+        write(about, ended, RESULTS)
     print((RESULTS / "gpu_check.md").read_text())
     return int(not all(x.fine for x in ended))
 

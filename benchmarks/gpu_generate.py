@@ -73,6 +73,7 @@ def run(model: Any, name: str, batch: int, tokens: int, new: int) -> dict[str, A
         "step_ms": 1e3 * seconds / new,
         "peak_gigabytes_beside_weights": (allocated(peak=True) - base) / 1e9,
         "held_gigabytes": (allocated() - base) / 1e9,
+        "peak_reserved_gigabytes": torch.cuda.max_memory_reserved() / 1e9 if GPU else 0.0,  # pools of streams included
         "launches_a_step": launches(lambda: step(following)),
     }
     if name.startswith("kvcomp"):

@@ -87,6 +87,20 @@ void body() {
     run_next();
 }
 
+// A sum as tensor cores form it (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021): every addend is cut off at the last bit that
+// float32 has of the largest one, and their exact sum at float32's. Nothing is rounded. Some keep a bit or two more; this is the coarsest.
+float sum_cut_off(float c, const double (&products)[8]) {
+    double plain = c, largest = std::fabs(c);
+    for (double x : products) plain += x, largest = std::max(largest, std::fabs(x));
+    if (!std::isfinite(plain) || largest == 0) return (float)plain;
+    int last = std::ilogb(largest) - 23;
+    double units = std::ldexp(1.0, -last);
+    i64 sum = (i64)(c * units);  // towards zero
+    for (double x : products) sum += (i64)(x * units);
+    while (std::llabs(sum) >> 24) sum /= 2, last++;
+    return (float)std::ldexp((double)sum, last);
+}
+
 void on_crash(int) { siglongjmp(crash, 1); }
 
 bool run_block(int threads) {
@@ -127,13 +141,15 @@ void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     auto half = [](u32 both, int which) { return __uint_as_float(which ? both & 0xffff0000u : both << 16); };
     for (int i = 0; i < 4; i++) {
         int row = g + 8 * (i >> 1), column = 2 * j + (i & 1);
-        float sum = c[i];
-        for (int k = 0; k < 16; k++) {
-            const u32* of_row = fibers[first + (row & 7) * 4 + (k & 7) / 2].operand;
-            const u32* of_column = fibers[first + column * 4 + (k & 7) / 2].operand;
-            sum += half(of_row[(row >> 3) + 2 * (k >> 3)], k & 1) * half(of_column[4 + (k >> 3)], k & 1);
+        for (int part = 0; part < 2; part++) {
+            double of_part[8];
+            for (int k = 0; k < 8; k++) {
+                const u32* of_row = fibers[first + (row & 7) * 4 + k / 2].operand;
+                const u32* of_column = fibers[first + column * 4 + k / 2].operand;
+                of_part[k] = (double)half(of_row[(row >> 3) + 2 * part], k & 1) * half(of_column[4 + part], k & 1);
+            }
+            c[i] = sum_cut_off(c[i], of_part);
         }
-        c[i] = sum;
     }
     meet_warp();
 }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import attention_cases
-from attention_cases import NUMPY, Case, build, relative_error, scramble
+import emulator
+from attention_cases import NUMPY, Case, build, scramble
 from emulated_attention import attend
 from emulated_decompression import decompress
 from emulator import COMPILER, Array
@@ -17,8 +19,9 @@ from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, describe_book,
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
 
-# Queries and weights have sixteen bits, and scores of tens magnify their rounding; relative to the largest output.
-TOLERANCE = 1e-4
+# Relative to the largest sum of w |v|. Tensor cores cut off: a score of D channels may be off by D/16 2^-23 times the sum
+# of |q| scale (128 + code), which is up to 4e-4 here, and a weight by as much.
+TOLERANCE = 2e-4
 
 QUICK = {
     "the preset": Case(),
@@ -58,9 +61,9 @@ def build_for(case: Case, query: str = "float32", warps: int = 2) -> AttendBuild
 def test_equals_the_oracle(case: Case) -> None:
     cache = build(case)
     result = attend(cache, build_for(case))
-    expected, expected_lse = cache.attend()
-    assert relative_error(result.out, expected) < TOLERANCE
-    np.testing.assert_allclose(result.lse, expected_lse, rtol=1e-5, atol=3e-4)
+    expected = cache.expected()
+    assert expected.error_of(result.out) < TOLERANCE
+    np.testing.assert_allclose(result.lse, expected.lse, rtol=1e-5, atol=3e-4)
 
 
 def test_does_not_depend_on_the_order_of_the_threads() -> None:
@@ -76,7 +79,7 @@ def test_does_not_depend_on_the_order_of_the_threads() -> None:
 def test_splits_of_the_context(splits: int) -> None:
     cache = build(GRID["long rows"])
     result = attend(cache, build_for(cache.case), splits=splits)
-    assert relative_error(result.out, cache.attend()[0]) < TOLERANCE
+    assert cache.expected().error_of(result.out) < TOLERANCE
 
 
 @pytest.mark.emulated
@@ -86,7 +89,7 @@ def test_queries_of_the_model_type(query: str) -> None:
     dtype = np.dtype(np.uint16 if query == "bfloat16" else np.float16)
     cache.q = to_float32(round_to(cache.q, dtype))
     result = attend(cache, build_for(cache.case, query), query=query)
-    assert relative_error(result.out, cache.attend()[0]) < (2**-8 if query == "bfloat16" else 2**-11)
+    assert cache.expected().error_of(result.out) < (2**-8 if query == "bfloat16" else 2**-11)
 
 
 @pytest.mark.emulated
@@ -95,7 +98,23 @@ def test_copies_of_the_tables(copies: int) -> None:
     case = replace(QUICK["the preset"], limit=10, classes=(4, 1))
     cache = build(case)
     result = attend(cache, replace(build_for(case), k_copies=copies, v_copies=copies))
-    assert relative_error(result.out, cache.attend()[0]) < TOLERANCE
+    assert cache.expected().error_of(result.out) < TOLERANCE
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("own", [True, False])
+def test_the_table_of_the_book_in_use_is_in_shared_memory(own: bool) -> None:
+    """Blocks that are read out of a table in global memory take two products where others take one."""
+    case = Case(channels=64, heads=1, pages=(2,), own=own, tail=1, sinks=0)
+    cache = build(case)
+    products = []
+    for copies in (1, 0):
+        chosen = replace(build_for(case), k_copies=copies, v_copies=copies)
+        counter = ctypes.c_ulonglong.in_dll(emulator.build("decode_attention", chosen.defines), "products")
+        before = counter.value
+        attend(cache, chosen)
+        products.append(counter.value - before)
+    assert products[0] < products[1]
 
 
 @pytest.mark.emulated
@@ -103,21 +122,21 @@ def test_blocks_too_large_to_stage() -> None:
     case = Case(raw=True, units=("vector", "token"))
     cache = build(case)
     result = attend(cache, replace(build_for(case), stage=1024))
-    assert relative_error(result.out, cache.attend()[0]) < TOLERANCE
+    assert cache.expected().error_of(result.out) < TOLERANCE
 
 
 @pytest.mark.emulated
 def test_tokens_that_do_not_count_may_hold_anything() -> None:
     case = Case(value="float16", raw=True, partial=37, pages=(2,))
     cache = build(case)
-    expected = cache.attend()[0]
+    expected = cache.expected()
     tail_k, tail_v = (
         np.concatenate([x, np.full((*x.shape[:2], 10, x.shape[3]), np.nan, x.dtype)], axis=2)
         for x in (cache.view.tail_k, cache.view.tail_v)
     )
     cache.view = replace(cache.view, tail_k=tail_k, tail_v=tail_v)
     result = attend(cache, build_for(case))
-    assert relative_error(result.out, expected) < TOLERANCE
+    assert expected.error_of(result.out) < TOLERANCE
 
 
 @pytest.mark.emulated
@@ -133,14 +152,14 @@ def test_short_codes_with_low_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     own = [describe_book(of_kind[1], 0) for of_kind in cache.view.books[0]]
     assert all(book.split[0] == 1 and book.bits <= case.limit for book in own)
     result = attend(cache, replace(build_for(case), stage=8192))
-    assert relative_error(result.out, cache.attend()[0]) < TOLERANCE
+    assert cache.expected().error_of(result.out) < TOLERANCE
 
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("queries", range(1, 17))
 def test_every_number_of_queries(queries: int) -> None:
     cache = build(Case(channels=64, queries=queries, heads=1, pages=(1,), tail=1, sinks=0))
-    assert relative_error(attend(cache, build_for(cache.case)).out, cache.attend()[0]) < TOLERANCE
+    assert cache.expected().error_of(attend(cache, build_for(cache.case)).out) < TOLERANCE
 
 
 HOSTILE = {

@@ -16,7 +16,9 @@ from kvcomp.kernels.reference import page_bytes
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
 from kvcomp.store.attention import attend
+from kvcomp.store.gpu.copies import to_device, to_main_memory
 from kvcomp.store.gpu.store import GPUStore
+from stores import page_bytes as page_bytes_of
 
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"), pytest.mark.emulated]
 
@@ -103,6 +105,18 @@ def test_rows_with_padding_leave_repeat_and_are_cropped() -> None:
     pair.append(90)
     pair.check()
     pair.check_pages()
+
+
+def test_pages_from_main_memory_have_room_behind_them() -> None:
+    """As pages of a file need it, whose streams may be read over their end (docs/format.md, section 2)."""
+    pair = Pair(SPEC, 2)
+    pair.append(300)
+    host = to_main_memory(pair.gpu)
+    back = to_device(host, torch.device("cpu"), lambda device: pair.on)
+    assert page_bytes_of(to_main_memory(back)) == page_bytes_of(host)
+    for row in back.rows:
+        for chunk in row.chunks:
+            assert chunk.memory.numel() - int(chunk.cursor) == CHANNELS * 9 // 8 + 8
 
 
 def test_when_memory_ends_the_cache_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvcomp.kernels.reference import attend as oracle_attend
+from attention_cases import Expected, oracle
 from kvcomp.spec import CodecSpec, Coding, TensorSpec, Unit
 from kvcomp.store import KVStore
 from kvcomp.store.gpu.store import GPUStore
@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
 ]
 
-TOLERANCE = 1e-4  # of float32 outputs, relative to the largest
+TOLERANCE = 2e-4  # of float32 outputs, relative to the largest sum of w |v|; see the emulator's test
 DEVICE = torch.device("cuda", 0)
 
 
@@ -55,8 +55,7 @@ class Pair:
         q = torch.randn((batch, heads * group, queries, channels), generator=self.random)
         out = self.gpu.attend(q.to(DEVICE), channels**-0.5, softcap).cpu()
         expected = self._oracle(q, group, queries, softcap)
-        assert torch.isfinite(out).all()
-        assert (out - expected).abs().max() < TOLERANCE * expected.abs().max()
+        assert expected.error_of(out.reshape(expected.out.shape).numpy()) < TOLERANCE
 
     def check_pages(self) -> None:
         self.gpu.sync()
@@ -75,17 +74,16 @@ class Pair:
                     return chunk.memory[at : at + size].cpu().numpy().tobytes()
         raise AssertionError("a page lies in none of its row's chunks")
 
-    def _oracle(self, q: torch.Tensor, group: int, queries: int, softcap: float) -> torch.Tensor:
+    def _oracle(self, q: torch.Tensor, group: int, queries: int, softcap: float) -> Expected:
         store, (batch, heads, channels) = self.cpu, self.shape
         at = store.tokens - store.tail_base
-        out, _ = oracle_attend(
+        return oracle(
             q.reshape(batch, heads, group * queries, channels).numpy(),
             store.view(),
             np.tile(np.arange(at - queries + 1, at + 1), group),
             channels**-0.5,
             softcap,
         )
-        return torch.from_numpy(out).view(q.shape)
 
 
 GRID: list[tuple[int, int, tuple[Unit, Unit], Coding, int, int, torch.dtype, float]] = [

@@ -4,8 +4,9 @@ pages from the readable reference.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from kvcomp.codec import codebook
 from kvcomp.codec.dtypes import DEFAULT_BOOK, DTYPES, OWN_BOOK
 from kvcomp.codec.page import directory_of
-from kvcomp.codec.quantise import Quantised, round_to
+from kvcomp.codec.quantise import Quantised, round_to, to_float32
 from kvcomp.kernels import Books, CacheView, Steps, reference
 from kvcomp.spec import KINDS, PAGE_TOKENS, CodecSpec, Coding, TensorSpec, Unit
 
@@ -89,6 +90,10 @@ class Cache:
             self.q, self.view, self.tail_end, self.scaling, self.case.softcap, threads
         )
         return out
+
+    def expected(self) -> Expected:
+        """What float64 gives."""
+        return oracle(self.q, self.view, self.tail_end, self.scaling, self.case.softcap)
 
 
 def values_like(rng: np.random.Generator, heads: int, tokens: int, channels: int, value: str) -> Array:
@@ -179,6 +184,45 @@ def scramble(cache: Cache, rng: np.random.Generator) -> None:
             after = codes + (4 + 8 * (int(buffer[codes]) & 15) if mode in (DEFAULT_BOOK, OWN_BOOK) else 0)
             for first, last in ((begin, codes), (after, end)):
                 buffer[first:last] = rng.integers(0, 256, last - first, np.uint8)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What float64 gives: the outputs, the natural log of the softmax denominators, and the sums of w |v|, which the
+    rounding of an output is relative to: an output itself may be nearly 0 where a long context averages.
+    """
+
+    out: Array
+    lse: Array
+    sums: Array
+
+    def error_of(self, out: Array) -> float:
+        """Largest difference over the largest sum of w |v|."""
+        difference = np.abs(out.astype(np.float64) - self.out)
+        return float(difference.max() / self.sums.max()) if np.isfinite(out).all() else float("inf")
+
+
+def oracle(q: Array, view: CacheView, tail_end: Array, scaling: float, softcap: float) -> Expected:
+    """``Expected`` of a view; every page is decoded once."""
+    pages: dict[tuple[bytes, int], tuple[Array, Array]] = {}
+    decode = reference.decode_page
+
+    def decode_once(page: bytes, layout: Any, books: Any, *rest: Any) -> tuple[Array, Array]:
+        key = page, id(books)
+        if key not in pages:
+            pages[key] = decode(page, layout, books, *rest)
+        return pages[key]
+
+    def positive(*of: Any) -> tuple[Array, Array]:
+        k, v = decode_once(*of)
+        return k, np.abs(v)
+
+    with patch.object(reference, "decode_page", decode_once):
+        out, lse = reference.attend(q, view, tail_end, scaling, softcap)
+    sinks_v, tail_v = (round_to(np.abs(to_float32(x)), x.dtype) for x in (view.sinks_v, view.tail_v))
+    with patch.object(reference, "decode_page", positive):
+        sums, _ = reference.attend(q, replace(view, sinks_v=sinks_v, tail_v=tail_v), tail_end, scaling, softcap)
+    return Expected(out, lse, sums)
 
 
 def relative_error(x: Array, expected: Array) -> float:

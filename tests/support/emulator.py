@@ -105,7 +105,7 @@ class Emulator:
     def launch(self, of: Launch) -> None:
         assert of.shared <= self.machine.shared
         self.launches.append(of.kernel)
-        status = build(of.source, of.defines).run(
+        status = build(of.source, of.build.defines).run(
             of.kernel.encode(),
             ctypes.byref(of.arguments),
             of.extra or 0,

@@ -6,14 +6,14 @@ Kernels are compiled when first needed, for the GPU at hand, and kept on disk (c
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from kvcomp.errors import BackendUnavailable, LimitExceeded
 from kvcomp.kernels.cuda.compile import compile_kernel
 from kvcomp.kernels.cuda.launch import Launch
-from kvcomp.kernels.cuda.layout import Machine, machine
+from kvcomp.kernels.cuda.layout import Build, Machine, machine
 
 DEFAULT_SHARED = 48 << 10  # more needs the kernel's consent
 
@@ -53,8 +53,8 @@ class Gpu:
         known = machine(10 * major + minor, processors)
         self.machine = Machine(known.architecture, min(known.shared, shared), processors)
         self._context = self._check(self._driver.cuDevicePrimaryCtxRetain(device))  # that of torch
-        self._modules: dict[tuple[Any, ...], Any] = {}
-        self._functions: dict[tuple[str, str, int], tuple[Mapping[str, int], Any]] = {}
+        self._modules: dict[tuple[str, Build], Any] = {}
+        self._functions: dict[tuple[str, str, Build], Any] = {}
 
     def launch(self, of: Launch) -> None:
         """See ``Launcher``. Raises BackendUnavailable or LimitExceeded."""
@@ -69,19 +69,18 @@ class Gpu:
             self._driver.cuCtxPopCurrent()
 
     def _function(self, of: Launch) -> Any:
-        name = of.source, of.kernel, id(of.defines)
-        found = self._functions.get(name)
-        if found is not None:
-            return found[1]
-        key = of.source, *sorted(of.defines.items())
+        name = of.source, of.kernel, of.build
+        if name in self._functions:
+            return self._functions[name]
+        key = of.source, of.build
         if key not in self._modules:
-            cubin = compile_kernel(f"{of.source}.cu", of.defines, self.machine.architecture)
+            cubin = compile_kernel(f"{of.source}.cu", of.build.defines, self.machine.architecture)
             self._modules[key] = self._check(self._driver.cuModuleLoadData(cubin))
         function = self._check(self._driver.cuModuleGetFunction(self._modules[key], of.kernel.encode()))
         if of.shared > DEFAULT_SHARED:
             most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._check(self._driver.cuFuncSetAttribute(function, most, of.shared))
-        self._functions[name] = of.defines, function  # which keeps the id from being another's
+        self._functions[name] = function
         return function
 
     def _check(self, result: tuple[Any, ...]) -> Any:

@@ -91,7 +91,9 @@ def to_device(
 
 
 def _upload(of: KVStore, row: int, pages: list[int], device: torch.device) -> tuple[Chunk, list[int]]:
-    """A chunk with these pages of a row, and where they lie in it."""
+    """A chunk with these pages of a row, and where they lie in it. They may come from a file: behind them it can be
+    read as far as docs/format.md, section 2, asks.
+    """
     buffers = dict(zip(of.rows.pages[row].tolist(), of.rows.owners[row], strict=False))
     parts, offsets, end = [], [], 0
     for page in pages:
@@ -99,5 +101,5 @@ def _upload(of: KVStore, row: int, pages: list[int], device: torch.device) -> tu
         parts.append(buffers[page][at : at + size_of(buffers[page], at, of.heads)])
         offsets.append(end)
         end += parts[-1].size
-    content = np.concatenate([*parts, np.zeros(of.channels, np.uint8)])
+    content = np.concatenate([*parts, np.zeros(9 * of.channels // 8 + 8, np.uint8)])
     return Chunk(torch.from_numpy(content).to(device), torch.tensor([end], device=device)), offsets

@@ -25,7 +25,7 @@ class LayerKernels:
 
     def __init__(self, on: Launcher, spec: CodecSpec, k: Tensor) -> None:
         _, heads, _, channels = k.shape
-        self.on, self.side = on, SideStream(k.device)
+        self.on, self.side = on, side_stream_of(k.device)
         self.page_build = page_build(spec, channels, NAMES[k.dtype])
         key, value = (
             None if of_heads is None else torch.tensor(of_heads, dtype=torch.float32, device=k.device)
@@ -67,3 +67,11 @@ def gpu_of(device: torch.device) -> Launcher:
         )
     index = device.index or 0
     return Gpu(index, lambda: int(torch.cuda.current_stream(index).cuda_stream))
+
+
+@lru_cache(maxsize=64)
+def side_stream_of(device: torch.device) -> SideStream:
+    """The side stream of a device, one for all layers: torch keeps what is freed for each stream, so that layers
+    with streams of their own would each keep a prompt's scratch memory.
+    """
+    return SideStream(device)

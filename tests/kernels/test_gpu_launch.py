@@ -1,0 +1,40 @@
+"""Into how many parts a context is cut, and that kernels are known by what they are built with."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvcomp.kernels.cuda.launch import splits_for
+from kvcomp.kernels.cuda.layout import attend_build, machine, page_build
+from kvcomp.spec import PRESETS
+
+SPEC = PRESETS["kvcomp:paper"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "splits"),
+    [
+        (1, 64, 1),  # one page
+        (8, 32768, 2),  # 64 CTAs a split: two splits fit 132 multiprocessors
+        (1, 32768, 15),  # all at once; no warp would have fewer pages with sixteen
+        (17, 32768, 4),  # 136 CTAs would take two turns, the second with four of them
+    ],
+)
+def test_splits_let_the_multiprocessors_end_together(rows: int, tokens: int, splits: int) -> None:
+    on: Any = SimpleNamespace(machine=machine(90, processors=132))
+    build = attend_build(SPEC, 128, "bfloat16", "bfloat16", False, on.machine)
+    assert splits_for(on, build, rows, 8, 4, tokens) == splits
+
+
+@pytest.mark.parametrize(("architecture", "channels", "warps"), [(90, 128, 12), (90, 192, 8), (80, 128, 8)])
+def test_twelve_warps_where_they_fit(architecture: int, channels: int, warps: int) -> None:
+    assert attend_build(SPEC, channels, "bfloat16", "bfloat16", False, machine(architecture)).warps == warps
+
+
+def test_builds_of_two_stores_are_one_key() -> None:
+    one, other = (page_build(SPEC, 128, "bfloat16") for _ in range(2))
+    assert one is not other
+    assert len({("encode", one), ("encode", other)}) == 1
