@@ -19,8 +19,8 @@ from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, describe_book,
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
 
-# Relative to the largest sum of w |v|. Tensor cores cut off: a score of D channels may be off by D/16 2^-23 times the sum
-# of |q| scale (128 + code), which is up to 4e-4 here, and a weight by as much.
+# Relative to the largest sum of w |v|. Tensor cores cut off: a score of D channels may be off by D/16 2^-23 times the
+# sum of |q| scale (128 + code), which is up to 4e-4 here, and a weight by as much.
 TOLERANCE = 2e-4
 
 QUICK = {
