@@ -101,6 +101,7 @@ inline bool __all_sync(u32, bool x) {
     return all;
 }
 inline bool __any_sync(u32, bool x) { return !__all_sync(~0u, !x); }
+inline void __trap() { raise_out_of_range(); }
 
 inline double __longlong_as_double(i64 x) {
     double y;
@@ -160,19 +161,20 @@ inline float power_of_two(float x) {
 }
 inline float log_of_two(float x) { return log2f(x); }
 
-constexpr u32 SHARED_BASE = 1024;  // anything but 0, so that no offset is taken for an address
-inline u32 shared_address(u32 offset) { return SHARED_BASE + offset; }
-template <u32 PLACE = 0>
-u32 load_shared(u32 offset) {
+#ifndef KVC_RESERVED
+#define KVC_RESERVED 0
+#endif
+inline u32 shared_address(u32 offset) { return KVC_RESERVED + offset; }
+template <u32 OFFSET = 0>
+u32 load_shared(u32 address) {
     u32 word;
-    offset += PLACE;
-    if (offset % 4 || offset >= launched_shared) raise_out_of_range();
-    memcpy(&word, shared_memory + offset, 4);
+    address += OFFSET;
+    if (address % 4 || address - KVC_RESERVED >= launched_shared) raise_out_of_range();
+    memcpy(&word, shared_memory + (address - KVC_RESERVED), 4);
     return word;
 }
-inline u32 load_at(u32 address) { return load_shared(address - SHARED_BASE); }
 inline void shift_in(u32& low, u32& high, u32& next, u32 due) {
-    if (due) low = high, high = load_at(next), next += 4;
+    if (due) low = high, high = load_shared(next), next += 4;
 }
 template <int STEP>
 void add_from_below(u32& sum) {
@@ -190,7 +192,7 @@ const T* keep(const T* x) {
 void start_copy(u32 to, const void* from);
 template <int TO, int FROM>
 void copy_async(u32 to, const void* from, i32 left) {
-    if (left > TO) start_copy(to - SHARED_BASE + TO, (const u8*)from + FROM);
+    if (left > TO) start_copy(to - KVC_RESERVED + TO, (const u8*)from + FROM);
 }
 void end_copies();
 void await_groups(int later);

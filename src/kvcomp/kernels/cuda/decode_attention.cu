@@ -2,16 +2,16 @@
 //
 // A warp takes one page at a time for one KV head and at most eight queries: it decodes the block of K tile by tile into tensor-core
 // operands, takes the softmax online (Milakov & Gimelshein, 2018), and decodes the block of V into the sums. While one block is decoded the
-// next is copied to shared memory. The warps of a CTA share decode tables; CTAs split the context, and ``merge`` joins them.
+// next is copied to shared memory. The warps of a CTA share a sequence's decode tables; CTAs split the context, and ``merge`` joins them.
 //
 // Scales are folded into the queries or the scores (K) and into the weights (V), zeros into one number for each query, so that the
 // products run on 128 + code. Sums lie in shared memory; they are scaled down only when a score is higher by far than the one that weights
 // are relative to, so that a weight is at most 2^SLACK.
 #include "products.cuh"
 
-// What is in shared memory of a row's books, and BFLOAT16_128, in registers.
-struct Tables {
-    Table k, v;
+// The forms of a row's own books, and BFLOAT16_128, in registers.
+struct Own {
+    Form k, v;
     u32 ones;
 };
 
@@ -32,9 +32,9 @@ INLINE RawPairs<VALUE> raw_values(const Item& item, int kind, const RawTensor& s
     return RawChunk(a, row, item.chunk).of(sinks, tail, row, head, lane);
 }
 
-// Scores of one item, log base 2. staged: offset of what is copied of K.
-INLINE void score_item(const Item& item, const Arguments& a, const Book* books, Queries& queries, const Tables& tables, u32 staged, int row,
-                       int head, int lane, Scores& score) {
+// Scores of one item, log base 2. staged: the address of what is copied of K.
+INLINE void score_item(const Item& item, const Arguments& a, const Book* books, Queries& queries, const Own& own, u32 staged, int row, int head,
+                       int lane, Scores& score) {
     u32 mode = mode_of(item, K);
     score.scale = 1.f, score.shift = 0.f;
     if (item.chunk >= 0 || mode == RAW) {
@@ -44,10 +44,10 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
         return;
     }
     u32 at = item.k_staged ? staged + scale_stage(K_UNIT) : 0;
-    const u8* block = at ? shared_memory + at : block_of(item, K);
+    const u8* block = at ? shared_memory + at - RESERVED : block_of(item, K);
     const Book& book = books[mode == OWN_BOOK];
     if (K_UNIT == CHANNEL) queries.begin(block, lane);
-    read_codes<K>(mode, block, at, book, tables.k, tables.ones, lane, [&](auto& reader) {
+    read_codes<K>(mode, block, at, book, own.k, own.ones, lane, [&](auto& reader) {
         typedef Bare<decltype(reader)> Pairs;
         multiply_keys<Pairs>([&](int, int, auto& low, auto& high) { reader.take(low, high); }, queries, score);
     });
@@ -61,7 +61,7 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
         score.scale = a.k_steps[head];
         score.shift = (score.shift + zero_of_steps(mode) * queries.sum) * score.scale;
     } else if (K_UNIT == TOKEN || K_UNIT == VECTOR) {
-        const u8* scales = K_UNIT == TOKEN ? shared_memory + staged : block;
+        const u8* scales = K_UNIT == TOKEN ? shared_memory + staged - RESERVED : block;
 #pragma unroll
         for (int t = 0; t < 8; t++) {
             TwoTokens two(scales, 4 * t + (lane & 3));
@@ -134,12 +134,12 @@ INLINE void spread_factors(u32 scales, u32 zeros, u32 to, int lane) {
 }
 
 // Add weights.V of one item to the sums; ``weight`` is what ``weigh`` left. at: the warp's part of shared memory.
-INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Scores& weight, const Tables& tables, u32 at, int of_row,
-                     int head, int lane, float2* sums, Softmax& row) {
+INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Scores& weight, const Own& own, u32 at, int of_row, int head,
+                     int lane, float2* sums, Softmax& row) {
     constexpr u32 ONES = 0x3f803f80u;  // of bfloat16
-    u32 mode = mode_of(item, V), staged = item.v_staged ? at + V_STAGE + scale_stage(V_UNIT) : 0;
+    u32 mode = mode_of(item, V), staged = item.v_staged ? RESERVED + at + V_STAGE + scale_stage(V_UNIT) : 0;
     bool raw = item.chunk >= 0 || mode == RAW;
-    const u8* block = staged ? shared_memory + staged : block_of(item, V);
+    const u8* block = staged ? shared_memory + staged - RESERVED : block_of(item, V);
     float scale = 1.f, zero = 0.f;
     if (V_UNIT == BLOCK && !raw) scale = __uint_as_float(load_word(block)), zero = (float)(i32)load_word(block + 4);
     if (V_UNIT == HEAD && !raw) scale = a.v_steps[head], zero = zero_of_steps(mode);
@@ -170,7 +170,7 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
     for (int u = 0; u < 4; u++) {
         multiply_add(of_weights, weights[u], ONES, ONES);
         if (BY_TOKEN) {
-            u32 factors = at + FACTORS + 16 * (8 * u + (lane & 3)) + (lane & 4);  // even columns take the multiples of 256
+            u32 factors = RESERVED + at + FACTORS + 16 * (8 * u + (lane & 3)) + (lane & 4);  // even columns take the multiples of 256
             multiply_add(of_zeros, weights[u], load_shared(factors), load_shared(factors + 64));
         }
     }
@@ -190,7 +190,7 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
         products.y = (products.y + sum * (first + (float)((i32)zeros >> 16))) * high_bfloat16(both);
         add(tile, products);
     };
-    read_codes<V>(mode, block, staged, book, tables.v, tables.ones, lane, [&](auto& reader) {
+    read_codes<V>(mode, block, staged, book, own.v, own.ones, lane, [&](auto& reader) {
         typedef Bare<decltype(reader)> Pairs;
         auto tile = [&](int i, auto& low, auto& high) {
             if (V_CLASSES > 1) reader.classes(book, class_of_tile<CHANNELS>(i), class_of_tile<CHANNELS>(i + VALUE_TILES), lane);
@@ -203,34 +203,22 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
     });
 }
 
-// Which book's table a head wants in shared memory: that of its page in the middle, as a row that trains books has others in its first pages.
-INLINE u32 usual_mode(const Arguments& a, int row, int word) {
-    int pages = a.count[row];
-    if (!pages) return OWN_BOOK;
-    u64 page = a.pages[(i64)row * a.capacity + pages / 2];
-    return (reinterpret_cast<const u32*>(page)[word] & 15) == DEFAULT_BOOK ? DEFAULT_BOOK : OWN_BOOK;
-}
-
-// Load the row's books, the tables that the head wants, and the queries to shared memory.
+// Load the row's books, own tables and queries to shared memory.
 INLINE void fill_shared(const Arguments& a, int row, int head, int first_query) {
     int thread = threadIdx.x;
     constexpr int threads = WARPS * LANES;
     u32* books = reinterpret_cast<u32*>(shared_memory + BOOKS_AT);
     const u32* from = reinterpret_cast<const u32*>(a.books + 4 * row);
     for (int i = thread; i < 4 * (int)sizeof(Book) / 4; i += threads) books[i] = from[i];
-    u32 k_mode = usual_mode(a, row, head), v_mode = usual_mode(a, row, a.heads + head);
-    if (thread == 0) {
-        u32* few = reinterpret_cast<u32*>(shared_memory + ONES_AT);
-        few[0] = a.ones, few[1] = k_mode, few[2] = v_mode;
-    }
-    const u32 *k_book = a.books[4 * row + k_mode - DEFAULT_BOOK].table, *v_book = a.books[4 * row + 2 + v_mode - DEFAULT_BOOK].table;
-    if (K_COPIES && k_book) {
+    if (thread == 0) *reinterpret_cast<u32*>(shared_memory + ONES_AT) = a.ones;
+    const u32 *k_own = a.books[4 * row + 1].table, *v_own = a.books[4 * row + 3].table;
+    if (K_COPIES && k_own) {
         u32* table = reinterpret_cast<u32*>(shared_memory + K_TABLE_AT);
-        for (int i = thread; i < K_CLASSES * K_COPIES << K_BITS; i += threads) table[i] = k_book[i / max(1, K_COPIES)];
+        for (int i = thread; i < K_CLASSES * K_COPIES << K_BITS; i += threads) table[i] = k_own[i / max(1, K_COPIES)];
     }
-    if (V_COPIES && v_book) {
+    if (V_COPIES && v_own) {
         u32* table = reinterpret_cast<u32*>(shared_memory + V_TABLE_AT);
-        for (int i = thread; i < V_CLASSES * V_COPIES << V_BITS; i += threads) table[i] = v_book[i / max(1, V_COPIES)];
+        for (int i = thread; i < V_CLASSES * V_COPIES << V_BITS; i += threads) table[i] = v_own[i / max(1, V_COPIES)];
     }
     float* queries = reinterpret_cast<float*>(shared_memory + QUERIES_AT);
     typedef typename Value<QUERY_VALUE>::Bits Bits;
@@ -251,10 +239,7 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
     Queries queries;
     if (K_UNIT != CHANNEL) queries.begin(nullptr, lane);
     Softmax softmax;
-    u32 k_mode = load_shared(MODES_AT), v_mode = load_shared(MODES_AT + 4);
-    Tables tables = {{k_mode, form_of<K>(books[k_mode - DEFAULT_BOOK])},
-                     {v_mode, form_of<V>(books[2 + v_mode - DEFAULT_BOOK])},
-                     keep(load_shared(ONES_AT))};
+    Own own = {form_of<K>(books[1]), form_of<V>(books[3]), load_shared(RESERVED + ONES_AT)};
     // Query i is that of new token i mod new_tokens, which sees the tail up to itself.
     int tail_end = *a.tail_tokens - (a.new_tokens - 1) + query % a.new_tokens;
     int pages = a.count[row], items = pages + raw_chunks(a, row), step = gridDim.x * WARPS;
@@ -277,10 +262,9 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
     Item item = {};
     describe(item, index);
     look_ahead(index + step);
-    u32 staging = shared_address(mine);
-    stage<K>(item, a, staging + K_STAGE, lane);
+    stage<K>(item, a, RESERVED + mine + K_STAGE, lane);
     for (; index < items; index += step) {
-        stage<V>(item, a, staging + V_STAGE, lane);
+        stage<V>(item, a, RESERVED + mine + V_STAGE, lane);
         Item next = item;
         auto go_on = [&] {
             describe(next, index + step);
@@ -290,16 +274,16 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
         await_copies<1>();
         __syncwarp();
         Scores score;
-        score_item(item, a, books, queries, tables, mine + K_STAGE, row, head, lane, score);
+        score_item(item, a, books, queries, own, RESERVED + mine + K_STAGE, row, head, lane, score);
         __syncwarp();  // all have read this K
         if (!ROOMY) go_on();
-        stage<K>(next, a, staging + K_STAGE, lane);
+        stage<K>(next, a, RESERVED + mine + K_STAGE, lane);
         float shrink = item.chunk == IN_PAGE && item.tokens == TOKENS ? weigh<true>(score, a, TOKENS, lane, softmax)
                                                                       : weigh_some(score, a, item, row, tail_end, lane, softmax);
         if (__any_sync(~0u, shrink != 1.f)) scale_down(shrink, sums, softmax);
         await_copies<1>();
         __syncwarp();
-        add_item(item, a, books, score, tables, mine, row, head, lane, sums, softmax);
+        add_item(item, a, books, score, own, mine, row, head, lane, sums, softmax);
         __syncwarp();  // all have read this V
         item = next;
     }
@@ -343,6 +327,7 @@ INLINE void write_result(const Arguments& a, i64 query, int channel, float sum, 
 KERNEL void __launch_bounds__(WARPS * LANES, 1) attend(const __grid_constant__ Arguments a) {
     int passes = (a.queries + QUERIES - 1) / QUERIES;
     int row = blockIdx.z, head = blockIdx.y / passes, first_query = blockIdx.y % passes * QUERIES;
+    if (shared_address(0) != RESERVED) __trap();
     fill_shared(a, row, head, first_query);
     __syncthreads();
     attend_items(a, row, head, first_query);

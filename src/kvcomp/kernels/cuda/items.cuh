@@ -5,8 +5,9 @@
 constexpr int CHANNELS = KVC_CHANNELS, VALUE = KVC_VALUE, QUERY_VALUE = KVC_QUERY, WARPS = KVC_WARPS;
 constexpr int K_UNIT = KVC_K_UNIT, V_UNIT = KVC_V_UNIT, K_CLASSES = KVC_K_CLASSES, V_CLASSES = KVC_V_CLASSES;
 constexpr int K_BITS = KVC_K_BITS, V_BITS = KVC_V_BITS;          // index bits of the tables, 0 where the coding is fixed
-constexpr int K_COPIES = KVC_K_COPIES, V_COPIES = KVC_V_COPIES;  // of a book's table in shared memory, 0 for none
+constexpr int K_COPIES = KVC_K_COPIES, V_COPIES = KVC_V_COPIES;  // of the own book's table in shared memory, 0 for none
 constexpr int STAGE = KVC_STAGE;                                 // bytes of a block that are copied to shared memory; a larger one is read where it is
+constexpr u32 RESERVED = KVC_RESERVED;                           // where shared memory begins in its address space
 constexpr bool SOFTCAP = KVC_SOFTCAP;
 
 constexpr int STEPS = CHANNELS / 16, KEY_PAIRS = CHANNELS / 8, VALUE_TILES = CHANNELS / 16, VALUE_PAIRS = TOKENS / 8;
@@ -51,7 +52,6 @@ constexpr bool BY_TOKEN = V_UNIT == TOKEN || V_UNIT == VECTOR;
 constexpr int QUERIES_AT = 0;
 constexpr int BOOKS_AT = QUERIES_AT + 4 * QUERIES * CHANNELS;
 constexpr int ONES_AT = BOOKS_AT + 4 * sizeof(Book);
-constexpr int MODES_AT = ONES_AT + 4;  // of K and of V: that of the blocks whose table is in shared memory
 constexpr int PEAKS_AT = ONES_AT + 16;
 constexpr int TOTALS_AT = PEAKS_AT + 4 * WARPS * QUERIES;
 constexpr int K_TABLE_AT = TOTALS_AT + 4 * WARPS * QUERIES;

@@ -167,6 +167,11 @@ class Machine:
     processors: int = 1
     """Multiprocessors."""
 
+    @property
+    def reserved(self) -> int:
+        """Where a CTA's shared memory begins in its address space, behind what the system keeps; the kernel checks."""
+        return 1024 if self.architecture >= 90 else 0
+
 
 # Bytes of shared memory for one CTA, by compute capability.
 SHARED: Final = {
@@ -220,6 +225,7 @@ class AttendBuild(Build):
     v_copies: int
     stage: int
     softcap: bool
+    reserved: int
 
     sizes = ("shared",)
 
@@ -302,15 +308,12 @@ def index_bits(tensor: TensorSpec) -> int:
 
 PAGE_WARPS: Final = 4
 STAGED_BITS: Final = 4.5  # bits a value up to which a block is copied to shared memory before it is decoded
-WARPS: Final = (12, 8, 6, 4, 3, 2, 1)
-TWELVE: Final = 128  # channels up to which the 168 registers that each of twelve warps has are enough
+WARPS: Final = (8, 6, 4, 3, 2, 1)
 COPIES: Final = (8, 4, 2, 1)
 
 
 def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap: bool, on: Machine) -> AttendBuild:
     """Choose the attention kernel for a machine: as many warps as fit with the decode tables in shared memory.
-
-    More warps come before more copies of the tables, as a decoder waits for its own look-ups most of the time.
 
     Parameters
     ----------
@@ -339,14 +342,15 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
             v_copies=copies if index_bits(spec.value) else 0,
             stage=stage_bytes(channels, UNIT_NUMBERS[spec.key.unit], UNIT_NUMBERS[spec.value.unit]),
             softcap=softcap,
+            reserved=on.reserved,
         )
 
-    # Tables in global memory are worth it where fewer than three warps are left.
-    most = [warps for warps in WARPS if warps < 12 or channels <= TWELVE]
+    # More copies of the tables are not worth fewer warps; tables in global memory are worth it where fewer than three
+    # warps are left.
     choices = (
-        [(warps, copies) for warps in most if warps >= 8 for copies in COPIES]
-        + [(warps, 1) for warps in most if warps >= 3]
-        + [(warps, 0) for warps in most]
+        [(WARPS[0], copies) for copies in COPIES]
+        + [(warps, 1) for warps in WARPS if warps >= 3]
+        + [(warps, 0) for warps in WARPS]
     )
     for warps, copies in choices:
         chosen = build(warps, copies)

@@ -56,18 +56,13 @@ INLINE float log_of_two(float x) {
     return y;
 }
 
-// A word of shared memory, so many bytes from its start; PLACE becomes a constant of the instruction.
-template <u32 PLACE = 0>
-INLINE u32 load_shared(u32 offset) {
-    return *reinterpret_cast<const u32*>(shared_memory + PLACE + offset);
-}
-
-// Where an offset lies in the address space of shared memory: what the two functions below take, as ``copy_async`` does.
+// Where shared memory lies in its own address space: what the loads and copies below take.
 INLINE u32 shared_address(u32 offset) { return (u32)__cvta_generic_to_shared(shared_memory) + offset; }
 
-INLINE u32 load_at(u32 address) {
+template <u32 OFFSET = 0>
+INLINE u32 load_shared(u32 address) {
     u32 word;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+    asm volatile("ld.shared.u32 %0, [%1+%2];" : "=r"(word) : "r"(address), "n"(OFFSET));
     return word;
 }
 

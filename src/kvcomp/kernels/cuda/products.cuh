@@ -116,28 +116,22 @@ INLINE void multiply_values(Tile tile, const u32 (&weights)[4][4], Add add) {
 enum Form { SYMBOLS, SPLIT, ANY };
 
 template <int KIND>
-INLINE Form form_of(const Book& book) {
+INLINE Form form_of(const Book& own) {
     constexpr int copies = KIND == K ? K_COPIES : V_COPIES;
-    if (!copies || book.levels > 128) return ANY;
-    if (!(book.split[0] | book.split[1] | book.split[2] | book.split[3])) return SYMBOLS;
-    return book.bits <= SHARED_PAIR_BITS ? SPLIT : ANY;
+    if (!copies || own.levels > 128) return ANY;
+    if (!(own.split[0] | own.split[1] | own.split[2] | own.split[3])) return SYMBOLS;
+    return own.bits <= SHARED_PAIR_BITS ? SPLIT : ANY;
 }
 
-// The book whose table is in shared memory: the mode of its blocks, and how they are read.
-struct Table {
-    u32 mode;
-    Form form;
-};
-
-// Gives use(pairs) the reader of a coded block that fits it best. staged: offset of its copy in shared memory, or 0. table: what is there of
-// its kind. Every reader has ``take`` and ``classes``.
+// Gives use(pairs) the reader of a coded block that fits it best. staged: address of its copy in shared memory, or 0. own: form of the row's
+// own book. Every reader has ``take`` and ``classes``.
 template <int KIND, class Use>
-INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, const Table& table, u32 ones, int lane, Use use) {
+INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, Form own, u32 ones, int lane, Use use) {
     constexpr int bits = KIND == K ? K_BITS : V_BITS, copies = KIND == K ? K_COPIES : V_COPIES;
     constexpr int classes = KIND == K ? K_CLASSES : V_CLASSES;
     constexpr int head = scale_bytes(KIND == K ? K_UNIT : V_UNIT, CHANNELS);
     constexpr int pairs = KIND == K ? TAKEN_PAIRS : VALUE_PAIRS;
-    constexpr u32 place = KIND == K ? K_TABLE_AT : V_TABLE_AT;
+    constexpr u32 place = RESERVED + (KIND == K ? K_TABLE_AT : V_TABLE_AT);
     if (mode >= FIXED) {
         u32 width = mode - FIXED ? mode - FIXED : 8, words = (CHANNELS * width + 31) / 32;
         auto read = [&](auto reader) {
@@ -165,11 +159,11 @@ INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, 
             use(reader);
         };
         if constexpr (copies > 0) {
-            typedef SharedTable<place, bits, copies> Entries;
-            Form form = mode == table.mode && staged ? table.form : ANY;
-            SharedWords words = {shared_address(staged)};
-            if (form == SYMBOLS) return read(HuffmanPairs<SharedWords, Entries, bits, false, false>{}, words);
-            if (form == SPLIT) return read(HuffmanPairs<SharedWords, Entries, SHARED_PAIR_BITS, true, false>{}, words);
+            typedef SharedTable<place, bits, copies> Table;
+            Form form = mode == OWN_BOOK && staged ? own : ANY;
+            if (form == SYMBOLS) return read(HuffmanPairs<SharedWords, Table, bits, false, false>{}, SharedWords{staged});
+            if (form == SPLIT)
+                return read(HuffmanPairs<SharedWords, Table, SHARED_PAIR_BITS, true, false>{}, SharedWords{staged});
         }
         read(HuffmanPairs<PlainWords, PlainTable<bits>, MOST_PAIR_BITS, true, true>{}, PlainWords{block});
     }

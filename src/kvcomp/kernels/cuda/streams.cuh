@@ -10,7 +10,7 @@ constexpr u32 BFLOAT16_128 = 0x43004300u;
 // Words of a block in shared memory, by the address of the next.
 struct SharedWords {
     u32 at;
-    INLINE u32 word(u32 bytes) const { return load_at(at + bytes); }
+    INLINE u32 word(u32 bytes) const { return load_shared(at + bytes); }
 };
 
 // Words of a block anywhere.
@@ -111,7 +111,7 @@ template <class T>
 using Bare = typename BareType<T>::Type;
 
 // The decode table of a book in shared memory: each entry COPIES times side by side, so that lanes rarely meet in a bank.
-// The window is read LEAD bits early, which puts the index where the address wants it. PLACE: offset of the first class.
+// The window is read LEAD bits early, which puts the index where the address wants it. PLACE: address of the first class.
 template <u32 PLACE, int INDEX_BITS, int COPIES>
 struct SharedTable {
     static constexpr int LEAD = COPIES == 1 ? 2 : COPIES == 2 ? 3 : COPIES == 4 ? 4 : COPIES == 8 ? 5 : 6;
