@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import attention_cases
-import emulator
 from attention_cases import NUMPY, Case, build, scramble
 from emulated_attention import attend
 from emulated_decompression import decompress
@@ -99,22 +97,6 @@ def test_copies_of_the_tables(copies: int) -> None:
     cache = build(case)
     result = attend(cache, replace(build_for(case), k_copies=copies, v_copies=copies))
     assert cache.expected().error_of(result.out) < TOLERANCE
-
-
-@pytest.mark.emulated
-@pytest.mark.parametrize("own", [True, False])
-def test_the_table_of_the_book_in_use_is_in_shared_memory(own: bool) -> None:
-    """Blocks that are read out of a table in global memory take two products where others take one."""
-    case = Case(channels=64, heads=1, pages=(2,), own=own, tail=1, sinks=0)
-    cache = build(case)
-    products = []
-    for copies in (1, 0):
-        chosen = replace(build_for(case), k_copies=copies, v_copies=copies)
-        counter = ctypes.c_ulonglong.in_dll(emulator.build("decode_attention", chosen.defines), "products")
-        before = counter.value
-        attend(cache, chosen)
-        products.append(counter.value - before)
-    assert products[0] < products[1]
 
 
 @pytest.mark.emulated
