@@ -157,7 +157,8 @@ def test_turning_back_undoes_turning(speed: list[float], place: int) -> None:
     q, mean = torch.randn(1, HEADS, 2, CHANNELS), torch.randn(HEADS, CHANNELS)
     begin = abs(place)
     wanted = q @ (rotation.turned(mean, torch.arange(begin, begin + 3)) - rotation.still(mean)[:, None]).mT
-    assert torch.allclose(rotation.products(q, mean, begin, 3), wanted, atol=1e-4)
+    found = q @ rotation.folded(mean) @ rotation.waves(begin, 3, q.device)
+    assert torch.allclose(found, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(

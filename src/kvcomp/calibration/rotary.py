@@ -87,17 +87,20 @@ class Rotation:
         found[..., first], found[..., second] = c * cos - d * sin, d * cos + c * sin
         return found
 
-    def products(self, q: Tensor, mean: Tensor, begin: int, tokens: int) -> Tensor:
-        """q.R(t) m for the places t from ``begin`` on.
+    def folded(self, mean: Tensor) -> Tensor:
+        """F with q.R(t) m = q F w(t), for the w that ``waves`` gives: mean (KV heads, D) -> (KV heads, D, 2 pairs)."""
+        first, second = (which.to(mean.device) for which in self._both)
+        m_c, m_d = mean[:, first], mean[:, second]
+        found = mean.new_zeros((*mean.shape, 2 * len(first)))
+        pair = torch.arange(len(first), device=mean.device)
+        found[:, first, pair], found[:, second, pair] = m_c, m_d
+        found[:, second, len(first) + pair], found[:, first, len(first) + pair] = m_c, -m_d
+        return found
 
-        q: float32 (batch, KV heads, queries, D). mean: float32 (KV heads, D).
-        Returns float32 (batch, KV heads, queries, tokens).
-        """
-        first, second = (which.to(q.device) for which in self._both)
-        q_c, q_d, m_c, m_d = q[..., first], q[..., second], mean[:, None, first], mean[:, None, second]
-        both = torch.cat([q_c * m_c + q_d * m_d, q_d * m_c - q_c * m_d], -1)
+    def waves(self, begin: int, tokens: int, device: torch.device) -> Tensor:
+        """cos w t, then sin w t, for the places t from ``begin`` on: float32 (2 pairs, tokens)."""
         room = max(LEAST_ROOM, 1 << (begin + tokens - 1).bit_length())
-        return both @ _table(self.speed, room, q.device)[:, begin : begin + tokens]
+        return _table(self.speed, room, device)[:, begin : begin + tokens]
 
 
 def _cos_sin(speed: tuple[float, ...], places: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,12 @@ class Affine:
         """The part of the mean that does not turn, float32 (KV heads, D)."""
         return self.mean if self.rotation is None else self.rotation.still(self.mean)
 
+    @cached_property
+    def folded(self) -> Tensor:
+        """What a query is multiplied with for its products with the turning part of the mean."""
+        assert self.rotation is not None
+        return self.rotation.folded(self.mean)
+
     def means(self, places: Tensor | None) -> Tensor:
         """The mean at each token's place: (KV heads, 1, D), or (.., KV heads, tokens, D) for places (.., tokens)."""
         if self.rotation is None:
@@ -147,7 +153,7 @@ class Transform:
         if self.key.rotation is None:
             return None
         grouped = q.detach().to(torch.float32).reshape(q.shape[0], self.heads, -1, self.channels)
-        found: Tensor = self.key.rotation.products(grouped, self.key.mean, first, tokens)
+        found = (grouped @ self.key.folded) @ self.key.rotation.waves(first, tokens, q.device)
         return found.view(*q.shape[:3], tokens)
 
 
