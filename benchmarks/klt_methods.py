@@ -90,7 +90,8 @@ def reader(
     model: Any, ids: np.ndarray[Any, Any], calibration: Calibration, journal: Journal, windows: int
 ) -> Calibrator:
     """A calibrator that has read windows of a text under the transforms of a calibration."""
-    made = Calibrator(model, ids, Settings(windows, PROMPT, SCORED), journal)
+    settings = Settings(windows, PROMPT, SCORED, context=PROMPT + SCORED)  # where those transforms are of
+    made = Calibrator(model, ids, settings, journal)
     transforms = {
         (index, kind): affine
         for index, (transform, _) in calibration.layers.items()

@@ -196,6 +196,18 @@ def test_windows_stand_all_over_the_positions_and_say_the_same_there(tmp_path: P
     assert calibrator(model, tmp_path).context == SETTINGS.length
 
 
+def test_where_the_rotation_is_unknown_windows_stand_at_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcomp.fit.calibrate.rotations", lambda *_: {})
+    made = calibrator(model_of(CONFIGS["llama"]), tmp_path)
+    made.write()
+    made.read()
+    assert made.context == SETTINGS.length
+    assert {int(window.positions[0, 0]) for window in made.windows} == {SETTINGS.prompt}
+    assert all(affine.rotation is None for affine in made.affines.values())
+
+
 def test_what_cannot_be_calibrated_says_why(tmp_path: Path) -> None:
     model = model_of(CONFIGS["llama"])
     journal = Journal(tmp_path / "made.partial", {}, False)

@@ -39,14 +39,14 @@ def kv(batch: int, starts: list[int] | None = None) -> tuple[Tensor, Tensor]:
     return k, like_keys(batch, HEADS, TOKENS, CHANNELS, 8).flip(-1)
 
 
-def store(backend: str = "cpu", calibration: Calibration = MADE) -> KVStore:
+def store(calibration: Calibration = MADE) -> KVStore:
     spec = calibration.spec("balanced")
-    return KVStore(spec.layer(0, 1), backend, *(calibration.layer(0, spec) or ()))
+    return KVStore(spec.layer(0, 1), "cpu", *(calibration.layer(0, spec) or ()))
 
 
-def filled(k: Tensor, v: Tensor, backend: str = "cpu", starts: list[int] | None = None) -> KVStore:
+def filled(k: Tensor, v: Tensor, starts: list[int] | None = None) -> KVStore:
     """A prompt, then tokens one by one."""
-    made = store(backend)
+    made = store()
     made.append(k[:, :, : TOKENS - 20], v[:, :, : TOKENS - 20])
     made.set_starts(starts or [0] * len(k))
     made.seal()
@@ -80,7 +80,7 @@ def same(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("starts", [None, [0, 37]])
 def test_attention_is_that_over_what_the_store_gives_back(queries: int, starts: list[int] | None, backend: str) -> None:
     k, v = kv(2, starts)
-    made = filled(k, v, backend, starts)
+    made = filled(k, v, starts).on(backend)
     assert made.compressed
     q = 0.1 * torch.randn(2, 2 * HEADS, queries, CHANNELS)
     same(attend(made, q, SCALING), expected(made, q))
@@ -106,7 +106,7 @@ def test_sink_logits_and_soft_caps_see_the_whole_score(queries: int) -> None:
 def test_the_mean_is_gone_at_every_place() -> None:
     """K' has none left, and what comes back is as near as promised."""
     k, v = kv(2, [0, 37])
-    made = filled(k, v, starts=[0, 37])
+    made = filled(k, v, [0, 37])
     held = made.held()[0][1, :, 37:]
     assert float((held.mean(1) / held.std(1)).abs().max()) < 0.3
     assert max(float(np.abs(share).max()) for _, share in error_shares(made, k, v)) <= 1
@@ -119,7 +119,6 @@ CHANGES: dict[str, Callable[[KVStore, Path], KVStore]] = {
     "select": lambda made, folder: changed(made, lambda: made.select([1, 1, 0])),
     "join": lambda made, folder: made.join([filled(*kv(1))]),
     "file": lambda made, folder: loaded(made, folder / "cache.kvc"),
-    "reference": lambda made, folder: made.on("reference"),
 }
 
 
@@ -136,7 +135,7 @@ def loaded(made: KVStore, path: Path) -> KVStore:
 @pytest.mark.parametrize("change", CHANGES)
 def test_places_stay_with_their_tokens(change: str, tmp_path: Path) -> None:
     k, v = kv(2, [0, 37])
-    made = CHANGES[change](filled(k, v, starts=[0, 37]), tmp_path)
+    made = CHANGES[change](filled(k, v, [0, 37]), tmp_path)
     more = like_keys(made.batch, HEADS, 130, CHANNELS, 9)
     places = made.tokens + torch.arange(130) - torch.from_numpy(made.starts)[:, None]
     made.append(ROTATION.turned(more, places), like_keys(made.batch, HEADS, 130, CHANNELS, 10))

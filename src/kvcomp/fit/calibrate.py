@@ -140,8 +140,6 @@ class Calibrator:
         levels = {level: self.level(curves, bits) for level, bits in KIVI_BITS.items()}
         return self.priced(levels, curves, text)
 
-    # Statistics and windows
-
     def write(self) -> None:
         """Let the model write some windows more, or all of them."""
         rows = self.settings.written + (self.settings.windows if self.text is None else 0)
@@ -151,8 +149,8 @@ class Calibrator:
         written = self.journal.piece(
             "written", lambda: write(self.model, starts, rows * PIECES, length, self.tell).tolist()
         )
-        whole = np.array(written, np.int64).reshape(rows, -1)[:, : self.settings.length]
-        self.drawn += draw_windows(whole.reshape(-1), rows, self.settings)
+        whole = np.array(written, np.int64).reshape(rows, -1)[:, : self.settings.length].reshape(-1)
+        self.drawn += draw_windows(whole, rows, self.settings)
 
     @torch.no_grad()
     def read(self, transforms: Mapping[tuple[int, int], Affine] | None = None) -> None:
@@ -160,6 +158,8 @@ class Calibrator:
         statistics, prompt = Statistics(), self.settings.prompt
         if is_rotary(self.config):
             self.rotations = rotations(self.model, self.drawn[0][0], self.layers, self.context)
+            if not self.rotations:  # then what varies with the place would cost more than it is worth
+                self.context = self.settings.length
         places = spread(len(self.drawn), self.settings, self.context)
         for done, ((ids, repeats), positions) in enumerate(zip(self.drawn, places, strict=True)):
             self.tell("reading", done, len(self.drawn))
@@ -175,11 +175,10 @@ class Calibrator:
 
     def _transforms(self, statistics: Statistics) -> dict[tuple[int, int], Affine]:
         centred = not setting(self.config, "attn_logit_softcapping")  # a soft cap would notice q.mean
-        found = {}
+        of = {(index, 1): sums.of_value() for index, sums in statistics.layers.items()}
         for index, sums in statistics.layers.items():
-            found[index, 0] = sums.of_key(self._coded(index, 0), self.places, self.rotations.get(index), centred)
-            found[index, 1] = sums.of_value()
-        return found
+            of[index, 0] = sums.of_key(self._coded(index, 0), self.places, self.rotations.get(index), centred)
+        return of
 
     def _coded(self, index: int, kind: int) -> Tensor:
         """K or V of a layer's coded tokens, (windows, KV heads, tokens, D)."""
@@ -192,10 +191,8 @@ class Calibrator:
     def _predict(self, layers: Sequence[Any], text: Tensor, positions: Tensor) -> Tensor:
         """Log probabilities of a text after these cache layers, which stay as they are."""
         cache = Cache(layers=[copy(x) if type(x) is DynamicLayer else deepcopy(x) for x in layers])
-        log_probs: Tensor = (
-            self.model(text, past_key_values=cache, **self._told(positions)).logits[0].float().log_softmax(-1)
-        )
-        return log_probs
+        logits: Tensor = self.model(text, past_key_values=cache, **self._told(positions)).logits[0]
+        return logits.float().log_softmax(-1)
 
     @torch.no_grad()
     def quality(self, coded: Mapping[tuple[int, int], Tensor], every: int = 1) -> Quality:
@@ -243,8 +240,8 @@ class Calibrator:
         for done, window in enumerate(self.windows):
             self.tell("gradients", done, len(self.windows))
             share = 2 * LABELS * self.settings.scored * len(self.windows)
-            at = self._told(window.positions)
-            for gradients in label_gradients(self.model, window.layers, window.text, self.layers, LABELS, done, at):
+            told = self._told(window.positions)
+            for gradients in label_gradients(self.model, window.layers, window.text, self.layers, LABELS, done, told):
                 for key, gradient in gradients.items():
                     g = gradient[0, :, self.coded].double()
                     total[key] = total.get(key, 0) + g.mT @ g / share
@@ -373,9 +370,8 @@ class Calibrator:
         """A layer's coded K and V, of the windows that bits are counted on, K as it is at the first places."""
         for window in self.windows[::EVERY]:
             k, v = (values_of(window.layers[index], kind)[:, :, self.coded] for kind in (0, 1))
-            first = int(window.positions[0, 0]) - self.settings.prompt + self.coded.start
-            turn = self.rotations.get(index)
-            yield (k if turn is None else turn.turned(k, torch.full((k.shape[2],), -first))), v
+            first, turn = window.positions[0, 0] - self.settings.prompt + self.coded.start, self.rotations.get(index)
+            yield (k if turn is None else turn.turned(k, -first.expand(k.shape[2]))), v
 
     def _of_layers(self, levels: Levels) -> Layers:
         """Steps and codebooks of every layer."""

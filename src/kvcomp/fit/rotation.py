@@ -93,8 +93,11 @@ def _rotation(here: Tensor, there: list[Tensor], offsets: list[int], context: in
 
 
 def _layouts(channels: int) -> Iterator[Pairs]:
-    """Pairs as models have them: halves of a head or of its first part, and neighbours."""
-    for turning in (channels, channels // 2, channels // 4):
-        half = np.arange(turning // 2)
-        yield np.stack([half, half + turning // 2], 1)
-    yield np.arange(channels - channels % 2).reshape(-1, 2)
+    """Pairs as models have them: the halves of a head, neighbours, the halves of its first part."""
+
+    def halves(turning: int) -> Pairs:
+        return np.stack([np.arange(turning // 2), np.arange(turning // 2, turning)], 1)
+
+    yield halves(channels)
+    yield np.arange(channels).reshape(-1, 2)
+    yield from (halves(turning) for turning in range(channels - 2, 0, -2))

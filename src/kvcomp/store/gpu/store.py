@@ -23,6 +23,7 @@ from kvcomp.errors import BackendUnavailable, InvalidInput, LimitExceeded
 from kvcomp.kernels import Books
 from kvcomp.kernels.cuda.launch import Launcher
 from kvcomp.spec import CodecSpec
+from kvcomp.store import places
 from kvcomp.store.checks import check_crop, check_kv, check_more, check_starts, row_index
 from kvcomp.store.cpu import KVStore
 from kvcomp.store.gpu import read
@@ -33,8 +34,6 @@ from kvcomp.store.gpu.rows import Row, Table
 from kvcomp.store.gpu.sealing import Sealing
 from kvcomp.store.gpu.tail import Tail
 from kvcomp.store.memory import Memory
-from kvcomp.store.places import place_tail, turns
-from kvcomp.store.places import places as token_places
 from kvcomp.store.tail import grown_room, steady_room
 from kvcomp.store.training import default_book
 
@@ -124,8 +123,6 @@ class GPUStore:
         """Refuse to be pickled: pages are known by their addresses."""
         raise InvalidInput("a GPUStore cannot be pickled")
 
-    # What one append or seal changes
-
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens at the end, raw until ``seal``.
 
@@ -146,8 +143,8 @@ class GPUStore:
                 if new:
                     self.allocate(k)
                 if self.transform is not None:
-                    places = token_places(self, self.tokens, k.shape[2])
-                    k, v = self.transform.key.apply(k, places), self.transform.value.apply(v)
+                    at = places.places(self, self.tokens, k.shape[2])
+                    k, v = self.transform.key.apply(k, at), self.transform.value.apply(v)
             self.prepare(k.shape[2])
         except (BackendUnavailable, LimitExceeded):
             self.batch = 0 if new else self.batch
@@ -171,13 +168,12 @@ class GPUStore:
         """Say at which position each row's real tokens begin. Raises InvalidInput for a row sealed from another one."""
         check_starts(starts, self.batch, self.tokens)
         self.sync()
-        for row, start in zip(self.rows, starts, strict=True):
-            if start != row.start and (row.tail_begin > row.start or start < self.tail.base):
-                raise InvalidInput("the padding of a row cannot change once its tokens are compressed")
-        place_tail(self, self.tail.k, self.tail.base, np.asarray(starts, np.int64))
-        for row, start in zip(self.rows, starts, strict=True):
-            if start != row.start:
-                row.start = row.tail_begin = int(start)
+        moved = [(row, int(start)) for row, start in zip(self.rows, starts, strict=True) if start != row.start]
+        if any(row.tail_begin > row.start or start < self.tail.base for row, start in moved):
+            raise InvalidInput("the padding of a row cannot change once its tokens are compressed")
+        places.place_tail(self, self.tail.k, self.tail.base, np.asarray(starts, np.int64))
+        for row, start in moved:
+            row.start = row.tail_begin = start
         self._publish()
 
     @torch.inference_mode(False)
@@ -298,7 +294,7 @@ class GPUStore:
         """Whether all of the last ``queries`` tokens lie in the tail, as ``attend`` needs: a crop may leave some in
         pages. The kernel knows no means of K that turn.
         """
-        return not turns(self) and queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
+        return not places.turns(self) and queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
 
     def attend(self, q: Tensor, scaling: float, softcap: float = 0.0, sink_logits: Tensor | None = None) -> Tensor:
         """Fused attention of the last tokens, decoding the sealed pages; q: (batch, heads, queries, head_dim)."""
