@@ -3,7 +3,7 @@
     python examples/vllm_store.py [MODEL]
 
 Needs vLLM 0.32, ``kvcomp[serve]``, and redis-server or valkey-server. Prints the seconds to the first token of a
-prompt, computed and loaded, and how many of its tokens came from the store.
+prompt, computed and loaded, and how many of its tokens came from the store. The first run compiles the kernels.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 MODEL = Path(__file__).parent / "tiny-lm"
 PORT = 16390
+CHUNK, LONGEST = 256, 120  # tokens of a chunk; seconds until all are stored, the first time with compiling the kernels
 PROMPT, LEAST = 900, 20  # tokens of the prompt; of one that only warms the engine up
 
 
@@ -34,6 +35,7 @@ def main(model: str) -> None:
 
 def engine(model: str) -> None:
     """Answer one prompt; the store is asked before, and filled behind it."""
+    import redis
     from vllm import LLM, SamplingParams
 
     transfer = {
@@ -60,6 +62,9 @@ def engine(model: str) -> None:
     seconds = time.perf_counter() - begin
     hits = next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:external_prefix_cache_hits")
     print(f"kvcomp: {seconds:.2f} s to the first token, {hits} of {PROMPT} tokens from the store", flush=True)
+    store, end = redis.Redis(port=PORT), time.monotonic() + LONGEST
+    while store.dbsize() < PROMPT // CHUNK and time.monotonic() < end:  # chunks are stored behind the answer
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":
