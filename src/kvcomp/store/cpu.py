@@ -271,7 +271,7 @@ class KVStore:
             scaling,
             softcap,
             torch.get_num_threads(),
-            bias(self, q),
+            bias(self.transform, q, self.heads, self.tokens),
         )
         result = torch.from_numpy(out).view(*q.shape[:3], -1)
         if self.transform is not None:

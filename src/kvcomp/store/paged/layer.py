@@ -20,6 +20,7 @@ from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store.attention import attend_tiles
 from kvcomp.store.paged.arena import Arena
 from kvcomp.store.paged.blocks import Ints, Prefill, Step
+from kvcomp.store.places import bias
 from kvcomp.store.tail import TILE_PAGES
 from kvcomp.store.tensors import as_array
 from kvcomp.store.training import default_book
@@ -180,23 +181,18 @@ class PagedLayer:
             scaling,
             softcap,
             torch.get_num_threads(),
-            self._bias(q[:, :, None], step.table.shape[1] * PAGE_TOKENS),
+            bias(self.transform, q[:, :, None], self.shape.heads, step.table.shape[1] * PAGE_TOKENS),
         )
         result = torch.from_numpy(out).view(rows, heads, 1, channels)
         return (result if self.transform is None else self.transform.outputs(result))[:, :, 0]
-
-    def _bias(self, q: Tensor, tokens: int) -> npt.NDArray[np.float32] | None:
-        """``Transform.bias`` of queries (rows, heads, 1, head_dim), as kernels take it."""
-        found = None if self.transform is None else self.transform.bias(q, tokens)
-        return None if found is None else found.view(len(q), self.shape.heads, -1, tokens).numpy()
 
     def _prefill(self, prefill: Prefill, q: Tensor, scaling: float, softcap: float) -> Tensor:
         queries = q.transpose(0, 1)[None]
         inner = queries.to(torch.float32) if self.transform is None else self.transform.queries(queries)
         tiles = self._tiles(prefill)
-        bias = None if self.transform is None else partial(self.transform.bias, queries)
+        added = None if self.transform is None else partial(self.transform.bias, queries)
         heads = self.shape.heads
-        out = attend_tiles(tiles, heads, prefill.tokens, inner[0], scaling, softcap, bias=bias)[0][None]
+        out = attend_tiles(tiles, heads, prefill.tokens, inner[0], scaling, softcap, bias=added)[0][None]
         return (out if self.transform is None else self.transform.outputs(out))[0].transpose(0, 1)
 
     def _tiles(self, prefill: Prefill) -> Iterator[tuple[int, Tensor, Tensor]]:
