@@ -252,8 +252,9 @@ def attend_tasks(
         part = number - first_part[row]
         page_parts = (count[row] + PART_PAGES - 1) // PART_PAGES
         place = i64(sink_count[row])  # of the part's first token among the row's
-        for index in range(min(part * PART_PAGES, count[row])):
-            place += valid[row, index]
+        if bias_step:
+            for index in range(min(part * PART_PAGES, count[row])):
+                place += valid[row, index]
         of_head = address_of(bias) + bias_step * queries * (row * heads + head)
         if part < page_parts:
             last = min((part + 1) * PART_PAGES, count[row])
