@@ -145,8 +145,12 @@ def test_places_stay_with_their_tokens(change: str, tmp_path: Path) -> None:
     assert float((made.held()[0][..., -400:, :].mean(2)).abs().max()) < 1.5
 
 
-@given(st.lists(st.floats(-FASTEST, FASTEST), min_size=1, max_size=4), st.integers(-(2**20), 2**20))
-def test_turning_back_undoes_turning(speed: list[float], place: int) -> None:
+@given(
+    st.lists(st.floats(-FASTEST, FASTEST), min_size=1, max_size=4),
+    st.integers(-(2**20), 2**20),
+    st.integers(1, 150),
+)
+def test_turning_back_undoes_turning(speed: list[float], place: int, tokens: int) -> None:
     rotation = Rotation.of(PAIRS[: len(speed)], np.array(speed), CHANNELS)
     x = torch.randn(HEADS, 3, CHANNELS, dtype=torch.float64)
     places = torch.tensor([place, 0, -5])
@@ -155,8 +159,8 @@ def test_turning_back_undoes_turning(speed: list[float], place: int) -> None:
     assert torch.equal(there[:, 1], x[:, 1])
     q, mean = torch.randn(1, HEADS, 2, CHANNELS), torch.randn(HEADS, CHANNELS)
     begin = abs(place)
-    wanted = q @ (rotation.turned(mean, torch.arange(begin, begin + 3)) - rotation.still(mean)[:, None]).mT
-    found = q @ rotation.folded(mean) @ rotation.waves(begin, 3, q.device)
+    wanted = q @ (rotation.turned(mean, torch.arange(begin, begin + tokens)) - rotation.still(mean)[:, None]).mT
+    found = rotation.products(q @ rotation.folded(mean), begin, tokens)
     assert torch.allclose(found, wanted, atol=1e-4)
 
 

@@ -4,9 +4,10 @@ A model turns pairs of channels of K by w t, for a token at the place t. So the 
 it, whatever the text. Without it there is less to code, and nothing in the slow pairs that holds for short texts only.
 In exchange scores lack q.R(t) m, which is, for the pair (c, d) of channels,
 
-    (q_c m_c + q_d m_d) cos w t + (q_d m_c - q_c m_d) sin w t
+    (q_c m_c + q_d m_d) cos w t + (q_d m_c - q_c m_d) sin w t  =  Re z exp(i w t)
 
-and so a product of 2 numbers a pair, made once of a query, with a table that all layers share.
+with z = (q_c m_c + q_d m_d) - i (q_d m_c - q_c m_d). For t = t0 + n, n = 0 .. 63, z is turned once to t0. What
+follows is a product with exp(i w n), a table that all runs of 64 tokens share and that a near cache holds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor
 from kvcomp.errors import InvalidInput
 
 FASTEST = np.pi  # radians a token
-LEAST_ROOM = 1024  # tokens of a table
+RUN = 64  # tokens that share a table
+LEAST_ROOM = 16  # runs whose first places are prepared
 
 
 @dataclass(frozen=True)
@@ -88,19 +90,24 @@ class Rotation:
         return found
 
     def folded(self, mean: Tensor) -> Tensor:
-        """F with q.R(t) m = q F w(t), for the w that ``waves`` gives: mean (KV heads, D) -> (KV heads, D, 2 pairs)."""
+        """F with q F = z as pairs of floats: mean (KV heads, D) -> (KV heads, D, 2 pairs)."""
         first, second = (which.to(mean.device) for which in self._both)
         m_c, m_d = mean[:, first], mean[:, second]
-        found = mean.new_zeros((*mean.shape, 2 * len(first)))
+        found = mean.new_zeros((*mean.shape, len(first), 2))
         pair = torch.arange(len(first), device=mean.device)
-        found[:, first, pair], found[:, second, pair] = m_c, m_d
-        found[:, second, len(first) + pair], found[:, first, len(first) + pair] = m_c, -m_d
-        return found
+        found[:, first, pair, 0], found[:, second, pair, 0] = m_c, m_d
+        found[:, first, pair, 1], found[:, second, pair, 1] = m_d, -m_c
+        return found.flatten(2)
 
-    def waves(self, begin: int, tokens: int, device: torch.device) -> Tensor:
-        """cos w t, then sin w t, for the places t from ``begin`` on: float32 (2 pairs, tokens)."""
-        room = max(LEAST_ROOM, 1 << (begin + tokens - 1).bit_length())
-        return _table(self.speed, room, device)[:, begin : begin + tokens]
+    def products(self, z: Tensor, begin: int, tokens: int) -> Tensor:
+        """q.R(t) m at the places t from ``begin`` on, for z = q F: float32 (.., 2 pairs) -> (.., tokens)."""
+        count = -(-tokens // RUN)
+        first = begin // RUN
+        room = max(LEAST_ROOM, 1 << (first + count - 1).bit_length())
+        starts, run = _runs(self.speed, begin % RUN, room, z.device)
+        turned = torch.view_as_complex(z.unflatten(-1, (-1, 2)))[..., None, :] * starts[first : first + count]
+        found: Tensor = torch.view_as_real(turned).flatten(-2) @ run
+        return found.flatten(-2)[..., :tokens]
 
 
 def _cos_sin(speed: tuple[float, ...], places: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +122,12 @@ def _at(speed: tuple[float, ...], place: int) -> tuple[Tensor, Tensor]:
     return _cos_sin(speed, torch.tensor([place]))
 
 
-@lru_cache(maxsize=8)
-def _table(speed: tuple[float, ...], tokens: int, device: torch.device) -> Tensor:
-    """cos w t, then sin w t: float32 (2 pairs, tokens)."""
-    return torch.cat(_cos_sin(speed, torch.arange(tokens)), -1).mT.to(device, torch.float32).contiguous()
+@lru_cache(maxsize=128)
+def _runs(speed: tuple[float, ...], begin: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """exp(i w t) at the first places of runs from ``begin`` on, complex64 (count, pairs), and for the places of a run
+    the factors on the real and the imaginary part of each pair, float32 (2 pairs, RUN).
+    """
+    starts = torch.complex(*_cos_sin(speed, begin + RUN * torch.arange(count)))
+    cos, sin = _cos_sin(speed, torch.arange(RUN))
+    factors = torch.stack([cos, -sin], -1).flatten(1).mT
+    return starts.to(device, torch.complex64), factors.to(device, torch.float32).contiguous()

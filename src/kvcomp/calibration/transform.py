@@ -153,8 +153,8 @@ class Transform:
         if self.key.rotation is None:
             return None
         grouped = q.detach().to(torch.float32).reshape(q.shape[0], self.heads, -1, self.channels)
-        found = (grouped @ self.key.folded) @ self.key.rotation.waves(first, tokens, q.device)
-        return found.view(*q.shape[:3], tokens)
+        found = self.key.rotation.products(grouped @ self.key.folded, first, tokens)
+        return found.reshape(*q.shape[:3], tokens)
 
 
 def _of_rows(x: Tensor, rows: int) -> Tensor:
