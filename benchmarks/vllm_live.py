@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +39,7 @@ from kvcomp.evaluate.fidelity import fill, predict, sample
 from kvcomp.evaluate.methods import KVComp
 from kvcomp.evaluate.models import text_ids
 from kvcomp.results.schema import environment, figure
-from kvcomp.spec import PRESETS, is_calibrated
+from kvcomp.spec import is_calibrated
 from vllm_client import ROOT, Engine
 
 OUTPUT = Path(__file__).parent / "results" / "vllm_live.json"
@@ -50,10 +49,7 @@ DENSE, SHORT, LONG, SPARE = 4, 2048, 8064, 64  # sequences of vLLM's own that fi
 STEPS, TURNS = 6, 4
 PREFIX, PREFIX_CHUNK, PROMPTS, SETTLED = 1900, 256, 3, 4.0  # tokens of a stored prompt; seconds until it is stored
 PORT = 16391
-NO_SINKS = "kvcomp, no sinks"
-SAVING = {"kvcomp": 3.5, NO_SINKS: 3.7, "kvcomp-klt": 4.0}
-WHOLE = ("kvcomp",)  # timed, and held until the memory is full; the others hold FEW sequences
-FEW = 3
+SAVING = {"kvcomp": 3.5, "kvcomp-klt": 4.2}
 
 Found = dict[str, Any]
 Ids = list[int]
@@ -109,20 +105,16 @@ def main(
         with Engine(None, **same) as own:
             reference = part("own", lambda: {"tokens": own.tokens, "scored": scored(own, texts)})
             part("noise_floor", partial(noise, same, texts, reference))
-            part("transformers", partial(in_transformers, model, texts, folder))
+            part("transformers", partial(in_transformers, model, texts))
             for name, saving in SAVING.items():
-                part(name, partial(method, options(name, folder), saving, same, own, reference, ids, texts))
+                part(name, partial(method, options(name), saving, same, own, reference, ids, texts))
     content["own"].pop("scored")
     content["partial"] = False
     output.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def options(name: str, folder: str) -> dict[str, str]:
+def options(name: str) -> dict[str, str]:
     """Spec and calibration of a method."""
-    if name == NO_SINKS:
-        path = Path(folder) / "no-sinks.json"
-        path.write_text(replace(PRESETS["kvcomp"], sinks=0).to_json())
-        return {"spec": str(path)}
     return {"spec": name} | ({"calibration": str(CALIBRATION)} if is_calibrated(name) else {})
 
 
@@ -133,8 +125,6 @@ def method(
     with Engine({**given, "saving": saving}, **same) as ours:
         found: Found = {"saving": saving, "tokens": ours.tokens, "times": ours.tokens / reference["tokens"]}
         found["kl"] = kl(reference["scored"], scored(ours, texts))
-        if given["spec"] not in WHOLE:
-            return found | {"short": {"ours": held(ours, ids, FEW, SHORT)}}
         many = (ours.tokens - SPARE) // SHORT
         found["short"] = {"own": held(own, ids, DENSE, SHORT), "ours": held(ours, ids, many, SHORT)}
         found["equal_memory"] = turns(own, ours, DENSE, many)
@@ -205,14 +195,14 @@ def noise(same: Found, texts: Sequence[Ids], reference: Found) -> Found:
         return kl(reference["scored"], scored(other, texts))
 
 
-def in_transformers(model: Any, texts: Sequence[Ids], folder: str) -> Found:
+def in_transformers(model: Any, texts: Sequence[Ids]) -> Found:
     """KL of the same specs in transformers, on the same places."""
     found: dict[str, list[Any]] = {name: [] for name in ("own", *SAVING)}
     for text in texts:
         each = sample(model, torch.tensor([text[:-1]]), FIRST)
         found["own"].append(likeliest(each.log_probs))
         for name in SAVING:
-            compressed = KVComp(**options(name, folder))
+            compressed = KVComp(**options(name))
             found[name].append(likeliest(predict(model, each.text, fill(model, each, compressed), compressed)))
     return {name: kl(found["own"], found[name]) for name in SAVING}
 

@@ -6,6 +6,7 @@ All layers of a model do the same to their pages, so a step is planned once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,15 @@ from kvcomp.errors import InvalidInput
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 
 Ints = npt.NDArray[np.int64]
+
+
+class Seals(NamedTuple):
+    """Blocks to be encoded."""
+
+    blocks: Ints
+    """Their numbers."""
+    sinks: Ints
+    """How many of each block's first tokens stay raw."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,8 @@ class Step:
     """(rows,) blocks of each sequence."""
     prefills: list[Prefill]
     """The other sequences."""
-    seals: Ints
-    """Blocks to be encoded at the end of the step."""
+    seals: Seals
+    """What is encoded at the end of the step."""
 
 
 class Blocks:
@@ -64,14 +74,16 @@ class Blocks:
     blocks
         How many the engine has.
     spec
-        Its ``sinks`` keep whole blocks at a sequence's beginning raw, its ``window`` the newest tokens.
+        Its ``sinks`` stay raw, the ``window`` keeps the newest blocks raw. Sinks of a block or more keep whole blocks.
     """
 
     def __init__(self, blocks: int, spec: CodecSpec) -> None:
         self.raw = np.zeros(blocks, np.bool_)
         self.filled = np.zeros(blocks, np.int64)
         """Tokens written; 0 of a free block."""
-        self._first, self._window = -(-spec.sinks // PAGE_TOKENS), spec.window
+        self._leads = np.zeros(blocks, np.bool_)  # whether a sequence begins with it
+        self._sinks = spec.sinks if spec.sinks < PAGE_TOKENS else 0  # of a leading block
+        self._first, self._window = 0 if self._sinks else -(-spec.sinks // PAGE_TOKENS), spec.window
 
     def step(self, table: Ints, lengths: Ints, begins: Ints) -> Step:
         """Plan a step and take the blocks' new states.
@@ -101,7 +113,7 @@ class Blocks:
         block, offset = table[row, position // PAGE_TOKENS], position % PAGE_TOKENS
         fresh = block[offset == 0]
         self._check(block, offset, fresh)
-        self.raw[fresh], self.filled[fresh] = True, 0
+        self.raw[fresh], self.filled[fresh], self._leads[fresh] = True, 0, position[offset == 0] == 0
         np.maximum.at(self.filled, block, offset + 1)
         decoding = np.flatnonzero(new == 1)
         count = -(-lengths[decoding] // PAGE_TOKENS)
@@ -124,7 +136,7 @@ class Blocks:
             seals=self._sealed(self._leaving(table, lengths)),
         )
 
-    def finished(self, blocks: Ints, shared: bool) -> tuple[Ints, Ints]:
+    def finished(self, blocks: Ints, shared: bool) -> tuple[Ints, Seals]:
         """What becomes of the blocks of a sequence that is over: (those that are free now, those to seal).
 
         shared: whether a later sequence may begin with its whole blocks.
@@ -133,7 +145,7 @@ class Blocks:
         whole = self.filled[blocks] == PAGE_TOKENS
         dead = blocks[~whole] if shared else blocks
         self.drop(dead)
-        return dead, self._sealed(blocks[whole & self.raw[blocks]]) if shared else blocks[:0]
+        return dead, self._sealed(blocks[whole & self.raw[blocks]] if shared else blocks[:0])
 
     def drop(self, blocks: Ints) -> None:
         """Let blocks be free."""
@@ -152,12 +164,12 @@ class Blocks:
             )
 
     def _leaving(self, table: Ints, lengths: Ints) -> Ints:
-        """The raw blocks that are out of their sequence's window and no sinks."""
+        """The raw blocks that are out of their sequence's window and not all sinks."""
         column = np.arange(table.shape[1])
         out = (column >= self._first) & (column < ((lengths - self._window) // PAGE_TOKENS)[:, None])
         blocks = np.unique(table[out])
         return blocks[self.raw[blocks]]
 
-    def _sealed(self, blocks: Ints) -> Ints:
+    def _sealed(self, blocks: Ints) -> Seals:
         self.raw[blocks] = False
-        return blocks
+        return Seals(blocks, np.where(self._leads[blocks], self._sinks, 0))

@@ -15,11 +15,11 @@ from torch import Tensor
 from kvcomp.calibration import LayerCalibration
 from kvcomp.calibration.transform import Affine
 from kvcomp.codec.page import Layout, raw_header
-from kvcomp.kernels import Books, CacheView, load_backend
+from kvcomp.kernels import Array, Books, CacheView, load_backend
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store.attention import attend_tiles
 from kvcomp.store.paged.arena import Arena
-from kvcomp.store.paged.blocks import Ints, Prefill, Step
+from kvcomp.store.paged.blocks import Ints, Prefill, Seals, Step
 from kvcomp.store.places import bias
 from kvcomp.store.tail import TILE_PAGES
 from kvcomp.store.tensors import as_array
@@ -79,6 +79,10 @@ class PagedLayer:
         self.raw_header = raw_header(self.layout)
         self.address = np.zeros(blocks, np.int64)
         """(blocks,) where each block's page lies; 0 if it has none."""
+        self._sinks: dict[int, Array] = {}
+        """(2, KV heads, sinks, head_dim): K and V of blocks whose first tokens stayed raw, as they lie behind the page.
+        The page has the other tokens first, and the last one again in the places that are left.
+        """
         self._memory = memory
         self._base = -(-memory.ctypes.data // 16) * 16
         room = memory.ctypes.data + memory.nbytes - self._base - shape.channels  # kernels read beyond the last page
@@ -103,7 +107,7 @@ class PagedLayer:
             places = torch.from_numpy(step.position)
             k, v = _applied(self.transform.key, k, places), _applied(self.transform.value, v, places)
         self.free(step.fresh)
-        brief = set(step.seals.tolist())  # raw until the end of the step: they take no room from what stays
+        brief = set(step.seals.blocks.tolist())  # raw until the end of the step: they take no room from what stays
         for block in step.fresh.tolist():
             self._put(block, self.raw_header, self.layout.raw_bytes, block in brief)
         self.kernels.write_raw(self.address[step.block], step.offset, as_array(k), as_array(v), self.units)
@@ -134,16 +138,17 @@ class PagedLayer:
             else:
                 out[part] = self._prefill(prefill, q[part], scaling, softcap).to(out.dtype)
 
-    def seal(self, blocks: Ints) -> None:
+    def seal(self, seals: Seals) -> None:
         """Encode the raw pages of these blocks, whose 64 tokens are written, and give their room back."""
-        for first in range(0, blocks.size, TILE_PAGES):
-            self._seal(blocks[first : first + TILE_PAGES])
+        for first in range(0, seals.blocks.size, TILE_PAGES):
+            self._seal(*(of[first : first + TILE_PAGES] for of in seals))
 
     def free(self, blocks: Ints) -> None:
         """Give the room of these blocks' pages back."""
         for block in blocks[self.address[blocks] > 0].tolist():
             self._give(int(self.address[block]))
             self.address[block] = 0
+            self._sinks.pop(block, None)
 
     def values(self, blocks: Ints) -> tuple[Tensor, Tensor]:
         """K and V as held, (KV heads, 64 * blocks, head_dim) each."""
@@ -151,27 +156,31 @@ class PagedLayer:
         k, v = torch.empty(size, dtype=self.shape.dtype), torch.empty(size, dtype=self.shape.dtype)
         pages = self.address[blocks]
         self.kernels.decompress(pages, self.units, *self.books, as_array(k), as_array(v), self.steps)
+        for index, block in enumerate(blocks.tolist()):
+            for x, sinks in zip((k, v), self._sinks.get(block, ()), strict=False):
+                page, count = _page(as_array(x), index), sinks.shape[1]
+                page[:, count:], page[:, :count] = page[:, : PAGE_TOKENS - count].copy(), sinks
         return k, v
 
     def _decode(self, step: Step, q: Tensor, scaling: float, softcap: float) -> Tensor:
         rows, heads, channels = q.shape
         inner = q.to(torch.float32)[:, :, None] if self.transform is None else self.transform.queries(q[:, :, None])
-        nothing = np.zeros(
-            (rows, self.shape.heads, 0, channels), as_array(q.new_empty(0, dtype=self.shape.dtype)).dtype
-        )
-        zero = np.zeros(rows, np.int64)
+        (sinks_k, sinks_v), sink_count = self._sinks_of(step.table[:, 0])
+        nothing, zero = sinks_k[:, :, :0], np.zeros(rows, np.int64)
+        valid = step.valid.copy()
+        valid[:, 0] -= sink_count
         group = heads // self.shape.heads
         out, _ = self.kernels.attend(
             inner.reshape(rows, self.shape.heads, group, channels).contiguous().numpy(),
             CacheView(
                 pages=self.address[step.table],
-                valid=step.valid,
+                valid=valid,
                 count=step.count,
                 units=self.units,
                 books=[self.books] * rows,
-                sinks_k=nothing,
-                sinks_v=nothing,
-                sink_count=zero,
+                sinks_k=sinks_k,
+                sinks_v=sinks_v,
+                sink_count=sink_count,
                 tail_k=nothing,
                 tail_v=nothing,
                 tail_begin=zero,
@@ -185,6 +194,16 @@ class PagedLayer:
         )
         result = torch.from_numpy(out).view(rows, heads, 1, channels)
         return (result if self.transform is None else self.transform.outputs(result))[:, :, 0]
+
+    def _sinks_of(self, leading: Ints) -> tuple[Array, Ints]:
+        """K and V of the sinks that lie behind the first pages, (2, rows, KV heads, sinks, head_dim), and how many."""
+        found = {row: self._sinks[block] for row, block in enumerate(leading.tolist()) if block in self._sinks}
+        count = np.array([found[row].shape[2] if row in found else 0 for row in range(leading.size)], np.int64)
+        size = 2, leading.size, self.shape.heads, int(count.max(initial=0)), self.shape.channels
+        sinks = as_array(torch.zeros(size, dtype=self.shape.dtype))
+        for row, of in found.items():
+            sinks[:, row] = of
+        return sinks, count
 
     def _prefill(self, prefill: Prefill, q: Tensor, scaling: float, softcap: float) -> Tensor:
         queries = q.transpose(0, 1)[None]
@@ -201,8 +220,9 @@ class PagedLayer:
             k, v = self.values(prefill.blocks[first : first + TILE_PAGES])
             yield begin, k[:, : prefill.tokens - begin], v[:, : prefill.tokens - begin]
 
-    def _seal(self, blocks: Ints) -> None:
+    def _seal(self, blocks: Ints, sinks: Ints) -> None:
         k, v = (as_array(x) for x in self.values(blocks))
+        raw = {index: _taken(k, v, index, count) for index, count in enumerate(sinks.tolist()) if count}
         tensors = self.spec.key, self.spec.value
         kq, vq = (self.kernels.quantise(x, of.unit, of.scale) for x, of in zip((k, v), tensors, strict=True))
         coding = self.spec.key.coding, self.spec.value.coding
@@ -210,7 +230,13 @@ class PagedLayer:
         self.free(blocks)
         for index, block in enumerate(blocks.tolist()):
             page = pages[offsets[index] : offsets[index + 1]]
-            self._put(block, page, page.nbytes)
+            if index not in raw:
+                self._put(block, page, page.nbytes)
+                continue
+            both = np.append(page, raw[index].view(np.uint8))
+            self._put(block, both, both.nbytes)
+            held = (ctypes.c_uint8 * raw[index].nbytes).from_address(int(self.address[block]) + page.nbytes)
+            self._sinks[block] = np.frombuffer(memoryview(held), raw[index].dtype).reshape(raw[index].shape)
 
     def _put(self, block: int, page: Bytes, size: int, brief: bool = False) -> None:
         """Give a block so many bytes, of which these are the first, outside the engine's memory if briefly."""
@@ -231,6 +257,20 @@ class PagedLayer:
             self._arena.give(address - self._base)
         else:
             self.outside -= page.nbytes
+
+
+def _page(x: Array, index: int) -> Array:
+    """The tokens of a page, of values (KV heads, 64 * pages, head_dim)."""
+    return x[:, index * PAGE_TOKENS :][:, :PAGE_TOKENS]
+
+
+def _taken(k: Array, v: Array, index: int, count: int) -> Array:
+    """Take the first tokens out of a page's values, whose others move up: (2, KV heads, count, head_dim)."""
+    first = []
+    for x in (_page(k, index), _page(v, index)):
+        first.append(x[:, :count].copy())
+        x[:, :-count], x[:, -count:] = x[:, count:].copy(), x[:, -1:].copy()
+    return np.stack(first)
 
 
 def _applied(affine: Affine, x: Tensor, places: Tensor) -> Tensor:
