@@ -1,7 +1,9 @@
 """Quality and bits of every method on real models; ``kvcomp evaluate`` on text of several kinds, with intervals.
 
 Prompts of prose, code and conversations are cached and coded; the 256 tokens after each are scored teacher-forced, in
-float32 and in bfloat16. The models are those of ``make models``. kvcomp-klt is measured where a calibration is given.
+float32 and in bfloat16. In the first type the methods also look values up in generated lists, and passkeys in filler,
+as long as the shorter prompts. The models are those of ``make models``. kvcomp-klt is measured where a calibration is
+given.
 
     python benchmarks/real.py [--resume]
 """
@@ -37,6 +39,7 @@ CALIBRATIONS = Path(__file__).parents[1] / "examples" / "calibrations"
 DTYPES = "float32", "bfloat16"
 RAW_BYTES = 2
 LONG, SCORED, SEED = 7000, 256, 20261129
+LISTS, PASSKEYS = 4, 1  # look-up lists, and passkeys at each depth
 CHANNEL = (0.04, 0.1), (0.15, 0.15), (0.2, 0.2)  # scales of K, a channel each, and of V, beside the preset's
 KIVI = [f"kivi-{bits}{raw}" for raw in ("", "-same-raw") for bits in (4, 3, 2)]
 CURVES = {"channel": "kvcomp$|channel", CALIBRATED: CALIBRATED}  # families of rates, for bits at another's KL
@@ -85,6 +88,26 @@ def evaluations(
             plan = Plan(prompts=prompts, prompt=tokens, scored=SCORED, streams=0, lists=0, passkeys=0, details=False)
             ids = sequences(kind, tokenizer, prompts, tokens + SCORED, SEED)
             found[kind] = Evaluation(model, tokenizer, ids, chosen, plan, journal.part(f"{tokens}/{kind}"))
+    return found
+
+
+def quizzes(model: Any, tokenizer: Any, chosen: Sequence[Method], tokens: int, journal: Journal) -> Evaluation:
+    """Look-up lists and passkeys of so many tokens."""
+    plan = Plan(
+        prompts=0, prompt=1, scored=1, streams=0, lengths=(tokens,), lists=LISTS, passkeys=PASSKEYS, details=False
+    )
+    return Evaluation(model, tokenizer, np.zeros(2, np.int64), chosen, plan, journal.part(f"{tokens}/quizzes"))
+
+
+def answers(quiz: Evaluation) -> dict[str, dict[str, dict[str, int]]]:
+    """By method and task, how many answers are right and how many were asked for."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for one in quiz.collected()[0]:
+        of = found.setdefault(one["name"], {})
+        for cell in one["retrieval"]:
+            count = of.setdefault(cell["task"], {"right": 0, "asked": 0})
+            for name in count:
+                count[name] += cell[name]
     return found
 
 
@@ -148,13 +171,18 @@ def equal_quality(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, 
     return found
 
 
-def run_of(found: Mapping[str, Evaluation], chosen: Sequence[Method]) -> dict[str, Any]:
+def run_of(found: Mapping[str, Evaluation], quiz: Evaluation | None, chosen: Sequence[Method]) -> dict[str, Any]:
     """What one model in one type gave at one length, of the methods that were measured."""
+    answered = answers(quiz) if quiz else {}
     rows = {method.name: rows_of(found, method.name) for method in chosen}
     whole = {name: of for name, of in rows.items() if of and not any(FAILED in row for row in of)}
     most = max((len(of) for of in whole.values()), default=0)
     return {
-        "methods": [summary(method, rows[method.name]) for method in chosen if rows[method.name]],
+        "methods": [
+            summary(method, rows[method.name]) | {"retrieval": answered.get(method.name, {})}
+            for method in chosen
+            if rows[method.name]
+        ],
         "equal_quality": equal_quality({name: of for name, of in whole.items() if len(of) == most}),
     }
 
@@ -164,18 +192,21 @@ def measure(
     dtype: str,
     lengths: Mapping[int, int],
     files: Sequence[Path],
+    ask: bool,
     journal: Journal,
     runs: list[dict[str, Any]],
     advance: Callable[[str, float], None],
 ) -> None:
     """Append to ``runs`` what a model in a type gives at each length, so many prompts each; also when it is stopped.
 
+    ask: whether there are quizzes, of the shortest length.
     advance: told what is done, and how many tokens of prompts.
     """
     model, tokenizer = load(name, dtype)
     chosen = [*methods(), *calibrated(model.config, files)]
     for size, count in lengths.items():
         found = evaluations(model, tokenizer, chosen, size, count, journal)
+        quiz = quizzes(model, tokenizer, chosen, size, journal) if ask and size == min(lengths) else None
 
         def tell(what: str, cost: float, size: int = size) -> None:
             advance(f"{name}, {dtype}: {what}", cost * size / len(chosen))
@@ -183,8 +214,10 @@ def measure(
         try:
             for evaluation in found.values():
                 evaluation.run(tell)
+            if quiz:
+                quiz.run(lambda what, cost: advance(f"{name}, {dtype}: {what}", 0.0))
         finally:
-            runs.append({"model": name, "dtype": dtype, "prompt_tokens": size, **run_of(found, chosen)})
+            runs.append({"model": name, "dtype": dtype, "prompt_tokens": size, **run_of(found, quiz, chosen)})
 
 
 def show(runs: Sequence[Mapping[str, Any]]) -> None:
@@ -250,7 +283,9 @@ def main(
             for name in names:
                 for type_ in types:
                     advance(f"{name}, {type_}: loading", 0)
-                    measure(name, type_, lengths, files, journal.part(f"{name}/{type_}"), runs, advance)
+                    measure(
+                        name, type_, lengths, files, type_ == types[0], journal.part(f"{name}/{type_}"), runs, advance
+                    )
 
 
 if __name__ == "__main__":
