@@ -296,6 +296,17 @@ def test_a_token_that_does_not_follow_is_refused(offset: int) -> None:
         engine.cache.begin(np.array([[sequence.blocks[0] + (offset == 0)]]), np.array([offset + 6]), np.array([0, 1]))
 
 
+def test_pages_come_in_when_there_is_room_again() -> None:
+    engine = Engine(SPECS["kvcomp"], room=0.2, shared=False)
+    one, other = engine.begin("one"), engine.begin("other")
+    engine.check([(one, 500), (other, 500)])
+    assert engine.layer.outside > 0
+    engine.end(one)
+    assert engine.layer.outside == 0
+    for new in (1, 70, 1):
+        engine.check([(other, new)])
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_raw_pages_hold_what_was_written(backend: str) -> None:
     engine = Engine(SPECS["kvcomp"], backend=backend)

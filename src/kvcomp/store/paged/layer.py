@@ -87,7 +87,7 @@ class PagedLayer:
         self._base = -(-memory.ctypes.data // 16) * 16
         room = memory.ctypes.data + memory.nbytes - self._base - shape.channels  # kernels read beyond the last page
         self._arena = Arena(max(room, 0))
-        self._outside: dict[int, Bytes] = {}
+        self._outside: dict[int, Bytes] = {}  # pages by their block, with the bytes that kernels may read behind
         self.outside = 0
         """Bytes of pages that did not fit into the engine's memory."""
 
@@ -139,14 +139,22 @@ class PagedLayer:
                 out[part] = self._prefill(prefill, q[part], scaling, softcap).to(out.dtype)
 
     def seal(self, seals: Seals) -> None:
-        """Encode the raw pages of these blocks, whose 64 tokens are written, and give their room back."""
+        """Encode the raw pages of these blocks, whose 64 tokens are written, and give their room back.
+
+        Pages outside the engine's memory come in as far as there is room now.
+        """
         for first in range(0, seals.blocks.size, TILE_PAGES):
             self._seal(*(of[first : first + TILE_PAGES] for of in seals))
+        self._bring_in()
 
     def free(self, blocks: Ints) -> None:
         """Give the room of these blocks' pages back."""
         for block in blocks[self.address[blocks] > 0].tolist():
-            self._give(int(self.address[block]))
+            page = self._outside.pop(block, None)
+            if page is None:
+                self._arena.give(int(self.address[block]) - self._base)
+            else:
+                self.outside -= page.nbytes
             self.address[block] = 0
             self._sinks.pop(block, None)
 
@@ -235,28 +243,37 @@ class PagedLayer:
                 continue
             both = np.append(page, raw[index].view(np.uint8))
             self._put(block, both, both.nbytes)
-            held = (ctypes.c_uint8 * raw[index].nbytes).from_address(int(self.address[block]) + page.nbytes)
-            self._sinks[block] = np.frombuffer(memoryview(held), raw[index].dtype).reshape(raw[index].shape)
+            self._sinks[block] = _array_at(int(self.address[block]) + page.nbytes, raw[index])
 
     def _put(self, block: int, page: Bytes, size: int, brief: bool = False) -> None:
         """Give a block so many bytes, of which these are the first, outside the engine's memory if briefly."""
         offset = None if brief else self._arena.take(size)
         if offset is None:
             outside = np.empty(size + self.shape.channels, np.uint8)
-            address = outside.ctypes.data
-            self._outside[address] = outside
+            address, self._outside[block] = outside.ctypes.data, outside
             self.outside += outside.nbytes
         else:
             address = self._base + offset
         ctypes.memmove(address, page.ctypes.data, page.nbytes)
         self.address[block] = address
 
-    def _give(self, address: int) -> None:
-        page = self._outside.pop(address, None)
-        if page is None:
-            self._arena.give(address - self._base)
-        else:
-            self.outside -= page.nbytes
+    def _bring_in(self) -> None:
+        for block, page in list(self._outside.items()):
+            size = page.nbytes - self.shape.channels
+            offset = self._arena.take(size)
+            if offset is not None:
+                address = self._base + offset
+                ctypes.memmove(address, page.ctypes.data, size)
+                if (sinks := self._sinks.get(block)) is not None:
+                    self._sinks[block] = _array_at(address + sinks.ctypes.data - page.ctypes.data, sinks)
+                self.address[block] = address
+                self.outside -= self._outside.pop(block).nbytes
+
+
+def _array_at(address: int, like: Array) -> Array:
+    """What lies at an address, in the type and shape of another array."""
+    held = (ctypes.c_uint8 * like.nbytes).from_address(address)
+    return np.frombuffer(memoryview(held), like.dtype).reshape(like.shape)
 
 
 def _page(x: Array, index: int) -> Array:
