@@ -19,6 +19,8 @@ from vllm_client import CLOSE, FINE, ROOT, Engine, EngineFailed
 
 MODEL = ROOT / "examples" / "tiny-lm"
 
+RAW_BYTES = 4 * 2 * 2 * 64 * 4  # of a token: layers, K and V, heads, channels, float32
+
 pytestmark = pytest.mark.skipif(not os.environ.get("KVCOMP_VLLM"), reason="vLLM is not here: make test-vllm")
 
 
@@ -80,12 +82,14 @@ def test_prompts_together_get_what_each_gets_alone_with_vllms_own_cache(
     for together in rounds:
         for [ours], theirs in zip(together, dense, strict=True):
             same(ours, theirs)
+    memory = state["memory"]
     if caching:
         assert state["metrics"]["vllm:prefix_cache_hits"] > 0
-        assert (state["memory"]["outside"] > 0) == (saving == 8)
+        assert (memory["outside"] > 0) == (saving == 8)
+        assert memory["used"] + memory["outside"] < memory["tokens"] * RAW_BYTES / 3  # pages are coded
     else:
-        assert state["memory"]["tokens"] <= 1  # of the last request, which the worker may not know to be over
-        assert state["memory"]["outside"] == 0
+        assert memory["tokens"] <= 1  # of the last request, which the worker may not know to be over
+        assert memory["outside"] == 0
 
 
 SCHEDULER = "kvcomp.integrations.vllm.scheduler.KVCompScheduler"
