@@ -2,8 +2,8 @@
 
 Some clients share an engine that has so few blocks that requests are preempted; a third of the prompts begin like the
 one before. Then each request runs alone on the same engine and must get the same answer: log probabilities of the
-likeliest tokens within ``CLOSE``, up to where two tokens tie. The spec is so fine that a wrong page, token or mask is
-far outside of that. At the end the cache must be empty.
+likeliest tokens within ``CODED_CLOSE``, up to where two tokens tie. The spec is so fine that a wrong page is far
+outside of that. At the end the cache must be empty.
 
     python benchmarks/vllm_soak.py --minutes 30
 """
@@ -20,7 +20,7 @@ import numpy as np
 import typer
 
 from kvcomp.results.schema import environment
-from vllm_client import CLOSE, FINE, ROOT, Engine, same
+from vllm_client import CODED, CODED_CLOSE, ROOT, Engine, same
 
 BATCH, LONGEST, TOKENS, BLOCKS, CONTEXT = 24, 700, 70, 26, 1024
 
@@ -37,7 +37,7 @@ def main(
     asked, wrong = 0, 0
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "fine.json"
-        spec.write_text(json.dumps(FINE))
+        spec.write_text(json.dumps(CODED))
         arguments: dict[str, Any] = {
             "model": str(model),
             "dtype": "float32",
@@ -52,12 +52,12 @@ def main(
                 together = engine("run", prompts=prompts)["answers"]
                 for prompt, [ours] in zip(prompts, together, strict=True):
                     [[alone]] = engine("run", prompts=[prompt])["answers"]
-                    asked, wrong = asked + 1, wrong + (not same(ours, alone, CLOSE))
+                    asked, wrong = asked + 1, wrong + (not same(ours, alone, CODED_CLOSE))
             state = engine.state()
     left = {name: state["memory"][name] for name in ("used", "outside", "tokens")}
     found: dict[str, Any] = {"requests": asked, "wrong": wrong, "left": left}
     found["preempted"] = state["metrics"]["vllm:num_preemptions"]
-    about = environment(model=model.name, vllm="0.32.0", minutes=minutes, clients=clients, seed=seed, close=CLOSE)
+    about = environment(model=model.name, vllm="0.32.0", minutes=minutes, clients=clients, seed=seed, close=CODED_CLOSE)
     content = {"kvcomp_results": 1, "kind": "vllm_soak", "partial": False, "setting": about, **found}
     output.write_text(json.dumps(content, indent=2) + "\n")
     print(json.dumps(found))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import vllm_client
-from vllm_client import CLOSE, FINE, ROOT, Engine, EngineFailed
+from vllm_client import CODED, CODED_CLOSE, EXACT, EXACT_CLOSE, ROOT, Engine, EngineFailed
 
 MODEL = ROOT / "examples" / "tiny-lm"
 
@@ -36,8 +36,8 @@ def answers(engine: Engine, prompts: list[dict[str, Any]]) -> list[Any]:
     return found
 
 
-def same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert vllm_client.same(one, other, CLOSE)
+def same(one: dict[str, Any], other: dict[str, Any], close: float = EXACT_CLOSE) -> None:
+    assert vllm_client.same(one, other, close)
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -51,11 +51,15 @@ def prompts() -> list[dict[str, Any]]:
     return [*made, {"ids": [*common, *random.integers(4, 4000, 30).tolist()], "max_tokens": 70, "likeliest": True}]
 
 
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("spec") / "fine.json"
-    path.write_text(json.dumps(FINE))
+def file_of(spec: dict[str, Any], folder: Path) -> str:
+    path = folder / "spec.json"
+    path.write_text(json.dumps(spec))
     return str(path)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    return file_of(EXACT, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -65,28 +69,31 @@ def dense() -> list[Any]:
         return [answers(engine, [prompt])[0][0] for prompt in prompts()]
 
 
-@pytest.mark.parametrize(("caching", "saving"), [(True, 1.5), (False, 1.5), (True, 8)])
+@pytest.mark.parametrize(
+    ("coded", "caching", "saving"), [(True, True, 1.5), (False, False, 1.5), (False, True, 8), (True, False, 8)]
+)
 def test_prompts_together_get_what_each_gets_alone_with_vllms_own_cache(
-    spec: str, dense: list[Any], caching: bool, saving: float
+    tmp_path: Path, dense: list[Any], coded: bool, caching: bool, saving: float
 ) -> None:
     """Prefill in pieces, continuous batching, a shared prefix, and so few blocks that requests are preempted.
 
     With a declared saving of 8, pages are larger than declared: they lie outside, and no answer is another.
     """
     arguments = {"max_num_batched_tokens": 256, "enable_prefix_caching": caching, "num_gpu_blocks_override": 23}
-    with start({"spec": spec, "saving": saving}, **arguments) as engine:
+    spec, close = (CODED, CODED_CLOSE) if coded else (EXACT, EXACT_CLOSE)
+    with start({"spec": file_of(spec, tmp_path), "saving": saving}, **arguments) as engine:
         rounds = [answers(engine, prompts()), answers(engine, prompts()[::-1])[::-1]]
         answers(engine, [{"ids": [5], "max_tokens": 1}])
         state = engine.state()
     assert state["metrics"]["vllm:num_preemptions"] > 0
     for together in rounds:
         for [ours], theirs in zip(together, dense, strict=True):
-            same(ours, theirs)
+            same(ours, theirs, close)
     memory = state["memory"]
     if caching:
         assert state["metrics"]["vllm:prefix_cache_hits"] > 0
         assert (memory["outside"] > 0) == (saving == 8)
-        assert memory["used"] + memory["outside"] < memory["tokens"] * RAW_BYTES / 3  # pages are coded
+        assert (memory["used"] + memory["outside"] < memory["tokens"] * RAW_BYTES / 3) == coded
     else:
         assert memory["tokens"] <= 1  # of the last request, which the worker may not know to be over
         assert memory["outside"] == 0
@@ -128,20 +135,24 @@ def test_several_answers_to_one_prompt_with_a_coarse_spec(live: dict[str, Any]) 
     assert memory["outside"] == 0
 
 
-def test_prompts_from_a_store_get_what_they_get_computed(tmp_path: Path, spec: str, dense: list[Any]) -> None:
+def test_prompts_from_a_store_get_what_they_get_computed(tmp_path: Path, dense: list[Any]) -> None:
     """An engine with blocks of 128 tokens fills the store, one with blocks of 32 reads it."""
     transfer = {
         "kv_connector": "KVCompConnector",
         "kv_connector_module_path": "kvcomp.integrations.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"url": str(tmp_path / "store"), "spec": spec, "chunk_tokens": 128},
+        "kv_connector_extra_config": {
+            "url": str(tmp_path / "store"),
+            "spec": file_of(CODED, tmp_path),
+            "chunk_tokens": 128,
+        },
     }
     arguments = {"kv_transfer_config": transfer, "disable_hybrid_kv_cache_manager": True}
     for block in (128, 32):
         with start(None, block_size=block, enable_prefix_caching=False, **arguments) as engine:
             for [ours], theirs in zip(answers(engine, prompts()), dense, strict=True):
-                same(ours, theirs)
+                same(ours, theirs, CODED_CLOSE)
             hits = engine.state()["metrics"]["vllm:external_prefix_cache_hits"]
             assert (hits > 0) == (block == 32)
 
