@@ -25,6 +25,7 @@ from kvcomp.errors import InvalidInput
 FASTEST = np.pi  # radians a token
 RUN = 64  # tokens that share a table
 LEAST_ROOM = 16  # runs whose first places are prepared
+FEW = 64  # places of a step
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Rotation:
             (.., KV heads, tokens, D) in x's dtype.
         """
         first, second = (which.to(x.device) for which in self._both)
-        cos, sin = _at(self.speed, int(places)) if places.numel() == 1 else _cos_sin(self.speed, places.to(x.device))
+        cos, sin = _cos_sin(self.speed, places.to(x.device))
         cos, sin = (of.to(x.device, x.dtype)[..., None, :, :] for of in (cos, sin))
         each = x[:, None] if x.ndim == 2 else x
         c, d = each[..., first], each[..., second]
@@ -98,6 +99,13 @@ class Rotation:
         found[:, first, pair, 0], found[:, second, pair, 0] = m_c, m_d
         found[:, first, pair, 1], found[:, second, pair, 1] = m_d, -m_c
         return found.flatten(2)
+
+    def waves(self, places: Tensor) -> Tensor:
+        """W with R(t) m = still + F W: int64 (.., tokens) -> float32 (.., tokens, 2 pairs)."""
+        if places.numel() > FEW:
+            return _waves(self.speed, places)
+        found = _of_places(self.speed, tuple(places.flatten().tolist()), places.device)
+        return found.view(*places.shape, -1)
 
     def products(self, z: Tensor, begin: int, tokens: int) -> Tensor:
         """q.R(t) m at the places t from ``begin`` on, for z = q F: float32 (.., 2 pairs) -> (.., tokens)."""
@@ -116,10 +124,16 @@ def _cos_sin(speed: tuple[float, ...], places: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
+def _waves(speed: tuple[float, ...], places: Tensor) -> Tensor:
+    """Real parts of exp(i w t) and of i exp(i w t), as a pair of floats each."""
+    cos, sin = _cos_sin(speed, places)
+    return torch.stack([cos, -sin], -1).flatten(-2).to(torch.float32)
+
+
 @lru_cache(maxsize=64)
-def _at(speed: tuple[float, ...], place: int) -> tuple[Tensor, Tensor]:
-    """The same for one place, which all layers of a step share."""
-    return _cos_sin(speed, torch.tensor([place]))
+def _of_places(speed: tuple[float, ...], places: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same of the few places of a step, which all layers share."""
+    return _waves(speed, torch.tensor(places, device=device))
 
 
 @lru_cache(maxsize=128)
@@ -128,6 +142,4 @@ def _runs(speed: tuple[float, ...], begin: int, count: int, device: torch.device
     the factors on the real and the imaginary part of each pair, float32 (2 pairs, RUN).
     """
     starts = torch.complex(*_cos_sin(speed, begin + RUN * torch.arange(count)))
-    cos, sin = _cos_sin(speed, torch.arange(RUN))
-    factors = torch.stack([cos, -sin], -1).flatten(1).mT
-    return starts.to(device, torch.complex64), factors.to(device, torch.float32).contiguous()
+    return starts.to(device, torch.complex64), _waves(speed, torch.arange(RUN)).mT.contiguous().to(device)

@@ -83,20 +83,32 @@ class Affine:
         assert self.rotation is not None
         return self.rotation.folded(self.mean)
 
+    @cached_property
+    def _waving(self) -> Tensor:
+        """A F^T: what A makes of the turning part of the mean, as a product with ``Rotation.waves``."""
+        return self.folded.mT @ self.matrix.mT
+
+    def _known(self, places: Tensor | None) -> Tensor:
+        if places is None:
+            raise InvalidInput("the mean of these K turns with the place of a token: give the places")
+        return places
+
     def means(self, places: Tensor | None) -> Tensor:
         """The mean at each token's place: (KV heads, 1, D), or (.., KV heads, tokens, D) for places (.., tokens)."""
         if self.rotation is None:
             return self.mean[:, None]
-        if places is None:
-            raise InvalidInput("the mean of these K turns with the place of a token: give the places")
-        return self.rotation.turned(self.mean, places)
+        return self.rotation.turned(self.mean, self._known(places))
 
     def apply(self, x: Tensor, places: Tensor | None = None) -> Tensor:
         """(batch, KV heads, tokens, D) -> the same in x's dtype; products in float32.
 
         places: of the tokens, int64 (tokens,) or (batch, tokens); needed where the mean turns.
         """
-        return ((x.detach().to(torch.float32) - self.means(places)) @ self.matrix.mT).to(x.dtype)
+        exact = x.detach().to(torch.float32)
+        if self.rotation is None:
+            return ((exact - self.mean[:, None]) @ self.matrix.mT).to(x.dtype)
+        turned = self.rotation.waves(self._known(places))[..., None, :, :] @ self._waving
+        return ((exact - self.still[:, None]) @ self.matrix.mT - turned).to(x.dtype)
 
     def undo(self, x: Tensor, places: Tensor | None = None) -> Tensor:
         """Undo ``apply``, for (batch, KV heads, tokens, D) or (KV heads, tokens, D)."""
@@ -124,14 +136,11 @@ class Transform:
 
     def queries(self, q: Tensor) -> Tensor:
         """q (batch, heads, queries, D) -> A^-T q in float32: its products with K' are those with k, less q.a."""
-        grouped = q.detach().to(torch.float32).reshape(q.shape[0] * self.heads, -1, self.channels)
-        return torch.bmm(grouped, _of_rows(self.key.inverse, len(q))).view(q.shape)
+        return _by_head(q.detach(), self.key.inverse).reshape(q.shape)
 
     def outputs(self, out: Tensor) -> Tensor:
         """sum w V' (batch, heads, queries, D) -> sum w v, in float32, for weights that sum to 1."""
-        grouped = out.to(torch.float32).reshape(out.shape[0] * self.heads, -1, self.channels)
-        mean, matrix = self.value.mean[:, None], self.value.inverse.mT
-        return torch.baddbmm(_of_rows(mean, len(out)), grouped, _of_rows(matrix, len(out))).view(out.shape)
+        return (_by_head(out, self.value.inverse.mT) + self.value.mean[:, None]).reshape(out.shape)
 
     def bias(self, q: Tensor, tokens: int, first: int = 0) -> Tensor | None:
         """What scores q.K' lack of q.(k - still) because the mean turns; None where it does not.
@@ -152,14 +161,17 @@ class Transform:
         """
         if self.key.rotation is None:
             return None
-        grouped = q.detach().to(torch.float32).reshape(q.shape[0], self.heads, -1, self.channels)
-        found = self.key.rotation.products(grouped @ self.key.folded, first, tokens)
+        found = self.key.rotation.products(_by_head(q.detach(), self.key.folded), first, tokens)
         return found.reshape(*q.shape[:3], tokens)
 
 
-def _of_rows(x: Tensor, rows: int) -> Tensor:
-    """(KV heads, ..) for every row of a batch, (rows * KV heads, ..)."""
-    return x if rows == 1 else x.repeat(rows, 1, 1)
+def _by_head(x: Tensor, matrix: Tensor) -> Tensor:
+    """Products of x (batch, heads, queries, D) with the matrix of each KV head, (KV heads, D, n), in float32:
+    (batch, KV heads, group * queries, n). The matrices are not copied for the rows of a batch.
+    """
+    grouped = x.to(torch.float32).reshape(len(x), len(matrix), -1, x.shape[-1]).transpose(0, 1)
+    found = torch.bmm(grouped.flatten(1, 2), matrix)
+    return found.view(*grouped.shape[:3], -1).transpose(0, 1)
 
 
 def metric_klt(covariance: Tensor, metric: Tensor) -> Tensor:
