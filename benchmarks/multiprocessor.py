@@ -38,10 +38,11 @@ BRANCH = 5  # cycles that a branch stalls more than the compiler says
 
 def busy(architecture: int) -> dict[int, int]:
     """Cycles that a scheduler's pipe is busy with one instruction of a warp: 32 over the lanes that CUDA's guide gives
-    to it ("Arithmetic instructions"); of a product of 16 x 8 x 16, what dense products of bfloat16 take at best on sm_80
-    and at 2/3 of that on others, which reach it by other instructions alone.
+    to it ("Arithmetic instructions"). A product of 16 x 8 x 16 in bfloat16 takes what dense products take at best on
+    sm_80; others reach their best by other instructions alone, and 2/3 of it is assumed.
     """
-    return {ALU: 2, INTEGER: 2, FLOAT: 2 if architecture == 80 else 1, MATRIX: 8 if architecture == 80 else 6, SPECIAL: 8}
+    older = architecture == 80
+    return {ALU: 2, INTEGER: 2, FLOAT: 2 if older else 1, MATRIX: 8 if older else 6, SPECIAL: 8}
 
 
 def pipe_of(instruction: Instruction) -> int:

@@ -81,7 +81,9 @@ def listing(cubin: bytes, kernel: str) -> list[str | Instruction]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool("nvdisasm"), "-c", "-gi", "-hex", file.name], check=True, capture_output=True, text=True)
+        text = subprocess.run(
+            [tool("nvdisasm"), "-c", "-gi", "-hex", file.name], check=True, capture_output=True, text=True
+        )
     section = next(x for x in re.split(r"\n\s*\.section\s+\.text\.", text.stdout)[1:] if x.startswith(kernel))
     found: list[str | Instruction] = []
     places: list[tuple[str, int]] = []
