@@ -1,6 +1,7 @@
 """A model of a GPU's multiprocessor: cycles that warps take for the same instructions over and over.
 
-Four schedulers issue in order, as the compiler's stall counts and barriers allow. Each has its own pipes; loads, stores
+Four schedulers issue in order, as the compiler's stall counts and barriers allow; the warp that was issued last goes
+on if it can. Each has its own pipes; loads, stores
 and shuffles of all four share one, which takes a wavefront a cycle. Memory behind shared memory is free: copies land in
 time, and what is read of global memory is in the first-level cache. Not validated on a device: ``gpu_rates.py``
 measures what it takes for granted.
@@ -87,6 +88,11 @@ def cycles(
     -------
     float
         The multiprocessor ends so many traces as it has schedulers in this time.
+
+    Raises
+    ------
+    ValueError
+        If the trace never waits, so that one warp of a scheduler keeps the others from running.
     """
     program = np.array([_encoded(one) for one in trace], np.int64)
     drawn = [wavefronts(one) if pipe_of(one) == MEMORY else np.zeros(1, np.int64) for one in trace]
@@ -100,6 +106,8 @@ def cycles(
     pipes = busy(architecture)
     held = np.array([pipes.get(pipe, 0) for pipe in range(NO_PIPE + 1)], np.int64)
     periods = _simulate(program, of_kind, table, sizes, held, warps, turns, seed)
+    if periods.min() <= 0:
+        raise ValueError("a warp never came to its turns: the trace never waits")
     return float(SCHEDULERS / (1 / periods).sum())
 
 
@@ -125,7 +133,7 @@ def _simulate(
     last = np.zeros(SCHEDULERS, np.int64)  # who was issued last goes first
     begun, ended = np.zeros(warps, np.int64), np.zeros(warps, np.int64)
     running, now = warps, 0
-    while running:
+    while running and now < 64 * warps * length * (turns + 1):
         for scheduler in range(SCHEDULERS):
             its_warps = (warps - scheduler + SCHEDULERS - 1) // SCHEDULERS
             for k in range(its_warps):
