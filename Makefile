@@ -21,7 +21,7 @@ ADAPTERS := $(VENV)/adapters
 # Some processes, each with one thread: workers of OpenMP that spin beside each other are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test check test-oldest test-lmcache test-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-check slow models bench-quality bench-real bench-lmcache bench-vllm bench-attention bench-codec bench-generate tables docs clean
+.PHONY: demo test check test-oldest test-lmcache test-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-lmcache bench-vllm bench-attention bench-codec bench-generate tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -72,6 +72,10 @@ emulate: $(READY)
 # The CUDA sources, compiled for every architecture without a GPU: registers, spills, instructions.
 gpu-compile: $(READY)
 	$(BIN)/python benchmarks/gpu_instructions.py
+
+# Modelled cycles a code of the attention kernel, from machine code and emulated pages; minutes, and no GPU.
+gpu-model: $(MODELS)/.ready
+	$(BIN)/python benchmarks/gpu_cycles.py
 
 # On a machine with an NVIDIA GPU, with that machine's own Python and torch: make gpu-check PYTHON=python3
 gpu-check:

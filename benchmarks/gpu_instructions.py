@@ -20,8 +20,8 @@ import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from itertools import product
+from functools import cached_property, lru_cache
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +54,34 @@ SPECS = {
 # How the codes of a block are read: by symbols that are the codes, with low bits behind them, out of tables in global
 # memory, at a fixed width.
 FORMS = ("symbols", "split", "global tables", "4 bits", "2 bits")
+# Loads for each product of those that do not read shared memory alone, at least and at most.
+LOADS = {"global tables": (1.5, 3), "4 bits": (0.5, 0.5), "2 bits": (0.25, 0.25), "any width": (0.75, 1.25)}
+WIDE = ("global tables", "any width")  # codes up to 255
 
 
 @dataclass(frozen=True)
 class Page:
-    """Instructions of one page for one KV head, for each lane. rest: outside of the readers. names: how many of each
-    operation.
+    """One page for one KV head. trace: the instructions of a lane in order. keys, values: how many of them read blocks
+    of K and of V.
     """
 
+    trace: tuple[Instruction, ...]
     keys: int
     values: int
-    rest: int
-    names: Counter[str]
+
+    @property
+    def rest(self) -> int:
+        """Instructions outside of the readers."""
+        return len(self.trace) - self.keys - self.values
+
+    @cached_property
+    def names(self) -> Counter[str]:
+        """How many of each operation."""
+        return Counter(one.name for one in self.trace)
 
     def a_code(self, channels: int) -> float:
         """For each code: a lane decodes 2 D of K and 2 D of V."""
-        return (self.keys + self.values + self.rest) / (4 * channels)
+        return len(self.trace) / (4 * channels)
 
 
 @lru_cache(maxsize=1)
@@ -97,8 +109,11 @@ def _off_the_path(block: Block, behind: bool) -> bool:
     return few or (bool(work) and all(_inside(x, RARE) for x in work))
 
 
-def page_of(lines: list[str | Instruction], build: AttendBuild, form: str) -> Page | None:
-    """What a page costs whose blocks of K and V are of this form; None if the build does not read such blocks so."""
+def page_of(lines: list[str | Instruction], build: AttendBuild, form: str, of_values: str = "") -> Page | None:
+    """What a page costs whose blocks of K and V are of this form; None if the build does not read such blocks so.
+
+    of_values: the form of the blocks of V, where it is another.
+    """
     made = blocks(lines)
     of_loops = loops(made)
 
@@ -111,40 +126,41 @@ def page_of(lines: list[str | Instruction], build: AttendBuild, form: str) -> Pa
     def size(of: frozenset[int]) -> int:
         return sum(len(made[i].instructions) for i in of)
 
-    def reader(function: str) -> frozenset[int] | None:
+    def reader(function: str, form: str) -> frozenset[int] | None:
         mine = [x for x in readers if any(_inside(one, {function}) for i in x for one in made[i].instructions)]
         in_shared = sorted((x for x in mine if count(x, "LDS") >= 2 * count(x, "HMMA")), key=size)
         if form in ("symbols", "split"):
             which = FORMS.index(form)
             return in_shared[which] if len(in_shared) > which else None
-        loads = {"global tables": (1.5, 3), "4 bits": (0.5, 0.5), "2 bits": (0.25, 0.25)}[form]  # for each product
-        fits = (x for x in mine if x not in in_shared and loads[0] <= count(x, "LD") / count(x, "HMMA") <= loads[1])
+        least, most = LOADS[form]
+        fits = (x for x in mine if x not in in_shared and least <= count(x, "LD") / count(x, "HMMA") <= most)
         return next(fits, None)
 
-    keys, values = reader("multiply_keys"), reader("multiply_values")
+    forms = form, of_values or form
+    keys, values = reader("multiply_keys", forms[0]), reader("multiply_values", forms[1])
     if keys is None or values is None:
         return None
-    parts = 2 if form == "global tables" else 1  # codes up to 255 take two products
-    times = {i: build.channels // 2 * parts // count(x, "HMMA") for x in (keys, values) for i in x}
+    # Codes up to 255 take two products.
+    products = [build.channels // 2 * (2 if one in WIDE else 1) for one in forms]
+    times = {i: of // count(x, "HMMA") for x, of in zip((keys, values), products, strict=True) for i in x}
     behind = build.channels * 64 * BITS / 8 <= FIRST_COPIES
     others = frozenset().union(*readers) - keys - values
     within = frozenset(i for i in page - others if i in keys | values or not _off_the_path(made[i], behind))
     through = [max(x, key=lambda i: made[i].count("HMMA")) for x in (keys, values)]
     paths = [longest(made, header, i, within, times, through) for i in within if header in made[i].after]
     path = max((x for x in paths if x), key=lambda x: sum(len(made[i].instructions) * times.get(i, 1) for i in x))
-    for x, function in ((keys, "multiply_keys"), (values, "multiply_values")):
+    for x, function, of in zip((keys, values), ("multiply_keys", "multiply_values"), products, strict=True):
         # The compiler may take the first turn of a loop out of it.
         ahead = [one for i in path if i not in x for one in made[i].instructions if _inside(one, {function})]
-        products = build.channels // 2 * parts - sum(one.name == "HMMA" for one in ahead)
-        times |= dict.fromkeys(x, products // count(x, "HMMA"))
-    total = Counter[str]()
-    for i in path:
-        for one in made[i].instructions:
-            total[one.name] += times.get(i, 1)
-            if one.name == "CALL" and "`(.L" not in one.operands:
-                raise ValueError("the path calls what is not counted")
-    of_keys, of_values = (sum(len(made[i].instructions) * times[i] for i in path if i in x) for x in (keys, values))
-    return Page(of_keys, of_values, sum(total.values()) - of_keys - of_values, total)
+        times |= dict.fromkeys(x, (of - sum(one.name == "HMMA" for one in ahead)) // count(x, "HMMA"))
+    trace = list[Instruction]()
+    for turns, turn in groupby(path, key=lambda i: next((x for x in (keys, values) if i in x), None)):
+        once = [one for i in turn for one in made[i].instructions]
+        trace += once * (times[next(iter(turns))] if turns else 1)
+    if any(one.name == "CALL" and "`(.L" not in one.operands for one in trace):
+        raise ValueError("the path calls what is not counted")
+    read = (sum(len(made[i].instructions) * times[i] for i in path if i in x) for x in (keys, values))
+    return Page(tuple(trace), *read)
 
 
 def compiled(build: AttendBuild, architecture: int) -> tuple[list[str | Instruction], int, int]:

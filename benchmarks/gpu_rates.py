@@ -16,14 +16,12 @@ from cuda.bindings import driver
 
 from kvcomp.kernels.cuda.compile import compile_now
 from kvcomp.results.schema import environment
+from multiprocessor import ALU, FLOAT, INTEGER, LATENCY, MATRIX, SCHEDULERS, busy
 
 RESULTS = Path(__file__).parent / "results" / "gpu_rates.json"
 SOURCE = Path(__file__).with_suffix(".cu")
-SCHEDULERS = 4
 TURNS, UNROLLED = 64, 8  # as gpu_rates.cu has them
-# Cycles a scheduler is busy with one instruction of a warp.
-MODELLED = {"lop3": 2.0, "shf": 2.0, "prmt": 2.0, "imad": 2.0, "ffma": 1.0, "mma": 6.0}
-LATENCY, WAVEFRONT = 29.0, 4.0  # of a load from shared memory; cycles a wavefront, as four schedulers share one pipe
+PIPE_OF = {"lop3": ALU, "shf": ALU, "prmt": ALU, "imad": INTEGER, "ffma": FLOAT, "mma": MATRIX}
 WARPS = (4, 8, 12)
 DEGREES = (1, 2, 3, 4, 8, 32)
 
@@ -56,7 +54,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for chains in (1, 4):
         module = check(driver.cuModuleLoadData(compiled(10 * major + minor, chains)))
-        jobs = [(name, 1) for name in MODELLED] + [("lds", degree) for degree in DEGREES]
+        jobs = [(name, 1) for name in PIPE_OF] + [("lds", degree) for degree in DEGREES]
         for name, degree in jobs:
             for warps in WARPS:
                 instructions = TURNS * UNROLLED * chains * warps / SCHEDULERS
@@ -64,9 +62,9 @@ def main() -> None:
                 row["cycles"] = round(cycles(module, name, warps, degree) / instructions, 2)
                 if name == "lds":
                     waiting = (LATENCY + degree - 1) * SCHEDULERS / (chains * warps)
-                    row |= {"degree": degree, "modelled": max(WAVEFRONT * degree, waiting)}
+                    row |= {"degree": degree, "modelled": max(SCHEDULERS * degree, waiting)}
                 elif chains > 1 and warps > SCHEDULERS:
-                    row["modelled"] = MODELLED[name]
+                    row["modelled"] = busy(10 * major + minor)[PIPE_OF[name]]
                 rows.append(row)
                 print(row, flush=True)
                 RESULTS.write_text(json.dumps({"setting": environment(), "rows": rows}, indent=1) + "\n")

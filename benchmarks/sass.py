@@ -13,13 +13,35 @@ import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 LINE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+\{?\s*(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
+ENCODING = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/\s*$")  # the upper half of an instruction, on a line of its own
 LABEL = re.compile(r"(\.L_\w+|\$__\w+):")
 PLACE = re.compile(r'//## File "[^"]*?([^/"]+)", line (\d+)')
 TARGET = re.compile(r"`\(([.$]\w+)\)")
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the compiler tells the scheduler (Jia et al., Dissecting the NVIDIA Volta GPU architecture, 2018, 2.1).
+
+    stall: cycles until the warp's next instruction. sets, frees: the barrier, of six, that is released when the result
+    is there or the operands are read; NONE for none. waits: the barriers to wait for, a bit each.
+    """
+
+    NONE = 7
+    stall: int = 1
+    sets: int = NONE
+    frees: int = NONE
+    waits: int = 0
+
+    @classmethod
+    def of(cls, upper: int) -> Control:
+        """From the upper 64 bits of an instruction."""
+        bits = upper >> 41
+        return cls(bits & 15, bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63)
 
 
 @dataclass(frozen=True)
@@ -31,6 +53,7 @@ class Instruction:
     predicate: str
     operands: str
     places: tuple[tuple[str, int], ...]
+    control: Control = Control()
 
 
 @dataclass
@@ -58,7 +81,9 @@ def listing(cubin: bytes, kernel: str) -> list[str | Instruction]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool("nvdisasm"), "-c", "-gi", file.name], check=True, capture_output=True, text=True)
+        text = subprocess.run(
+            [tool("nvdisasm"), "-c", "-gi", "-hex", file.name], check=True, capture_output=True, text=True
+        )
     section = next(x for x in re.split(r"\n\s*\.section\s+\.text\.", text.stdout)[1:] if x.startswith(kernel))
     found: list[str | Instruction] = []
     places: list[tuple[str, int]] = []
@@ -70,6 +95,8 @@ def listing(cubin: bytes, kernel: str) -> list[str | Instruction]:
             found.append(label[1])
         elif code := LINE.match(line):
             found.append(Instruction(code[2].split(".")[0], code[2], (code[1] or "").strip(), code[3], tuple(places)))
+        elif (upper := ENCODING.match(line)) and isinstance(found[-1], Instruction):
+            found[-1] = replace(found[-1], control=Control.of(int(upper[1], 16)))
         last_was_place = bool(place)
     return found
 

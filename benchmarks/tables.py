@@ -487,6 +487,39 @@ def _dense(found: Any) -> float:
     return float(found["setting"]["space"] / found["own"]["tokens"])
 
 
+def gpu_cycles(found: Any) -> str:
+    """Modelled cycles a code by architecture, what bounds them on sm_90, and the ratio to bfloat16 on an H200."""
+    rows = []
+    for of_h200 in (row for row in found["rows"] if "h200" in row):
+        name, channels = of_h200["spec"], of_h200["channels"]
+        cycles = {x["architecture"]: x for x in found["rows"] if (x["spec"], x["channels"]) == (name, channels)}
+        pages = sum(form["pages"] for form in of_h200["forms"])
+        bounds = [
+            sum(form["pages"] * form[bound] for form in of_h200["forms"]) / pages
+            for bound in ("issue", "ALU", "MMA", "memory")
+        ]
+        rows.append(
+            [
+                name,
+                str(channels),
+                f"{_slow_blocks(of_h200):.0f} %",
+                *(f"{bound:.1f}" for bound in bounds),
+                *(f"{cycles[of]['cycles_a_code']:.1f}" for of in (80, 90, 100)),
+                f"{of_h200['h200']['bits']:.2f}",
+                f"{of_h200['h200']['times_bfloat16']:.2f}x",
+            ]
+        )
+    bounds_of = ["issue", "ALU", "MMA", "loads"]
+    cycles_of = [f"sm_{of}, modelled" for of in (80, 90, 100)]
+    return markdown(["spec", "D", "slow", *bounds_of, *cycles_of, "bits", "over bf16 on H200, modelled"], rows)
+
+
+def _slow_blocks(row: Any) -> float:
+    """Blocks, in per cent, that a reader for any width or any book takes."""
+    slow = sum(form["pages"] * (form[kind] in ("any width", "global tables")) for form in row["forms"] for kind in "kv")
+    return float(50 * slow / sum(form["pages"] for form in row["forms"]))
+
+
 def vllm_soak(found: Any) -> str:
     """What a soak came to, in a sentence."""
     given = found["setting"]
@@ -518,6 +551,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "first-token": ("transfer.json", first_token),
     "vllm": ("vllm_live.json", vllm),
     "vllm-soak": ("vllm_soak.json", vllm_soak),
+    "gpu-cycles": ("gpu_cycles.json", gpu_cycles),
     "claims": ("quality.json,attention_cpu.json", claims),
     **{
         f"setting-{name}": (f"{name}.json", about)
@@ -532,6 +566,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
             "files",
             "transfer",
             "vllm_live",
+            "gpu_cycles",
         )
     },
 }

@@ -15,6 +15,7 @@ Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 unsigned long long shuffles, products, powers;
 u32 launched_shared;
+void (*warp_met)(int);
 
 namespace {
 
@@ -72,6 +73,7 @@ void pause() {
 void meet(Meeting& meeting, int all) {
     int number = meeting.number;
     if (++meeting.arrived == all) {
+        if (warp_met) warp_met(current / WARP);
         meeting.arrived = 0;
         meeting.number++;
     } else {
@@ -119,6 +121,7 @@ bool run_block(int threads) {
     if (!_setjmp(home)) run(forward ? 0 : threads - 1);
     for (auto& fiber : fibers)
         if (!fiber.done) return false;
+    for (int warp = 0; warp_met && warp < (int)warps.size(); warp++) warp_met(warp);
     for (size_t i = launched_shared; i < sizeof shared_memory; i++)
         if (shared_memory[i] != 0xff) return false;
     return true;
@@ -127,6 +130,7 @@ bool run_block(int threads) {
 }  // namespace
 
 int this_lane() { return current % WARP; }
+bool is_local(const void* at) { return at >= stacks.data() && at < stacks.data() + stacks.size(); }
 u32* shown(int lane) { return &fibers[current / WARP * WARP + lane].word; }
 void meet_warp() { meet(warps[current / WARP], WARP); }
 void meet_block() { meet(block, (int)fibers.size()); }

@@ -49,10 +49,24 @@ void meet_block();
 void raise_out_of_range();
 // How often lanes did something since the library was loaded.
 extern unsigned long long shuffles, products, powers;
+// Called when all lanes of a warp have met, if it is set.
+extern void (*warp_met)(int warp);
+// Whether something lies on a thread's stack: what a GPU has in registers.
+bool is_local(const void* at);
 // A word that each lane of the current warp shows the others.
 u32* shown(int lane);
 u32 (*operands(int lane))[6];
 int this_lane();
+
+// What the counter of wavefronts (wavefronts.cpp) is told beyond what it sees by itself: of reads and copies whose purpose or predicate matters.
+enum Access { LOOK_UP, REFILL, READ, WRITE, COPY, GLOBAL_READ };
+#ifdef KVC_WAVEFRONTS
+void note(Access access, const void* at, u32 bytes, bool active);
+#define UNSEEN __attribute__((no_sanitize("thread")))
+#else
+inline void note(Access, const void*, u32, bool) {}
+#define UNSEEN
+#endif
 
 inline void __syncwarp() { meet_warp(); }
 inline void __syncthreads() { meet_block(); }
@@ -165,16 +179,20 @@ inline float log_of_two(float x) { return log2f(x); }
 #define KVC_RESERVED 0
 #endif
 inline u32 shared_address(u32 offset) { return KVC_RESERVED + offset; }
-template <u32 OFFSET = 0>
-u32 load_shared(u32 address) {
+UNSEEN inline u32 read_shared(u32 address) {
     u32 word;
-    address += OFFSET;
     if (address % 4 || address - KVC_RESERVED >= launched_shared) raise_out_of_range();
     memcpy(&word, shared_memory + (address - KVC_RESERVED), 4);
     return word;
 }
+template <u32 OFFSET = 0>
+u32 load_shared(u32 address) {
+    note(OFFSET ? LOOK_UP : READ, shared_memory + (address + OFFSET - KVC_RESERVED), 4, true);  // only tables have an offset
+    return read_shared(address + OFFSET);
+}
 inline void shift_in(u32& low, u32& high, u32& next, u32 due) {
-    if (due) low = high, high = load_shared(next), next += 4;
+    note(REFILL, shared_memory + (next - KVC_RESERVED), 4, due);
+    if (due) low = high, high = read_shared(next), next += 4;
 }
 template <int STEP>
 void add_from_below(u32& sum) {
@@ -192,6 +210,7 @@ const T* keep(const T* x) {
 void start_copy(u32 to, const void* from);
 template <int TO, int FROM>
 void copy_async(u32 to, const void* from, i32 left) {
+    note(COPY, shared_memory + (to - KVC_RESERVED + TO), 16, left > TO);
     if (left > TO) start_copy(to - KVC_RESERVED + TO, (const u8*)from + FROM);
 }
 void end_copies();

@@ -33,10 +33,19 @@ class Result:
 
 
 def attend(
-    cache: Cache, build: AttendBuild, *, splits: int = 2, ascending: bool = True, query: str = "float32"
+    cache: Cache,
+    build: AttendBuild,
+    *,
+    splits: int = 2,
+    ascending: bool = True,
+    query: str = "float32",
+    counting: bool = False,
 ) -> Result:
-    """Run the kernel on a cache whose pages end where memory ends; what it should write holds NaN."""
-    library = emulator.build("decode_attention", build.defines)
+    """Run the kernel on a cache whose pages end where memory ends; what it should write holds NaN.
+
+    counting: whether the emulator counts wavefronts.
+    """
+    library = emulator.build("decode_attention", build.defines, counting)
     kept: list[Any] = []
 
     def place(x: Array) -> int:
@@ -75,5 +84,5 @@ def attend(
         tensor.row, tensor.head, tensor.token = (stride // x.itemsize for stride in x.strides[:3])
     a.sink_count, a.tail_begin = place(view.sink_count.astype(np.int32)), place(view.tail_begin.astype(np.int32))
     a.tail_tokens = place(np.array([cache.case.tail], np.int32))
-    gpu_launch.attend(Emulator(ascending=ascending), build, a, splits)
+    gpu_launch.attend(Emulator(ascending=ascending, counting=counting), build, a, splits)
     return Result(to_float32(out), lse)

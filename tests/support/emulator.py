@@ -21,6 +21,7 @@ HERE = Path(__file__).parents[1] / "emulator"
 CACHE = Path(tempfile.gettempdir()) / "kvcomp-emulator"
 COMPILER = shutil.which("g++")
 OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-U_FORTIFY_SOURCE", "-w")
+COUNTING = ("-DKVC_WAVEFRONTS", "-fsanitize=thread")
 STATUS = (
     "fine",
     "read or wrote where nothing is",
@@ -69,16 +70,21 @@ def _load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-def build(kernel: str, defines: Mapping[str, int]) -> ctypes.CDLL:
-    """The library of tests/emulator/<kernel>.cpp with these constants; kept on disk as long as no source changes."""
+def build(kernel: str, defines: Mapping[str, int], counting: bool = False) -> ctypes.CDLL:
+    """The library of tests/emulator/<kernel>.cpp with these constants; kept on disk as long as no source changes.
+
+    counting: whether it counts wavefronts (wavefronts.cpp), which takes several times as long.
+    """
     key = _key()
     options = tuple(f"-D{name}={value}" for name, value in sorted(defines.items()))
+    options += COUNTING if counting else ()
     library = CACHE / f"{kernel}-{hashlib.sha256(' '.join((*options, key)).encode()).hexdigest()[:20]}.so"
     if not library.exists():
-        machine = _object(HERE / "machine.cpp", (), key)
         unit = _object(HERE / f"{kernel}.cpp", options, key)
+        parts = ("machine", "wavefronts") if counting else ("machine",)
+        objects = [str(_object(HERE / f"{part}.cpp", (), key)) for part in parts]
         fresh = library.with_suffix(f".{id(library)}.tmp")
-        subprocess.run([COMPILER or "g++", "-shared", str(unit), str(machine), "-o", str(fresh)], check=True)
+        subprocess.run([COMPILER or "g++", "-shared", str(unit), *objects, "-o", str(fresh)], check=True)
         fresh.replace(library)
         unit.unlink(missing_ok=True)
     return _load(library)
@@ -94,18 +100,21 @@ class Dim3(ctypes.Structure):
 
 class Emulator:
     """Stands in for a GPU (``kvcomp.kernels.cuda.launch.Launcher``). ascending: order in which the threads of a CTA get
-    their turns.
+    their turns. counting: whether it counts wavefronts.
     """
 
-    def __init__(self, architecture: int = 90, processors: int = 2, ascending: bool = True) -> None:
+    def __init__(
+        self, architecture: int = 90, processors: int = 2, ascending: bool = True, counting: bool = False
+    ) -> None:
         self.machine = machine(architecture, processors)
+        self.counting = counting
         self.ascending = ascending
         self.launches: list[str] = []
 
     def launch(self, of: Launch) -> None:
         assert of.shared <= self.machine.shared
         self.launches.append(of.kernel)
-        status = build(of.source, of.build.defines).run(
+        status = build(of.source, of.build.defines, self.counting).run(
             of.kernel.encode(),
             ctypes.byref(of.arguments),
             of.extra or 0,

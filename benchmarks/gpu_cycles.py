@@ -1,0 +1,250 @@
+"""Modelled cycles of the attention kernel, from its machine code and the wavefronts that real pages take on the
+emulator: benchmarks/results/gpu_cycles.json. No GPU is used, and nothing here is measured on one.
+
+Pages are those of SmolLM2's cache (``make models``). Instructions are those that ``gpu_instructions.py`` finds for each
+form of block that the pages have; each shared-memory access takes as many wavefronts as one of its kind took on the
+emulator; ``multiprocessor.py`` says when they are issued. The launch, the filling of shared memory and raw tokens are
+left out. Up to eight queries of a KV head cost the same.
+
+    python benchmarks/gpu_cycles.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import DynamicCache
+
+import real_models
+from gpu_instructions import SOURCE, compiled, functions, page_of
+from kvcomp.calibration import Calibration
+from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.dtypes import FIXED, OWN_BOOK, RAW
+from kvcomp.codec.page import directory_of, width_of
+from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.kernels import CacheView, reference
+from kvcomp.kernels.cuda.compile import nvrtc_version, sources_hash
+from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, describe_book, machine
+from kvcomp.results.schema import environment
+from kvcomp.spec import CALIBRATED, LEVELS, PRESETS, CodecSpec
+from kvcomp.store import KVStore
+from multiprocessor import MEMORY, SCHEDULERS, cycles, floors, pipe_of
+from real_texts import sequences
+from sass import Instruction
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "gpu_cycles.json"
+sys.path.append(str(HERE.parent / "tests" / "support"))
+MODEL = "smollm2-135m"
+ARCHITECTURES = (80, 90, 100)
+PINNED = (80, 90)  # sm_100 has the shared memory of sm_90
+UNCALIBRATED = ("packed", "kvcomp", "kvcomp:paper")
+LAYERS = (0, 7, 15, 22, 29)
+TOKENS, SEED = 700, 20261129
+QUERIES = 4
+# An H200: multiprocessors, its clock under such load, and what reading bfloat16 reaches of its 4.8 TB/s.
+PROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 4.0e12
+CONTEXT, HEADS = 32768, 8
+
+SHARED_PAIR_BITS = 14  # as items.cuh has it
+
+Histogram = npt.NDArray[np.int64]
+Counts = dict[tuple[str, int], Any]
+
+
+class Pages:
+    """The pages of some layers, all of one spec, whose name is given."""
+
+    def __init__(self, name: str, spec: CodecSpec, stores: tuple[KVStore, ...]) -> None:
+        self.name, self.spec, self.stores = name, spec, stores
+        for store in stores:
+            store.seal()
+        self.views = [store.view() for store in stores]
+        self.channels = self.views[0].channels[0]
+        self.heads = stores[0].heads
+
+    @property
+    def bits(self) -> float:
+        """Coded bits a value."""
+        memory = [store.memory() for store in self.stores]
+        return sum(one.coded_bits for one in memory) / len(memory)
+
+
+@torch.inference_mode()
+def pages_of_model() -> Iterator[Pages]:
+    """What each spec makes of a prompt's K and V in bfloat16. 128 channels are two of SmolLM2's heads side by side."""
+    model, tokenizer = real_models.load(MODEL)
+    ids = torch.from_numpy(sequences("prose", tokenizer, 1, TOKENS, SEED))[None]
+    dense = DynamicCache(config=model.config)
+    model(ids, past_key_values=dense, use_cache=True, logits_to_keep=1)
+    kept: list[Any] = dense.layers
+    layers = [(layer.keys.bfloat16(), layer.values.bfloat16()) for layer in kept]
+    calibration = Calibration.read(HERE.parent / "examples" / "calibrations" / f"{MODEL}.kvcal")
+    specs = [(name, None) for name in UNCALIBRATED] + [(f"{CALIBRATED}:{level}", calibration) for level in LEVELS]
+    for name, its_calibration in specs:
+        held: Any = KVCompCache(model.config, name, calibration=its_calibration)
+        for index, (k, v) in enumerate(layers):
+            held.update(k, v, index)
+        yield Pages(name, held.spec.layer(0, len(layers)), tuple(held.layers[index].store for index in LAYERS))
+    for name in UNCALIBRATED:
+        stores = tuple(KVStore(PRESETS[name].layer(0, 1)) for _ in LAYERS)
+        for store, index in zip(stores, LAYERS, strict=True):
+            store.append(*(torch.cat([x[:, :1], x[:, 1:2]], dim=3) for x in layers[index]))
+        yield Pages(name, stores[0].spec, stores)
+
+
+def forms_of(pages: Pages, build: AttendBuild) -> Counter[tuple[str, str]]:
+    """How the kernel reads the blocks of K and V of each page and head (``read_codes`` of products.cuh)."""
+    found = Counter[tuple[str, str]]()
+    heads = pages.heads
+    for view in pages.views:
+        for address in view.pages[0, : view.count[0]].tolist():
+            modes, offsets = directory_of(reference.page_bytes(address, heads), 0, heads)
+            forms = [
+                form_of(
+                    int(modes[i]), int(offsets[i + 1] - offsets[i]), view.books[0][i // heads][1], i // heads, build
+                )
+                for i in range(2 * heads)
+            ]
+            found.update(zip(forms[:heads], forms[heads:], strict=True))
+    return found
+
+
+def form_of(mode: int, size: int, own: Codebook | None, kind: int, build: AttendBuild) -> str:
+    """The form of a block of K or V (0 or 1), of ``gpu_instructions.FORMS``, or ``raw``."""
+    bits, copies = ((build.k_bits, build.k_copies), (build.v_bits, build.v_copies))[kind]
+    if mode == RAW:
+        return "raw"
+    if mode >= FIXED:
+        width = width_of(mode)
+        whole = build.channels // 8 * width % 16 == 0 if kind == 0 else True  # a tile of K fills words
+        return f"{width} bits" if width in (2, 4) and not bits and whole else "any width"
+    if mode == OWN_BOOK and own is not None and size <= build.stage and copies and max(own.levels) <= 128:
+        book = describe_book(own, 0)
+        if not any(book.split):
+            return "symbols"
+        if book.bits <= SHARED_PAIR_BITS:
+            return "split"
+    return "global tables"
+
+
+@lru_cache(maxsize=1)
+def counted(pages: Pages, build: AttendBuild) -> Counts:
+    """Wavefronts of all pages, by access and size."""
+    support: Any = importlib.import_module("emulated_wavefronts")
+    of_views = [support.wavefronts(cache_of(view), build) for view in pages.views]
+    return {key: sum(of_view[key] for of_view in of_views) for key in of_views[0]}
+
+
+def cache_of(view: CacheView) -> Any:
+    """The pages of a view, a single raw token and random queries, as the emulator takes them."""
+    cases: Any = importlib.import_module("attention_cases")
+    heads, _, channels = view.tail_k.shape[1:]
+    q = np.random.default_rng(SEED).normal(size=(1, heads, QUERIES, channels)).astype(np.float32)
+    alone = replace(
+        view,
+        tail_k=view.tail_k[:, :, :1],
+        tail_v=view.tail_v[:, :, :1],
+        tail_begin=np.zeros_like(view.tail_begin),
+        sink_count=np.zeros_like(view.sink_count),
+    )
+    case = cases.Case(queries=QUERIES, heads=heads, channels=channels, tail=1)
+    return cases.Cache(case, q, alone, np.ones(QUERIES), channels**-0.5, [])
+
+
+def taken(counts: Counts) -> Callable[[Instruction], Histogram]:
+    """Wavefronts of a load, store or shuffle: those of all accesses of its kind."""
+    one = np.ones(1, np.int64)
+    of = {key: np.repeat(np.arange(len(x)), x) if x.any() else one for key, x in counts.items()}
+
+    def of_instruction(x: Instruction) -> Histogram:
+        its_functions = {functions().get(place) for place in x.places}
+        size = 16 if ".128" in x.operation else 8 if ".64" in x.operation else 4
+        if "entry" in its_functions and x.name != "SHFL":
+            return of["look-up" if x.name == "LDS" else "global read", size]
+        if x.name in ("LDS", "LD"):
+            return of["refill" if x.name == "LDS" and "shift_in" in its_functions else "read", size]
+        return of["write", size] if x.name == "STS" else of["copy", 16] if x.name == "LDGSTS" else one
+
+    return of_instruction
+
+
+def modelled(pages: Pages, architecture: int) -> dict[str, Any]:
+    """A row of the table: cycles of a scheduler for each code of a warp."""
+    build = attend_build(pages.spec, pages.channels, "bfloat16", "bfloat16", False, machine(architecture))
+    lines, registers, _ = compiled(build, architecture)
+    counts, forms = counted(pages, build), forms_of(pages, build)
+    wavefronts = taken(counts)
+    codes = 4 * pages.channels  # of a lane and page
+    rows: list[dict[str, Any]] = []
+    for (key, value), count in sorted(forms.items()):
+        page = None if "raw" in (key, value) else page_of(lines, build, key, value)
+        if page is None:
+            continue
+        memory = [float(wavefronts(one).mean()) if pipe_of(one) == MEMORY else 0.0 for one in page.trace]
+        of_page = {"cycles": cycles(page.trace, wavefronts, build.warps, architecture)}
+        of_page |= floors(page.trace, memory, architecture)
+        rows.append({"k": key, "v": value, "pages": count, **{x: round(y / codes, 2) for x, y in of_page.items()}})
+    return {
+        "spec": pages.name,
+        "channels": pages.channels,
+        "architecture": architecture,
+        "warps": build.warps,
+        "registers": registers,
+        "cycles_a_code": round(sum(x["pages"] * x["cycles"] for x in rows) / sum(x["pages"] for x in rows), 2),
+        "pages_left_out": forms.total() - sum(x["pages"] for x in rows),
+        "forms": rows,
+        "wavefronts": {
+            f"{access}, {size} bytes": round(float((of * np.arange(len(of))).sum() / of.sum()), 2)
+            for (access, size), of in counts.items()
+            if of.any()
+        },
+    }
+
+
+def against_bfloat16(cycles_a_code: float, bits: float, channels: int) -> dict[str, float]:
+    """Time of attention on an H200, the longer of decoding and of reading the bits, and reading bfloat16 over that."""
+    values = 2 * CONTEXT * HEADS * channels
+    dense = values * 2 / BANDWIDTH
+    decoding = values * cycles_a_code / (32 * SCHEDULERS * PROCESSORS * CLOCK)
+    ours = max(decoding, values * bits / 8 / BANDWIDTH)
+    return {"bits": round(bits, 3), "microseconds": round(1e6 * ours, 1), "times_bfloat16": round(dense / ours, 2)}
+
+
+def main() -> None:
+    """Some minutes."""
+    rows = []
+    for pages in pages_of_model():
+        for architecture in ARCHITECTURES:
+            row = modelled(pages, architecture)
+            if architecture == 90:
+                row["h200"] = against_bfloat16(row["cycles_a_code"], pages.bits, pages.channels)
+            rows.append(row)
+            print({name: row[name] for name in row if name != "wavefronts"}, flush=True)
+    support: Any = importlib.import_module("emulated_wavefronts")
+    about = {
+        "modelled": "no GPU was used: these are no measurements",
+        "setting": environment(
+            model=MODEL, tokens=TOKENS, layers=LAYERS, queries=QUERIES, context=CONTEXT, heads=HEADS
+        ),
+        "h200": {"processors": PROCESSORS, "clock": CLOCK, "bytes_per_second": BANDWIDTH},
+        "sources": sources_hash(SOURCE),
+        "nvrtc": nvrtc_version(),
+        "pinned": {name: {str(of): support.pinned(name, of) for of in PINNED} for name in support.CASES},
+    }
+    RESULTS.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
