@@ -21,7 +21,9 @@ UNITS: tuple[Unit, ...] = ("block", "channel", "token", "vector", "head")
 CODINGS: tuple[Coding, ...] = ("huffman", "fixed", "patched")
 PAGE_TOKENS = 64
 SPEC_VERSION = 1
-CALIBRATED = "kvcomp-klt"  # the preset whose spec a calibration makes, alone or as kvcomp-klt:LEVEL
+CALIBRATED = "kvcomp-klt"
+# The presets whose specs a calibration makes, alone or as NAME:LEVEL, and how these code the same values.
+CALIBRATED_CODINGS: Mapping[str, Coding] = {CALIBRATED: "huffman", "packed-klt": "patched"}
 LEVELS = ("near-lossless", "balanced", "aggressive")
 STEP_RANGE = (2.0**-100, 2.0**100)
 STEP_BITS = 16
@@ -230,8 +232,8 @@ class CodecSpec:
 
 
 def is_calibrated(name: object) -> bool:
-    """Whether a name is that of the preset that needs a calibration."""
-    return isinstance(name, str) and name.partition(":")[0] == CALIBRATED
+    """Whether a name is that of a preset that needs a calibration."""
+    return isinstance(name, str) and name.partition(":")[0] in CALIBRATED_CODINGS
 
 
 T = TypeVar("T")

@@ -79,7 +79,7 @@ def _stream_units(address: int, width: int) -> Any:
 
 
 @compiled
-def _field(data: Any, words: int, bit: int, width: int, lane: int) -> Any:
+def _field(data: Any, words: Any, bit: Any, width: Any, lane: int) -> Any:
     """Bits of a stream from one on; reads no word that has none of them."""
     at, shift = words + 4 * (HALF * (bit >> 5) + lane), bit & 31
     field = _word(data, at) >> shift if width else 0
@@ -94,7 +94,7 @@ def _check_patched(data: Any, at: int, room: int, pieces: int) -> Any:
     ``check_pages`` gives.
     """
     words = at + ((3 * pieces + 3) & ~3)
-    bits, exceptions = np.zeros(2, np.int64), 0
+    bits, exceptions = np.zeros(2, np.int64), np.int64(0)
     for piece in range(pieces):
         width, frame = np.int64(data[at + piece]), np.int64(np.int8(data[at + pieces + piece]))
         if width > 8 or frame + (1 << width) - 1 > MOST_CODE:
@@ -105,10 +105,10 @@ def _check_patched(data: Any, at: int, room: int, pieces: int) -> Any:
     place = second + 4 * HALF * ((bits[1] + 31) >> 5)
     if place + 2 * exceptions > at + room:
         return CODES
-    bit = 0
+    bit = np.int64(0)
     for piece in range(pieces):
         if 2 * piece == pieces:
-            words, bit = second, 0
+            words, bit = second, np.int64(0)
         width, frame = np.int64(data[at + piece]), np.int64(np.int8(data[at + pieces + piece]))
         end, before = frame + (1 << width) - 1, -1
         for _ in range(data[at + 2 * pieces + piece]):

@@ -72,8 +72,8 @@ def unpacker(row_words: int, framed: bool) -> Any:
         builder.branch(done)
         builder.position_at_end(done)
 
-    of_frame = [types.float32, types.int64] if framed else []
-    return emitted(types.void, [types.int64] * 4 + of_frame, emit)
+    of_frame = (types.float32, types.int64) if framed else ()
+    return emitted(types.void, [*[types.int64] * 4, *of_frame], emit)
 
 
 def _unpack_width(
