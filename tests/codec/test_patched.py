@@ -45,19 +45,18 @@ def literal_decode(data: bytes, channels: int, kind: Kind) -> Block:
     at = -(-3 * count // 4) * 4
     block = np.full((64, channels), 999)
     order = literal_order(kind, channels)
-    for s in range(2):
-        pieces = range(s * count // 2, (s + 1) * count // 2)
-        bit = 0
-        for piece in pieces:
-            for place, where in enumerate(order[piece]):
-                field = 0
-                for i in range(widths[piece]):
-                    of_stream = bit + place // 32 * widths[piece] + i
-                    word = int.from_bytes(data[at + 4 * (32 * (of_stream // 32) + place % 32) :][:4], "little")
-                    field |= (word >> (of_stream % 32) & 1) << i
-                block[where] = frames[piece] + field
-            bit += 16 * widths[piece]
-        at += 128 * -(-bit // 32)
+    for piece, width in enumerate(widths):
+        streams = [0] * 32
+        for i in range(width // 2):
+            for lane in range(32):
+                streams[lane] |= int.from_bytes(data[at : at + 4], "little") << (32 * i)
+                at += 4
+        for lane in range(32 if width % 2 else 0):
+            streams[lane] |= int.from_bytes(data[at : at + 2], "little") << (16 * (width - 1))
+            at += 2
+        for place, where in enumerate(order[piece]):
+            position, lane = divmod(place, 32)
+            block[where] = frames[piece] + (streams[lane] >> (position * width) & ((1 << width) - 1))
     for piece in range(count):
         for _ in range(counts[piece]):
             entry = int.from_bytes(data[at : at + 2], "little")

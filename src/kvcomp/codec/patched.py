@@ -19,6 +19,7 @@ from kvcomp.spec import PAGE_TOKENS, Kind
 HALF = STREAMS // 2
 PIECE = 16  # positions of a piece in each of the streams of its half
 PIECE_CODES = HALF * PIECE
+PIECE_BYTES = PIECE_CODES // 8  # for each bit of the width
 EXCEPTION_BITS = 16
 POSITION_BITS = 9  # of an exception's place in its piece; its offset has the rest
 LEAST_OFFSET, MOST_OFFSET = -64, 63
@@ -49,11 +50,6 @@ def _pieces(streams: Indices, channels: int) -> Indices:
 def head_bytes(channels: int) -> int:
     """Bytes of the widths, frames and numbers of exceptions of D/8 pieces, up to a whole word."""
     return -(-3 * (channels // 8) // 4) * 4
-
-
-def half_words(widths: Signed) -> int:
-    """Words of each stream of a half whose pieces have these widths."""
-    return -(-PIECE * int(widths.sum()) // 32)
 
 
 def choose(codes: Signed) -> tuple[int, int]:
@@ -87,38 +83,32 @@ def encode_patched(codes: Signed, kind: Kind) -> bytes:
     piece, position = np.nonzero(offsets)
     exceptions = position | (offsets[piece, position] - LEAST_OFFSET) << POSITION_BITS
     head = (widths.astype("u1"), frames.astype("i1"), np.count_nonzero(offsets, axis=1).astype("u1"))
-    halves = (slice(0, channels // PIECE), slice(channels // PIECE, None))
     fields = stored - frames[:, None]
     return (
         b"".join(x.tobytes() for x in head).ljust(head_bytes(channels), b"\0")
-        + b"".join(_pack_half(fields[half], widths[half]) for half in halves)
+        + b"".join(pack_piece(*of) for of in zip(fields, widths.tolist(), strict=True))
         + exceptions.astype("<u2").tobytes()
     )
 
 
-def _pack_half(fields: Signed, widths: Signed) -> bytes:
-    """Words of the streams of a half: word i of stream x is word 32 i + x."""
-    streams, at = [0] * HALF, 0
-    for piece, width in zip(fields, widths.tolist(), strict=True):
-        for row in piece.reshape(PIECE, HALF).tolist():
-            for lane, field in enumerate(row):
-                streams[lane] |= field << at
-            at += width
-    size = 4 * half_words(widths)
-    words = np.array([np.frombuffer(stream.to_bytes(size, "little"), "<u4") for stream in streams])
-    return np.ascontiguousarray(words.T).tobytes()
+def pack_piece(fields: Signed, width: int) -> bytes:
+    """Fields of a piece (512,) as 64 bytes a bit: whole words of the 32 streams, and a half one where width is odd."""
+    bits = fields.reshape(PIECE, HALF, 1) >> np.arange(width) & 1
+    streams = np.packbits(bits.transpose(1, 0, 2).reshape(HALF, -1).astype(np.uint8), axis=1, bitorder="little")
+    whole = 4 * (width // 2)
+    words, halves = np.ascontiguousarray(streams[:, :whole]), np.ascontiguousarray(streams[:, whole:])
+    return words.view("<u4").T.tobytes() + halves.tobytes()
 
 
-def _unpack_half(data: bytes, widths: Signed) -> Signed:
-    """Undo ``_pack_half``."""
-    words = np.frombuffer(data, "<u4", HALF * half_words(widths)).reshape(-1, HALF)
-    streams = [int.from_bytes(np.ascontiguousarray(words[:, lane]).tobytes(), "little") for lane in range(HALF)]
-    fields, at = [], 0
-    for width in widths.tolist():
-        for _ in range(PIECE):
-            fields.append([stream >> at & ((1 << width) - 1) for stream in streams])
-            at += width
-    return np.array(fields, np.int64).reshape(-1, PIECE_CODES)
+def unpack_piece(data: bytes, width: int) -> Signed:
+    """Undo ``pack_piece``."""
+    whole = 4 * HALF * (width // 2)
+    words = np.frombuffer(data, "<u4", whole // 4).reshape(-1, HALF).T
+    halves = np.frombuffer(data, "u1", PIECE_BYTES * width - whole, whole).reshape(HALF, -1)
+    streams = np.concatenate([np.ascontiguousarray(words).view("u1"), halves], axis=1)
+    bits = np.unpackbits(streams, axis=1, bitorder="little").reshape(HALF, PIECE, width).astype(np.int64)
+    fields: Signed = (bits << np.arange(width)).sum(axis=2).T.reshape(-1)
+    return fields
 
 
 def decode_patched(data: bytes, channels: int, kind: Kind) -> Signed:
@@ -132,26 +122,21 @@ def decode_patched(data: bytes, channels: int, kind: Kind) -> Signed:
     ends = frames + (1 << np.minimum(widths, 8)) - 1
     if (widths > 8).any() or (ends > MOST_CODE).any():
         raise CorruptData("a block has a piece of more than 8 bits a code, or of codes beyond 127")
-    halves = widths.reshape(2, -1)
-    sizes = [4 * HALF * half_words(half) for half in halves]
-    if len(data) < begin + sum(sizes) + 2 * int(counts.sum()):
+    places = begin + PIECE_BYTES * np.cumsum([0, *widths])
+    if len(data) < places[-1] + 2 * int(counts.sum()):
         raise CorruptData("a block is too short for its codes and exceptions")
-    places = (begin, begin + sizes[0])
-    codes = np.concatenate([_unpack_half(data[at:], half) for at, half in zip(places, halves, strict=True)])
-    codes += frames[:, None]
-    exceptions = np.frombuffer(data, "<u2", int(counts.sum()), begin + sum(sizes)).astype(np.int64)
+    fields = [unpack_piece(data[at:], width) for at, width in zip(places.tolist(), widths.tolist(), strict=False)]
+    codes = np.array(fields) + frames[:, None]
+    exceptions = np.frombuffer(data, "<u2", int(counts.sum()), int(places[-1])).astype(np.int64)
     piece, position = np.repeat(np.arange(pieces), counts), exceptions & (1 << POSITION_BITS) - 1
     offset = (exceptions >> POSITION_BITS) + LEAST_OFFSET
     nearer = np.where(offset > 0, ends[piece], frames[piece])
-    if (
-        (np.diff(piece * PIECE_CODES + position) <= 0).any()
-        or (offset == 0).any()
-        or (codes[piece, position] != nearer).any()
-        or (nearer + offset < LEAST_CODE).any()
-        or (nearer + offset > MOST_CODE).any()
-    ):
+    code = nearer + offset
+    if (np.diff(piece * PIECE_CODES + position) <= 0).any() or (
+        (offset == 0) | (codes[piece, position] != nearer) | (code < LEAST_CODE) | (code > MOST_CODE)
+    ).any():
         raise CorruptData("a block has an exception that no encoder writes")
-    codes[piece, position] += offset
+    codes[piece, position] = code
     block = np.empty((PAGE_TOKENS, channels), np.int64)
     block[piece_order(kind, channels)] = codes
     return block

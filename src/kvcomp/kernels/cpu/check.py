@@ -16,7 +16,7 @@ from kvcomp.codec.patched import (
     LEAST_CODE,
     LEAST_OFFSET,
     MOST_CODE,
-    PIECE,
+    PIECE_BYTES,
     PIECE_CODES,
     POSITION_BITS,
 )
@@ -79,13 +79,15 @@ def _stream_units(address: int, width: int) -> Any:
 
 
 @compiled
-def _field(data: Any, words: Any, bit: Any, width: Any, lane: int) -> Any:
-    """Bits of a stream from one on; reads no word that has none of them."""
-    at, shift = words + 4 * (HALF * (bit >> 5) + lane), bit & 31
-    field = _word(data, at) >> shift if width else 0
-    if shift + width > 32:
-        field |= _word(data, at + 4 * HALF) << (32 - shift)
-    return field & ((1 << width) - 1)
+def _field(data: Any, words: Any, width: Any, place: Any) -> Any:
+    """A field of a piece whose words begin here."""
+    lane, field = place % HALF, np.int64(0)
+    for i in range(width):
+        bit = place // HALF * width + i
+        whole = bit < 32 * (width // 2)
+        row = words + 4 * HALF * (bit >> 5) + (4 if whole else 2) * lane
+        field |= (np.int64(data[row + (bit >> 3 & 3)]) >> (bit & 7) & 1) << i
+    return field
 
 
 @compiled
@@ -93,35 +95,29 @@ def _check_patched(data: Any, at: int, room: int, pieces: int) -> Any:
     """What is wrong with a block of pieces, whose widths, frames and counts lie within its room: a number as
     ``check_pages`` gives.
     """
-    words = at + ((3 * pieces + 3) & ~3)
-    bits, exceptions = np.zeros(2, np.int64), np.int64(0)
+    words, exceptions = np.int64(at + ((3 * pieces + 3) & ~3)), np.int64(0)
+    place = words
     for piece in range(pieces):
         width, frame = np.int64(data[at + piece]), np.int64(np.int8(data[at + pieces + piece]))
         if width > 8 or frame + (1 << width) - 1 > MOST_CODE:
             return PIECES
-        bits[2 * piece // pieces] += PIECE * width
+        place += PIECE_BYTES * width
         exceptions += np.int64(data[at + 2 * pieces + piece])
-    second = words + 4 * HALF * ((bits[0] + 31) >> 5)
-    place = second + 4 * HALF * ((bits[1] + 31) >> 5)
     if place + 2 * exceptions > at + room:
         return CODES
-    bit = np.int64(0)
     for piece in range(pieces):
-        if 2 * piece == pieces:
-            words, bit = second, np.int64(0)
         width, frame = np.int64(data[at + piece]), np.int64(np.int8(data[at + pieces + piece]))
-        end, before = frame + (1 << width) - 1, -1
+        before = np.int64(-1)
         for _ in range(data[at + 2 * pieces + piece]):
             exception = _half(data, place)
             position, offset = exception & (PIECE_CODES - 1), (exception >> POSITION_BITS) + LEAST_OFFSET
-            code = frame + _field(data, words, bit + width * (position // HALF), width, position % HALF)
-            nearer = end if offset > 0 else frame
-            if position <= before or offset == 0 or code != nearer:
+            stored, nearer = _field(data, words, width, position), (1 << width) - 1 if offset > 0 else 0
+            if position <= before or offset == 0 or stored != nearer:
                 return EXCEPTION
-            if not LEAST_CODE <= code + offset <= MOST_CODE:
+            if not LEAST_CODE <= frame + stored + offset <= MOST_CODE:
                 return EXCEPTION
             before, place = position, place + 2
-        bit += PIECE * width
+        words += PIECE_BYTES * width
     return FINE
 
 

@@ -9,7 +9,7 @@ are sums of whole registers, and only a run's total is summed over j. Addresses 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,6 @@ from kvcomp.kernels.cpu.bits import (
     floats_at,
     integers,
     integers_at,
-    splat,
     sum_of_lanes,
     vector,
 )
@@ -47,69 +46,51 @@ FLOATS = vector(F32)
 f32 = np.float32
 
 
-def unpacker(row_words: int, framed: bool) -> Any:
+def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
     """``unpack_piece(words, width, late, out)``: the codes at 16 positions, as float32 [position][lane].
 
-    words: the first row that has any of them, ``row_words`` bytes before the next. late: whether they begin in the
-    middle of its words. Framed, it takes two arguments more: what is added to each code, as a float, and the bytes
-    from four positions to the next four; and a width may be 0.
+    words: the first row that has any of them. late: whether they begin in the middle of its words.
     """
-
-    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-        words, width, late, out, *rest = args
-        frame = splat(builder, rest[0]) if framed else None
-        step = rest[1] if framed else I64(4 * ROW_FLOATS)
-        done, nothing = builder.append_basic_block("done"), builder.append_basic_block("nothing")
-        chosen = builder.switch(builder.add(builder.shl(width, I64(1)), late), nothing)
-        for bits in range(0 if framed else 1, 9):
-            for is_late in range(2 if framed else 1 + bits % 2):
-                case = builder.append_basic_block(f"unpack_{bits}_{is_late}")
-                chosen.add_case(I64(2 * bits + is_late), case)
-                builder.position_at_end(case)
-                _unpack_width(builder, bits, PIECE * is_late, words, row_words, out, step, frame)
-                builder.branch(done)
-        builder.position_at_end(nothing)
-        builder.branch(done)
-        builder.position_at_end(done)
-
-    of_frame = (types.float32, types.int64) if framed else ()
-    return emitted(types.void, [*[types.int64] * 4, *of_frame], emit)
+    words, width, late, out = args
+    done, nothing = builder.append_basic_block("done"), builder.append_basic_block("nothing")
+    chosen = builder.switch(builder.add(builder.shl(width, I64(1)), late), nothing)
+    for bits in range(1, 9):
+        for is_late in range(1 + bits % 2):
+            case = builder.append_basic_block(f"unpack_{bits}_{is_late}")
+            chosen.add_case(I64(2 * bits + is_late), case)
+            builder.position_at_end(case)
+            _unpack_width(builder, bits, PIECE * is_late, words, out)
+            builder.branch(done)
+    builder.position_at_end(nothing)
+    builder.branch(done)
+    builder.position_at_end(done)
 
 
-def _unpack_width(
-    builder: ir.IRBuilder,
-    bits: int,
-    first: int,
-    words: ir.Value,
-    row_words: int,
-    out: ir.Value,
-    step: ir.Value,
-    frame: ir.Value | None,
-) -> None:
+def _unpack_width(builder: ir.IRBuilder, bits: int, first: int, words: ir.Value, out: ir.Value) -> None:
     """The codes of one width from a bit of the first row on."""
     with cgutils.for_range_slice(builder, I64(0), I64(ROW_FLOATS), I64(4 * LANES), I64) as (lanes, _):
         row, column = (builder.add(x, lanes) for x in (words, out))
-        fours = [builder.add(column, builder.mul(step, I64(i))) for i in range(PIECE // 4)]
         rows = [
-            builder.load(at(builder, row, row_words * i), align=4, typ=vector(I32))
+            builder.load(at(builder, row, ROW_WORDS * i), align=4, typ=vector(I32))
             for i in range((first + PIECE * bits + 31) // 32)
         ]
-        for position in range(PIECE):
-            place = at(builder, fours[position // 4], ROW_FLOATS * (position % 4))
-            if not bits:
-                builder.store(frame, place, align=4)
-                continue
-            index, begin = divmod(first + position * bits, 32)
-            code = builder.lshr(rows[index], integers(I32, [begin] * LANES)) if begin else rows[index]
-            if begin + bits > 32:
-                code = builder.or_(code, builder.shl(rows[index + 1], integers(I32, [32 - begin] * LANES)))
-            if begin + bits != 32:
-                code = builder.and_(code, integers(I32, [(1 << bits) - 1] * LANES))
-            x = builder.sitofp(code, FLOATS)
-            builder.store(x if frame is None else builder.fadd(x, frame), place, align=4)
+        for position, code in enumerate(codes_of(builder, rows, first, bits)):
+            builder.store(code, at(builder, column, ROW_FLOATS * position), align=4)
 
 
-unpack_piece = unpacker(ROW_WORDS, framed=False)
+def codes_of(builder: ir.IRBuilder, rows: Sequence[ir.Value], first: int, bits: int) -> Iterator[ir.Value]:
+    """The codes at 16 positions as floats, from rows of words that have them from bit ``first`` of the first row on."""
+    for position in range(PIECE):
+        index, begin = divmod(first + position * bits, 32)
+        code = builder.lshr(rows[index], integers(I32, [begin] * LANES)) if begin else rows[index]
+        if begin + bits > 32:
+            code = builder.or_(code, builder.shl(rows[index + 1], integers(I32, [32 - begin] * LANES)))
+        if begin + bits != 32:
+            code = builder.and_(code, integers(I32, [(1 << bits) - 1] * LANES))
+        yield builder.sitofp(code, FLOATS)
+
+
+unpack_piece = emitted(types.void, [types.int64] * 4, _unpack)
 
 
 @compiled

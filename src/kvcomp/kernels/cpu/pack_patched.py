@@ -15,13 +15,14 @@ from kvcomp.codec.patched import (
     MOST_EXCEPTIONS,
     MOST_OFFSET,
     PIECE,
+    PIECE_BYTES,
     PIECE_CODES,
     POSITION_BITS,
 )
 from kvcomp.codec.quantise import HEAD_ZERO
-from kvcomp.kernels.cpu.bits import clear_bytes, compiled, load_u32, store_u8, store_u16, store_u32
+from kvcomp.kernels.cpu.bits import clear_bytes, compiled, store_u8, store_u16, store_u32
 from kvcomp.kernels.cpu.decode import K
-from kvcomp.kernels.cpu.patched import HALF_ROW, head_bytes
+from kvcomp.kernels.cpu.patched import head_bytes
 
 WIDTH, FRAME, EXCEPTIONS = range(3)  # columns of a piece
 
@@ -67,13 +68,31 @@ def choose(codes, below, chosen):
 @compiled
 def choose_all(pieces, below, chosen):
     """Choose for all pieces of a block, int64 [pieces, 3]. Returns the bytes of the block without its scales."""
-    size, half = head_bytes(8 * chosen.shape[0]), chosen.shape[0] // 2
+    size = head_bytes(8 * chosen.shape[0])
     for piece in range(chosen.shape[0]):
         choose(pieces[piece], below, chosen[piece])
-        size += EXCEPTION_BITS // 8 * chosen[piece, EXCEPTIONS]
-    for first in (0, half):
-        size += HALF_ROW * ((PIECE * chosen[first : first + half, WIDTH].sum() + 31) >> 5)
+        size += PIECE_BYTES * chosen[piece, WIDTH] + EXCEPTION_BITS // 8 * chosen[piece, EXCEPTIONS]
     return size
+
+
+@compiled
+def pack_piece(codes, width, frame, to):
+    """Pack the codes of a piece at an address. Returns the end."""
+    most, words = (1 << width) - 1, width // 2
+    for lane in range(HALF):
+        waiting, held, place = np.uint64(0), np.uint64(0), to + 4 * lane
+        for position in range(PIECE):
+            field = min(max(codes[HALF * position + lane] - frame, 0), most)
+            waiting |= np.uint64(field) << held
+            held += np.uint64(width)
+            if held >= np.uint64(32):
+                store_u32(place, np.uint32(waiting & np.uint64(0xFFFFFFFF)))
+                place += 4 * HALF
+                waiting >>= np.uint64(32)
+                held -= np.uint64(32)
+        if held:
+            store_u16(to + 4 * HALF * words + 2 * lane, np.uint16(waiting))
+    return to + PIECE_BYTES * width
 
 
 @compiled
@@ -86,24 +105,8 @@ def pack_patched(pieces, chosen, to):
         for column in range(3):
             store_u8(to + column * count + piece, np.uint8(chosen[piece, column] & 255))
     to += head
-    for half in range(2):
-        first = half * count // 2
-        rows = (PIECE * chosen[first : first + count // 2, WIDTH].sum() + 31) >> 5
-        clear_bytes(to, HALF_ROW * rows)
-        bit = 0
-        for piece in range(first, first + count // 2):
-            width, frame = chosen[piece, WIDTH], chosen[piece, FRAME]
-            most = (1 << width) - 1
-            for position in range(PIECE if width else 0):
-                row, shift = to + HALF_ROW * (bit >> 5), bit & 31
-                for lane in range(HALF):
-                    field = min(max(pieces[piece, HALF * position + lane] - frame, 0), most) << shift
-                    place = row + 4 * lane
-                    store_u32(place, np.uint32(load_u32(place) | field & 0xFFFFFFFF))
-                    if field >> 32:
-                        store_u32(place + HALF_ROW, np.uint32(field >> 32))
-                bit += width
-        to += HALF_ROW * rows
+    for piece in range(count):
+        to = pack_piece(pieces[piece], chosen[piece, WIDTH], chosen[piece, FRAME], to)
     for piece in range(count):
         frame = chosen[piece, FRAME]
         end = frame + (1 << chosen[piece, WIDTH]) - 1

@@ -9,6 +9,7 @@ takes four positions of every piece, of V a piece is a run. What is unpacked are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from kvcomp.codec.patched import HALF, LEAST_OFFSET, PIECE, PIECE_CODES, POSITION_BITS
+from kvcomp.codec.patched import HALF, LEAST_OFFSET, PIECE, PIECE_BYTES, PIECE_CODES, POSITION_BITS
 from kvcomp.kernels.cpu.bits import (
     F32,
+    I16,
     I32,
     I64,
     LANES,
@@ -31,6 +33,7 @@ from kvcomp.kernels.cpu.bits import (
     load_i8,
     load_u8,
     load_u16,
+    splat,
     store_f32,
     vector,
 )
@@ -39,15 +42,49 @@ from kvcomp.kernels.cpu.fixed import (
     GROUPS,
     PARTS,
     ROW_FLOATS,
+    codes_of,
     multiply_run,
     pair_up,
-    unpacker,
 )
 
-HALF_ROW = 4 * HALF  # bytes of a row of words
 f32, i64 = np.float32, np.int64
 
-unpack_piece = unpacker(HALF_ROW, framed=True)
+
+def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    """``unpack_piece(words, width, frame, out, step)``: the codes of a piece, as float32 [four][position of it][lane].
+
+    frame: added to each code, as a float. step: bytes from four positions to the next.
+    """
+    words, width, frame, out, step = args
+    done = builder.append_basic_block("done")
+    chosen = builder.switch(width, done)
+    for bits in range(9):
+        case = builder.append_basic_block(f"unpack_{bits}")
+        chosen.add_case(I64(bits), case)
+        builder.position_at_end(case)
+        _unpack_width(builder, bits, words, frame, out, step)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _unpack_width(
+    builder: ir.IRBuilder, bits: int, words: ir.Value, frame: ir.Value, out: ir.Value, step: ir.Value
+) -> None:
+    frames = splat(builder, frame)
+    with cgutils.for_range_slice(builder, I64(0), I64(ROW_FLOATS), I64(4 * LANES), I64) as (lanes, _):
+        row, column = (builder.add(x, lanes) for x in (words, out))
+        rows = [builder.load(at(builder, row, 4 * HALF * i), align=4, typ=vector(I32)) for i in range(bits // 2)]
+        if bits % 2:
+            last = at(builder, builder.add(words, builder.lshr(lanes, I64(1))), 4 * HALF * (bits // 2))
+            rows.append(builder.zext(builder.load(last, align=2, typ=vector(I16)), vector(I32)))
+        codes = codes_of(builder, rows, 0, bits) if bits else repeat(None, PIECE)
+        for position, code in enumerate(codes):
+            four = builder.add(column, builder.mul(step, I64(position // 4)))
+            x = frames if code is None else builder.fadd(code, frames)
+            builder.store(x, at(builder, four, ROW_FLOATS * (position % 4)), align=4)
+
+
+unpack_piece = emitted(types.void, [types.int64, types.int64, types.float32, types.int64, types.int64], _unpack)
 
 
 @compiled
@@ -57,20 +94,12 @@ def head_bytes(channels):
 
 
 @compiled
-def half_bytes(block, channels, half):
-    """Bytes of the words of a half of a block."""
-    pieces, total = channels // PIECE, i64(0)
-    for i in range(half * pieces, (half + 1) * pieces):
-        total += i64(load_u8(block + i))
-    return HALF_ROW * ((PIECE * total + 31) >> 5)
-
-
-@compiled
-def begin_halves(block, channels):
-    """Where the words of the two halves and the exceptions of a block begin."""
-    first = block + head_bytes(channels)
-    second = first + half_bytes(block, channels, 0)
-    return first, second, second + half_bytes(block, channels, 1)
+def begin_exceptions(block, channels):
+    """Where the exceptions of a block begin."""
+    place = block + head_bytes(channels)
+    for piece in range(channels // 8):
+        place += PIECE_BYTES * i64(load_u8(block + piece))
+    return place
 
 
 @compiled
@@ -95,15 +124,15 @@ def unpack_half(block, kind, channels, half, count, base, words, exceptions, out
     """Unpack the first ``count`` pieces of a half, behind which all are empty, to float32 codes plus ``base``.
 
     words, exceptions: where those of the half begin. out: of K [four tokens][piece][four channels][lane], of V
-    [piece][position][lane]. Returns where the exceptions end.
+    [piece][position][lane]. Returns where words and exceptions end.
     """
-    pieces, bit, four = channels // 8, i64(0), i64(4 * ROW_FLOATS)
+    pieces, four = channels // 8, i64(4 * ROW_FLOATS)
     next_piece, next_four = (4 * four, four) if kind == V else (four, count * four)
     for i in range(count):
         piece, to = half * (channels // PIECE) + i, out + i * next_piece
         width, frame = i64(load_u8(block + piece)), f32(load_i8(block + pieces + piece)) + base
-        unpack_piece(words + HALF_ROW * (bit >> 5), width, (bit & 31) >> 4, to, frame, next_four)
-        bit += PIECE * width
+        unpack_piece(words, width, frame, to, next_four)
+        words += PIECE_BYTES * width
         end = exceptions + 2 * i64(load_u8(block + 2 * pieces + piece))
         while exceptions < end:
             exception = i64(load_u16(exceptions))
@@ -111,17 +140,16 @@ def unpack_half(block, kind, channels, half, count, base, words, exceptions, out
             code = to + (place >> 7) * next_four + 4 * (place & 127)
             store_f32(code, load_f32(code) + f32((exception >> POSITION_BITS) + LEAST_OFFSET))
             exceptions += 2
-    return exceptions
+    return words, exceptions
 
 
 @compiled
 def multiply_patched(block, kind, channels, factors, factor_bytes, queries, unpacked, out, out_bytes):
     """``fixed.multiply`` for the pieces at an address; factors of K are those of ``step_keys``."""
-    first, second, exceptions = begin_halves(block, channels)
+    words, exceptions = block + head_bytes(channels), begin_exceptions(block, channels)
     for half in range(2):
         count = filled_pieces(block, channels, half)
-        words = second if half else first
-        exceptions = unpack_half(block, kind, channels, half, count, f32(0), words, exceptions, unpacked)
+        words, exceptions = unpack_half(block, kind, channels, half, count, f32(0), words, exceptions, unpacked)
         if kind == V:
             for i in range(count):
                 piece = half * (channels // PIECE) + i
@@ -148,11 +176,10 @@ step_keys = emitted(types.void, [types.int64] * 3, _step)  # floats by channel t
 @compiled
 def decode_patched(block, kind, channels, offsets, unpacked, out):
     """Decode pieces to wide pairs of codes plus 128, address to address; ``unpacked`` is scratch as in ``multiply``."""
-    first, second, exceptions = begin_halves(block, channels)
+    words, exceptions = block + head_bytes(channels), begin_exceptions(block, channels)
     count, place_of = channels // PIECE, integers_at(offsets, channels // 2)
     for half in range(2):
-        words = second if half else first
-        exceptions = unpack_half(block, kind, channels, half, count, f32(128), words, exceptions, unpacked)
+        words, exceptions = unpack_half(block, kind, channels, half, count, f32(128), words, exceptions, unpacked)
         for pair in range(channels // 2):
             if kind == V:
                 target, step = stream_offset(V, channels, half, 0) + place_of[pair], 2 * channels
