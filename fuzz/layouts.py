@@ -46,6 +46,15 @@ LAYOUTS = (
     case(TensorSpec("vector", 0.1, "fixed"), TensorSpec("channel", 0.2, limit=10), 1, 80, torch.bfloat16, False),
     case(HEAD, TensorSpec("head", steps=((0.3, 0.02),), classes=4), 2, 16, torch.float16, True),
     case(TensorSpec("block", 0.03), TensorSpec("token", 0.03, "fixed"), 1, 128, torch.float16, True),
+    case(TensorSpec("block", 0.03, "patched"), TensorSpec("vector", 0.02, "patched"), 1, 48, torch.bfloat16, False),
+    case(
+        TensorSpec("head", coding="patched", steps=((0.05, 0.4),)),
+        TensorSpec("head", coding="patched", steps=((0.2, 0.03),)),
+        2,
+        80,
+        torch.float32,
+        False,
+    ),
 )
 
 

@@ -318,7 +318,16 @@ def test_a_spec_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("kvcomp-klt", True), ("kvcomp-klt:balanced", True), ("kvcomp", False), ("kvcomp-klt2", False), (None, False)],
+    [
+        ("kvcomp-klt", True),
+        ("kvcomp-klt:balanced", True),
+        ("packed-klt", True),
+        ("packed-klt:aggressive", True),
+        ("kvcomp", False),
+        ("packed", False),
+        ("kvcomp-klt2", False),
+        (None, False),
+    ],
 )
 def test_the_names_that_need_a_calibration(name: object, expected: bool) -> None:
     assert is_calibrated(name) is expected

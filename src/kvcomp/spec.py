@@ -13,15 +13,17 @@ from typing import Any, Literal, Self, TypeVar
 from kvcomp.errors import InvalidInput, UnsupportedVersion
 
 Unit = Literal["block", "channel", "token", "vector", "head"]
-Coding = Literal["huffman", "fixed"]
+Coding = Literal["huffman", "fixed", "patched"]
 Kind = Literal["K", "V"]
 KINDS: tuple[Kind, Kind] = ("K", "V")
 
 UNITS: tuple[Unit, ...] = ("block", "channel", "token", "vector", "head")
-CODINGS: tuple[Coding, ...] = ("huffman", "fixed")
+CODINGS: tuple[Coding, ...] = ("huffman", "fixed", "patched")
 PAGE_TOKENS = 64
 SPEC_VERSION = 1
-CALIBRATED = "kvcomp-klt"  # the preset whose spec a calibration makes, alone or as kvcomp-klt:LEVEL
+CALIBRATED = "kvcomp-klt"
+# The presets whose specs a calibration makes, alone or as NAME:LEVEL, and how these code the same values.
+CALIBRATED_CODINGS: Mapping[str, Coding] = {CALIBRATED: "huffman", "packed-klt": "patched"}
 LEVELS = ("near-lossless", "balanced", "aggressive")
 STEP_RANGE = (2.0**-100, 2.0**100)
 STEP_BITS = 16
@@ -36,7 +38,8 @@ class TensorSpec:
         ``head``: all values of a head, with a step that is known beforehand.
     relative_scale: quantisation step over the unit's range (max - min), in (0, 1); one number, or one for each layer.
         None for the unit ``head``.
-    coding: ``huffman`` (pairs of codes, variable length) or ``fixed`` (fixed width, chosen for each block).
+    coding: ``huffman`` (pairs of codes, variable length), ``fixed`` (fixed width, chosen for each block) or ``patched``
+        (a width for each 512 codes of a block, and exceptions; read on the CPU alone).
     limit: longest Huffman code in bits, 10 to 12.
     classes: codebooks for each quarter of the channels (4) or one for all (1).
     steps: for the unit ``head`` the step of each KV head, layer after layer, from 2^-100 to 2^100; rounded to 16
@@ -229,8 +232,8 @@ class CodecSpec:
 
 
 def is_calibrated(name: object) -> bool:
-    """Whether a name is that of the preset that needs a calibration."""
-    return isinstance(name, str) and name.partition(":")[0] == CALIBRATED
+    """Whether a name is that of a preset that needs a calibration."""
+    return isinstance(name, str) and name.partition(":")[0] in CALIBRATED_CODINGS
 
 
 T = TypeVar("T")

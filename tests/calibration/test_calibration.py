@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 import kvcomp
-from calibrating import STEPS, calibrated
+from calibrating import STEPS, calibrated, like_keys
 from kvcomp.calibration import MAX_SHIFT, Calibration, quantise_matrix, resolve
 from kvcomp.calibration.file import MAX_BYTES, METADATA
 from kvcomp.calibration.transform import Affine
@@ -117,6 +118,7 @@ def test_resolve_says_what_is_missing() -> None:
     assert resolve("kvcomp-klt", MADE) == (MADE.spec("balanced"), MADE)
     assert resolve("kvcomp-klt:aggressive", MADE)[0] == MADE.spec("aggressive")
     assert resolve(MADE.spec("aggressive"), MADE)[0] == MADE.spec("aggressive")
+    assert resolve("packed-klt:aggressive", MADE) == (MADE.spec("aggressive", "patched"), MADE)
     with pytest.raises(InvalidInput, match="kvcomp calibrate MODEL"):
         resolve("kvcomp-klt")
     with pytest.raises(InvalidInput, match=MADE.fingerprint):
@@ -129,6 +131,23 @@ def test_resolve_says_what_is_missing() -> None:
         resolve(MADE.spec(), calibrated(2, channels=16, model={"model_type": "other"}))
     with pytest.raises(InvalidInput, match="no preset"):
         resolve("kvcomp-kl", MADE)
+
+
+def test_packed_klt_holds_the_same_values_in_pieces_and_no_codebooks() -> None:
+    k, v = like_keys(1, 2, 400, 16, 5), like_keys(1, 2, 400, 16, 6).flip(-1)
+    coded, packed = (
+        kvcomp.compress(k, v, f"{name}:aggressive", calibration=MADE) for name in ("kvcomp-klt", "packed-klt")
+    )
+    for one, other in zip(coded.decompress(), packed.decompress(), strict=True):
+        assert torch.equal(one, other)
+    assert (coded.memory().books > 0, packed.memory().books) == (True, 0)
+    spec = MADE.spec("aggressive", "patched")
+    assert (spec.key.coding, spec.value.coding) == ("patched", "patched")
+    assert CodecSpec.from_json(spec.to_json()) == spec
+    assert MADE.levels_of(MADE.spec("aggressive", "patched")) == dict.fromkeys(MADE.layers, "aggressive")
+    mixed = replace(MADE.spec("balanced", "patched"), value=MADE.spec("balanced").value)
+    with pytest.raises(InvalidInput, match="no level"):
+        MADE.levels_of(mixed)
 
 
 def test_another_model_is_told_apart() -> None:

@@ -52,7 +52,7 @@ def case_of(make: Any, name: str) -> Any:
 def test_the_files_are_those_of_the_cases_and_small(make: Any) -> None:
     assert sorted(case.name for case in make.CASES) == NAMES
     assert sorted(name for name, *_ in make.invalid_pages()) == BAD_PAGES
-    assert sum(path.stat().st_size for path in (GOLDEN / "v1").rglob("*.*")) < 300_000
+    assert sum(path.stat().st_size for path in (GOLDEN / "v1").rglob("*.*")) < 320_000
 
 
 def test_the_script_writes_the_committed_files_byte_by_byte(make: Any, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_the_values_of_a_golden_page_are_within_the_bound_of_its_input(make: Any
                 assert (error <= np.broadcast_to(bound, error.shape))[head].all()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "fixed" not in name])
+@pytest.mark.parametrize("name", [name for name in NAMES if "fixed" not in name and "patched" not in name])
 def test_the_default_books_are_those_stored(make: Any, name: str) -> None:
     case = case_of(make, name)
     for (default, own), r in zip(stored_books(make, read(name)), case.scales, strict=True):
@@ -120,7 +120,7 @@ def test_the_default_books_are_those_stored(make: Any, name: str) -> None:
 
 def test_the_golden_pages_have_every_mode_unit_dtype_and_kind_of_book() -> None:
     every = [read(name) for name in NAMES]
-    assert {mode for about in every for mode in about["modes"]} == {0, 1, 2, *range(8, 16)}
+    assert {mode for about in every for mode in about["modes"]} == {0, 1, 2, 4, *range(8, 16)}
     assert {unit for about in every for unit in about["units"]} == {"block", "channel", "vector", "token", "head"}
     assert {about["dtype"] for about in every} == {"float32", "float16", "bfloat16"}
     books = [book for about in every for key in ("default_books", "own_books") for book in about[key] or [] if book]

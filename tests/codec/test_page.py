@@ -103,7 +103,7 @@ def test_width_8_has_the_mode_of_width_0() -> None:
     assert [width_of(fixed_mode(width)) for width in range(1, 9)] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("mode", [*range(3, 8)])
+@pytest.mark.parametrize("mode", [3, 5, 6, 7])
 def test_a_mode_that_does_not_exist_is_corrupt(mode: int) -> None:
     with pytest.raises(CorruptData, match=f"unknown mode {mode}"):
         TWO_HEADS.least_block_bytes(mode, 0)

@@ -46,7 +46,7 @@ def tensor_specs(draw: Any) -> TensorSpec:
     return TensorSpec(
         draw(units),
         draw(st.sampled_from([0.02, 0.1, 0.3, 0.9])),
-        draw(st.sampled_from(["huffman", "huffman", "fixed"])),
+        draw(st.sampled_from(["huffman", "huffman", "fixed", "patched"])),
         draw(st.integers(10, 12)),
         draw(st.sampled_from([1, 4])),
     )

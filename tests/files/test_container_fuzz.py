@@ -19,12 +19,13 @@ from containers import BATCH, SMALL, packed
 from kvcomp import files
 from kvcomp.codec import codebook
 from kvcomp.codec.block import length_unit, lengths_bytes, lengths_from, scales_from, scales_size
-from kvcomp.codec.page import OWN_BOOK, RAW, Layout, blocks_of, token_scales_of
+from kvcomp.codec.page import OWN_BOOK, PATCHED, RAW, Layout, blocks_of, token_scales_of
+from kvcomp.codec.patched import decode_patched
 from kvcomp.errors import CorruptData, LimitExceeded, UnsupportedVersion
 from kvcomp.files.check import check_pages
 from kvcomp.files.container import Container
 from kvcomp.files.layers import parts_of
-from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.spec import KINDS, CodecSpec, TensorSpec
 from kvcomp.store import KVStore
 from kvcomp.store.attention import attend
 from sealing import NAMES, seal, unseal
@@ -170,6 +171,8 @@ def page_is_valid(page: bytes, layout: Layout) -> tuple[bool, bool]:
             lengths, size = lengths_from(body, "KV"[kind])
             if lengths.sum() * length_unit(layout.channels[kind]) > 8 * (len(body) - size):
                 raise CorruptData("streams")
+        if mode == PATCHED:
+            decode_patched(data[scales_size(count) if count else 0 :], layout.channels[kind], KINDS[kind])
     return own[0], own[1]
 
 
@@ -183,7 +186,7 @@ def test_pages_checked_together_are_judged_as_pages_checked_alone() -> None:
                 draw.choice(["block", "channel", "vector", "token"]),
             )
             spec = CodecSpec(
-                TensorSpec(units[0], 0.1, draw.choice(["huffman", "fixed"])),
+                TensorSpec(units[0], 0.1, draw.choice(["huffman", "fixed", "patched"])),
                 TensorSpec(units[1], 0.2),
                 window=0,
                 sinks=0,
@@ -196,7 +199,7 @@ def test_pages_checked_together_are_judged_as_pages_checked_alone() -> None:
         hostile = arena.copy()
         page = draw.randrange(begin.size)
         places = [begin[page] + draw.randrange(20), begin[page] + draw.randrange(700), draw.randrange(arena.size)]
-        hostile[draw.choice(places)] = draw.choice([0, 1, 2, 3, 8, 9, 127, 128, 255])
+        hostile[draw.choice(places)] = draw.choice([0, 1, 2, 3, 4, 8, 9, 127, 128, 255])
         ends = [*begin[1:].tolist(), arena.size - 32]
         pages = [hostile[first:last].tobytes() for first, last in zip(begin.tolist(), ends, strict=True)]
         try:

@@ -23,7 +23,9 @@ import numpy.typing as npt
 
 from kvcomp.codec import codebook
 from kvcomp.codec.codebook import Codebook
+from kvcomp.codec.dtypes import PATCHED
 from kvcomp.codec.page import Layout, blocks_of
+from kvcomp.codec.patched import PIECE_BYTES, head_bytes
 from kvcomp.codec.quantise import round_to
 from kvcomp.kernels import Books, Steps, reference
 from kvcomp.spec import Coding, Unit
@@ -227,6 +229,38 @@ CASES = (
         coding="fixed",
         data="broken",
     ),
+    Case(
+        "patched",
+        "pieces with widths of their own and exceptions; token scales beside blocks",
+        "bfloat16",
+        1,
+        16,
+        ("block", "token"),
+        (0.015, 0.02),
+        coding="patched",
+        data="falling",
+    ),
+    Case(
+        "patched-head",
+        "steps of heads: pieces on both sides of 0, and odd widths",
+        "float16",
+        1,
+        32,
+        ("head", "head"),
+        ((0.125,), (0.0625,)),
+        coding="patched",
+        data="falling",
+    ),
+    Case(
+        "patched-fixed",
+        "a block that a fixed width makes smaller",
+        "float16",
+        1,
+        16,
+        ("channel", "vector"),
+        (0.16, 0.08),
+        coding="patched",
+    ),
 )
 
 
@@ -260,6 +294,9 @@ def source(case: Case) -> tuple[Array, Array]:
             x[1, 5, 7] = np.nan if not both else -np.inf
             x[2, 63, 15] = 65504
             x[2, 0, 0] = -65504 if not both else 2.0**-24
+        elif case.data == "falling":
+            x *= 2.0 ** -np.floor(np.arange(case.channels, dtype=np.float32) * 8 / case.channels)
+            x[0, 9:12, -1] = 3, -4, 5
         elif case.data == "wide":
             x += np.float32(2.0**-6)
         both.append(round_to(x, NUMPY_TYPES[case.dtype]))
@@ -375,6 +412,61 @@ def invalid_pages() -> Iterator[tuple[str, str, Case, bytes]]:
     yield "token-scale-inf", "an infinite token scale", fixed, put(page, fixed.layout.directory_bytes + 20, b"\x80\x7f")
     k, v, end = struct.unpack_from("<3I", page)
     yield "fixed-no-room", "a fixed block without room for codes of its width", fixed, words(k | 15, v, end)
+    yield from invalid_pieces(next(case for case in CASES if case.name == "patched"))
+
+
+def invalid_pieces(case: Case) -> Iterator[tuple[str, str, Case, bytes]]:
+    """The same of a page whose blocks are patched."""
+    page, pieces = encode(case), case.channels // 8
+    block = struct.unpack_from("<I", page)[0] & ~15
+    begin = block + 8  # behind the scale of K
+    counts = page[begin + 2 * pieces : begin + 3 * pieces]
+    which = next(piece for piece, count in enumerate(counts) if count)
+    assert counts[which] > 1
+    codes = begin + head_bytes(case.channels) + PIECE_BYTES * sum(page[begin : begin + pieces])
+    (entry,) = struct.unpack_from("<H", page, codes)
+
+    def exception(value: int) -> bytes:
+        return put(page, codes, struct.pack("<H", value))
+
+    yield (
+        "patched-no-room",
+        "a block without room for its widths",
+        case,
+        put(page, 4, struct.pack("<I", block | PATCHED)),
+    )
+    yield "width-9", "a piece of nine bits a code", case, put(page, begin, b"\x09")
+    yield (
+        "widths-too-wide",
+        "codes of the widths exceed the block",
+        case,
+        put(page, begin, b"\x08" * pieces + b"\x80" * pieces),
+    )
+    yield "frame-127", "codes beyond 127", case, put(page, begin + pieces, b"\x7f")
+    yield (
+        "exceptions-too-many",
+        "the exceptions exceed the block",
+        case,
+        put(page, begin + 2 * pieces, b"\xff" * pieces),
+    )
+    yield "exception-offset-0", "an exception that is none", case, exception(entry & 511 | 64 << 9)
+    yield "exception-moved", "an exception whose code is not at the end of its piece's", case, exception(entry ^ 1)
+    yield (
+        "exception-twice",
+        "an exception after one at the same place",
+        case,
+        put(page, codes + 2, page[codes : codes + 2]),
+    )
+    yield (
+        "exception-beyond-127",
+        "an exception beyond 127",
+        case,
+        put(
+            put(page, begin + pieces + which, bytes([128 - (1 << page[begin + which])])),
+            codes,
+            struct.pack("<H", entry & 511 | 127 << 9),
+        ),
+    )
 
 
 def put(page: bytes, at: int, value: bytes) -> bytes:

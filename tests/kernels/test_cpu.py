@@ -12,7 +12,9 @@ import pytest
 import attention_cases
 from attention_cases import NUMPY, Cache, Case, make_raw, relative_error, steps_of, values_like
 from kvcomp.codec import codebook
+from kvcomp.codec.dtypes import PATCHED
 from kvcomp.codec.page import fixed_mode
+from kvcomp.codec.patched import piece_order
 from kvcomp.codec.quantise import round_to
 from kvcomp.errors import InvalidInput
 from kvcomp.kernels import Books, Steps, reference
@@ -31,7 +33,12 @@ UNIT_PAIRS: tuple[tuple[Unit, Unit], ...] = (
     ("head", "token"),
     ("channel", "head"),
 )
-CODINGS: tuple[tuple[Coding, Coding], ...] = (("huffman", "huffman"), ("fixed", "huffman"), ("huffman", "fixed"))
+CODINGS: tuple[tuple[Coding, Coding], ...] = (
+    ("huffman", "huffman"),
+    ("fixed", "huffman"),
+    ("patched", "patched"),
+    ("huffman", "fixed"),
+)
 # Attention in float32 sums against float64, relative to the largest output; scores of tens magnify their own rounding.
 TOLERANCE = 2e-5
 
@@ -86,7 +93,7 @@ def test_attend_shapes(channels: int, case: int) -> None:
             UNIT_PAIRS[case],
             seed=case + channels,
             classes=(1, 4)[(case + channels // 16) % 2],
-            coding=CODINGS[(case + channels // 16) % 3],
+            coding=CODINGS[(case + channels // 16) % 4],
             value=DTYPES[(case + channels // 32) % 3],
             raw=True,
             partial=37,
@@ -105,7 +112,7 @@ def test_attend_groups(group: int) -> None:
 def test_values_may_have_other_channels_than_keys(channels: int, value_channels: int, units: tuple[Unit, Unit]) -> None:
     """The same bytes and values as by the reference, and attention over them."""
     number = UNIT_PAIRS.index(units) + channels // 16
-    classes, dtype, coding = (1, 4)[number % 2], DTYPES[number % 3], CODINGS[number % 3]
+    classes, dtype, coding = (1, 4)[number % 2], DTYPES[number % 3], CODINGS[number % 4]
     cache = build(
         channels, 1 + number % 5, (2, 0), units, classes, coding=coding, value=dtype, raw=True,
         value_channels=value_channels,
@@ -134,7 +141,7 @@ def test_attend_units(units: tuple[Unit, Unit], classes: int, coding: tuple[Codi
 
 
 @pytest.mark.parametrize("scales", [(0.3, 0.3), (0.05, 0.04), (0.03, 0.02), (0.012, 0.014)])
-@pytest.mark.parametrize("coding", [("huffman", "huffman"), ("fixed", "fixed")])
+@pytest.mark.parametrize("coding", [("huffman", "huffman"), ("fixed", "fixed"), ("patched", "patched")])
 @pytest.mark.parametrize("own", [True, False])
 def test_attend_precision(scales: tuple[float, float], coding: tuple[Coding, Coding], own: bool) -> None:
     """All splits of a code, narrow and wide tables, every fixed width."""
@@ -171,6 +178,45 @@ def test_every_fixed_width(channels: int, width: int) -> None:
     cache.view.pages[0, :2] = addresses
     view = replace(cache.view, books=[(nothing, nothing)], steps=steps)
     assert_attends(replace(cache, view=view, scaling=channels**-0.5 / (1 << width), owners=[pages]))
+
+
+@pytest.mark.parametrize("channels", [16, 48, 80, 128, 288, 512])
+@pytest.mark.parametrize("queries", [1, 3, 16])
+def test_pieces_of_every_width(channels: int, queries: int) -> None:
+    """Widths of 0 to 8 in any order, pieces that begin in the middle of a word, empty pieces at the end and between,
+    exceptions at the first and the last place of a piece and next to each other.
+    """
+    rng = np.random.default_rng(channels + queries)
+    k, v = np.zeros((2, 2, 128, channels), np.float32)
+    for kind, x in zip(KINDS, (k, v), strict=True):
+        token, channel = piece_order(kind, channels)
+        for head, page, piece in np.ndindex(2, 2, channels // 8):
+            width = int(rng.integers(0, 10))
+            if width < 9 and piece % (channels // 16) < max(1, channels // 20):
+                codes = rng.integers(0, 1 << width, 512) + int(rng.integers(-128, 129 - (1 << width)))
+                places = [0, 1, 511, *rng.integers(0, 512, 6)]
+                codes[places] = np.clip(codes[places] + rng.integers(-63, 64, len(places)), -128, 127)
+                x[head, 64 * page + token[piece], channel[piece]] = codes
+    steps: Steps = ((1.0, 0.75), (0.5, 1.25))
+    k, v = (
+        x * np.array(of_kind, np.float32)[:, None, None] for x, of_kind in zip((k, v), steps, strict=True) if of_kind
+    )
+    quantised = [reference.quantise(x, "head", scale) for x, scale in zip((k, v), steps, strict=True) if scale]
+    units: tuple[Unit, Unit] = ("head", "head")
+    nothing: Books = (None, None)
+    pages, offsets = cpu.encode_pages(k, v, *quantised, ("patched",) * 2, units, nothing, nothing)
+    expected, _ = reference.encode_pages(k, v, *quantised, ("patched",) * 2, units, nothing, nothing)
+    np.testing.assert_array_equal(pages, expected, strict=True)
+    addresses = pages.ctypes.data + offsets[:-1]
+    assert {mode for page in addresses.tolist() for mode in modes_of(page, 2)} >= {PATCHED}
+    out_k, out_v = np.full_like(k, np.nan), np.full_like(v, np.nan)
+    cpu.decompress(addresses, units, nothing, nothing, out_k, out_v, steps)
+    np.testing.assert_array_equal(out_k, k)
+    np.testing.assert_array_equal(out_v, v)
+    cache = build(channels, queries, (2,), units, tail=20, value="float32")
+    cache.view.pages[0, :2] = addresses
+    view = replace(cache.view, books=[(nothing, nothing)], steps=steps)
+    assert_attends(replace(cache, view=view, scaling=channels**-0.5 / 64, owners=[pages]))
 
 
 @pytest.mark.parametrize("channels", [16, 64, 80, 128, 192, 512])
@@ -339,7 +385,7 @@ def test_bytes_equal_reference(channels: int, units: tuple[Unit, Unit], classes:
     """Counts, pages with all modes and what they decompress to."""
     case = channels // 16 + classes + UNIT_PAIRS.index(units)
     rng = np.random.default_rng(case)
-    dtype, coding = DTYPES[case % 3], CODINGS[case % 3]
+    dtype, coding = DTYPES[case % 3], CODINGS[case % 4]
     scales = ((0.05, 0.1), (0.02, 0.3), (0.013, 0.04))[case % 3]
     spec = Case(heads=3, units=units, scales=scales_for(units, scales)).spec
     tensors = spec.key, spec.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from kvcomp.errors import BackendUnavailable
 from kvcomp.kernels.cuda import compile as gpu_compile
 from kvcomp.kernels.cuda import device as gpu
-from kvcomp.kernels.cuda.layout import check_channels, machine
+from kvcomp.kernels.cuda.layout import check_channels, machine, page_build
 from kvcomp.spec import CodecSpec
 from kvcomp.store.gpu.store import GPUStore, gpu_of
 
@@ -20,6 +21,15 @@ def test_tensors_elsewhere_than_on_a_gpu() -> None:
     with pytest.raises(BackendUnavailable, match="move the model to one, or use backend='cpu'"):
         store.append(*torch.zeros(2, 1, 1, 3, 64))
     assert store.tokens == store.batch == 0
+
+
+@pytest.mark.parametrize("kind", ["key", "value"])
+def test_a_coding_that_no_gpu_kernel_reads(kind: str) -> None:
+    packed = CodecSpec.resolve("packed").layer(0, 1)
+    spec = replace(packed, **{kind: replace(getattr(packed, kind), coding="patched")})
+    with pytest.raises(BackendUnavailable, match=r"read the codings huffman and fixed, not patched: use backend='cpu'"):
+        page_build(spec, 64, "bfloat16")
+    page_build(packed, 64, "bfloat16")
 
 
 def test_no_bindings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvcomp.spec import UNITS, CodecSpec, Coding, Unit
+from kvcomp.spec import CODINGS, UNITS, CodecSpec, Coding, Unit
 from kvcomp.store import KVStore
 from stores import DTYPES, allocated, bound_of, page_bytes, snapshot, spec_of
 
@@ -69,7 +69,7 @@ class StoreMachine(RuleBasedStateMachine):
         units=st.tuples(st.sampled_from(UNITS), st.sampled_from(UNITS)),
         window=st.sampled_from([0, 5, 64]),
         sinks=st.sampled_from([0, 4, 70]),
-        coding=st.sampled_from(["huffman", "fixed"]),
+        coding=st.sampled_from(CODINGS),
         dtype=st.sampled_from(DTYPES),
         first=st.sampled_from([1, 90, 340]),
         padding=st.lists(st.floats(0, 1) | st.just(0.0), min_size=1, max_size=3),

@@ -117,7 +117,7 @@ def test_every_group_size_of_grouped_and_multi_query_attention(backend: str, kv_
     check_both(store, randn(1, kv_heads * group, 1, 16))
 
 
-@pytest.mark.parametrize("coding", ["huffman", "fixed"])
+@pytest.mark.parametrize("coding", ["huffman", "fixed", "patched"])
 @pytest.mark.parametrize("channels", [16, 64, 80, 96, 128, 256, 512])
 def test_every_head_size(backend: str, channels: int, coding: Coding) -> None:
     store = filled(backend, 150, 2, channels, spec=spec_of("channel", "vector", coding))

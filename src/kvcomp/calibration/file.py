@@ -46,7 +46,7 @@ from kvcomp.codec.block import check_channels
 from kvcomp.codec.codebook import Codebook
 from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedVersion
 from kvcomp.kernels import Books
-from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.spec import CodecSpec, Coding, TensorSpec
 
 VERSION = 1
 METADATA = "kvcomp_calibration"
@@ -138,17 +138,17 @@ class Calibration:
             size += 0 if (shifts := levels[level].shifts) is None else shifts.nbytes
         return size
 
-    def spec(self, level: str = DEFAULT_LEVEL) -> CodecSpec:
-        """The spec of a quality level.
+    def spec(self, level: str = DEFAULT_LEVEL, coding: Coding = "huffman") -> CodecSpec:
+        """The spec of a quality level. Only ``huffman`` uses the codebooks.
 
         Raises
         ------
         InvalidInput
             If there is no such level.
         """
-        return self.mixed(dict.fromkeys(self.layers, level))
+        return self.mixed(dict.fromkeys(self.layers, level), coding)
 
-    def mixed(self, chosen: Mapping[int, str]) -> CodecSpec:
+    def mixed(self, chosen: Mapping[int, str], coding: Coding = "huffman") -> CodecSpec:
         """The spec that has a level for each layer.
 
         Raises
@@ -165,11 +165,11 @@ class Calibration:
             steps = [(1.0,) * heads] * self.about.layers  # of layers that are not compressed: nobody reads them
             for index, (_, levels) in self.layers.items():
                 steps[index] = levels[chosen[index]].steps[kind]
-            tensors.append(TensorSpec("head", steps=tuple(steps), classes=CLASSES))
+            tensors.append(TensorSpec("head", coding=coding, steps=tuple(steps), classes=CLASSES))
         return CodecSpec(tensors[0], tensors[1], calibration=self.fingerprint)
 
     def layer(self, index: int, spec: CodecSpec) -> LayerCalibration | None:
-        """Codebooks and transform of a layer of the model.
+        """Transform of a layer of the model, and codebooks if the spec's coding has any.
 
         Parameters
         ----------
@@ -193,7 +193,8 @@ class Calibration:
             return None
         transform, levels = self.layers[index]
         level = levels[chosen[index]]
-        return LayerCalibration(level.books, transform if level.shifts is None else transform.coarsened(level.shifts))
+        books = level.books if spec.key.coding == "huffman" else ((None, None), (None, None))
+        return LayerCalibration(books, transform if level.shifts is None else transform.coarsened(level.shifts))
 
     def levels_of(self, spec: CodecSpec) -> dict[int, str]:
         """The level that a spec has in each layer. Raises InvalidInput if it is of no level of this calibration."""
@@ -209,7 +210,7 @@ class Calibration:
             for level in reversed(self.levels)
             if index < len(steps) and levels[level].steps == steps[index]
         }
-        mine = self.mixed(found) if len(found) == len(self.layers) else None
+        mine = self.mixed(found, spec.key.coding) if len(found) == len(self.layers) else None
         if mine is None or (mine.key, mine.value) != (spec.key, spec.value):
             raise InvalidInput("the steps of this spec are those of no level of the calibration")
         return found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kvcomp.calibration.file import DEFAULT_LEVEL, Calibration
 from kvcomp.errors import InvalidInput
-from kvcomp.spec import CALIBRATED, CodecSpec, is_calibrated
+from kvcomp.spec import CALIBRATED, CALIBRATED_CODINGS, CodecSpec, is_calibrated
 
 
 def resolve(
@@ -17,7 +17,7 @@ def resolve(
     Parameters
     ----------
     spec
-        As for ``CodecSpec.resolve``, or ``kvcomp-klt``, or ``kvcomp-klt:LEVEL``.
+        As for ``CodecSpec.resolve``, or ``kvcomp-klt`` or ``packed-klt``, alone or with ``:LEVEL``.
     calibration
         One, or the path of its file.
 
@@ -41,6 +41,7 @@ def resolve(
         )
     read = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
     if resolved is None:
-        return read.spec(str(spec).partition(":")[2] or DEFAULT_LEVEL), read
+        name, _, level = str(spec).partition(":")
+        return read.spec(level or DEFAULT_LEVEL, CALIBRATED_CODINGS[name]), read
     read.levels_of(resolved)
     return resolved, read

@@ -14,13 +14,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from kvcomp.errors import KVCompError
-from kvcomp.spec import CALIBRATED, PRESETS, CodecSpec, is_calibrated
+from kvcomp.spec import CALIBRATED_CODINGS, PRESETS, CodecSpec, is_calibrated
 
 if TYPE_CHECKING:
     from kvcomp.results.journal import Journal
 
 SHIPPED = "tiny-lm"
-SPEC_NAMES = f"{', '.join(PRESETS)}, {CALIBRATED}:LEVEL or a spec.json"
+SPEC_NAMES = f"{', '.join(PRESETS)}, {', '.join(f'{name}:LEVEL' for name in CALIBRATED_CODINGS)} or a spec.json"
 
 MODEL_HELP = "Model directory, hub name, GGUF file or its folder"
 Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} [default: the shipped one]")]
@@ -36,7 +36,7 @@ CalibrationFile = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
-        help=f"The .kvcal file of {CALIBRATED} [default: model.kvcal beside the model]",
+        help=f"The .kvcal file of {' and '.join(CALIBRATED_CODINGS)} [default: model.kvcal beside the model]",
         exists=True,
         dir_okay=False,
     ),

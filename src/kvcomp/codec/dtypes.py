@@ -64,4 +64,4 @@ UNIT_NUMBERS: Final[dict[Unit, int]] = {
 }
 
 # Modes of a block (docs/format.md, section 2). FIXED + w is a width of w bits, 1 to 7; FIXED itself is 8 bits.
-RAW, DEFAULT_BOOK, OWN_BOOK, FIXED = 0, 1, 2, 8
+RAW, DEFAULT_BOOK, OWN_BOOK, PATCHED, FIXED = 0, 1, 2, 4, 8

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp.codec.block import LEAST_LENGTHS, STREAMS, fixed_words, scales_from, scales_size
-from kvcomp.codec.dtypes import DEFAULT_BOOK, FIXED, OWN_BOOK, RAW
+from kvcomp.codec.dtypes import DEFAULT_BOOK, FIXED, OWN_BOOK, PATCHED, RAW
+from kvcomp.codec.patched import head_bytes
 from kvcomp.errors import CorruptData
 from kvcomp.spec import PAGE_TOKENS, Unit
 
@@ -72,6 +73,8 @@ class Layout:
             return PAGE_TOKENS * self.channels[kind_index] * self.value_bytes
         if mode == OWN_BOOK or (mode == DEFAULT_BOOK and self.default_books[kind_index]):
             return scales + LEAST_LENGTHS
+        if mode == PATCHED:
+            return scales + head_bytes(self.channels[kind_index])
         if FIXED <= mode < FIXED + MAX_WIDTH:
             return scales + 4 * STREAMS * fixed_words(self.channels[kind_index], width_of(mode))
         if mode == DEFAULT_BOOK:

@@ -92,6 +92,9 @@ def _check_some(arena: Bytes, begin: Places, sizes: Places, layout: Layout, own:
         check.SCALE: "a block has a scale or a zero that no encoder writes",
         check.LENGTHS: "a block is too short for the lengths of its streams",
         check.STREAM: "a block's streams are longer than the block",
+        check.PIECES: "a block has a piece of more than 8 bits a code, or of codes beyond 127",
+        check.CODES: "a block is too short for its codes and exceptions",
+        check.EXCEPTION: "a block has an exception that no encoder writes",
     }
     if found & 255 == check.MODE:
         layout.least_block_bytes(found >> 8 & 15, found >> 12)  # says what is wrong with the mode
@@ -100,9 +103,9 @@ def _check_some(arena: Bytes, begin: Places, sizes: Places, layout: Layout, own:
 
 
 @lru_cache(maxsize=64)
-def _constants(layout: Layout) -> tuple[Places, Places, Places, Places]:
+def _constants(layout: Layout) -> tuple[Places, Places, Places, Places, Places]:
     """Least bytes of a block of K and V by mode, -1 for no mode; scales of a block; where the token scales are; bits of
-    a unit of length.
+    a unit of length; pieces of a patched block.
     """
 
     def least(mode: int, kind: int) -> int:
@@ -116,4 +119,5 @@ def _constants(layout: Layout) -> tuple[Places, Places, Places, Places]:
         np.array([layout.block_scales(kind) for kind in range(2)]),
         np.array([-1 if offset is None else offset for offset in layout.token_scale_offsets]),
         np.array([length_unit(channels) for channels in layout.channels]),
+        np.array([channels // 8 for channels in layout.channels]),
     )

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcomp.codec import block
-from kvcomp.codec.dtypes import DEFAULT_BOOK, FIXED, OWN_BOOK, RAW
+from kvcomp.codec import block, patched
+from kvcomp.codec.dtypes import DEFAULT_BOOK, FIXED, OWN_BOOK, PATCHED, RAW
 from kvcomp.codec.page import (
     Layout,
     assemble,
@@ -82,12 +82,19 @@ def _encode_codes(
         for mode, book in ((OWN_BOOK, books[1]), (DEFAULT_BOOK, books[0])):
             if book is not None and block.covers(book, codes, kind):
                 return mode, block.encode_huffman(codes, kind, book)
+    signed = codes.astype(np.int64)
     if unit == "head":
         width = block.signed_width(codes)
         codes = codes + np.uint8(fixed_zero(width) - HEAD_ZERO & 255)
+        signed += HEAD_ZERO
     else:
         width = block.fixed_width(codes)
-    return fixed_mode(width), block.encode_fixed(codes, kind, width)
+    body = block.encode_fixed(codes, kind, width)
+    if coding == "patched":
+        smaller = patched.encode_patched(signed, kind)
+        if len(smaller) < len(body):
+            return PATCHED, smaller
+    return fixed_mode(width), body
 
 
 def write_raw(
@@ -159,12 +166,15 @@ def _decode_block(
     count = layout.block_scales(kind)
     shared = token_scales_of(page, layout, kind)
     if step is not None:
-        zeros = HEAD_ZERO if mode < FIXED else fixed_zero(width_of(mode))
+        zeros = 0 if mode == PATCHED else HEAD_ZERO if mode < FIXED else fixed_zero(width_of(mode))
         scale, zero = np.full(1, step, np.float32), np.full(1, zeros, np.int32)
     else:
         scale, zero = shared if shared is not None else block.scales_from(data, count)
     body = data[block.scales_size(count) if count else 0 :]
-    if mode >= FIXED:
+    codes: npt.NDArray[Any]
+    if mode == PATCHED:
+        codes = patched.decode_patched(body, shape[1], KINDS[kind])
+    elif mode >= FIXED:
         codes = block.decode_fixed(body, shape[1], KINDS[kind], width_of(mode))
     else:
         book = books[0] if mode == DEFAULT_BOOK else books[1]

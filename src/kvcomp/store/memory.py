@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp.codec.block import scales_size
-from kvcomp.codec.dtypes import FIXED, RAW
+from kvcomp.codec.dtypes import OWN_BOOK, RAW
 from kvcomp.codec.page import Layout, directory_of
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def add_page(parts: dict[str, int], buffer: npt.NDArray[np.uint8], at: int, layo
         count = layout.block_scales(index // layout.heads)
         scales = scales_size(count) if count and mode != RAW else 0
         lengths = 0
-        if RAW < mode < FIXED:
+        if RAW < mode <= OWN_BOOK:
             lengths = 4 + 8 * int(buffer[at + int(offsets[index]) + scales] & 15)
         parts["scales"] += scales
         parts["lengths"] += lengths

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcomp.codec.dtypes import FIXED, FLOAT32, RAW
+from kvcomp.codec.dtypes import FIXED, FLOAT32, PATCHED, RAW
 from kvcomp.kernels.cpu.bits import (
     address_of,
     compiled,
@@ -29,13 +29,18 @@ from kvcomp.kernels.cpu.fixed import turn
 from kvcomp.kernels.cpu.page import (
     TOKENS,
     block_at,
-    fixed_width,
     prefetch_block,
     prefetch_token_scales,
     table_places,
 )
 from kvcomp.kernels.cpu.products import add_raw_values, score_raw_keys
-from kvcomp.kernels.cpu.scores import add_coded_values, add_fixed_values, score_coded_keys, score_fixed_keys
+from kvcomp.kernels.cpu.scores import (
+    add_coded_values,
+    add_fixed_values,
+    score_coded_keys,
+    score_fixed_keys,
+    score_patched_keys,
+)
 from kvcomp.kernels.cpu.scratch import (
     KEY_SLOTS,
     lay_out,
@@ -119,7 +124,9 @@ def attend_page(
     else:
         codes = take_scales(page, block, mode, K, head, heads, k_unit, v_unit, steps, s)
         if mode >= FIXED:
-            score_fixed_keys(codes, k_unit, fixed_width(mode), s)
+            score_fixed_keys(codes, k_unit, mode, s)
+        elif mode == PATCHED:
+            score_patched_keys(codes, k_unit, s)
         else:
             score_coded_keys(k_unit, take_pairs(codes, mode, K, k_unit, books, s), books, s)
     if bias:
@@ -136,8 +143,8 @@ def attend_page(
         add_raw(block, s.value_channels * value_bytes, tokens, dtype, s, out)
     else:
         codes = take_scales(page, block, mode, V, head, heads, k_unit, v_unit, steps, s)
-        if mode >= FIXED:
-            add_fixed_values(codes, v_unit, fixed_width(mode), s, out)
+        if mode >= PATCHED:
+            add_fixed_values(codes, v_unit, mode, s, out)
         else:
             add_coded_values(v_unit, take_pairs(codes, mode, V, v_unit, books, s), books, s, out)
 

@@ -28,7 +28,7 @@ from kvcomp.kernels.cpu.quantise import quantise_blocks, quantise_heads
 from kvcomp.kernels.cpu.raw import write_rows
 from kvcomp.kernels.cpu.softmax import LOG2_E, merge
 from kvcomp.kernels.cpu.tables import book_addresses, describe_books
-from kvcomp.spec import PAGE_TOKENS, Coding, Kind, Unit
+from kvcomp.spec import CODINGS, PAGE_TOKENS, Coding, Kind, Unit
 
 __all__ = ["attend", "count_pairs", "decompress", "encode_pages", "quantise", "write_raw"]
 
@@ -268,7 +268,7 @@ def encode_pages(
         (_by_block(kq.scale).view(np.uint32), _by_block(vq.scale).view(np.uint32)),
         (_by_block(kq.zero), _by_block(vq.zero)),
         _unit_numbers(units),
-        np.array([code == "fixed" for code in coding]),
+        np.array([CODINGS.index(code) for code in coding]),
         np.array(describe_books([k_books, v_books], v.shape[2])),
         buffer,
         offsets,

@@ -135,10 +135,12 @@ floats_at, integers_at, halves_at, words_at = (
 )
 
 load_u8, load_u16, load_u32 = _loader(types.uint8, I8), _loader(types.uint16, I16), _loader(types.uint32, I32)
-load_i16, load_i32, load_f32 = _loader(types.int16, I16), _loader(types.int32, I32), _loader(types.float32, F32)
+load_i8, load_i16, load_i32, load_f32 = (
+    _loader(*of) for of in ((types.int8, I8), (types.int16, I16), (types.int32, I32), (types.float32, F32))
+)
 load_u64 = _loader(types.uint64, I64)
 store_u8, store_u16, store_u32 = _storer(types.uint8), _storer(types.uint16), _storer(types.uint32)
-store_u64 = _storer(types.uint64)
+store_u64, store_f32 = _storer(types.uint64), _storer(types.float32)
 
 
 def _copy_bytes(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:

@@ -10,12 +10,21 @@ from typing import Any
 import numpy as np
 
 from kvcomp.codec.block import LEAST_LENGTHS, MAX_BASE, MAX_DIFFERENCE_BITS, STREAMS
-from kvcomp.codec.dtypes import DEFAULT_BOOK, OWN_BOOK, RAW
+from kvcomp.codec.dtypes import DEFAULT_BOOK, OWN_BOOK, PATCHED, RAW
+from kvcomp.codec.patched import (
+    HALF,
+    LEAST_CODE,
+    LEAST_OFFSET,
+    MOST_CODE,
+    PIECE_BYTES,
+    PIECE_CODES,
+    POSITION_BITS,
+)
 from kvcomp.codec.quantise import MAX_ZERO, SCALE_RANGE
 from kvcomp.kernels.cpu.bits import address_of, compiled, load_u32, load_u64
 from kvcomp.spec import PAGE_TOKENS
 
-FINE, DIRECTORY, ORDER, MODE, SHORT, SCALE, LENGTHS, STREAM = range(8)
+FINE, DIRECTORY, ORDER, MODE, SHORT, SCALE, LENGTHS, STREAM, PIECES, CODES, EXCEPTION = range(11)
 LEAST_SCALE, MOST_SCALE = (int(x) for x in np.array(SCALE_RANGE, np.float32).view(np.uint32))
 
 
@@ -69,6 +78,49 @@ def _stream_units(address: int, width: int) -> Any:
     return total
 
 
+@compiled
+def _field(data: Any, words: Any, width: Any, place: Any) -> Any:
+    """A field of a piece whose words begin here."""
+    lane, field = place % HALF, np.int64(0)
+    for i in range(width):
+        bit = place // HALF * width + i
+        whole = bit < 32 * (width // 2)
+        row = words + 4 * HALF * (bit >> 5) + (4 if whole else 2) * lane
+        field |= (np.int64(data[row + (bit >> 3 & 3)]) >> (bit & 7) & 1) << i
+    return field
+
+
+@compiled
+def _check_patched(data: Any, at: int, room: int, pieces: int) -> Any:
+    """What is wrong with a block of pieces, whose widths, frames and counts lie within its room: a number as
+    ``check_pages`` gives.
+    """
+    words, exceptions = np.int64(at + ((3 * pieces + 3) & ~3)), np.int64(0)
+    place = words
+    for piece in range(pieces):
+        width, frame = np.int64(data[at + piece]), np.int64(np.int8(data[at + pieces + piece]))
+        if width > 8 or frame + (1 << width) - 1 > MOST_CODE:
+            return PIECES
+        place += PIECE_BYTES * width
+        exceptions += np.int64(data[at + 2 * pieces + piece])
+    if place + 2 * exceptions > at + room:
+        return CODES
+    for piece in range(pieces):
+        width, frame = np.int64(data[at + piece]), np.int64(np.int8(data[at + pieces + piece]))
+        before = np.int64(-1)
+        for _ in range(data[at + 2 * pieces + piece]):
+            exception = _half(data, place)
+            position, offset = exception & (PIECE_CODES - 1), (exception >> POSITION_BITS) + LEAST_OFFSET
+            stored, nearer = _field(data, words, width, position), (1 << width) - 1 if offset > 0 else 0
+            if position <= before or offset == 0 or stored != nearer:
+                return EXCEPTION
+            if not LEAST_CODE <= frame + stored + offset <= MOST_CODE:
+                return EXCEPTION
+            before, place = position, place + 2
+        words += PIECE_BYTES * width
+    return FINE
+
+
 @compiled(entry=True)
 def check_pages(
     data: Any,
@@ -80,6 +132,7 @@ def check_pages(
     scale_counts: Any,
     shared: Any,
     units: Any,
+    pieces: Any,
     own: Any,
 ) -> Any:
     """Check pages up to the first that is wrong.
@@ -102,6 +155,8 @@ def check_pages(
         int64 (2,): where the token scales of K and V are, -1 for none.
     units
         int64 (2,): bits of a unit of length.
+    pieces
+        int64 (2,): pieces of a patched block.
     own
         bool (pages, 2): set where a block needs the sequence's own codebook.
 
@@ -142,6 +197,10 @@ def check_pages(
                     return LENGTHS
                 if _stream_units(base + at, width) * units[kind] > 8 * room:
                     return STREAM
+            elif mode == PATCHED:
+                found = _check_patched(data, at, room, pieces[kind])
+                if found != FINE:
+                    return found
         for kind in range(2):
             if shared[kind] >= 0 and not _scales_are_fine(data, start + shared[kind], PAGE_TOKENS):
                 return SCALE

@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 
 from kvcomp.codec.block import MAX_CHANNELS
-from kvcomp.codec.dtypes import CHANNEL, FIXED, FLOAT32, HEAD, RAW
+from kvcomp.codec.dtypes import CHANNEL, FIXED, FLOAT32, HEAD, PATCHED, RAW
 from kvcomp.codec.quantise import HEAD_ZERO
 from kvcomp.kernels.cpu.bits import (
     F32,
@@ -56,6 +56,7 @@ from kvcomp.kernels.cpu.page import (
     prefetch_block,
     table_places,
 )
+from kvcomp.kernels.cpu.patched import decode_patched
 from kvcomp.kernels.cpu.scratch import (
     lay_out,
     offsets_of,
@@ -273,6 +274,10 @@ def decompress_pages(pages, units, books, steps, heads, channels, dtype, out, st
             codes = take_scales(page, block, mode, kind, head, heads, units[0], units[1], address_of(steps), s)
             if mode >= FIXED:
                 decode_fixed(codes, kind, width, fixed_width(mode), offsets_of(kind, s), s.values, s.pairs)
+            elif mode == PATCHED:
+                decode_patched(codes, kind, width, offsets_of(kind, s), s.values, s.pairs)
+                zeros = floats_at(s.zero, max(width, TOKENS))
+                zeros += f32(HEAD_ZERO)
             else:
                 slot = take_pairs(codes, mode, kind, units[kind], address_of(books), s)
                 widen_pairs(kind, slot, address_of(books), width, s.pairs, address_of(first))

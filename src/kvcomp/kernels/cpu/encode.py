@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from kvcomp.codec.block import LEAST_LENGTHS, MAX_DIFFERENCE_BITS, STREAMS
-from kvcomp.codec.dtypes import BLOCK, DEFAULT_BOOK, FIXED, HEAD, OWN_BOOK, RAW, TOKEN
+from kvcomp.codec.dtypes import BLOCK, DEFAULT_BOOK, FIXED, HEAD, OWN_BOOK, PATCHED, RAW, TOKEN
+from kvcomp.codec.patched import PIECE_CODES
 from kvcomp.codec.quantise import MAX_CODES
 from kvcomp.kernels.cpu.bits import (
     address_of,
@@ -37,9 +38,12 @@ from kvcomp.kernels.cpu.decode import (
     of_class,
     unit_bits,
 )
+from kvcomp.kernels.cpu.pack_patched import choose_all, order_pieces, pack_patched
 from kvcomp.kernels.cpu.page import TOKENS
+from kvcomp.spec import CODINGS
 
 i64, u64 = np.int64, np.uint64
+HUFFMAN, PATCHED_CODING = CODINGS.index("huffman"), CODINGS.index("patched")
 PAIR_BITS = 18  # most bits of a pair: 12 of its code word and 3 low bits of each code
 PAIR_MASK = (1 << PAIR_BITS) - 1
 MOST_LENGTHS = LEAST_LENGTHS + 8 * MAX_DIFFERENCE_BITS  # bytes that the lengths of a block's streams can take
@@ -271,7 +275,7 @@ def fixed_codes(unit, low, high):
 
 @compiled(entry=True)
 def encode_blocks(
-    values, value_strides, value_bytes, codes, raws, scale_bits, zeros, units, fixed, books, buffer, offsets
+    values, value_strides, value_bytes, codes, raws, scale_bits, zeros, units, codings, books, buffer, offsets
 ):  # fmt: skip
     """Write pages to a buffer, from its first byte on.
 
@@ -287,8 +291,8 @@ def encode_blocks(
         Pairs of arrays, of K and of V; scale_bits are the bits of float32.
     units
         int64 (2,): units of K and V.
-    fixed
-        bool (2,): whether the codes of K and V have a fixed width.
+    codings
+        int64 (2,): codings of K and V, by their place in ``CODINGS``.
     books
         int64 (4, columns): K default, K own, V default, V own, as ``describe_books`` gives them.
     buffer
@@ -307,6 +311,8 @@ def encode_blocks(
     built = np.zeros(4, np.bool_)
     lengths = np.empty(STREAMS, i64)
     of_pair = np.empty((4, STREAMS, widest // 2), np.uint8)
+    all_pieces, chosen = np.empty((widest // 8, PIECE_CODES), i64), np.empty((widest // 8, 3), i64)
+    below = np.empty(MAX_CODES + 1, i64)
     to = address_of(buffer)
     for page in range(pages):
         begin = to
@@ -340,12 +346,20 @@ def encode_blocks(
                 pair_words(kind, block, shaped)
                 order_streams(kind, shaped, streams)
                 slot = 2 * kind + 1
-                while slot >= 2 * kind and (fixed[kind] or not covers(books[slot], kind, low, high)):
+                while slot >= 2 * kind and (codings[kind] != HUFFMAN or not covers(books[slot], kind, low, high)):
                     slot -= 1
                 if slot < 2 * kind:
                     width, least = fixed_codes(units[kind], low, high)
                     mode = FIXED + (width & 7)
-                    to = pack_fixed(streams, width, least, to)
+                    pieces, of_block = all_pieces[: channels // 8], chosen[: channels // 8]
+                    if codings[kind] == PATCHED_CODING:
+                        order_pieces(kind, units[kind], block, pieces)
+                        if choose_all(pieces, below, of_block) < 4 * STREAMS * ((channels * width + 31) // 32):
+                            mode = PATCHED
+                    if mode == PATCHED:
+                        to = pack_patched(pieces, of_block, to)
+                    else:
+                        to = pack_fixed(streams, width, least, to)
                 else:
                     mode = OWN_BOOK if slot == 2 * kind + 1 else DEFAULT_BOOK
                     book = books[slot]

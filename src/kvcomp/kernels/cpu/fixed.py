@@ -9,7 +9,7 @@ are sums of whole registers, and only a run's total is summed over j. Addresses 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,14 +74,20 @@ def _unpack_width(builder: ir.IRBuilder, bits: int, first: int, words: ir.Value,
             builder.load(at(builder, row, ROW_WORDS * i), align=4, typ=vector(I32))
             for i in range((first + PIECE * bits + 31) // 32)
         ]
-        for position in range(PIECE):
-            index, begin = divmod(first + position * bits, 32)
-            code = builder.lshr(rows[index], integers(I32, [begin] * LANES)) if begin else rows[index]
-            if begin + bits > 32:
-                code = builder.or_(code, builder.shl(rows[index + 1], integers(I32, [32 - begin] * LANES)))
-            if begin + bits != 32:
-                code = builder.and_(code, integers(I32, [(1 << bits) - 1] * LANES))
-            builder.store(builder.sitofp(code, FLOATS), at(builder, column, ROW_FLOATS * position), align=4)
+        for position, code in enumerate(codes_of(builder, rows, first, bits)):
+            builder.store(code, at(builder, column, ROW_FLOATS * position), align=4)
+
+
+def codes_of(builder: ir.IRBuilder, rows: Sequence[ir.Value], first: int, bits: int) -> Iterator[ir.Value]:
+    """The codes at 16 positions as floats, from rows of words that have them from bit ``first`` of the first row on."""
+    for position in range(PIECE):
+        index, begin = divmod(first + position * bits, 32)
+        code = builder.lshr(rows[index], integers(I32, [begin] * LANES)) if begin else rows[index]
+        if begin + bits > 32:
+            code = builder.or_(code, builder.shl(rows[index + 1], integers(I32, [32 - begin] * LANES)))
+        if begin + bits != 32:
+            code = builder.and_(code, integers(I32, [(1 << bits) - 1] * LANES))
+        yield builder.sitofp(code, FLOATS)
 
 
 unpack_piece = emitted(types.void, [types.int64] * 4, _unpack)
@@ -257,7 +263,7 @@ def _pair(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None
         builder.store(run, at(builder, builder.add(out, builder.mul(step, I64(j)))), align=2)
 
 
-_pair_up = emitted(types.void, [types.int64] * 3, _pair)
+pair_up = emitted(types.void, [types.int64] * 3, _pair)
 
 
 @compiled
@@ -268,4 +274,4 @@ def decode_fixed(codes, kind, channels, width, offsets, unpacked, out):
         unpack(codes + 4 * HALF * s, width, 0, channels, unpacked)
         for pair in range(channels // 2):
             target = out + stream_offset(kind, channels, s, 0) + place_of[pair]
-            _pair_up(unpacked + 2 * ROW_FLOATS * pair, target, step)
+            pair_up(unpacked + 2 * ROW_FLOATS * pair, target, step)

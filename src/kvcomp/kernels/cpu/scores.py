@@ -10,11 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 from kvcomp.codec.block import MAX_CHANNELS
-from kvcomp.codec.dtypes import CHANNEL, HEAD
+from kvcomp.codec.dtypes import CHANNEL, HEAD, PATCHED
 from kvcomp.kernels.cpu.bits import FAST, compiled, floats_at, integers_at
 from kvcomp.kernels.cpu.decode import EMPTY, MOST_CLASSES, NARROW, K, V
 from kvcomp.kernels.cpu.fixed import multiply, scale_keys, turn, turn_weights
-from kvcomp.kernels.cpu.page import TOKENS, code_masks
+from kvcomp.kernels.cpu.page import TOKENS, code_masks, fixed_width
+from kvcomp.kernels.cpu.patched import multiply_patched, step_keys
 from kvcomp.kernels.cpu.products import accumulate, add_multiple, fold, rescale
 from kvcomp.kernels.cpu.scratch import FACTORS, KEY_SLOTS, SLOTS, run_of_form
 
@@ -84,8 +85,8 @@ def scale_scores(s):
 
 
 @compiled
-def score_fixed_keys(codes, unit, width, s):
-    """Score as ``score_coded_keys`` does, from codes of a fixed width at an address."""
+def score_fixed_keys(codes, unit, mode, s):
+    """Score as ``score_coded_keys`` does, from codes of the fixed width that a mode has, at an address."""
     score, pitch, turned = floats_at(s.score, (s.queries, TOKENS)), 4 * s.padded, s.q_turned
     score[:] = f32(0)
     if unit == CHANNEL:
@@ -95,14 +96,30 @@ def score_fixed_keys(codes, unit, width, s):
         for g in range(s.queries):
             q = s.q_turned + g * pitch
             score[g] = scale_keys(q, s.turned_scale, s.turned_zero, s.key_channels, turned + g * pitch)
-    multiply(codes, K, s.key_channels, width, turned, pitch, s.queries, s.values, s.score, 4 * TOKENS)
+    multiply(codes, K, s.key_channels, fixed_width(mode), turned, pitch, s.queries, s.values, s.score, 4 * TOKENS)
     if unit != CHANNEL:
         scale_scores(s)
 
 
 @compiled
-def add_fixed_values(codes, unit, width, s, out):
-    """Add what ``add_coded_values`` adds, from codes of a fixed width at an address."""
+def score_patched_keys(codes, unit, s):
+    """Score as ``score_coded_keys`` does, from the pieces at an address."""
+    score, pitch = floats_at(s.score, (s.queries, TOKENS)), 4 * s.padded
+    score[:] = f32(0)
+    for g in range(s.queries):
+        q = s.q + g * pitch
+        if unit == CHANNEL:
+            score[g] = scale_keys(q, s.scale, s.zero, s.key_channels, s.part)
+            q = s.part
+        step_keys(q, s.key_channels, s.turned + g * pitch)
+    multiply_patched(codes, K, s.key_channels, s.turned, pitch, s.queries, s.values, s.score, 4 * TOKENS)
+    if unit != CHANNEL:
+        scale_scores(s)
+
+
+@compiled
+def add_fixed_values(codes, unit, mode, s, out):
+    """Add what ``add_coded_values`` adds, from the codes of a block of this mode at an address: fixed or patched."""
     step, pitch, to = 4 * s.value_channels, 4 * s.padded, s.part if unit == CHANNEL else out
     rest, zero = floats_at(s.rest, s.queries), floats_at(s.zero, s.value_channels)
     part = floats_at(s.part, (s.queries, s.value_channels))
@@ -114,7 +131,10 @@ def add_fixed_values(codes, unit, width, s, out):
                 part[g, c] = total * zero[c]
         else:
             rest[g] += turn_weights(weights, s.scale, s.zero, turned)
-    multiply(codes, V, s.value_channels, width, s.turned, pitch, s.queries, s.values, to, step)
+    if mode == PATCHED:
+        multiply_patched(codes, V, s.value_channels, s.turned, pitch, s.queries, s.values, to, step)
+    else:
+        multiply(codes, V, s.value_channels, fixed_width(mode), s.turned, pitch, s.queries, s.values, to, step)
     if unit == CHANNEL:
         add_part(s, out)
 

@@ -70,7 +70,7 @@ class Scratch(NamedTuple):
     of_a: int  # [queries, FACTORS]: the factors for a block
     of_b: int
     score: int  # [queries, tokens], then weights
-    part: int  # [queries, channels of V]
+    part: int  # [queries, channels of V], or those of K
     rest: int  # [queries]: what every channel of the output gets
     seen: int  # int64 [queries]: tokens of the block that a query sees
     scale: int  # [units of a block]

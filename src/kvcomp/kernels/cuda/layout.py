@@ -281,7 +281,7 @@ class PageBuild(Build):
 
 
 def page_build(spec: CodecSpec, channels: int, value: str) -> PageBuild:
-    """The build for a layer's spec. Raises BackendUnavailable for a head_dim that no kernel is built for."""
+    """The build for a layer's spec. Raises BackendUnavailable if no kernel is built for its head_dim or coding."""
     return PageBuild(**_constants(spec, channels, value, PAGE_WARPS))
 
 
@@ -302,7 +302,14 @@ def _constants(spec: CodecSpec, channels: int, value: str, warps: int) -> dict[s
 
 
 def index_bits(tensor: TensorSpec) -> int:
-    """Index bits of a tensor's decode tables, 0 where it is coded at fixed width."""
+    """Index bits of a tensor's decode tables, 0 where it is coded at fixed width. Raises BackendUnavailable for a
+    coding that no kernel reads.
+    """
+    if tensor.coding == "patched":
+        raise BackendUnavailable(
+            "the GPU kernels read the codings huffman and fixed, not patched: use backend='cpu', or a spec such as "
+            "kvcomp-klt or packed"
+        )
     return tensor.limit if tensor.coding == "huffman" else 0
 
 
