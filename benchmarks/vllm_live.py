@@ -49,7 +49,7 @@ DENSE, SHORT, LONG, SPARE = 4, 2048, 8064, 64  # sequences of vLLM's own that fi
 STEPS, TURNS = 6, 4
 PREFIX, PREFIX_CHUNK, PROMPTS, SETTLED = 1900, 256, 3, 4.0  # tokens of a stored prompt; seconds until it is stored
 PORT = 16391
-SAVING = {"kvcomp": 3.5, "kvcomp-klt": 4.2}
+SAVING = {"kvcomp": 3.5, "kvcomp-klt": 4.0, "packed-klt": 3.6}
 
 Found = dict[str, Any]
 Ids = list[int]
