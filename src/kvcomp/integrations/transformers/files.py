@@ -37,7 +37,7 @@ def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
             continue
         elif layer.is_initialized:
             held = _held(layer, layer.get_seq_length())
-            k, v = (x[:, :, x.shape[2] - held :] for x in (layer.keys, layer.values))
+            k, v = (x[:, :, x.shape[2] - held :].cpu() for x in (layer.keys, layer.values))
             stores[index] = recent_only(k, v, layer.get_seq_length(), spec.layer(index, len(layers)))
         else:
             raise InvalidInput(f"layer {index} holds no tokens: fill the cache first")
@@ -49,12 +49,16 @@ def linear_states(layers: list[Any]) -> dict[int, dict[str, Tensor]]:
     return {index: states_of(layer) for index, layer in enumerate(layers) if is_linear(layer)}
 
 
+def needed_layers(layers: list[Any]) -> tuple[list[int], list[int]]:
+    """The layers with K and V of their own, and those with linear attention."""
+    linear = [index for index, layer in enumerate(layers) if is_linear(layer)]
+    return [index for index, layer in enumerate(layers) if not holds_nothing(layer) and index not in linear], linear
+
+
 def check_header(header: Header, layers: list[Any], spec: CodecSpec) -> None:
     """Raise InvalidInput if a file holds other layers than are needed, or under another spec."""
-    linear = [index for index, layer in enumerate(layers) if is_linear(layer)]
-    needed = [index for index, layer in enumerate(layers) if not holds_nothing(layer) and index not in linear]
     there = [layer.layer for layer in header.layers], sorted({state.layer for state in header.states})
-    if header.spec != spec or there != (needed, linear):
+    if header.spec != spec or there != needed_layers(layers):
         raise InvalidInput(
             f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
         )
