@@ -183,8 +183,8 @@ def test_a_file_that_does_not_say_how_it_was_filled_is_not_stored(
     model: Any = random_model(LLAMA)
     cache = forward(model, KVCompCache(LLAMA, LOSSY), input_ids=ids_of())
 
-    def before(path: Any, stores: Any, spec: Any, layers: int, origin: Any, rows: Any) -> None:
-        save(path, stores, spec, layers, {name: origin[name] for name in ("id", "configuration")}, rows)
+    def before(path: Any, stores: Any, spec: Any, layers: int, origin: Any, *rest: Any) -> None:
+        save(path, stores, spec, layers, {name: origin[name] for name in ("id", "configuration")}, *rest)
 
     monkeypatch.setattr(files, "save", before)
     cache.save(tmp_path / "a.kvc", model)
