@@ -23,7 +23,9 @@ torch.set_num_threads(1)
 def target(data: bytes) -> None:
     data = mend(data[:LARGEST])
     try:
-        stores = files.load(kvcomp.files.container.Container(guarded.place(data)))
+        container = kvcomp.files.container.Container(guarded.place(data))
+        stores = files.load(container)
+        files.load_states(container)
     except (CorruptData, LimitExceeded, UnsupportedVersion):
         return
     for store in stores.values():

@@ -26,7 +26,7 @@ from kvcomp.spec import CodecSpec, TensorSpec
 KEY = "kvcomp:chunk"
 SPEC = CodecSpec(TensorSpec("channel", 0.05), TensorSpec("token", 0.1), window=0, sinks=0)
 SHAPE = chunks.ChunkShape(layers=2, heads=1, tokens=68, channels=16, dtype=torch.bfloat16)
-ORIGIN = chain.Origin({"id": "a", "configuration": {}}, 1, "bfloat16", CodecSpec(SPEC.key, SPEC.value, 0, 1))
+ORIGIN = chain.Origin({"id": "a", "configuration": {}}, 1, [0], "bfloat16", CodecSpec(SPEC.key, SPEC.value, 0, 1))
 PREFIX_CHUNK = 0
 
 guarded = Guarded()

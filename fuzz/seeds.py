@@ -23,7 +23,9 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tenso
 
 
 def containers() -> dict[str, bytes]:
-    """Files of one page with sinks and window; of two rows that share pages and have books; of raw and fixed blocks."""
+    """Files of one page with sinks and window, alone and beside states; of two rows that share pages and have books; of
+    raw and fixed blocks.
+    """
     small = KVStore(CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=2, sinks=1))
     small.append(*values((2, 1, 1, 67, 16), torch.bfloat16, 1))
     rows = KVStore(CodecSpec(TensorSpec("channel", 0.3, classes=4), TensorSpec("vector", 0.3), window=0, sinks=0))
@@ -39,6 +41,8 @@ def containers() -> dict[str, bytes]:
         if name == "rows":
             store.select(torch.tensor([0, 0]))
         found[name] = b"".join(files.pack_stores({0: store}, store.spec, 1, {"id": name, "configuration": {}}))
+    states = {1: {"conv_states.0": values((1, 6, 4), torch.bfloat16, 7), "recurrent_states.0": torch.ones(1, 2, 4, 4)}}
+    found["states"] = b"".join(files.pack_stores({0: small}, small.spec, 2, None, None, states))
     return found
 
 

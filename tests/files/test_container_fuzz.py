@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from containers import BATCH, SMALL, packed
+from containers import BATCH, SMALL, STATES, packed
 from kvcomp import files
 from kvcomp.codec import codebook
 from kvcomp.codec.block import length_unit, lengths_bytes, lengths_from, scales_from, scales_size
@@ -28,7 +28,7 @@ from kvcomp.files.layers import parts_of
 from kvcomp.spec import KINDS, CodecSpec, TensorSpec
 from kvcomp.store import KVStore
 from kvcomp.store.attention import attend
-from sealing import NAMES, seal, unseal
+from sealing import seal, unseal
 
 MUTATIONS = 20_000
 
@@ -53,13 +53,13 @@ def mutations(data: bytes, seed: int) -> Iterator[bytes]:
     """Files with right checksums: some bytes of a section, or a number or a list of the header, are others."""
     draw = random.Random(seed)
     header, sections = unseal(data)
-    names = [(index, name) for index, parts in enumerate(sections) for name in NAMES if parts[name]]
+    names = [(index, name) for index, parts in enumerate(sections) for name in parts if parts[name]]
     weights = [20 if name == "pages" else 4 for _, name in names]
     while True:
         new_header, new_sections = deepcopy(header), [dict(parts) for parts in sections]
         lay_out = draw.random() < 0.9
         if draw.random() < 0.15:
-            about = draw.choice([new_header, *new_header["layers"]])
+            about = draw.choice([new_header, *new_header["layers"], *new_header.get("states", [])])
             name = draw.choice([key for key, value in about.items() if type(value) is int])
             about[name] = draw.choice(
                 [0, 1, 2, 15, 16, 17, 63, 64, 65, 1 << 31, 1 << 63, about[name] + 1, about[name] - 1]
@@ -102,6 +102,7 @@ def lively() -> bytes:
 
 
 def decode_everything(container: Container) -> None:
+    files.load_states(container)
     for store in files.load(container).values():
         if store.batch * store.tokens < 10_000:
             store.dense()
@@ -109,9 +110,9 @@ def decode_everything(container: Container) -> None:
                 attend(store, torch.ones(store.batch, store.heads, 1, store.channels), 0.1)
 
 
-@pytest.mark.parametrize(("source", "share"), [("small", 0.15), ("lively", 0.44), ("batch", 0.06)])
+@pytest.mark.parametrize(("source", "share"), [("small", 0.15), ("lively", 0.44), ("batch", 0.06), ("states", 0.1)])
 def test_fuzz_under_right_checksums(source: str, share: float) -> None:
-    data = {"small": SMALL, "batch": BATCH}.get(source) or lively()
+    data = {"small": SMALL, "batch": BATCH, "states": STATES}.get(source) or lively()
     guarded, accepted, many = Guarded(2 * len(data) + 4096), 0, int(MUTATIONS * share)
     for number, mutated in enumerate(mutations(data, seed=len(data))):
         if number == many:

@@ -1,7 +1,8 @@
 """Write the golden .kvc files of version 1: ``python tests/golden/make_kvc.py [folder]``.
 
 A test runs this and compares every byte. For each case there are NAME.kvc; NAME.values.bin, K and then V of each layer,
-(rows, heads, tokens, channels), in the dtype, little-endian, as they decode; NAME.json, what the file holds, in words.
+(rows, heads, tokens, channels), in the dtype, little-endian, as they decode, then the states; NAME.json, what the file
+holds, in words.
 The input is made of integers over powers of two, so that every machine makes the same.
 
 These bytes are an interface: if a change of the source changes them, what was written before can no longer be read.
@@ -55,7 +56,10 @@ def filled(
     return store
 
 
-def cases(backend: str) -> dict[str, tuple[str, CodecSpec, int, dict[str, Any] | None, dict[int, KVStore]]]:
+States = dict[int, dict[str, torch.Tensor]]
+
+
+def cases(backend: str) -> dict[str, tuple[str, CodecSpec, int, dict[str, Any] | None, dict[int, KVStore], States]]:
     small = filled(SMALL, 0, 1, [0], 1, 68, torch.bfloat16, backend)
     batch = {layer: filled(BATCH, layer, 3, [0, 3], 1, 285, torch.float16, backend) for layer in (0, 2)}
     for store in batch.values():
@@ -69,6 +73,7 @@ def cases(backend: str) -> dict[str, tuple[str, CodecSpec, int, dict[str, Any] |
             1,
             None,
             {0: small},
+            {},
         ),
         "batch": (
             (
@@ -79,6 +84,21 @@ def cases(backend: str) -> dict[str, tuple[str, CodecSpec, int, dict[str, Any] |
             3,
             {"id": "golden", "configuration": {"model_type": "none"}},
             batch,
+            {},
+        ),
+        "states": (
+            "layer 1 of 3 as in small; states of layers 0 and 2, of three dtypes and of 2 to 4 dimensions",
+            SMALL,
+            3,
+            None,
+            {1: small},
+            {
+                0: {
+                    "conv_states.0": torch.from_numpy(values(5, 1, 24, 4)).to(torch.bfloat16),
+                    "recurrent_states.0": torch.from_numpy(values(6, 1, 2, 8, 8)).to(torch.float32),
+                },
+                2: {"conv_states.0": torch.from_numpy(values(7, 1, 5)).to(torch.float16)},
+            },
         ),
     }
 
@@ -86,9 +106,10 @@ def cases(backend: str) -> dict[str, tuple[str, CodecSpec, int, dict[str, Any] |
 def main(folder: Path = FOLDER, backend: str = "reference") -> None:
     """Write all files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (why, spec, layers, model, stores) in cases(backend).items():
-        files.save(folder / f"{name}.kvc", stores, spec, layers, model)
+    for name, (why, spec, layers, model, stores, states) in cases(backend).items():
+        files.save(folder / f"{name}.kvc", stores, spec, layers, model, states=states)
         dense = [as_array(x).tobytes() for store in stores.values() for x in store.dense()]
+        dense += [as_array(x).tobytes() for of_layer in states.values() for x in of_layer.values()]
         (folder / f"{name}.values.bin").write_bytes(b"".join(dense))
         about = {
             "why": why,

@@ -16,15 +16,17 @@ from transformers import (
     Qwen3Config,
     Qwen3NextConfig,
 )
+from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLayer
 
 import kvcomp
+from families import config_of
 from kvcomp import files
 from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store import KVStore
 from sealing import seal, unseal
-from tiny_models import HYBRIDS, LOSSY, TINY, run, steps
+from tiny_models import HYBRIDS, LOSSY, TINY, random_model, run, steps
 
 
 def prompt(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -199,6 +201,71 @@ def test_models_with_sliding_windows_go_on_the_same(tmp_path: Path, name: str, t
     assert (tmp_path / "b.kvc").read_bytes() == (tmp_path / "c.kvc").read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Qwen3-Next", "Granite 4 hybrid", "LFM2"])
+def test_models_with_linear_attention_go_on_the_same(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    model = random_model(config_of(family)).to(dtype)
+    cache = KVCompCache(model.config, LOSSY)
+    for tokens in (2, 300):
+        first = run(model, cache, prompt(2, tokens)).argmax(-1, keepdim=True)
+        cache.save(tmp_path / "a.kvc")
+        again = KVCompCache.load(tmp_path / "a.kvc", model.config)
+        swapped = KVCompCache.load(tmp_path / "a.kvc", model.config, rows=[1, 0])
+        assert again.memory().dense == cache.memory().dense
+        beside = deepcopy(cache)
+        expected, found = steps(model, beside, first, 20), steps(model, again, first, 20)
+        assert all(torch.equal(x, y) for x, y in zip(expected[0], found[0], strict=True))
+        turned = run(model, swapped, first.flip(0))
+        torch.testing.assert_close(
+            turned.flip(0), expected[0][0], rtol=1e-2, atol=1e-1 if dtype == torch.bfloat16 else 1e-4
+        )
+        beside.save(tmp_path / "b.kvc")
+        again.save(tmp_path / "c.kvc")
+        assert (tmp_path / "b.kvc").read_bytes() == (tmp_path / "c.kvc").read_bytes()
+    with pytest.raises(InvalidInput, match="no prefix can be cut"):
+        KVCompCache.load(tmp_path / "a.kvc", model.config, tokens=299)
+    cache.save(tmp_path / "d.kvc", layers=[1])
+    with pytest.raises(InvalidInput, match="the file holds 1 layers"):
+        KVCompCache.load(tmp_path / "d.kvc", model.config)
+
+
+def test_states_that_were_recorded_further_back_are_saved_as_the_next_token_needs_them(tmp_path: Path) -> None:
+    model = random_model(config_of("LFM2"))
+    for tokens in (1, 40):
+        recorded, plain = (KVCompCache(model.config, LOSSY) for _ in range(2))
+        recorded.activate_past_recording()
+        for cache, name in ((recorded, "a"), (plain, "b")):
+            run(model, cache, prompt(1, tokens))
+            cache.save(tmp_path / f"{name}.kvc")
+        assert (tmp_path / "a.kvc").read_bytes() == (tmp_path / "b.kvc").read_bytes()
+
+
+def test_rows_of_models_with_linear_attention_are_joined(tmp_path: Path) -> None:
+    model = random_model(config_of("Qwen3.5"))
+    lengths, alone = (20, 150, 90), []
+    for number, length in enumerate(lengths):
+        alone.append(KVCompCache(model.config, LOSSY))
+        run(model, alone[-1], prompt(1, length, seed=number))
+        alone[-1].save(tmp_path / f"{number}.kvc")
+    joined = KVCompCache.load([tmp_path / f"{number}.kvc" for number in range(3)], model.config)
+    token, mask = prompt(3, 1, seed=9), joined.attention_mask()
+    expected = [run(model, cache, token[row : row + 1]) for row, cache in enumerate(alone)]
+    torch.testing.assert_close(run(model, joined, token, mask), torch.cat(expected), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["conv_states.1", "conv_states", "more.0", "conv_states.x"])
+def test_states_of_another_name_are_refused(tmp_path: Path, name: str) -> None:
+    model = random_model(config_of("LFM2"))
+    cache = KVCompCache(model.config, LOSSY)
+    run(model, cache, prompt(1, 20))
+    cache.save(tmp_path / "a.kvc")
+    header, sections = unseal((tmp_path / "a.kvc").read_bytes())
+    header["states"][0]["name"] = name
+    (tmp_path / "a.kvc").write_bytes(seal(header, sections))
+    with pytest.raises(InvalidInput, match="has no state"):
+        KVCompCache.load(tmp_path / "a.kvc", model.config)
+
+
 def test_rows_of_models_with_sliding_windows_are_joined(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(HYBRIDS["gemma3"]).eval()
@@ -268,8 +335,15 @@ def test_what_cannot_be_saved_or_loaded_is_said(llama: PreTrainedModel, tmp_path
     with pytest.raises(InvalidInput, match="fill the cache first"):
         KVCompCache(llama.config).save(path)
     linear = Qwen3NextConfig(**TINY, layer_types=["linear_attention", "full_attention"])
-    with pytest.raises(UnsupportedModel, match=r"layers \[0\] are neither full attention nor sliding windows"):
+    with pytest.raises(InvalidInput, match="fill the cache first"):
         KVCompCache(linear).save(path)
+    both = Qwen3NextConfig(**TINY)
+    chunked = KVCompCache(both)
+    chunked.layers[0] = LinearAttentionAndSlidingWindowAttentionLayer(16)
+    with pytest.raises(
+        UnsupportedModel, match=r"layers \[0\] are neither full attention nor sliding windows nor linear"
+    ):
+        chunked.save(path)
     kvcomp.compress(*torch.randn(2, 1, 2, 20, 16)).save(path)
     with pytest.raises(InvalidInput, match=r"read it with kvcomp\.load"):
         KVCompCache.load(path, llama.config)

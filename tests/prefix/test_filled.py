@@ -25,7 +25,7 @@ from kvcomp import PrefixStore
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.files import stores_of
-from kvcomp.integrations.transformers.recompute import check_recomputed, first_layer
+from kvcomp.integrations.transformers.recompute import check_recomputed, layer_of
 from tiny_models import LOSSY, TINY, exact, random_model, run
 
 TOKENS, STORED = 600, 516
@@ -183,8 +183,8 @@ def test_a_file_that_does_not_say_how_it_was_filled_is_not_stored(
     model: Any = random_model(LLAMA)
     cache = forward(model, KVCompCache(LLAMA, LOSSY), input_ids=ids_of())
 
-    def before(path: Any, stores: Any, spec: Any, layers: int, origin: Any, rows: Any) -> None:
-        save(path, stores, spec, layers, {name: origin[name] for name in ("id", "configuration")}, rows)
+    def before(path: Any, stores: Any, spec: Any, layers: int, origin: Any, *rest: Any) -> None:
+        save(path, stores, spec, layers, {name: origin[name] for name in ("id", "configuration")}, *rest)
 
     monkeypatch.setattr(files, "save", before)
     cache.save(tmp_path / "a.kvc", model)
@@ -233,7 +233,7 @@ def test_the_first_layer_is_that_of_a_forward_pass(config: Any, tokens: int) -> 
     config.max_position_embeddings = 2048
     model = random_model(config)
     ids = ids_of(tokens)
-    for mine, theirs in zip(first_layer(model, ids[0].tolist()), exact(model, ids)[0], strict=True):
+    for mine, theirs in zip(layer_of(model, ids[0].tolist(), 0), exact(model, ids)[0], strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -244,7 +244,7 @@ def test_a_single_value_out_of_its_bound_is_found() -> None:
     ids = ids_of(260)[0].tolist()
     check_recomputed(stores, model, ids, 4)
     ids[130] = ids[130] % 96 + 1
-    with pytest.raises(InvalidInput, match="values in the first layer"):
+    with pytest.raises(InvalidInput, match="values in layer 0"):
         check_recomputed(stores, model, ids, 4)
 
 

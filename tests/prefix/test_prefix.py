@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
 
 from calibrating import calibrated
 from kvcomp.errors import (
@@ -33,7 +33,7 @@ from kvcomp.spec import PRESETS, CodecSpec
 from kvcomp.store.tensors import as_array
 from redis_server import answering, free_port, running
 from sealing import seal, unseal
-from tiny_models import HYBRIDS, LOSSY, TINY, run, steps
+from tiny_models import LOSSY, TINY, run, steps
 
 FIXED = replace(PRESETS["packed"], window=0, sinks=0)
 SINKS = LOSSY.sinks
@@ -228,11 +228,11 @@ def test_what_cannot_be_stored(model: PreTrainedModel, folder: PrefixStore, tmp_
     for wrong in (ids.float(), ids[None], torch.cat([ids, ids])):
         with pytest.raises(InvalidInput, match="ids must be"):
             folder.load(wrong, model, LOSSY)
-    hybrid = AutoModelForCausalLM.from_config(HYBRIDS["gemma3"]).eval()
-    with pytest.raises(UnsupportedModel, match="sliding window"):
-        folder.load(ids, hybrid, LOSSY)
-    with pytest.raises(UnsupportedModel, match="sliding window"):
-        folder.save(ids, computed(hybrid, ids), hybrid)
+    windows = AutoModelForCausalLM.from_config(MistralConfig(**TINY, sliding_window=40)).eval()
+    with pytest.raises(UnsupportedModel, match="every layer of this model has a sliding window"):
+        folder.load(ids, windows, LOSSY)
+    with pytest.raises(UnsupportedModel, match="every layer of this model has a sliding window"):
+        folder.save(ids, computed(windows, ids), windows)
     short = prompt(LOSSY.window + SINKS + 130)
     assert folder.save(short, computed(model, short), model) == 0  # its codebooks are not trained yet
     cropped = cut(computed(model, ids), SINKS + CHUNK_TOKENS + 10)
@@ -263,7 +263,9 @@ def test_chunks_of_other_codebooks_are_not_mixed(model: PreTrainedModel, folder:
     folder.save(ids[0], computed(model, ids[0]), model)
     books: list[bytes] = []
     plain = chain.books_of
-    monkeypatch.setattr("kvcomp.prefix.store.books_of", lambda header: (books.append(plain(header)), books[0])[1])
+    for module in ("store", "read"):
+        patched = f"kvcomp.prefix.{module}.books_of"
+        monkeypatch.setattr(patched, lambda header: (books.append(plain(header)), books[0])[1])
     folder.load(ids[0], model, LOSSY)
     before = files_of(folder)
     folder.save(ids[1], computed(model, ids[1]), model)

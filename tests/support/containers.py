@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = GOLDEN / "container-v1"
 
 
-SMALL, BATCH = (FILES / "small.kvc").read_bytes(), (FILES / "batch.kvc").read_bytes()
+SMALL, BATCH, STATES = ((FILES / f"{name}.kvc").read_bytes() for name in ("small", "batch", "states"))
 
 
 def open_bytes(data: bytes) -> Container:
@@ -40,7 +40,8 @@ def reopened(data: bytes) -> dict[int, KVStore]:
 def refused(data: bytes) -> bool:
     """Whether opening and checking all layers ends in a typed error."""
     try:
-        for _ in open_bytes(data).layers():
+        container = open_bytes(data)
+        for _ in (*container.layers(), *container.states()):
             pass
     except (CorruptData, LimitExceeded, UnsupportedVersion):
         return True

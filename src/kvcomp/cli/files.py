@@ -130,7 +130,9 @@ def verify(
         container = files.open_container(source)
         stores = files.load(container, calibration=_read(calibration))
         pages = sum(int(store.rows.count.sum()) for store in stores.values())
-        say(f"{source}: {len(stores)} layers with {pages} pages are as they should be")
+        states = files.load_states(container)
+        with_states = f", and the states of {len(states)} layers," if states else ""
+        say(f"{source}: {len(stores)} layers with {pages} pages{with_states} are as they should be")
         if against is None:
             return
         total = Comparison(0, 0, 0.0)
@@ -224,6 +226,7 @@ def _parts(container: Any, total: Any) -> dict[str, int]:
     sections = container.header.layers[0].sections
     for name in sections:
         parts[name] = sum(layer.sections[name].size for layer in container.header.layers)
+    parts["states"] = sum(state.section.size for state in container.header.states)
     parts["spare"] = parts.pop("pages") - sum(parts[part] for part in PAGE_PARTS)
     parts["header_and_padding"] = container.data.size - sum(parts.values())
     return parts

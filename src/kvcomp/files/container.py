@@ -30,8 +30,10 @@ from kvcomp.files.header import (
     MAX_HEADER,
     PREFIX,
     ROW_FIELDS,
+    STATES,
     Header,
     LayerHeader,
+    Section,
     header_text,
     padded,
     read_header,
@@ -80,6 +82,19 @@ class LayerParts:
     """The last tokens of all rows, in the shapes of ``sinks``."""
 
 
+@dataclass(frozen=True)
+class State:
+    """One tensor of a layer's state, as linear attention has it in place of K and V."""
+
+    layer: int
+    """The layer's index in the model."""
+    name: str
+    dtype: str
+    """A name in ``DTYPES``."""
+    values: Array
+    """(rows, ...)"""
+
+
 # Writing
 
 
@@ -90,6 +105,7 @@ def pack(
     rows: int,
     tokens: int,
     layers: Sequence[LayerParts],
+    states: Sequence[State] = (),
 ) -> list[memoryview]:
     """The bytes of a file, in pieces that follow each other; those of the pages are not copied.
 
@@ -103,22 +119,28 @@ def pack(
         Of every layer.
     layers
         In the order of their indices.
+    states
+        In the order of their layers and names.
 
     Raises
     ------
     LimitExceeded, CorruptData
         For what could not be read.
     """
-    described, body, at = [], [], 0
+    described, body, at = [], list[memoryview](), 0
+
+    def section(pieces: Sequence[memoryview]) -> list[int | str]:
+        """Put a section behind those before it; where it lies, its size and its checksum."""
+        nonlocal body, at
+        begin, size, digest = at, sum(piece.nbytes for piece in pieces), xxh3_64()
+        for piece in pieces:
+            digest.update(piece)
+        body += [*pieces, memoryview(bytes(-size % ALIGNMENT))]
+        at += size + -size % ALIGNMENT
+        return [begin, size, digest.hexdigest()]
+
     for parts in layers:
-        table = {}
-        for name, pieces in _sections(parts).items():
-            size, digest = sum(piece.nbytes for piece in pieces), xxh3_64()
-            for piece in pieces:
-                digest.update(piece)
-            table[name] = [at, size, digest.hexdigest()]
-            body += [*pieces, memoryview(bytes(-size % ALIGNMENT))]
-            at += size + -size % ALIGNMENT
+        table = {name: section(pieces) for name, pieces in _sections(parts).items()}
         described.append(
             {
                 "layer": parts.layer,
@@ -132,6 +154,16 @@ def pack(
                 "sections": table,
             }
         )
+    found = [
+        {
+            "layer": state.layer,
+            "name": state.name,
+            "dtype": state.dtype,
+            "shape": list(state.values.shape),
+            "section": section(_pieces([state.values])),
+        }
+        for state in states
+    ]
     if body:
         body.pop()  # nothing follows that would need the padding
     content = {
@@ -141,14 +173,17 @@ def pack(
         "rows": rows,
         "tokens": tokens,
         "layers": described,
+        **({"states": found} if found else {}),
     }
+    flags = STATES if found else 0
     text = json.dumps(content, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER:
         raise LimitExceeded(f"the header of {len(layers)} layers takes {len(text)} bytes, at most {MAX_HEADER} can be")
-    header = read_header(text, sum(piece.nbytes for piece in body))  # what would be refused when read is not written
+    size = sum(piece.nbytes for piece in body)
+    header = read_header(text, flags, size)  # what would be refused when read is not written
     for head, parts in zip(header.layers, layers, strict=True):
         _check_rows(header, head, parts.start, parts.sink_count, parts.page_count, parts.valid)
-    return [memoryview(seal(text)), *body]
+    return [memoryview(seal(text, flags)), *body]
 
 
 def _sections(parts: LayerParts) -> dict[str, list[memoryview]]:
@@ -165,7 +200,11 @@ def _sections(parts: LayerParts) -> dict[str, list[memoryview]]:
         "sinks": parts.sinks,
         "tail": parts.tail,
     }
-    return {name: [np.ascontiguousarray(x).data.cast("B") for x in of if x.size] for name, of in pieces.items()}
+    return {name: _pieces(of) for name, of in pieces.items()}
+
+
+def _pieces(arrays: Sequence[Array]) -> list[memoryview]:
+    return [np.ascontiguousarray(x).data.cast("B") for x in arrays if x.size]
 
 
 # Reading
@@ -189,10 +228,10 @@ class Container:
 
     def __init__(self, data: Bytes) -> None:
         self.data = data
-        text = header_text(data)
+        text, flags = header_text(data)
         self.begin = padded(PREFIX.size + len(text))
         _check_padding(data, PREFIX.size + len(text), self.begin)
-        self.header = read_header(text, data.size - self.begin)
+        self.header = read_header(text, flags, data.size - self.begin)
 
     def layers(self) -> Iterator[LayerParts]:
         """Read all layers, each checked when its turn comes. Raises CorruptData or LimitExceeded."""
@@ -221,12 +260,12 @@ class Container:
         calibrated = spec.calibration is not None
         defaults = units[0] != "head" or calibrated, units[1] != "head" or calibrated
         layout = Layout(head.heads, head.held_channels, units, dtype.itemsize, defaults)
-        arena, digest = self._bytes(index, "pages"), xxh3_64()
+        arena, digest = self._bytes(head.sections["pages"]), xxh3_64()
         begin, which = np.unique(offsets, return_inverse=True)
         try:
             own = check_pages(arena, begin, layout, digest.update)[which]
         finally:  # if the checksum is wrong, that is what there is to say
-            self._verify(index, "pages", digest.hexdigest())
+            self._verify(head.sections["pages"], f"'pages' of layer {head.layer}", digest.hexdigest())
         missing = own & (row_books < 0)[np.repeat(np.arange(header.rows), page_count)]
         if missing.any() and spec.calibration is None:  # a calibration has the books of all rows
             raise CorruptData("a block needs the sequence's own codebook, and there is none")
@@ -248,6 +287,12 @@ class Container:
             self._raw(index, "tail", head.recent),
         )
 
+    def states(self) -> Iterator[State]:
+        """Read all states, each checked when its turn comes. Raises CorruptData."""
+        for head in self.header.states:
+            values = self._copy(head.section, f"{head.name!r} of layer {head.layer}").view(DTYPES[head.dtype].array)
+            yield State(head.layer, head.name, head.dtype, values.reshape(head.shape))
+
     def _raw(self, index: int, name: str, tokens: int) -> tuple[Array, Array]:
         """K and V of a section of raw tokens, (rows, heads, tokens, D) each."""
         head, rows = self.header.layers[index], self.header.rows
@@ -257,24 +302,23 @@ class Container:
         return values[:of_keys].reshape(shapes[0]), values[of_keys:].reshape(shapes[1])
 
     def _section(self, index: int, name: str) -> Bytes:
+        layer = self.header.layers[index]
+        return self._copy(layer.sections[name], f"{name!r} of layer {layer.layer}")
+
+    def _copy(self, section: Section, name: str) -> Bytes:
         """A copy of the checked bytes of a section: nobody can change it after it was checked."""
-        data = self._bytes(index, name).copy()
-        self._verify(index, name, xxh3_64(data.data).hexdigest())
+        data = self._bytes(section).copy()
+        self._verify(section, name, xxh3_64(data.data).hexdigest())
         return data
 
-    def _bytes(self, index: int, name: str) -> Bytes:
-        section = self.header.layers[index].sections[name]
+    def _bytes(self, section: Section) -> Bytes:
         begin = self.begin + section.offset
         return self.data[begin : begin + section.size]
 
-    def _verify(self, index: int, name: str, digest: str) -> None:
+    def _verify(self, section: Section, name: str, digest: str) -> None:
         """Raise CorruptData if this is not the checksum of a section, or what follows it is not zero."""
-        layer = self.header.layers[index]
-        section = layer.sections[name]
         if digest != section.digest:
-            raise CorruptData(
-                f"the checksum of the section {name!r} of layer {layer.layer} is wrong: the file is damaged"
-            )
+            raise CorruptData(f"the checksum of the section {name} is wrong: the file is damaged")
         end = self.begin + section.offset + section.size
         _check_padding(self.data, end, min(padded(end), self.data.size))
 

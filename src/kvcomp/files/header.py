@@ -9,6 +9,7 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from kvcomp.spec import CodecSpec
 
 MAGIC = b"\x89KVC\r\n\x1a\n"
 VERSION = 1
+STATES = 1  # the flag of a file whose header has the field "states"
 PREFIX = struct.Struct("<8sHHIQ")  # magic, version, flags, bytes of the header, checksum
 ALIGNMENT = 64
 SECTIONS = "pages", "table", "rows", "books", "counts", "sinks", "tail"
@@ -30,6 +32,7 @@ ENTRY_BYTES = 12
 
 MAX_HEADER = 1 << 20  # parsed JSON takes some twenty times its bytes
 MAX_DEPTH = 16
+MAX_DIMENSIONS, MAX_NAME = 8, 64  # of a state
 LIMITS = {"model_layers": 1 << 12, "rows": 1 << 16, "tokens": 1 << 27, "heads": 1 << 16}
 ROW_OBJECTS, BOOK_OBJECTS, FREE_OBJECTS = 1 << 10, 1 << 11, 1 << 26  # memory of Python's objects, in bytes, upwards
 
@@ -74,6 +77,18 @@ class LayerHeader:
 
 
 @dataclass(frozen=True)
+class StateHeader:
+    """What the header says of one tensor of a layer's state, as linear attention has it in place of K and V."""
+
+    layer: int
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """(rows, ...)"""
+    section: Section
+
+
+@dataclass(frozen=True)
 class Header:
     """What a file says of itself."""
 
@@ -86,11 +101,12 @@ class Header:
     tokens: int
     """Positions of every layer, left padding included."""
     layers: tuple[LayerHeader, ...]
+    states: tuple[StateHeader, ...] = ()
 
 
-def seal(text: bytes) -> bytes:
+def seal(text: bytes, flags: int = 0) -> bytes:
     """A header behind its prefix, padded."""
-    plain = PREFIX.pack(MAGIC, VERSION, 0, len(text), 0)[:-8]
+    plain = PREFIX.pack(MAGIC, VERSION, flags, len(text), 0)[:-8]
     head = plain + xxh3_64(plain + text).intdigest().to_bytes(8, "little") + text
     return head + bytes(-len(head) % ALIGNMENT)
 
@@ -99,8 +115,8 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def header_text(data: Bytes) -> bytes:
-    """The header's JSON, with its checksum verified.
+def header_text(data: Bytes) -> tuple[bytes, int]:
+    """The header's JSON, with its checksum verified, and the flags.
 
     Raises UnsupportedVersion for a newer file, CorruptData or LimitExceeded for bytes that are wrong.
     """
@@ -114,8 +130,8 @@ def header_text(data: Bytes) -> bytes:
         raise UnsupportedVersion(
             f"this .kvc file has version {version}, this kvcomp reads {VERSION}: use a newer kvcomp"
         )
-    if flags:
-        raise UnsupportedVersion(f"this .kvc file has the unknown flags {flags:#x}: use a newer kvcomp")
+    if flags & ~STATES:
+        raise UnsupportedVersion(f"this .kvc file has the unknown flags {flags & ~STATES:#x}: use a newer kvcomp")
     if length > MAX_HEADER:
         raise LimitExceeded(f"the header claims {length} bytes, at most {MAX_HEADER} can be")
     if padded(PREFIX.size + length) > data.size:
@@ -123,10 +139,10 @@ def header_text(data: Bytes) -> bytes:
     text = data[PREFIX.size : PREFIX.size + length].tobytes()
     if xxh3_64(prefix[:-8] + text).intdigest() != digest:
         raise CorruptData("the checksum of the header is wrong: the file is damaged")
-    return text
+    return text, flags
 
 
-def read_header(text: bytes, available: int) -> Header:
+def read_header(text: bytes, flags: int, available: int) -> Header:
     """Read the header's JSON, with ``available`` bytes behind the header. Raises as ``header_text``."""
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repetition)
@@ -134,7 +150,8 @@ def read_header(text: bytes, available: int) -> Header:
         raise CorruptData(f"the header is no JSON: {error}") from None
     if not _is_flat(content, MAX_DEPTH):
         raise CorruptData(f"the header is nested more than {MAX_DEPTH} deep")
-    _check_fields(content, ("spec", "model", "model_layers", "rows", "tokens", "layers"), "the header")
+    with_states = ("states",) if flags & STATES else ()
+    _check_fields(content, ("spec", "model", "model_layers", "rows", "tokens", "layers", *with_states), "the header")
     try:
         spec = CodecSpec.from_json(json.dumps(content["spec"]))
     except (InvalidInput, RecursionError, OverflowError) as error:
@@ -159,17 +176,18 @@ def read_header(text: bytes, available: int) -> Header:
                     raise CorruptData(f"the spec has steps for {len(tensor.heads)} heads, a layer has {layer.heads}")
     except InvalidInput as error:
         raise CorruptData(f"the spec in the header does not fit its layers: {error}") from None
+    states = _read_states(content["states"], model_layers, rows, at) if with_states else ()
+    at = states[-1].section.offset + states[-1].section.size if states else at
     objects = sum(rows * ROW_OBJECTS + layer.books * BOOK_OBJECTS for layer in found)
-    end = max(section.offset + section.size for section in found[-1].sections.values())
-    if end != available:
+    if at != available:
         raise CorruptData(
-            f"the sections end at byte {end} behind the header, the file at {available}: it is cut off or damaged"
+            f"the sections end at byte {at} behind the header, the file at {available}: it is cut off or damaged"
         )
     if objects > FREE_OBJECTS + available:
         raise LimitExceeded(
             f"{rows} rows in {len(found)} layers with their codebooks are too many for a file of this size"
         )
-    return Header(spec, model, model_layers, rows, tokens, tuple(found))
+    return Header(spec, model, model_layers, rows, tokens, tuple(found), states)
 
 
 def _read_layer(entry: Any, spec: CodecSpec, rows: int, tokens: int, at: int) -> tuple[LayerHeader, int]:
@@ -200,19 +218,45 @@ def _read_layer(entry: Any, spec: CodecSpec, rows: int, tokens: int, at: int) ->
     _check_fields(entry["sections"], SECTIONS, "the sections of a layer")
     sections: dict[str, Section] = {}
     for name in SECTIONS:
-        place = entry["sections"][name]
-        if not isinstance(place, list) or len(place) != 3 or not isinstance(place[2], str):
-            raise CorruptData(f"the section {name!r} needs an offset, a size and a checksum")
-        offset, size = (_number({"offset": place[0], "size": place[1]}, field, 0) for field in ("offset", "size"))
-        at = padded(at)
-        if offset != at or size != exact.get(name, size):
-            raise CorruptData(f"the section {name!r} does not lie where it must, or has another size than its contents")
-        sections[name] = Section(offset, size, place[2])
-        at += size
+        sections[name] = _read_section(entry["sections"][name], name, padded(at), exact.get(name))
+        at = padded(at) + sections[name].size
     layer = _number(entry, "layer", 0)
     return LayerHeader(
         layer, heads, channels, value_channels, entry["dtype"], sinks, recent, entries, books, sections
     ), at
+
+
+def _read_section(place: Any, name: str, begin: int, exact: int | None) -> Section:
+    """The place of a section that must begin there, and have this size if it is known."""
+    if not isinstance(place, list) or len(place) != 3 or not isinstance(place[2], str):
+        raise CorruptData(f"the section {name!r} needs an offset, a size and a checksum")
+    offset, size = (_number({"offset": place[0], "size": place[1]}, field, 0) for field in ("offset", "size"))
+    if offset != begin or size != (size if exact is None else exact):
+        raise CorruptData(f"the section {name!r} does not lie where it must, or has another size than its contents")
+    return Section(offset, size, place[2])
+
+
+def _read_states(entries: Any, model_layers: int, rows: int, at: int) -> tuple[StateHeader, ...]:
+    """The headers of the states, the first of which begins behind ``at``."""
+    if not isinstance(entries, list) or not entries:
+        raise CorruptData("the header needs a list of states, at least one")
+    found: list[StateHeader] = []
+    for entry in entries:
+        _check_fields(entry, ("layer", "name", "dtype", "shape", "section"), "a state in the header")
+        layer, name, dtype, shape = _number(entry, "layer", 0), entry["name"], entry["dtype"], entry["shape"]
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not isinstance(shape, list):
+            raise CorruptData(f"a state needs a name of 1 to {MAX_NAME} characters, and a shape")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise CorruptData(f"a state in the header has the unknown dtype {dtype!r}")
+        sides = tuple(_number({"side": side}, "side", 1) for side in shape[: MAX_DIMENSIONS + 1])
+        if not 1 <= len(sides) <= MAX_DIMENSIONS or sides[0] != rows:
+            raise CorruptData(f"a state has 1 to {MAX_DIMENSIONS} dimensions, the first of {rows} rows")
+        if layer >= model_layers or (found and (layer, name) <= (found[-1].layer, found[-1].name)):
+            raise CorruptData(f"the state {name!r} of layer {layer} is not in order among {model_layers} layers")
+        section = _read_section(entry["section"], name, padded(at), prod(sides) * DTYPES[dtype].itemsize)
+        at = padded(at) + section.size
+        found.append(StateHeader(layer, name, dtype, sides, section))
+    return tuple(found)
 
 
 def _read_channels(entry: Mapping[str, Any]) -> tuple[int, int]:

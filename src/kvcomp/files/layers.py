@@ -21,15 +21,17 @@ from kvcomp.codec.codebook import Codebook
 from kvcomp.codec.page import size_of
 from kvcomp.disk import read, write
 from kvcomp.errors import InvalidInput
-from kvcomp.files.container import Container, LayerParts, pack
+from kvcomp.files.container import Container, LayerParts, State, pack
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
+from kvcomp.store.checks import row_index
 from kvcomp.store.join import first_of_tail, last_tokens
 from kvcomp.store.padding import padding
 from kvcomp.store.rows import Rows
 from kvcomp.store.tensors import NAMES, TYPES, as_array, as_tensor
 
 Bytes = npt.NDArray[np.uint8]
+States = Mapping[int, Mapping[str, Tensor]]
 
 
 # Layers <-> files
@@ -42,6 +44,7 @@ def save(
     model_layers: int,
     model: Mapping[str, Any] | None = None,
     rows: Sequence[int] | None = None,
+    states: States | None = None,
 ) -> None:
     """Write layers to a file that takes the place of what was there.
 
@@ -55,13 +58,15 @@ def save(
         Its fingerprint, plain JSON.
     rows
         Those to write, all if None.
+    states
+        Of layers that have a state in place of K and V, the tensors by name, (rows, ...) each.
 
     Raises
     ------
     InvalidInput, LimitExceeded, OSError
         A file that was there before is then still there, whole.
     """
-    write(path, pack_stores(stores, spec, model_layers, model, rows))
+    write(path, pack_stores(stores, spec, model_layers, model, rows, states))
 
 
 def pack_stores(
@@ -70,6 +75,7 @@ def pack_stores(
     model_layers: int,
     model: Mapping[str, Any] | None = None,
     rows: Sequence[int] | None = None,
+    states: States | None = None,
 ) -> list[memoryview]:
     """The bytes that ``save`` writes, in pieces that follow each other; those of the pages are not copied.
 
@@ -86,7 +92,7 @@ def pack_stores(
         )
     ((batch, tokens),) = shapes
     parts = [parts_of(store, layer) for layer, store in sorted(stores.items())]
-    return pack(spec, model, model_layers, batch, tokens, parts)
+    return pack(spec, model, model_layers, batch, tokens, parts, _states(states or {}, rows))
 
 
 def open_container(path: str | Path) -> Container:
@@ -139,6 +145,19 @@ def load(
     return stores
 
 
+def load_states(container: Container, rows: Sequence[int] | None = None) -> dict[int, dict[str, Tensor]]:
+    """The states in a file, by layer and name, (rows, ...) each. Raises CorruptData, or InvalidInput for rows that do
+    not exist.
+    """
+    found: dict[int, dict[str, Tensor]] = {}
+    for state in container.states():
+        values = as_tensor(state.values, TYPES[state.dtype])
+        if rows is not None:
+            values = values[row_index(rows, values.shape[0])]
+        found.setdefault(state.layer, {})[state.name] = values
+    return found
+
+
 def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
     """Make a store of which only the last tokens are known, raw; the positions before them count as padding.
 
@@ -164,6 +183,19 @@ def recent_only(k: Tensor, v: Tensor, tokens: int, spec: CodecSpec) -> KVStore:
 
 
 # Stores <-> parts
+
+
+def _states(states: States, rows: Sequence[int] | None) -> list[State]:
+    """What a file holds of states. Raises InvalidInput for a dtype that none has."""
+    found = []
+    for layer, of_layer in sorted(states.items()):
+        for name, x in sorted(of_layer.items()):
+            if x.dtype not in NAMES:
+                raise InvalidInput(f"the state {name!r} of layer {layer} has {x.dtype}: no file can hold it")
+            values = as_array(x.cpu())
+            values = values if rows is None else values[row_index(rows, len(values))]
+            found.append(State(layer, name, NAMES[x.dtype], values))
+    return found
 
 
 def parts_of(store: KVStore, layer: int) -> LayerParts:

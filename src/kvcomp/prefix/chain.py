@@ -11,7 +11,7 @@ codebooks, so that a chain never mixes pages of two.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -37,12 +37,13 @@ CHUNK_TOKENS = CHUNK_PAGES * PAGE_TOKENS
 class Origin:
     """Whose K and V: of which model under which spec; all of it goes into every key and every value.
 
-    model: its fingerprint, plain JSON. layers: how many it has. dtype: the name of its type. calibration: the one that
-    the spec names.
+    model: its fingerprint, plain JSON. layers: how many it has. compressed: those that have pages, by index. dtype: the
+    name of its type. calibration: the one that the spec names.
     """
 
     model: Mapping[str, Any]
     layers: int
+    compressed: Sequence[int]
     dtype: str
     spec: CodecSpec
     calibration: Calibration | None = None
@@ -76,6 +77,16 @@ class Origin:
             found.append(last)
         return found
 
+    def state_hashes(self, tokens: Sequence[int], lengths: Iterable[int], hashes: Sequence[bytes]) -> Iterator[bytes]:
+        """For each length, not less than a chunk, the hash of so many tokens at whose end a state stands.
+
+        hashes: what ``hashes`` says of the same tokens.
+        """
+        every = np.asarray(tokens, "<i8")
+        for length in lengths:
+            chunks = self.chunks(length)
+            yield _hash(b"state" + hashes[chunks - 1] + every[self.end(chunks - 1) : length].tobytes())
+
 
 def key_of(of_tokens: bytes, books: bytes = b"") -> str:
     """books: what ``books_of`` says of the chain's first chunk; nothing for the first chunk itself, which anyone must
@@ -101,7 +112,7 @@ def storable(stores: Mapping[int, KVStore]) -> int:
     pages = []
     for store in stores.values():
         waiting = any(counts is not None and counts.any() for counts in store.rows.pair_counts[0])
-        whole = _whole(store)
+        whole = whole_pages(store)
         pages.append(0 if waiting else int(whole.cumprod().sum()))
     return min(pages) // CHUNK_PAGES
 
@@ -110,7 +121,7 @@ def pack(origin: Origin, stores: Mapping[int, KVStore], chunk: int, key: str) ->
     """The value of a chunk of a sequence."""
     first, sinks = chunk * CHUNK_PAGES, 0 if chunk else origin.spec.sinks
     parts = {layer: store.slice(first, first + CHUNK_PAGES, sinks) for layer, store in stores.items()}
-    return files.pack_stores(parts, origin.spec_of(chunk), origin.layers, _binding(origin, chunk, key))
+    return files.pack_stores(parts, origin.spec_of(chunk), origin.layers, binding(origin, key, origin.end(chunk)))
 
 
 def unpack(origin: Origin, value: Buffer, chunk: int, key: str, backend: str) -> tuple[Header, dict[int, KVStore]]:
@@ -119,14 +130,15 @@ def unpack(origin: Origin, value: Buffer, chunk: int, key: str, backend: str) ->
     """
     container = Container(np.frombuffer(value, np.uint8))
     header = container.header
-    expected = (origin.end(0) if chunk == 0 else CHUNK_TOKENS), 1, list(range(origin.layers)), origin.spec_of(chunk)
-    if (header.tokens, header.rows, [layer.layer for layer in header.layers], header.spec) != expected:
+    expected = (origin.end(0) if chunk == 0 else CHUNK_TOKENS), 1, list(origin.compressed), origin.spec_of(chunk), ()
+    found = header.tokens, header.rows, [layer.layer for layer in header.layers], header.spec, header.states
+    if found != expected:
         raise CorruptData("the value is another chunk's, or of another model")
-    if header.model != _binding(origin, chunk, key):
+    if header.model != binding(origin, key, origin.end(chunk)):
         raise CorruptData("the value was stored under another key")
     stores = files.load(container, backend, calibration=origin.calibration)
     for store in stores.values():
-        if _whole(store).tolist() != [True] * CHUNK_PAGES or NAMES[store.dtype] != origin.dtype:
+        if whole_pages(store).tolist() != [True] * CHUNK_PAGES or NAMES[store.dtype] != origin.dtype:
             raise CorruptData("the value holds other pages than a chunk has")
     return header, stores
 
@@ -145,15 +157,15 @@ def join_chunks(chunks: Sequence[KVStore]) -> KVStore:
     return whole.chain(chunks[1:])
 
 
-def _whole(store: KVStore) -> npt.NDArray[np.bool_]:
+def whole_pages(store: KVStore) -> npt.NDArray[np.bool_]:
     """Which pages of a sequence hold 64 tokens that count."""
     whole: npt.NDArray[np.bool_] = store.rows.valid[0, : store.rows.count[0]] == PAGE_TOKENS
     return whole
 
 
-def _binding(origin: Origin, chunk: int, key: str) -> dict[str, Any]:
-    """What the header of a chunk's file says of whose it is."""
-    return {**origin.model, "prefix": {"key": key, "end": origin.end(chunk)}}
+def binding(origin: Origin, key: str, end: int) -> dict[str, Any]:
+    """What the header of a value says of whose it is. end: tokens up to its own end."""
+    return {**origin.model, "prefix": {"key": key, "end": end}}
 
 
 def _hash(data: bytes) -> bytes:

@@ -1,8 +1,9 @@
 """PrefixStore: what a prompt begins with is computed once, and then loaded, by whichever process needs it.
 
     store = kvcomp.PrefixStore("redis://localhost:6379")     # or a folder
-    cache = store.load(ids, model)                           # a KVCompCache with as many of the first tokens as are
-    stored out = model.generate(ids, past_key_values=cache)
+    cache = store.load(ids, model)                # a KVCompCache with as many of the first tokens as are stored
+    store.prefill(ids, cache, model)              # needed where a model has sliding windows or linear attention
+    out = model.generate(ids, past_key_values=cache)
     store.save(out, cache, model)
 
 What is loaded is what was computed for the same tokens by the same weights under the same spec, compressed. A value
@@ -13,7 +14,8 @@ who may write to the store and means harm: checksums are no signatures.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,12 +23,22 @@ import torch
 from torch import Tensor
 
 from kvcomp.calibration import Calibration
-from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedModel, UnsupportedVersion
-from kvcomp.files.header import Header
+from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.kernels import host_backend
-from kvcomp.prefix.chain import CHUNK_PAGES, Origin, books_of, header_of, join_chunks, key_of, pack, storable, unpack
-from kvcomp.serve.blobs import TIMEOUT, Buffer, open_blobs
-from kvcomp.serve.breaker import drop_damaged
+from kvcomp.prefix.chain import (
+    CHUNK_PAGES,
+    Origin,
+    books_of,
+    header_of,
+    join_chunks,
+    key_of,
+    pack,
+    storable,
+    whole_pages,
+)
+from kvcomp.prefix.read import CALL_BYTES, Chain, open_chunk
+from kvcomp.prefix.state import State, pack_state, state_of
+from kvcomp.serve.blobs import TIMEOUT, open_blobs
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
 from kvcomp.store.tensors import NAMES
@@ -34,7 +46,6 @@ from kvcomp.store.tensors import NAMES
 if TYPE_CHECKING:
     from kvcomp.integrations.transformers import KVCompCache
 
-CALL_BYTES = 1 << 24  # values of so many bytes travel in one call
 BY_LENGTH = (
     "no prefix of so long a prompt is stored or loaded: the rotary frequencies (dynamic, longrope) depend on its length"
 )
@@ -107,22 +118,71 @@ class PrefixStore:
         from kvcomp.integrations.transformers.models import check_text_only
 
         check_text_only(model)
-        cache = KVCompCache(model.config, spec, calibration=calibration, backend=backend)
+        new = partial(KVCompCache, model.config, spec, calibration=calibration, backend=backend)
+        cache = new()
         _check_layers(cache)
         origin = _origin(cache, model, model.dtype, model_id)
         tokens = _tokens(ids)
         if cache.session.length_matters(len(tokens)):
             logger.warning(BY_LENGTH)
             return cache
-        chunks = self._read(origin, tokens, origin.chunks(len(tokens) - 1), host_backend(backend))
-        if chunks:
-            for index, layer in enumerate(cache.layers):
-                give(layer, join_chunks([stores[index] for stores in chunks]))
+        chain = Chain.find(self.blobs, origin, tokens, host_backend(backend))
+        if chain is None:
+            return cache
+        if _has_states(cache):
+            return _resumed(chain, tokens, new) or _empty(cache, chain)
+        chunks = chain.read(chain.there)
+        for index in origin.compressed:
+            give(cache.layers[index], join_chunks([stores[index] for stores in chunks]))
         return cache
+
+    def prefill(
+        self, ids: Tensor | Sequence[int], cache: KVCompCache, model: Any, *, model_id: str | None = None
+    ) -> None:
+        """Compute the first part of a prompt, and store it where other prompts can go on.
+
+        A model with sliding windows or linear attention goes on only from places where its state was stored. So the
+        prompt is computed, and stored, up to two of them: where it leaves what the store has of other prompts, and its
+        last whole chunk. A model of full attention alone goes on from any chunk: nothing is done.
+
+        Parameters
+        ----------
+        ids
+            The prompt, as in ``load``.
+        cache
+            What ``load`` gave for it.
+        model, model_id
+            As in ``load``; under the attention "kvcomp".
+
+        Raises
+        ------
+        StoreUnavailable, LimitExceeded, InvalidInput, UnsupportedModel
+            As ``save``; InvalidInput also for another attention.
+        """
+        from kvcomp.integrations.transformers.attention import NAME
+        from kvcomp.integrations.transformers.recompute import forward
+
+        tokens = _tokens(ids)
+        _check(cache, model)
+        if not _has_states(cache):
+            return
+        if model.config._attn_implementation != NAME:
+            raise InvalidInput(f'call model.set_attn_implementation("{NAME}") first: no other can be stored')
+        if cache.session.length_matters(len(tokens)):
+            logger.warning(BY_LENGTH)
+            return
+        origin = _origin(cache, model, model.dtype, model_id)
+        chain = Chain.find(self.blobs, origin, tokens, host_backend(cache.compressed_layers[0].backend))
+        for chunks in sorted({chain.there if chain else 0, origin.chunks(len(tokens) - 1)}):
+            held, end = cache.get_seq_length(), origin.end(chunks - 1)
+            if chunks > 1 and held < end:  # with fewer, codebooks are not fixed yet
+                forward(model, tokens[held:end], held, cache)
+                self.save(tokens[:end], cache, model, model_id=model_id)
 
     def save(self, ids: Tensor | Sequence[int], cache: KVCompCache, model: Any, *, model_id: str | None = None) -> int:
         """Store what is compressed of a cache and not there yet.
 
+        Of a model with sliding windows or linear attention also the state at the cache's end, from which it goes on.
         Nothing is stored of a cache whose codebooks are not fixed yet, or if another process has just stored the same
         beginning with codebooks of its own: whoever loads that goes on from there.
 
@@ -138,7 +198,7 @@ class PrefixStore:
         Returns
         -------
         int
-            Of how many first tokens the store has K and V now.
+            From the end of how many first tokens ``load`` can go on now.
 
         Raises
         ------
@@ -149,19 +209,15 @@ class PrefixStore:
         InvalidInput, UnsupportedModel
             If K and V are not, or may not be, those of the ids under the model; nothing is stored then.
         """
-        from kvcomp.integrations.transformers import KVCompCache
-        from kvcomp.integrations.transformers.files import stores_of
-        from kvcomp.integrations.transformers.models import check_text_only
+        from kvcomp.integrations.transformers.files import linear_states, stores_of
         from kvcomp.integrations.transformers.recompute import check_recomputed
 
-        check_text_only(model)
-        if not isinstance(cache, KVCompCache):
-            raise InvalidInput(f"only a KVCompCache can be stored, not a {type(cache).__name__}")
         tokens = _tokens(ids)
-        _check_layers(cache)
-        stores = stores_of(cache.layers, cache.spec)
+        _check(cache, model)
+        every = stores_of(cache.layers, cache.spec)
         cache.session.check_from_ids()
-        first = stores[0]
+        stores = {index: every[index] for index in _compressed(cache)}
+        first = next(iter(stores.values()))
         if first.batch != 1 or first.starts[0] or first.tokens > len(tokens):
             raise InvalidInput(
                 f"the cache holds {first.batch} rows of {first.tokens} tokens: give one row without padding, and "
@@ -171,29 +227,34 @@ class PrefixStore:
         if cache.session.length_matters(cache.session.longest):
             logger.warning(BY_LENGTH)
             return 0
-        count = storable(stores)
-        if not count:
+        count, with_state = storable(stores), _has_states(cache)
+        if not count or (with_state and not all(whole_pages(store).all() for store in stores.values())):
             return 0
-        hashes = origin.hashes(tokens, count)
+        hashes = origin.hashes(tokens, origin.chunks(first.tokens))
         first_key = key_of(hashes[0])
         value = pack(origin, stores, 0, first_key)
-        header = header_of(value)
+        books = books_of(header_of(value))
         host = host_backend(cache.compressed_layers[0].backend)
-        there = self._open(origin, first_key, self.blobs.get([first_key])[0], 0, host)
-        if there is not None and books_of(there[0]) != books_of(header):
+        there = open_chunk(self.blobs, origin, first_key, self.blobs.get([first_key])[0], 0, host)
+        if there is not None and books_of(there[0]) != books:
             logger.info("another process has stored this beginning first: nothing is added to it")
             return 0
-        keys = [key_of(x, books_of(header)) for x in hashes[1:]]
+        keys = [key_of(x, books) for x in hashes[1:count]]
         missing = [chunk for chunk, size in enumerate(self.blobs.sizes(keys), 1) if size is None]
-        if there is None or missing:
-            check_recomputed(stores, model, tokens, count * CHUNK_PAGES)
+        state_key = key_of(next(origin.state_hashes(tokens, [first.tokens], hashes)), books)
+        state = with_state and self.blobs.sizes([state_key]) == [None]
+        if there is None or missing or state:
+            check_recomputed(stores, model, tokens, None if state else count * CHUNK_PAGES)
         if there is None:
             self.blobs.put([(first_key, value)])
         step = max(1, CALL_BYTES // sum(len(piece) for piece in value))
         for begin in range(0, len(missing), step):
             some = missing[begin : begin + step]
             self.blobs.put([(keys[chunk - 1], pack(origin, stores, chunk, keys[chunk - 1])) for chunk in some])
-        return origin.end(count - 1)
+        if state:
+            found = state_of(origin, every, linear_states(cache.layers), count)
+            self.blobs.put([(state_key, pack_state(origin, found, state_key, first.tokens))])
+        return first.tokens if with_state else origin.end(count - 1)
 
     def close(self) -> None:
         """Give back connections; the store connects again if it is used again."""
@@ -204,50 +265,6 @@ class PrefixStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _read(self, origin: Origin, tokens: list[int], most: int, backend: str) -> list[dict[int, KVStore]]:
-        """The layers of the first chunks, as many as there are without a gap."""
-        hashes = origin.hashes(tokens, most)
-        if not hashes:
-            return []
-        first_key = key_of(hashes[0])
-        first = self._open(origin, first_key, self.blobs.get([first_key])[0], 0, backend)
-        if first is None:
-            return []
-        header, stores = first
-        keys = [first_key, *(key_of(x, books_of(header)) for x in hashes[1:])]
-        sizes = self.blobs.sizes(keys[1:])
-        there = 1 + (sizes.index(None) if None in sizes else len(sizes))
-        step = max(1, CALL_BYTES // max([1, *(size or 0 for size in sizes)]))
-        found = [stores]
-        while len(found) < there:
-            some = keys[len(found) : min(len(found) + step, there)]
-            for key, value in zip(some, self.blobs.get(some), strict=True):
-                opened = self._open(origin, key, value, len(found), backend, books_of(header))
-                if opened is None:
-                    there = len(found)
-                    break
-                found.append(opened[1])
-        self.blobs.touch(keys[: len(found)])
-        return found
-
-    def _open(
-        self, origin: Origin, key: str, value: Buffer | None, chunk: int, backend: str, books: bytes | None = None
-    ) -> tuple[Header, dict[int, KVStore]] | None:
-        """A chunk; None if there is none that can be used. What is damaged is deleted. books: what it must have been
-        coded with.
-        """
-        if value is None:
-            return None
-        try:
-            header, stores = unpack(origin, value, chunk, key, backend)
-            if books is not None and books_of(header) != books:
-                raise CorruptData("the value has other codebooks than the chunks before it")
-            return header, stores
-        except (CorruptData, UnsupportedVersion, LimitExceeded) as error:
-            logger.warning("a stored prefix is not used: %s", error)
-            drop_damaged(self.blobs, key, error)
-            return None
 
 
 def _tokens(ids: Tensor | Sequence[int]) -> list[int]:
@@ -263,14 +280,65 @@ def _tokens(ids: Tensor | Sequence[int]) -> list[int]:
     return found
 
 
+def _check(cache: KVCompCache, model: Any) -> None:
+    """Raise UnsupportedModel or InvalidInput unless a cache may be stored under token ids."""
+    from kvcomp.integrations.transformers import KVCompCache
+    from kvcomp.integrations.transformers.models import check_text_only
+
+    check_text_only(model)
+    if not isinstance(cache, KVCompCache):
+        raise InvalidInput(f"only a KVCompCache can be stored, not a {type(cache).__name__}")
+    _check_layers(cache)
+
+
 def _check_layers(cache: KVCompCache) -> None:
-    others = [index for index, layer in enumerate(cache.layers) if layer not in cache.compressed_layers]
-    if others:
+    from kvcomp.integrations.transformers.files import check_layers
+
+    check_layers(cache.layers)
+    if not cache.compressed_layers:
         raise UnsupportedModel(
-            f"layers {others} are not full attention: of a sliding window only the last tokens are there, so no "
-            "chunk of the "
-            "earlier ones can be stored; save whole caches with KVCompCache.save"
+            "a prefix is stored as compressed pages, and every layer of this model has a sliding window: save whole "
+            "caches with KVCompCache.save"
         )
+
+
+def _compressed(cache: KVCompCache) -> list[int]:
+    return [index for index, layer in enumerate(cache.layers) if layer in cache.compressed_layers]
+
+
+def _has_states(cache: KVCompCache) -> bool:
+    """Whether some layer goes on only from where it stands."""
+    from kvcomp.integrations.transformers.files import needed_layers
+
+    with_kv, linear = needed_layers(cache.layers)
+    return bool(linear) or len(with_kv) > len(cache.compressed_layers)
+
+
+def _resumed(chain: Chain, tokens: list[int], new: Callable[[], KVCompCache]) -> KVCompCache | None:
+    """A new cache that stands at the longest state that there is; None if there is none."""
+    from kvcomp.integrations.transformers.files import give, needed_layers
+    from kvcomp.integrations.transformers.stock import give_states
+
+    def fill(state: State, chunks: list[dict[int, KVStore]]) -> KVCompCache:
+        cache = new()
+        for index, store in state.stores.items():
+            compressed = index in chain.origin.compressed
+            give(cache.layers[index], join_chunks([*(x[index] for x in chunks), store]) if compressed else store)
+        for index, states in state.linear.items():
+            give_states(cache.layers[index], states)
+        return cache
+
+    return chain.resume(tokens, needed_layers(new().layers), fill)
+
+
+def _empty(cache: KVCompCache, chain: Chain) -> KVCompCache:
+    """A cache of no tokens with a chain's codebooks, so that what it will hold can be added to that chain."""
+    from kvcomp.integrations.transformers.files import give
+
+    for index, store in chain.first.items():
+        store.crop(0)
+        give(cache.layers[index], store)
+    return cache
 
 
 def _origin(cache: KVCompCache, model: Any, dtype: torch.dtype, model_id: str | None) -> Origin:
@@ -282,4 +350,4 @@ def _origin(cache: KVCompCache, model: Any, dtype: torch.dtype, model_id: str | 
     configuration = configuration_of(text_config(model.config))
     cache.session.check_configuration(configuration)
     about = {"id": weights_id(model if model_id is None else model_id), "configuration": configuration}
-    return Origin(about, len(cache.layers), NAMES[dtype], cache.spec, cache.calibration)
+    return Origin(about, len(cache.layers), _compressed(cache), NAMES[dtype], cache.spec, cache.calibration)

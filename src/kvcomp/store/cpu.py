@@ -206,10 +206,16 @@ class KVStore:
         tail = self.tail_k[:, :, :0], self.tail_v[:, :, :0]
         return self.of(rows, int(rows.tail_begin.max()), tail, (self.sinks_k, self.sinks_v))
 
+    def behind(self, pages: int) -> Self:
+        """What each row holds behind its first pages, the tail included, at the positions it has; nothing is copied."""
+        return self.of(self.rows.behind(pages), self.tokens, self._tail(), (self.sinks_k, self.sinks_v))
+
     def chain(self, others: Sequence[Self]) -> Self:
-        """The pages of this slice and of those that follow it, with the codebooks of this one."""
-        rows = Rows.chained([self.rows, *(store.rows for store in others)])
-        return self.of(rows, int(rows.tail_begin.max()), self._tail(), (self.sinks_k, self.sinks_v))
+        """The pages of this slice and of those that follow it, with this one's codebooks and the last one's tail."""
+        rows, last = Rows.chained([self.rows, *(store.rows for store in others)]), (self, *others)[-1]
+        recent = last.tokens - int(last.rows.tail_begin.max())
+        k, v = (x[:, :, x.shape[2] - recent :] for x in last._tail())
+        return self.of(rows, int(rows.tail_begin.max()) + recent, (k, v), (self.sinks_k, self.sinks_v))
 
     def to_gpu(self, device: torch.device) -> Store:
         """A copy in the memory of a GPU. Raises BackendUnavailable or LimitExceeded."""

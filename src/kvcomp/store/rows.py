@@ -127,6 +127,21 @@ class Rows:
             pair_counts=nothing,
         )
 
+    def behind(self, pages: int) -> Rows:
+        """What each row holds behind its sinks and first pages, at the positions it has; those before are padding."""
+        before = self.sink_count + self.valid[:, :pages].sum(axis=1, dtype=np.int64)
+        return Rows(
+            starts=self.starts + before,
+            tail_begin=self.tail_begin,
+            sink_count=np.zeros_like(self.sink_count),
+            count=self.count - pages,
+            pages=self.pages[:, pages:],
+            valid=self.valid[:, pages:],
+            owners=[owners[pages:] for owners in self.owners],
+            books=self.books,
+            pair_counts=self.pair_counts,
+        )
+
     @classmethod
     def chained(cls, parts: Sequence[Rows]) -> Rows:
         """The pages of several slices of the same rows, one after the other, behind the sinks of the first and with its

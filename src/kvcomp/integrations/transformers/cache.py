@@ -41,12 +41,7 @@ from kvcomp.integrations.transformers.layer import CompressedLayer, uncompiled
 from kvcomp.integrations.transformers.masks import kvcomp_mask
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, text_config
 from kvcomp.integrations.transformers.session import ForwardPass, Session
-from kvcomp.integrations.transformers.stock import (
-    check_stock,
-    has_state,
-    stock_memory,
-    stock_rows,
-)
+from kvcomp.integrations.transformers.stock import check_stock, has_state, stock_memory, stock_rows
 from kvcomp.kernels import host_backend, load_backend
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Memory
@@ -151,7 +146,7 @@ class KVCompCache(Cache):
         InvalidInput
             For an empty cache, or a path, rows or layers that are none.
         UnsupportedModel
-            If a layer is neither full attention nor a sliding window.
+            If a layer is none of full attention, sliding window and linear attention.
         OSError
             If the file cannot be written; what was there is then as it was.
         """
@@ -166,7 +161,8 @@ class KVCompCache(Cache):
             "configuration": session.configuration,
             "not_from_ids": session.not_from_ids,
         }
-        files.save(path, {index: stores[index] for index in chosen}, self.spec, len(self.layers), model, rows)
+        states = transformers_files.linear_states(self.layers) if layers is None else None
+        files.save(path, {index: stores[index] for index in chosen}, self.spec, len(self.layers), model, rows, states)
 
     @classmethod
     def load(
@@ -191,7 +187,7 @@ class KVCompCache(Cache):
         model_id
             As it was given to ``save``.
         tokens
-            How many of the first to keep; all if None. Past a sliding window there is no prefix to cut.
+            How many of the first to keep; all if None. Sliding windows and linear attention leave no prefix to cut.
         rows
             Which of each file; all if None.
         calibration
@@ -216,7 +212,7 @@ class KVCompCache(Cache):
         for container in containers:
             header = container.header
             check_origin(header.model, cache.session.configuration, identity)
-            needed = transformers_files.check_header(header, cache.layers, cache.spec)
+            transformers_files.check_header(header, cache.layers, cache.spec)
             kept = header.tokens if tokens is None else tokens
             cache.session.check_limit(max(1, kept), 0)
             cache.session.check_lengths(header.tokens, kept, containers[0].header.tokens)
@@ -225,9 +221,10 @@ class KVCompCache(Cache):
             cache.session.not_from_ids = (header.model or {}).get("not_from_ids", unknown)
         host = host_backend(backend)
         read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
-        for index in needed:
-            store = read[0][index].join([stores[index] for stores in read[1:]]) if len(read) > 1 else read[0][index]
+        for index, first in read[0].items():
+            store = first.join([stores[index] for stores in read[1:]]) if len(read) > 1 else first
             transformers_files.give(cache.layers[index], store)
+        transformers_files.give_linear(cache.layers, containers, rows, tokens)
         return cache
 
     @property

@@ -1,51 +1,67 @@
 """The layers of a KVCompCache <-> those of a .kvc file.
 
 Layers with sliding windows go into a file too. They hold their last tokens only, raw: a layer without pages whose rows
-begin there.
+begin there. Linear attention has states in place of K and V; they are in a file as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.files import recent_only
+from kvcomp.files import load_states, recent_only
+from kvcomp.files.container import Container
 from kvcomp.files.header import Header
 from kvcomp.integrations.transformers.layer import CompressedLayer
-from kvcomp.integrations.transformers.stock import holds_nothing
+from kvcomp.integrations.transformers.stock import give_states, holds_nothing, is_linear, states_of
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, read
 
 
 def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
-    """The stores of all layers, sealed. Raises UnsupportedModel for layers that could not go on from a file."""
+    """The stores of all layers with K and V, sealed. Raises UnsupportedModel for layers that could not go on from a
+    file.
+    """
     check_layers(layers)
     stores = {}
     for index, layer in enumerate(layers):
         if isinstance(layer, CompressedLayer):
             layer.settle()
             stores[index] = layer.store.to_main_memory()
-        elif holds_nothing(layer):
+        elif holds_nothing(layer) or is_linear(layer):
             continue
         elif layer.is_initialized:
             held = _held(layer, layer.get_seq_length())
-            k, v = (x[:, :, x.shape[2] - held :] for x in (layer.keys, layer.values))
+            k, v = (x[:, :, x.shape[2] - held :].cpu() for x in (layer.keys, layer.values))
             stores[index] = recent_only(k, v, layer.get_seq_length(), spec.layer(index, len(layers)))
         else:
             raise InvalidInput(f"layer {index} holds no tokens: fill the cache first")
     return stores
 
 
-def check_header(header: Header, layers: list[Any], spec: CodecSpec) -> list[int]:
-    """The layers that a file must hold. Raises InvalidInput if it holds others, or under another spec."""
-    needed = [index for index, layer in enumerate(layers) if not holds_nothing(layer)]
-    if header.spec != spec or [layer.layer for layer in header.layers] != needed:
+def linear_states(layers: list[Any]) -> dict[int, dict[str, Tensor]]:
+    """The states of all layers with linear attention, by layer and name."""
+    return {index: states_of(layer) for index, layer in enumerate(layers) if is_linear(layer)}
+
+
+def needed_layers(layers: list[Any]) -> tuple[list[int], list[int]]:
+    """The layers with K and V of their own, and those with linear attention."""
+    linear = [index for index, layer in enumerate(layers) if is_linear(layer)]
+    return [index for index, layer in enumerate(layers) if not holds_nothing(layer) and index not in linear], linear
+
+
+def check_header(header: Header, layers: list[Any], spec: CodecSpec) -> None:
+    """Raise InvalidInput if a file holds other layers than are needed, or under another spec."""
+    there = [layer.layer for layer in header.layers], sorted({state.layer for state in header.states})
+    if header.spec != spec or there != needed_layers(layers):
         raise InvalidInput(
             f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
         )
-    return needed
 
 
 def give(layer: Any, store: KVStore) -> None:
@@ -69,6 +85,27 @@ def give(layer: Any, store: KVStore) -> None:
     layer.keys, layer.values, layer.cumulative_length = k, v, store.tokens
 
 
+def give_linear(
+    layers: list[Any], containers: Sequence[Container], rows: Sequence[int] | None = None, tokens: int | None = None
+) -> None:
+    """Give layers of linear attention their states from files, whose rows become one batch.
+
+    Raises CorruptData, or InvalidInput if states do not fit each other, or are not of all tokens of a file.
+    """
+    parts = [load_states(container, rows) for container in containers]
+    if parts[0] and any(tokens not in (None, container.header.tokens) for container in containers):
+        raise InvalidInput(
+            "linear attention holds one state of all tokens, so no prefix can be cut from this file: take all of its "
+            "tokens"
+        )
+    for index, states in parts[0].items():
+        try:
+            joined = {name: torch.cat([part[index][name] for part in parts]) for name in states}
+        except (KeyError, RuntimeError) as error:
+            raise InvalidInput(f"the states of layer {index} do not fit each other: {error}") from None
+        give_states(layers[index], joined)
+
+
 def check_layers(layers: list[Any]) -> None:
     """Raise UnsupportedModel unless a file can hold what every layer needs to go on."""
     others = [
@@ -77,10 +114,12 @@ def check_layers(layers: list[Any]) -> None:
         if not isinstance(layer, CompressedLayer)
         and type(layer) is not DynamicSlidingWindowLayer
         and not holds_nothing(layer)
+        and not is_linear(layer)
     ]
     if others:
         raise UnsupportedModel(
-            f"layers {others} are neither full attention nor sliding windows and cannot be saved in a file"
+            f"layers {others} are neither full attention nor sliding windows nor linear attention and cannot be saved "
+            "in a file"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
@@ -36,6 +37,39 @@ def has_state(layer: Any) -> bool:
     """Whether a layer has summed up its tokens in a recurrent state."""
     linear = isinstance(layer, LinearAttentionCacheLayerMixin)
     return linear and any(x is not None for x in layer.recurrent_states.values())
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a layer has linear attention alone: states of a fixed size, and no K and V."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)
+
+
+def states_of(layer: Any) -> dict[str, Tensor]:
+    """The states of linear attention by name, (rows, ...) each; of convolutions what the next token needs."""
+    found: dict[str, Tensor] = {}
+    for index, x in layer.conv_states.items():
+        if x is not None:
+            width = layer.conv_kernel_size[index]
+            found[f"conv_states.{index}"] = torch.nn.functional.pad(x, (max(0, width - x.shape[-1]), 0))[..., -width:]
+    for index, x in layer.recurrent_states.items():
+        if x is not None:
+            found[f"recurrent_states.{index}"] = x
+    return found
+
+
+def give_states(layer: Any, states: Mapping[str, Tensor]) -> None:
+    """Give a layer of linear attention the states that it goes on from. Raises InvalidInput for names that it has
+    not.
+    """
+    for name, x in states.items():
+        kind, _, index = name.partition(".")
+        places = {str(place): place for place in range(layer.number_of_states)}
+        if kind not in ("conv_states", "recurrent_states") or index not in places:
+            raise InvalidInput(f"a {type(layer).__name__} has no state {name!r}: the file is of another model")
+        layer.lazy_initialization(**{kind: x}, state_idx=places[index])
+        getattr(layer, kind)[places[index]].copy_(x)
+        if kind == "conv_states":
+            layer.has_previous_state[places[index]] = True
 
 
 def stock_rows(layer: Any) -> int:
@@ -74,7 +108,7 @@ def join_stock(one: Any, other: Any, tokens: int) -> Any:
         joined.values = torch.cat([_last(x, held) for x in (one.values, other.values)])  # type: ignore[arg-type]
         joined.cumulative_length = tokens
         return joined
-    if isinstance(one, LinearAttentionCacheLayerMixin) and not isinstance(one, CacheLayerMixin):
+    if is_linear(one):
         for name in ("conv_states", "recurrent_states"):
             mine, theirs = getattr(one, name), getattr(other, name)
             states = {i: x if x is None else torch.cat([x, theirs[i]]) for i, x in mine.items()}
