@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
@@ -42,11 +43,14 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     everything.
     """
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config)).eval()
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_config(deepcopy(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
+                if kind is AutoModelForImageTextToText and not parameter.any():  # Gemma 3 begins to see by training
+                    parameter.normal_(std=0.1)
     return model
 
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 class Prefixes:
-    """A prefix store around one generation, and its times. Attributes in seconds; ``without`` is None if nothing was
-    loaded.
+    """A prefix store around one generation, and its times. Attributes in seconds, ``loading`` with all that is stored
+    before the prompt ends; ``without`` is None if nothing was loaded.
     """
 
     def __init__(self, url: str, ids: Any, model: Any, spec: CodecSpec, calibration: Calibration | None) -> None:
@@ -26,8 +26,9 @@ class Prefixes:
         self._first_token(ids[:, :2])  # the first forward pass of a process takes longer
         begin = time.perf_counter()
         self.cache = self.store.load(ids, model, spec, calibration=calibration)
-        self.loading = time.perf_counter() - begin
         self.loaded = self.cache.get_seq_length()
+        self.store.prefill(ids, self.cache, model)
+        self.loading = time.perf_counter() - begin
 
     def keep(self, new: list[int]) -> None:
         """Store the prompt and what followed it; then compute the prompt from its beginning, for the time
