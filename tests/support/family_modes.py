@@ -110,6 +110,7 @@ def stores_prefixes(model: PreTrainedModel, folder: Path) -> None:
     """What a prompt left is found by one that goes on with it, and by a second one that parts from it."""
     ids = prompt(600)["input_ids"]
     other = torch.cat([ids[:, :550], prompt(30, seed=1)["input_ids"]], 1)
+    model.set_attn_implementation("kvcomp")
     with PrefixStore(folder / "prefixes") as store:
         for text in (ids, other):
             cache = store.load(text, model, LOSSY)
