@@ -522,12 +522,14 @@ def _slow_blocks(row: Any) -> float:
 
 def vllm_soak(found: Any) -> str:
     """What a soak came to, in a sentence."""
-    given = found["setting"]
+    given, raw, coded = found["setting"], found["raw"], found["coded"]
+    left = sum(one["left"]["used"] + one["left"]["outside"] for one in (raw, coded))
     return (
-        f"**Soak**: {given['clients']} clients for {given['minutes']:g} minutes on {given['model']}, "
-        f"{found['requests']:,} requests of random lengths, {found['preempted']:,.0f} preemptions: "
-        f"{found['wrong']} answers differ from the same request alone, {found['left']['used']} bytes left at the end "
-        f"(commit {given['commit']})."
+        f"**Soak**: {given['clients']} clients for {given['minutes']:g} minutes on {given['model']}, requests of "
+        f"random lengths, {raw['preempted'] + coded['preempted']:,.0f} preemptions. Of {raw['requests']:,} answers "
+        f"over raw blocks {raw['off']} differ from those of the same requests alone by {raw['close']:g} nats or more; "
+        f"of {coded['requests']:,} over coded blocks {coded['off']} by {coded['close']:g}. {left} bytes were left at "
+        f"the end (commit {given['commit']})."
     )
 
 

@@ -2,10 +2,14 @@
 
 Some clients share an engine that has so few blocks that requests are preempted; a third of the prompts begin like the
 one before. Then each request runs alone on the same engine and must get the same answer: log probabilities of the
-likeliest tokens within ``CODED_CLOSE``, up to where two tokens tie. The spec is so fine that a wrong page is far
-outside of that. At the end the cache must be empty.
+likeliest tokens within a bound, up to where two tokens tie. At the end the cache must be empty.
 
-    python benchmarks/vllm_soak.py --minutes 30
+Half of the time the spec is so fine that blocks are raw: no answer may be off. Then blocks are coded. How a prompt is
+cut into pieces follows from the other requests, and what a later piece sees is compressed: in transformers 4 of 120
+such prompts are off by more than the same bound when pieces of 256 tokens become pieces of 100. At most ``MOST_OFF``
+may be off here.
+
+    python benchmarks/vllm_soak.py
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ import numpy as np
 import typer
 
 from kvcomp.results.schema import environment
-from vllm_client import CODED, CODED_CLOSE, ROOT, Engine, same
+from vllm_client import CODED, CODED_CLOSE, EXACT, EXACT_CLOSE, ROOT, Engine, same
 
 BATCH, LONGEST, TOKENS, BLOCKS, CONTEXT = 24, 700, 70, 26, 1024
+MOST_OFF = 0.05
 
 
 def main(
@@ -33,35 +38,53 @@ def main(
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("benchmarks/results/vllm_soak.json"),
 ) -> None:
     """Run, write what came of it, and fail if an answer was wrong or something was left."""
-    random, end = np.random.default_rng(seed), time.monotonic() + 60 * minutes
-    asked, wrong = 0, 0
+    random = np.random.default_rng(seed)
+    found = {
+        "raw": soak(str(model), EXACT, EXACT_CLOSE, clients, minutes / 2, random),
+        "coded": soak(str(model), CODED, CODED_CLOSE, clients, minutes / 2, random),
+    }
+    about = environment(model=model.name, vllm="0.32.0", minutes=minutes, clients=clients, seed=seed)
+    content = {"kvcomp_results": 1, "kind": "vllm_soak", "partial": False, "setting": about, **found}
+    output.write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(found))
+    off = found["raw"]["off"] or found["coded"]["off"] > MOST_OFF * found["coded"]["requests"]
+    raise typer.Exit(int(bool(off) or any(any(one["left"].values()) or not one["preempted"] for one in found.values())))
+
+
+def soak(
+    model: str, spec: dict[str, Any], close: float, clients: int, minutes: float, random: np.random.Generator
+) -> dict[str, Any]:
+    """Requests, how many answers were off, what was left in the cache, and how often requests were preempted."""
+    end = time.monotonic() + 60 * minutes
+    asked, off = 0, 0
+    arguments: dict[str, Any] = {
+        "model": model,
+        "dtype": "float32",
+        "max_model_len": CONTEXT,
+        "max_num_seqs": clients,
+        "max_num_batched_tokens": 256,
+        "num_gpu_blocks_override": BLOCKS,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 1 << 30,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        spec = Path(folder) / "fine.json"
-        spec.write_text(json.dumps(CODED))
-        arguments: dict[str, Any] = {
-            "model": str(model),
-            "dtype": "float32",
-            "max_model_len": CONTEXT,
-            "max_num_seqs": clients,
-        }
-        arguments |= {"max_num_batched_tokens": 256, "num_gpu_blocks_override": BLOCKS, "enable_prefix_caching": False}
-        arguments |= {"kv_cache_memory_bytes": 1 << 30}
-        with Engine({"spec": str(spec), "saving": 1.5}, **arguments) as engine:
+        path = Path(folder) / "spec.json"
+        path.write_text(json.dumps(spec))
+        with Engine({"spec": str(path), "saving": 1.5}, **arguments) as engine:
             while time.monotonic() < end:
                 prompts = drawn(random)
                 together = engine("run", prompts=prompts)["answers"]
                 for prompt, [ours] in zip(prompts, together, strict=True):
                     [[alone]] = engine("run", prompts=[prompt])["answers"]
-                    asked, wrong = asked + 1, wrong + (not same(ours, alone, CODED_CLOSE))
+                    asked, off = asked + 1, off + (not same(ours, alone, close))
             state = engine.state()
-    left = {name: state["memory"][name] for name in ("used", "outside", "tokens")}
-    found: dict[str, Any] = {"requests": asked, "wrong": wrong, "left": left}
-    found["preempted"] = state["metrics"]["vllm:num_preemptions"]
-    about = environment(model=model.name, vllm="0.32.0", minutes=minutes, clients=clients, seed=seed, close=CODED_CLOSE)
-    content = {"kvcomp_results": 1, "kind": "vllm_soak", "partial": False, "setting": about, **found}
-    output.write_text(json.dumps(content, indent=2) + "\n")
-    print(json.dumps(found))
-    raise typer.Exit(int(wrong > 0 or any(left.values()) or not found["preempted"]))
+    return {
+        "requests": asked,
+        "off": off,
+        "close": close,
+        "left": {name: state["memory"][name] for name in ("used", "outside", "tokens")},
+        "preempted": state["metrics"]["vllm:num_preemptions"],
+    }
 
 
 def drawn(random: np.random.Generator) -> list[dict[str, Any]]:
