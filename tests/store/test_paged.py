@@ -18,7 +18,7 @@ from kvcomp.calibration.transform import value_bound
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store import sealed
-from kvcomp.store.paged import Arena, Blocks, PagedCache, PagedLayer, Shape, Step
+from kvcomp.store.paged import Arena, Blocks, PagedCache, PagedLayer, Room, Shape, Step
 from kvcomp.store.paged.owners import Owners
 
 BLOCK = 64
@@ -45,6 +45,44 @@ def test_pieces_never_overlap_and_gaps_are_joined(size: int, actions: list[tuple
             arena.give(offset)
             taken[offset // 16 : offset // 16 + held.pop(offset)] = False
         assert arena.used == 16 * taken.sum()
+
+
+@given(
+    sizes=st.lists(st.integers(0, 900), min_size=1, max_size=4),
+    calls=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 300), st.booleans())),
+)
+def test_a_room_gives_pieces_of_its_memories_the_own_one_first(
+    sizes: list[int], calls: list[tuple[int, int, bool]]
+) -> None:
+    spare = 32
+    memories = [np.zeros(size, np.uint8) for size in sizes]
+    room, held = Room(memories, spare), list[tuple[int, int]]()
+    for index, size, give in calls:
+        if give and held:
+            room.give(held.pop()[0])
+            continue
+        own = memories[index % len(memories)]
+        address = room.take(own, size)
+        if address is None:
+            continue
+        assert address % 16 == 0
+        assert any(m.ctypes.data <= address and address + size + spare <= m.ctypes.data + m.nbytes for m in memories)
+        assert all(address + size <= at or at + taken <= address for at, taken in held)
+        held.append((address, size))
+
+
+def test_a_layer_whose_memory_is_full_takes_another_layers() -> None:
+    memories = [np.zeros(64 * n + 32, np.uint8) for n in (2, 40)]
+    room = Room(memories, 16)
+    places = [room.take(memories[0], 64) for _ in range(4)]
+    owns = [place is not None and 0 <= place - memories[0].ctypes.data < memories[0].nbytes for place in places]
+    assert owns == [True, True, False, False]
+    assert room.used == 4 * 64
+    for place in places:
+        assert place is not None
+        room.give(place)
+    assert room.used == 0
+    assert room.take(memories[0], 64 * 41) is None
 
 
 def test_what_was_not_given_out_is_not_taken_back() -> None:
@@ -98,17 +136,19 @@ class Engine:
         self.shape = Shape(heads, self.channels, dtype)
         dense = blocks * 2 * heads * BLOCK * self.channels * dtype.itemsize
         self.memory = np.full(int(dense * room), 7, np.uint8)
+        self.room = Room([self.memory], self.channels)
         self.layer = PagedLayer(
             spec.layer(0, 1),
             self.shape,
             blocks,
+            self.room,
             self.memory,
             other.get("calibrated"),
             other.get("backend", "cpu"),
         )
         self.shared = other.get("shared", True)
         self.blocks = Blocks(blocks, spec)
-        self.cache = PagedCache(self.blocks, {"layer": self.layer}, self.shared)
+        self.cache = PagedCache(self.blocks, self.room, {"layer": self.layer}, self.shared)
         self.free = list(range(1, blocks))
         self.holders = [0] * blocks
         self.random = torch.Generator().manual_seed(other.get("seed", 0))
@@ -243,9 +283,9 @@ def test_sequences_that_share_blocks_come_and_go(room: float, data: st.DataObjec
         engine.end(sequence)
     if not shared:
         assert not engine.layer.address.any()
-        assert (engine.layer.used, engine.layer.outside) == (0, 0)
+        assert (engine.room.used, engine.layer.outside) == (0, 0)
     assert not engine.blocks.raw.any()
-    assert room or not engine.layer.used
+    assert room or not engine.room.used
 
 
 def test_pages_lie_in_the_engines_memory_while_there_is_room() -> None:

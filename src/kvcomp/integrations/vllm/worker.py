@@ -21,7 +21,7 @@ from kvcomp.errors import UnsupportedModel
 from kvcomp.integrations.vllm.attention import Engine, KVCompAttentionBackend, KVCompAttentionImpl
 from kvcomp.integrations.vllm.live import Live, check_engine
 from kvcomp.integrations.vllm.scheduler import DEAD, OUTSIDE
-from kvcomp.store.paged import Blocks, PagedCache, PagedLayer, Shape
+from kvcomp.store.paged import Blocks, PagedCache, PagedLayer, Room, Shape
 
 logger = init_logger("vllm.kvcomp.worker")
 
@@ -59,13 +59,14 @@ class KVCompWorker(CPUWorker):
             )
         spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
         shape = Shape(spec.num_kv_heads, spec.head_size, spec.dtype)
-        pages = {
-            name: self._pages(extract_layer_index(name), len(found), layer, shape, kv_cache_config.num_blocks)
-            for name, layer in found.items()
-        }
-        cache = PagedCache(
-            Blocks(kv_cache_config.num_blocks, self._live.spec), pages, bool(self.cache_config.enable_prefix_caching)
-        )
+        memories = {name: _memory(name, layer) for name, layer in found.items()}
+        room, blocks = Room(list(memories.values()), spec.head_size), kv_cache_config.num_blocks
+        pages = {}
+        for name, memory in memories.items():
+            of_layer, calibrated = self._live.layer(extract_layer_index(name), len(found))
+            pages[name] = PagedLayer(of_layer, shape, blocks, room, memory, calibrated)
+        shared = bool(self.cache_config.enable_prefix_caching)
+        cache = PagedCache(Blocks(blocks, self._live.spec), room, pages, shared)
         self._cache, engine = cache, Engine(cache)
         for name, layer in found.items():
             layer.impl.engine, layer.impl.pages = engine, pages[name]
@@ -88,16 +89,6 @@ class KVCompWorker(CPUWorker):
     def kvcomp_memory(self) -> dict[str, int]:
         """Bytes of the cache, for ``LLM.collective_rpc("kvcomp_memory")``."""
         return vars(self._cache.memory())
-
-    def _pages(self, index: int, layers: int, layer: Any, shape: Shape, blocks: int) -> PagedLayer:
-        if not isinstance(layer.impl, KVCompAttentionImpl) or not layer.kv_cache.is_contiguous():
-            raise UnsupportedModel(
-                f"layer {index} has the attention {type(layer.impl).__name__} or memory that is not its own: "
-                "leave --worker-cls out for this model"
-            )
-        memory = layer.kv_cache.view(torch.uint8).flatten().numpy()
-        spec, calibrated = self._live.layer(index, layers)
-        return PagedLayer(spec, shape, blocks, memory, calibrated)
 
     def _told(self, output: Any) -> Any:
         """What a step returns, with what the scheduler must know."""
@@ -122,3 +113,13 @@ class KVCompWorker(CPUWorker):
             if blocks:
                 self._cache.hold(name, blocks[0])
         self._cache.drop(getattr(output, DEAD, ()))
+
+
+def _memory(name: str, layer: Any) -> Any:
+    """What vLLM allocated for a layer, uint8. Raises UnsupportedModel if it is not the layer's own."""
+    if not isinstance(layer.impl, KVCompAttentionImpl) or not layer.kv_cache.is_contiguous():
+        raise UnsupportedModel(
+            f"{name} has the attention {type(layer.impl).__name__} or memory that is not its own: "
+            "leave --worker-cls out for this model"
+        )
+    return layer.kv_cache.view(torch.uint8).flatten().numpy()

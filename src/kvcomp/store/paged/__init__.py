@@ -4,9 +4,9 @@ An engine (vLLM) gives every sequence a row of block numbers and may share a blo
 page of 64 tokens: raw while it is written, encoded once it has left the window.
 """
 
-from kvcomp.store.paged.arena import Arena
+from kvcomp.store.paged.arena import Arena, Room
 from kvcomp.store.paged.blocks import Blocks, Step
 from kvcomp.store.paged.cache import PagedCache, PagedMemory
 from kvcomp.store.paged.layer import PagedLayer, Shape
 
-__all__ = ["Arena", "Blocks", "PagedCache", "PagedLayer", "PagedMemory", "Shape", "Step"]
+__all__ = ["Arena", "Blocks", "PagedCache", "PagedLayer", "PagedMemory", "Room", "Shape", "Step"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvcomp.store.paged.arena import Room
 from kvcomp.store.paged.blocks import Blocks, Ints, Step
 from kvcomp.store.paged.layer import PagedLayer
 from kvcomp.store.paged.owners import Owners
@@ -33,15 +34,17 @@ class PagedCache:
     ----------
     blocks
         Their state.
+    room
+        Where their pages lie.
     layers
         By the engine's name.
     shared
         Whether the engine lets a sequence begin with the blocks of one that is over (prefix caching).
     """
 
-    def __init__(self, blocks: Blocks, layers: Mapping[str, PagedLayer], shared: bool) -> None:
+    def __init__(self, blocks: Blocks, room: Room, layers: Mapping[str, PagedLayer], shared: bool) -> None:
         self.layers = dict(layers)
-        self._blocks, self._shared, self._owners = blocks, shared, Owners()
+        self._blocks, self._room, self._shared, self._owners = blocks, room, shared, Owners()
 
     def begin(self, table: Ints, lengths: Ints, begins: Ints) -> Step:
         """Plan a step that every layer then takes; ``Blocks.step``."""
@@ -69,8 +72,8 @@ class PagedCache:
         """Bytes of all layers."""
         layers = self.layers.values()
         return PagedMemory(
-            room=sum(layer.room for layer in layers),
-            used=sum(layer.used for layer in layers),
+            room=self._room.size,
+            used=self._room.used,
             outside=sum(layer.outside for layer in layers),
             tokens=int(self._blocks.filled.sum()),
         )

@@ -18,7 +18,7 @@ from kvcomp.codec.page import Layout, raw_header
 from kvcomp.kernels import Array, Books, CacheView, load_backend
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store.attention import attend_tiles
-from kvcomp.store.paged.arena import Arena
+from kvcomp.store.paged.arena import Room
 from kvcomp.store.paged.blocks import Ints, Prefill, Seals, Step
 from kvcomp.store.places import bias
 from kvcomp.store.tail import TILE_PAGES
@@ -50,9 +50,11 @@ class PagedLayer:
         Of its K and V.
     blocks
         How many the engine has.
+    room
+        What the engine gave to all layers.
     memory
-        uint8: what the engine allocated for the layer; pages lie here. What does not fit lies in memory of its own,
-        until there is room again: no token is lost.
+        uint8: what of it is the layer's own. Pages that find no room lie in memory of their own until there is some: no
+        token is lost.
     calibrated
         Books and transform of the layer, where the spec needs a calibration. Without, the default books are used.
     backend
@@ -64,6 +66,7 @@ class PagedLayer:
         spec: CodecSpec,
         shape: Shape,
         blocks: int,
+        room: Room,
         memory: Bytes,
         calibrated: LayerCalibration | None = None,
         backend: str = "cpu",
@@ -83,23 +86,10 @@ class PagedLayer:
         """(2, KV heads, sinks, head_dim): K and V of blocks whose first tokens stayed raw, as they lie behind the page.
         The page has the other tokens first, and the last one again in the places that are left.
         """
-        self._memory = memory
-        self._base = -(-memory.ctypes.data // 16) * 16
-        room = memory.ctypes.data + memory.nbytes - self._base - shape.channels  # kernels read beyond the last page
-        self._arena = Arena(max(room, 0))
+        self._room, self._memory = room, memory
         self._outside: dict[int, Bytes] = {}  # pages by their block, with the bytes that kernels may read behind
         self.outside = 0
         """Bytes of pages that did not fit into the engine's memory."""
-
-    @property
-    def room(self) -> int:
-        """Bytes that the engine allocated."""
-        return self._memory.nbytes
-
-    @property
-    def used(self) -> int:
-        """Bytes of pages inside the engine's memory."""
-        return self._arena.used
 
     def write(self, step: Step, k: Tensor, v: Tensor) -> None:
         """Put the tokens of a step into raw pages; k, v: (tokens, KV heads, head_dim)."""
@@ -152,7 +142,7 @@ class PagedLayer:
         for block in blocks[self.address[blocks] > 0].tolist():
             page = self._outside.pop(block, None)
             if page is None:
-                self._arena.give(int(self.address[block]) - self._base)
+                self._room.give(int(self.address[block]))
             else:
                 self.outside -= page.nbytes
             self.address[block] = 0
@@ -247,22 +237,19 @@ class PagedLayer:
 
     def _put(self, block: int, page: Bytes, size: int, brief: bool = False) -> None:
         """Give a block so many bytes, of which these are the first, outside the engine's memory if briefly."""
-        offset = None if brief else self._arena.take(size)
-        if offset is None:
+        address = None if brief else self._room.take(self._memory, size)
+        if address is None:
             outside = np.empty(size + self.shape.channels, np.uint8)
             address, self._outside[block] = outside.ctypes.data, outside
             self.outside += outside.nbytes
-        else:
-            address = self._base + offset
         ctypes.memmove(address, page.ctypes.data, page.nbytes)
         self.address[block] = address
 
     def _bring_in(self) -> None:
         for block, page in list(self._outside.items()):
             size = page.nbytes - self.shape.channels
-            offset = self._arena.take(size)
-            if offset is not None:
-                address = self._base + offset
+            address = self._room.take(self._memory, size)
+            if address is not None:
                 ctypes.memmove(address, page.ctypes.data, size)
                 if (sinks := self._sinks.get(block)) is not None:
                     self._sinks[block] = _array_at(address + sinks.ctypes.data - page.ctypes.data, sinks)
