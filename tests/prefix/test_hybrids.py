@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 
 from families import config_of
 from generating import generate
@@ -94,6 +94,8 @@ def test_what_is_loaded_is_what_was_saved(store: PrefixStore, family: str, dtype
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_that_begin_alike_go_on_where_they_part(store: PrefixStore, family: str, dtype: torch.dtype) -> None:
     """The second prompt finds no state where it parts from the first, and leaves one there for the third."""
+    if family == "LFM2" and not hasattr(cache_utils, "DummyLayer"):
+        pytest.skip("transformers 5.14 computes LFM2 wrong where a prompt comes in two passes")
     model, system = model_of(family, dtype), prompt(700)
     for seed, (loaded, ends) in enumerate([(0, (LAST,)), (0, (SHARED, LAST)), (SHARED, (SHARED, LAST)), (SHARED, ())]):
         ids = torch.cat([system, prompt(150 if ends else 20, seed=seed + 1)], dim=1)
@@ -109,7 +111,8 @@ def test_prompts_that_begin_alike_go_on_where_they_part(store: PrefixStore, fami
             assert same_from_here(model, alone, cache)
         again = store.load(ids, model, LOSSY)
         assert again.get_seq_length() == held
-        torch.testing.assert_close(run(model, again, ids[:, held:]), logits)
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4  # chunks may be those that another prompt computed
+        torch.testing.assert_close(run(model, again, ids[:, held:]), logits, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["Qwen3.5", "Gemma 3"])
@@ -203,16 +206,14 @@ def test_other_weights_and_attention_are_refused(store: PrefixStore, sliding: Pr
         store.prefill(ids, None, sliding)  # type: ignore[arg-type]
 
 
-def test_a_cache_that_was_cropped_within_a_page_has_no_state_that_can_be_checked(
-    store: PrefixStore, sliding: PreTrainedModel
-) -> None:
-    ids, cache = prompt(700), KVCompCache(sliding.config, LOSSY)
-    cache.activate_past_recording()
-    run(sliding, cache, ids)
+def test_a_cache_that_was_cropped_within_a_page_has_no_state_that_can_be_checked(store: PrefixStore) -> None:
+    model, ids = model_of("Gemma 3", sliding_window=2000), prompt(700)
+    cache, _ = pieces(model, ids)
     cache.crop(-90)
-    assert store.save(ids, cache, sliding) == 0
-    run(sliding, cache, ids[:, 610:])
-    assert store.save(ids, cache, sliding) == 0
+    assert store.save(ids, cache, model) == 0
+    run(model, cache, ids[:, 610:])
+    assert store.save(ids, cache, model) == 0
+    assert not states_of(store)
 
 
 # Values that are not what they should be
