@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -240,14 +241,19 @@ def test_states_that_were_recorded_further_back_are_saved_as_the_next_token_need
         assert (tmp_path / "a.kvc").read_bytes() == (tmp_path / "b.kvc").read_bytes()
 
 
-def test_rows_of_models_with_linear_attention_are_joined(tmp_path: Path) -> None:
-    model = random_model(config_of("Qwen3.5"))
-    lengths, alone = (20, 150, 90), []
-    for number, length in enumerate(lengths):
+def alone_and_joined(model: Any, lengths: Sequence[int], folder: Path) -> tuple[list[KVCompCache], KVCompCache]:
+    """Caches of prompts of these lengths, and what their files give as one batch."""
+    alone, paths = [], [folder / f"{number}.kvc" for number in range(len(lengths))]
+    for number, (length, path) in enumerate(zip(lengths, paths, strict=True)):
         alone.append(KVCompCache(model.config, LOSSY))
         run(model, alone[-1], prompt(1, length, seed=number))
-        alone[-1].save(tmp_path / f"{number}.kvc")
-    joined = KVCompCache.load([tmp_path / f"{number}.kvc" for number in range(3)], model.config)
+        alone[-1].save(path)
+    return alone, KVCompCache.load(paths, model.config)
+
+
+def test_rows_of_models_with_linear_attention_are_joined(tmp_path: Path) -> None:
+    model = random_model(config_of("Qwen3.5"))
+    alone, joined = alone_and_joined(model, (20, 150, 90), tmp_path)
     token, mask = prompt(3, 1, seed=9), joined.attention_mask()
     expected = [run(model, cache, token[row : row + 1]) for row, cache in enumerate(alone)]
     torch.testing.assert_close(run(model, joined, token, mask), torch.cat(expected), rtol=1e-4, atol=1e-3)
@@ -269,12 +275,8 @@ def test_states_of_another_name_are_refused(tmp_path: Path, name: str) -> None:
 def test_rows_of_models_with_sliding_windows_are_joined(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(HYBRIDS["gemma3"]).eval()
-    lengths, alone = (20, 150, 90), []
-    for number, length in enumerate(lengths):
-        alone.append(KVCompCache(model.config, LOSSY))
-        run(model, alone[-1], prompt(1, length, seed=number))
-        alone[-1].save(tmp_path / f"{number}.kvc")
-    joined = KVCompCache.load([tmp_path / f"{number}.kvc" for number in range(3)], model.config)
+    lengths = (20, 150, 90)
+    alone, joined = alone_and_joined(model, lengths, tmp_path)
     mask = torch.ones((3, 150), dtype=torch.int64)
     for row, length in enumerate(lengths):
         mask[row, : 150 - length] = 0

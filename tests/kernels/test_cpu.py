@@ -15,7 +15,7 @@ from kvcomp.codec import codebook
 from kvcomp.codec.dtypes import PATCHED
 from kvcomp.codec.page import fixed_mode
 from kvcomp.codec.patched import piece_order
-from kvcomp.codec.quantise import round_to
+from kvcomp.codec.quantise import Quantised, round_to
 from kvcomp.errors import InvalidInput
 from kvcomp.kernels import Books, Steps, reference
 from kvcomp.spec import KINDS, UNITS, Coding, Unit
@@ -152,6 +152,17 @@ def test_attend_precision(scales: tuple[float, float], coding: tuple[Coding, Cod
             )
 
 
+def on_steps(k: Array, v: Array) -> tuple[Array, Array, list[Quantised], Steps]:
+    """Codes as K and V of two heads with these steps, the same quantised, and the steps."""
+    steps: Steps = ((1.0, 0.75), (0.5, 1.25))
+    values, quantised = [], []
+    for x, of_kind in zip((k, v), steps, strict=True):
+        assert of_kind is not None
+        values.append(x * np.array(of_kind, np.float32)[:, None, None])
+        quantised.append(reference.quantise(values[-1], "head", of_kind))
+    return values[0], values[1], quantised, steps
+
+
 @pytest.mark.parametrize("channels", [16, 48, 80, 128, 288])
 @pytest.mark.parametrize("width", range(1, 9))
 def test_every_fixed_width(channels: int, width: int) -> None:
@@ -159,11 +170,7 @@ def test_every_fixed_width(channels: int, width: int) -> None:
     rng = np.random.default_rng(width)
     least, most = -(1 << (width - 1)), (1 << (width - 1)) - 1
     k, v = (rounded(rng.integers(least, most + 1, (2, 128, channels)), "float32") for _ in "KV")
-    steps: Steps = ((1.0, 0.75), (0.5, 1.25))
-    k, v = (
-        x * np.array(of_kind, np.float32)[:, None, None] for x, of_kind in zip((k, v), steps, strict=True) if of_kind
-    )
-    quantised = [reference.quantise(x, "head", scale) for x, scale in zip((k, v), steps, strict=True) if scale]
+    k, v, quantised, steps = on_steps(k, v)
     units: tuple[Unit, Unit] = ("head", "head")
     nothing: Books = (None, None)
     pages, offsets = cpu.encode_pages(k, v, *quantised, ("fixed",) * 2, units, nothing, nothing)
@@ -197,11 +204,7 @@ def test_pieces_of_every_width(channels: int, queries: int) -> None:
                 places = [0, 1, 511, *rng.integers(0, 512, 6)]
                 codes[places] = np.clip(codes[places] + rng.integers(-63, 64, len(places)), -128, 127)
                 x[head, 64 * page + token[piece], channel[piece]] = codes
-    steps: Steps = ((1.0, 0.75), (0.5, 1.25))
-    k, v = (
-        x * np.array(of_kind, np.float32)[:, None, None] for x, of_kind in zip((k, v), steps, strict=True) if of_kind
-    )
-    quantised = [reference.quantise(x, "head", scale) for x, scale in zip((k, v), steps, strict=True) if scale]
+    k, v, quantised, steps = on_steps(k, v)
     units: tuple[Unit, Unit] = ("head", "head")
     nothing: Books = (None, None)
     pages, offsets = cpu.encode_pages(k, v, *quantised, ("patched",) * 2, units, nothing, nothing)
