@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,31 +15,33 @@ from kvcomp.kernels.cpu.decode import COLUMNS, EMPTY, MOST_CLASSES, NARROW, WIDE
 
 FAST_MEAN = {NARROW: 4.8, WIDE: 10.5}  # bits of a pair up to which twice as many pairs fit a window often enough
 NO_COLUMNS = np.zeros(COLUMNS, np.int64)
+NOWHERE = NO_COLUMNS.ctypes.data
 
 
 def describe_books(books: Sequence[Books], value_channels: int) -> list[npt.NDArray[np.int64]]:
     """Describe the books of K and of V, in turn, as ``decode`` wants them: (columns,) each, kept with its book."""
-    return [
-        _description(book, kind % 2 == 0 or value_channels % 64 == 0)
-        for kind, of_kind in enumerate(books)
-        for book in of_kind
-    ]
+    return [NO_COLUMNS if book is None else book.derived[key] for book, key in _described(books, value_channels)]
 
 
 def book_addresses(books: Sequence[Books], value_channels: int) -> npt.NDArray[np.int64]:
     """Addresses of these descriptions, (2 * len(books),); they last as long as the books."""
-    return np.array([x.ctypes.data for x in describe_books(books, value_channels)], np.int64)
+    described = _described(books, value_channels)
+    return np.array([NOWHERE if book is None else book.derived[key, "address"] for book, key in described], np.int64)
 
 
-def _description(book: Codebook | None, mixed: bool) -> npt.NDArray[np.int64]:
-    """``_describe``, once for each book: it takes longer than the attention over some pages."""
-    if book is None:
-        return NO_COLUMNS
-    key = "cpu", mixed
-    if key not in book.derived:
-        book.derived[key] = np.array(_describe(book, mixed), np.int64)
-    columns: npt.NDArray[np.int64] = book.derived[key]
-    return columns
+def _described(books: Sequence[Books], value_channels: int) -> list[tuple[Codebook | None, Any]]:
+    """Each book and what its description is kept under, made once: it takes longer than the attention over some
+    pages.
+    """
+    found = []
+    for kind, of_kind in enumerate(books):
+        key = "cpu", kind % 2 == 0 or value_channels % 64 == 0
+        for book in of_kind:
+            if book is not None and key not in book.derived:
+                book.derived[key] = np.array(_describe(book, key[1]), np.int64)
+                book.derived[key, "address"] = book.derived[key].ctypes.data
+            found.append((book, key))
+    return found
 
 
 def _describe(book: Codebook, mixed: bool) -> tuple[int, ...]:

@@ -86,6 +86,7 @@ class PagedLayer:
         """(2, KV heads, sinks, head_dim): K and V of blocks whose first tokens stayed raw, as they lie behind the page.
         The page has the other tokens first, and the last one again in the places that are left.
         """
+        self._gathered: tuple[Ints, tuple[Array, Ints]] | None = None
         self._room, self._memory = room, memory
         self._outside: dict[int, Bytes] = {}  # pages by their block, with the bytes that kernels may read behind
         self.outside = 0
@@ -119,7 +120,7 @@ class PagedLayer:
             Shaped as q.
         """
         if step.decoding.size:
-            decoding = torch.from_numpy(step.decoding)
+            decoding = torch.from_numpy(step.decoding) if step.prefills else slice(None)
             out[decoding] = self._decode(step, q[decoding], scaling, softcap).to(out.dtype)
         for prefill in step.prefills:
             part = slice(prefill.begin, prefill.end)
@@ -146,7 +147,8 @@ class PagedLayer:
             else:
                 self.outside -= page.nbytes
             self.address[block] = 0
-            self._sinks.pop(block, None)
+            if self._sinks.pop(block, None) is not None:
+                self._gathered = None
 
     def values(self, blocks: Ints) -> tuple[Tensor, Tensor]:
         """K and V as held, (KV heads, 64 * blocks, head_dim) each."""
@@ -194,7 +196,14 @@ class PagedLayer:
         return (result if self.transform is None else self.transform.outputs(result))[:, :, 0]
 
     def _sinks_of(self, leading: Ints) -> tuple[Array, Ints]:
-        """K and V of the sinks that lie behind the first pages, (2, rows, KV heads, sinks, head_dim), and how many."""
+        """K and V of the sinks that lie behind the first pages, (2, rows, KV heads, sinks, head_dim), and how many;
+        the same ones as long as the rows are the same.
+        """
+        if self._gathered is None or not np.array_equal(self._gathered[0], leading):
+            self._gathered = leading, self._gather_sinks(leading)
+        return self._gathered[1]
+
+    def _gather_sinks(self, leading: Ints) -> tuple[Array, Ints]:
         found = {row: self._sinks[block] for row, block in enumerate(leading.tolist()) if block in self._sinks}
         count = np.array([found[row].shape[2] if row in found else 0 for row in range(leading.size)], np.int64)
         size = 2, leading.size, self.shape.heads, int(count.max(initial=0)), self.shape.channels
@@ -234,6 +243,7 @@ class PagedLayer:
             both = np.append(page, raw[index].view(np.uint8))
             self._put(block, both, both.nbytes)
             self._sinks[block] = _array_at(int(self.address[block]) + page.nbytes, raw[index])
+            self._gathered = None
 
     def _put(self, block: int, page: Bytes, size: int, brief: bool = False) -> None:
         """Give a block so many bytes, of which these are the first, outside the engine's memory if briefly."""
