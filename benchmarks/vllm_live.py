@@ -44,12 +44,12 @@ from vllm_client import ROOT, Engine
 
 OUTPUT = Path(__file__).parent / "results" / "vllm_live.json"
 CALIBRATION = ROOT / "examples" / "calibrations" / "smollm2-135m.kvcal"
-FIRST, SCORED, TEXTS = 1792, 80, 3
+FIRST, SCORED, TEXTS = 1792, 80, 6
 DENSE, SHORT, LONG, SPARE = 4, 2048, 8064, 64  # sequences of vLLM's own that fit, their tokens, a long one, a block
 STEPS, TURNS = 6, 4
 PREFIX, PREFIX_CHUNK, PROMPTS, SETTLED = 1900, 256, 3, 4.0  # tokens of a stored prompt; seconds until it is stored
 PORT = 16391
-SAVING = {"kvcomp": 3.5, "kvcomp-klt": 4.0, "packed-klt": 3.6}
+SAVING = {"kvcomp": 3.5, "kvcomp-klt": 4.0, "packed-klt": 3.6, "packed": 3.0}
 
 Found = dict[str, Any]
 Ids = list[int]

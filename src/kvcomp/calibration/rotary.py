@@ -113,6 +113,7 @@ class Rotation:
         first = begin // RUN
         room = max(LEAST_ROOM, 1 << (first + count - 1).bit_length())
         starts, run = _runs(self.speed, begin % RUN, room, z.device)
+        z = z.contiguous()  # the many products are laid out as it is
         turned = torch.view_as_complex(z.unflatten(-1, (-1, 2)))[..., None, :] * starts[first : first + count]
         found: Tensor = torch.view_as_real(turned).flatten(-2) @ run
         return found.flatten(-2)[..., :tokens]
