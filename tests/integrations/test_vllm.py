@@ -387,6 +387,29 @@ def test_a_store_that_hangs_holds_no_step_up(tmp_path: Path) -> None:
     engine.close()
 
 
+def test_a_step_that_computes_nothing_waits_for_a_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the thread which loads has Python to itself; a step that computes waits for nothing."""
+    monkeypatch.setattr("kvcomp.integrations.vllm.connector.PAUSE", 0.5)
+    stored(str(tmp_path))
+    engine, blocks = Engine(str(tmp_path)), list(range(30))
+    stuck = Stuck(engine.worker._blobs)
+    engine.worker._blobs = stuck  # type: ignore[assignment]
+    asked = request("second", PROMPT)
+    while (found := engine.scheduler.get_num_new_matched_tokens(asked, 0)[0]) is None:
+        pass
+    engine.scheduler.update_state_after_alloc(asked, SimpleNamespace(get_block_ids=lambda: (blocks,)), found)
+    took: list[float] = []
+    steps: list[dict[str, int]] = [{}, {"other": 1}]
+    for scheduled in steps:
+        engine.step(scheduled)
+        before = time.monotonic()
+        assert engine.worker.get_finished(set()) == (None, None)
+        took.append(time.monotonic() - before)
+    assert took[0] > 0.4 > took[1]
+    stuck.go.set()
+    engine.close()
+
+
 def test_errors_are_said_once_a_second_with_the_chunk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stored(str(tmp_path))
     engine, blocks = Engine(str(tmp_path)), list(range(30))

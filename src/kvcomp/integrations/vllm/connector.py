@@ -41,6 +41,7 @@ PARAMETERS = "url", "spec", "calibration", "chunk_tokens", "timeout", "limit", "
 CHUNK_TOKENS = 256
 MOST_WAITING = 64  # chunks on their way to the store; when it is slower than the model, later ones are not stored
 PATIENCE = 0.5  # seconds that a new request waits to hear what the store has
+PAUSE = 0.01  # seconds that a step which computes nothing waits for a load: it would keep Python from the load's thread
 LEAST_SAVED = 0.02  # of a chunk's bytes: a spec that saves less is said to save nothing
 
 logger = init_logger("vllm.kvcomp.connector")
@@ -65,6 +66,8 @@ class Transfers(KVConnectorMetadata):
     loads: dict[str, list[Transfer]] = field(default_factory=dict)
     """By request."""
     stores: list[Transfer] = field(default_factory=list)
+    idle: bool = False
+    """Whether the step computes nothing."""
 
 
 @dataclass
@@ -146,7 +149,9 @@ class KVCompConnector(KVConnectorBase_V1):
         self._loads: dict[str, list[Transfer]] = {}
         self._layers: list[Tensor] = []
         self._layout = BlockLayout()
-        self._lock = threading.Lock()  # of the next two
+        self._idle = False  # whether the present step is
+        self._ended = threading.Condition()  # of the next three
+        self._loading = 0
         self._failed: set[int] = set()
         self._loaded: set[str] = set()
         self._asker = ThreadPoolExecutor(1, "kvcomp-ask")
@@ -196,8 +201,8 @@ class KVCompConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """Plan what the workers begin to load and store in this step."""
-        transfers, scheduled = Transfers(self._loads), scheduler_output.num_scheduled_tokens
-        self._loads = {}
+        scheduled = scheduler_output.num_scheduled_tokens
+        transfers, self._loads = Transfers(self._loads, idle=not scheduled), {}
         for new in scheduler_output.scheduled_new_reqs:
             if prompt := self._prompts.get(new.req_id):
                 prompt.blocks = list(new.block_ids[0])
@@ -271,12 +276,18 @@ class KVCompConnector(KVConnectorBase_V1):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin the loads of this step; ``get_finished`` tells which have ended."""
-        for request, loads in self._transfers().loads.items():
+        transfers = self._transfers()
+        self._idle = transfers.idle
+        with self._ended:
+            self._loading += len(transfers.loads)
+        for request, loads in transfers.loads.items():
             self._loader.submit(self._load, request, loads)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """The requests whose loads have ended, well or not."""
-        with self._lock:
+        with self._ended:
+            if self._idle and self._loading and not self._loaded:
+                self._ended.wait(PAUSE)
             loaded, self._loaded = self._loaded, set()
         return None, loaded or None
 
@@ -293,9 +304,11 @@ class KVCompConnector(KVConnectorBase_V1):
             self._errors.say(f"kvcomp: the chunks from {names[0]} on are not loaded: {error}")
         except Exception:
             logger.exception("kvcomp: the chunks from %s on could not be loaded", names[0])
-        with self._lock:
+        with self._ended:
             self._failed |= failed
             self._loaded.add(request)
+            self._loading -= 1
+            self._ended.notify()
 
     def _fill(self, load: Transfer, name: str, value: Buffer) -> bool:
         try:
@@ -354,7 +367,7 @@ class KVCompConnector(KVConnectorBase_V1):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """The blocks that could not be filled since the last call."""
-        with self._lock:
+        with self._ended:
             failed, self._failed = self._failed, set()
         return failed
 
