@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kvcomp.calibration.rotary import Rotation
 from kvcomp.errors import InvalidInput
+from kvcomp.kernels.folding import Folding
 
 RIDGE = 1e-3  # added to a metric, in units of its mean diagonal: no direction may go unseen
 WORST_CONDITION = 1e5  # of a transform that float32 products can undo
@@ -129,6 +130,19 @@ class Transform:
     @property
     def channels(self) -> int:
         return int(self.key.mean.shape[1])
+
+    @cached_property
+    def folding(self) -> Folding:
+        """What kernels on the CPU do to queries and outputs, for themselves."""
+        rotation = self.key.rotation
+        nothing = np.empty((self.heads, self.channels, 0), np.float32)
+        return Folding(
+            queries=self.key.inverse.numpy(),
+            turning=nothing if rotation is None else self.key.folded.unflatten(2, (-1, 2)).mT.flatten(2).numpy(),
+            speed=() if rotation is None else rotation.speed,
+            outputs=self.value.inverse.mT.contiguous().numpy(),
+            mean=self.value.mean.numpy(),
+        )
 
     def coarsened(self, shifts: npt.NDArray[np.uint8]) -> Transform:
         """With coarser coordinates of K and of V, (2, KV heads, D)."""

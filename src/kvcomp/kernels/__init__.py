@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from kvcomp.codec.quantise import Quantised
 from kvcomp.errors import BackendUnavailable
+from kvcomp.kernels.folding import Folding
 from kvcomp.kernels.view import NO_STEPS, Array, Books, CacheView, Steps
 from kvcomp.spec import Coding, Kind, Unit
 
-__all__ = ["NO_STEPS", "Array", "Backend", "Books", "CacheView", "Steps", "load_backend"]
+__all__ = ["NO_STEPS", "Array", "Backend", "Books", "CacheView", "Folding", "Steps", "load_backend"]
 
 
 class Backend(Protocol):
@@ -117,9 +118,9 @@ class Backend(Protocol):
         scaling: float,
         softcap: float = 0.0,
         threads: int = 1,
-        bias: npt.NDArray[np.float32] | None = None,
+        folding: Folding | None = None,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """softmax(cap(scaling (q.K + bias))) V over sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579).
+        """softmax(cap(scaling q.K)) V over sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579).
 
         Parameters
         ----------
@@ -135,9 +136,9 @@ class Backend(Protocol):
             cap(x) = softcap tanh(x / softcap); 0 for none.
         threads
             Most threads to use. The result does not depend on it.
-        bias
-            float32 (rows, KV heads, queries of a KV head, tokens or more): what is added to q.K, by the number of the
-            token among its row's, the sinks first.
+        folding
+            Where K and V are held in other coordinates than the queries have: what leads to them and back. A row's
+            tokens have the places 0, 1, 2, .., the sinks first.
 
         Returns
         -------

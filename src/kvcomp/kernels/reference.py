@@ -26,7 +26,7 @@ from kvcomp.codec.page import (
 )
 from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, Array, Quantised, quantise, round_to, to_float32
 from kvcomp.errors import CorruptData
-from kvcomp.kernels import NO_STEPS, Books, CacheView, Steps
+from kvcomp.kernels import NO_STEPS, Books, CacheView, Folding, Steps
 from kvcomp.spec import KINDS, PAGE_TOKENS, Coding, Kind, Unit
 
 __all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quantise", "write_raw"]
@@ -211,12 +211,13 @@ def attend(
     scaling: float,
     softcap: float = 0.0,
     threads: int = 1,
-    bias: npt.NDArray[np.float32] | None = None,
+    folding: Folding | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Compute ``Backend.attend`` in float64, written as the formula."""
     rows, heads, queries, _ = q.shape
     layout = Layout(heads, view.channels, view.units, view.tail_k.dtype.itemsize)
-    out = np.zeros((*q.shape[:3], layout.channels[1]), np.float32)
+    inner = q.astype(np.float64) if folding is None else np.einsum("rhqc,hcd->rhqd", q, folding.queries, dtype=float)
+    out = np.zeros((*q.shape[:3], layout.channels[1]))
     lse = np.full(q.shape[:3], -np.inf, np.float32)
     for row in range(rows):
         k, v = (
@@ -234,9 +235,9 @@ def attend(
             keys = np.concatenate([*k, to_float32(view.tail_k[row, :, tail])], axis=1).astype(np.float64)
             values = np.concatenate([*v, to_float32(view.tail_v[row, :, tail])], axis=1).astype(np.float64)
             if keys.shape[1]:
-                score = scaling * np.einsum("hd,htd->ht", q[row, :, i].astype(np.float64), keys)
-                if bias is not None:
-                    score += scaling * bias[row, :, i, : keys.shape[1]]
+                score = scaling * np.einsum("hd,htd->ht", inner[row, :, i], keys)
+                if folding is not None and folding.speed:
+                    score += scaling * folding.turned(q[row : row + 1, :, i : i + 1], keys.shape[1])[0, :, 0]
                 if softcap:
                     score = softcap * np.tanh(score / softcap)
                 peak = score.max(axis=1, keepdims=True)
@@ -244,4 +245,6 @@ def attend(
                 total = weight.sum(axis=1, keepdims=True)
                 out[row, :, i] = np.einsum("ht,htd->hd", weight / total, values)
                 lse[row, :, i] = (peak + np.log(total))[:, 0]
-    return out, lse
+    if folding is not None:
+        out = np.einsum("rhqc,hcd->rhqd", out, folding.outputs, dtype=float) + folding.mean[:, None]
+    return out.astype(np.float32), lse

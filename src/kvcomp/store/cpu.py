@@ -23,10 +23,11 @@ from kvcomp.kernels import Books, CacheView, Steps, load_backend
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import read
 from kvcomp.store.checks import check_crop, check_kv, check_more, check_shape, check_starts, row_index
+from kvcomp.store.fused import attend_fused
 from kvcomp.store.join import join
 from kvcomp.store.memory import Memory, memory_of
 from kvcomp.store.padding import Padding, padding
-from kvcomp.store.places import bias, place_tail, places
+from kvcomp.store.places import place_tail, places
 from kvcomp.store.protocol import Store
 from kvcomp.store.rows import Rows
 from kvcomp.store.seal import seal_row
@@ -267,25 +268,12 @@ class KVStore:
         """Fused attention of the last tokens, decoding the sealed pages on the fly; q: (batch, heads, queries,
         head_dim).
         """
-        group, queries = q.shape[1] // self.heads, q.shape[2]
-        inner = q.detach().to(torch.float32) if self.transform is None else self.transform.queries(q)
         at = self.tokens - self.tail_base
-        out, lse = self.kernels.attend(
-            inner.reshape(self.batch, self.heads, group * queries, -1).contiguous().numpy(),
-            self.view(),
-            at - queries + 1 + np.arange(group * queries) % queries,
-            scaling,
-            softcap,
-            torch.get_num_threads(),
-            bias(self.transform, q, self.heads, self.tokens),
-        )
-        result = torch.from_numpy(out).view(*q.shape[:3], -1)
-        if self.transform is not None:
-            result = self.transform.outputs(result)
+        tail_end = np.arange(at - q.shape[2] + 1, at + 1)
+        out, lse = attend_fused(self.kernels, self.view(), self.transform, q, tail_end, scaling, softcap)
         if sink_logits is not None:
-            denominators = torch.from_numpy(lse).view(q.shape[:3])
-            result = take_share(result, denominators, sink_logits, q, scaling, self.transform)
-        return result.to(q.dtype)
+            out = take_share(out, lse, sink_logits, q, scaling, self.transform)
+        return out.to(q.dtype)
 
     def until_seal(self) -> int:
         """Tokens until a row compresses a page."""

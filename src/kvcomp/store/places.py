@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kvcomp.calibration.transform import Transform
-from kvcomp.store.padding import Padding
 
 if TYPE_CHECKING:
     from kvcomp.store.cpu import KVStore
@@ -42,9 +41,3 @@ def place_tail(store: KVStore | GPUStore, k: Tensor, base: int, starts: npt.NDAr
         new = old + torch.from_numpy(store.starts - starts).to(store.device)[:, None]
         key = store.transform.key
         k[moved, :, :held] = key.apply(key.undo(k[moved, :, :held], old[moved]), new[moved])
-
-
-def bias(transform: Transform | Padding | None, q: Tensor, heads: int, tokens: int) -> npt.NDArray[np.float32] | None:
-    """``Transform.bias`` of queries (batch, heads, queries, D) on so many KV heads, as kernels take it."""
-    found = None if transform is None else transform.bias(q, tokens)
-    return None if found is None else found.view(len(q), heads, -1, tokens).numpy()

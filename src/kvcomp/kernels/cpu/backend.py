@@ -19,11 +19,12 @@ from kvcomp.codec.dtypes import UNIT_NUMBERS, dtype_of
 from kvcomp.codec.page import Layout
 from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, SCALE_BITS, Quantised, check_scale, check_values
 from kvcomp.errors import InvalidInput
-from kvcomp.kernels import NO_STEPS, Array, Books, CacheView, Steps
+from kvcomp.kernels import NO_STEPS, Array, Books, CacheView, Folding, Steps
 from kvcomp.kernels.cpu.attention import attend_tasks, plan_parts
 from kvcomp.kernels.cpu.count import count_blocks
 from kvcomp.kernels.cpu.decompress import decompress_pages
 from kvcomp.kernels.cpu.encode import encode_blocks
+from kvcomp.kernels.cpu.folding import fold, turning_tables, unfold
 from kvcomp.kernels.cpu.quantise import quantise_blocks, quantise_heads
 from kvcomp.kernels.cpu.raw import write_rows
 from kvcomp.kernels.cpu.softmax import LOG2_E, merge
@@ -64,6 +65,8 @@ class _Prepared(NamedTuple):
     """A view as ``attend_tasks`` takes it, which says more of most; all layers of a model and step need theirs."""
 
     all_pages: int
+    before_tail: Array
+    """int64 (rows,): most tokens in sinks and pages, less where the tail begins."""
     pages: Array
     valid: Array
     page_count: Array
@@ -86,6 +89,7 @@ class _Prepared(NamedTuple):
             raise InvalidInput("the channels of a token in sinks and tail must lie side by side")
         return cls(
             int(view.count.sum()),
+            view.sink_count + PAGE_TOKENS * view.count - view.tail_begin,
             np.ascontiguousarray(view.pages, np.int64),
             np.ascontiguousarray(view.valid, np.int32),
             np.ascontiguousarray(view.count, np.int64),
@@ -109,15 +113,19 @@ def attend(
     scaling: float,
     softcap: float = 0.0,
     threads: int = 1,
-    bias: npt.NDArray[np.float32] | None = None,
+    folding: Folding | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Compute ``Backend.attend`` in tasks of some pages of a row and KV head, whose partial results are merged."""
-    rows, heads, queries, channels = q.shape
+    rows, heads, queries, _ = q.shape
     if "cpu" not in view.derived:
         view.derived["cpu"] = _Prepared.of(view)
     prepared: _Prepared = view.derived["cpu"]
-    value_channels = view.channels[1]
+    channels, value_channels = view.channels
     tail_end = np.ascontiguousarray(tail_end, np.int64)
+    inner, bias = np.ascontiguousarray(q), np.empty((*q.shape[:3], 0), np.float32)
+    if folding is not None:
+        factor = float(scaling if softcap else scaling * LOG2_E)
+        inner, bias = _folded(inner, folding, prepared.before_tail + tail_end.max(), factor, channels)
     first_part = np.empty(rows + 1, np.int64)
     parts = plan_parts(prepared.page_count, prepared.tail_begin, tail_end, first_part)
     partial = np.empty((parts, heads, queries, value_channels), np.float32)
@@ -126,9 +134,9 @@ def attend(
     arguments: tuple[Any, ...] = (
         np.zeros(1, np.int64),
         first_part,
-        np.ascontiguousarray(q),
-        _scaled(bias, q, scaling, softcap),
-        *prepared[1:],
+        inner,
+        bias,
+        *prepared[2:],
         tail_end,
         float(scaling),
         float(softcap),
@@ -146,7 +154,11 @@ def attend(
             if not future.cancel():  # one that has not started is not waited for: no task is left
                 future.result()
     merge(first_part, partial, peak, total, out, lse)
-    return out, lse
+    if folding is None:
+        return out, lse
+    result = np.empty((*q.shape[:3], folding.mean.shape[1]), np.float32)
+    unfold(out, folding.outputs, folding.mean, result)
+    return result, lse
 
 
 def decompress(
@@ -277,13 +289,15 @@ def encode_pages(
     return np.append(buffer[:total], np.zeros(widest, np.uint8)), offsets
 
 
-def _scaled(
-    bias: npt.NDArray[np.float32] | None, q: npt.NDArray[np.float32], scaling: float, softcap: float
-) -> npt.NDArray[np.float32]:
-    """A bias as scores are: scaled, and in powers of two where no cap comes in between."""
-    if bias is None:
-        return np.empty((*q.shape[:3], 0), np.float32)
-    return np.ascontiguousarray(bias * np.float32(scaling if softcap else scaling * LOG2_E))
+def _folded(
+    q: npt.NDArray[np.float32], folding: Folding, tokens: npt.NDArray[np.int64], factor: float, channels: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Queries in the coordinates of K', and what is added to their scores, times the factor that scores have."""
+    starts, run = turning_tables(folding.speed, int(tokens.max()))
+    inner = np.empty((*q.shape[:3], channels), np.float32)
+    bias = np.empty((*q.shape[:3], PAGE_TOKENS * len(starts) if folding.speed else 0), np.float32)
+    fold(q, np.float32(factor), folding.queries, folding.turning, starts, run, tokens, inner, bias)
+    return inner, bias
 
 
 def _steps(steps: Steps, heads: int) -> npt.NDArray[np.float32]:

@@ -18,9 +18,9 @@ from kvcomp.codec.page import Layout, raw_header
 from kvcomp.kernels import Array, Books, CacheView, load_backend
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store.attention import attend_tiles
+from kvcomp.store.fused import attend_fused
 from kvcomp.store.paged.arena import Room
 from kvcomp.store.paged.blocks import Ints, Prefill, Seals, Step
-from kvcomp.store.places import bias
 from kvcomp.store.tail import TILE_PAGES
 from kvcomp.store.tensors import as_array
 from kvcomp.store.training import default_book
@@ -163,37 +163,27 @@ class PagedLayer:
         return k, v
 
     def _decode(self, step: Step, q: Tensor, scaling: float, softcap: float) -> Tensor:
-        rows, heads, channels = q.shape
-        inner = q.to(torch.float32)[:, :, None] if self.transform is None else self.transform.queries(q[:, :, None])
+        rows = len(q)
         (sinks_k, sinks_v), sink_count = self._sinks_of(step.table[:, 0])
         nothing, zero = sinks_k[:, :, :0], np.zeros(rows, np.int64)
         valid = step.valid.copy()
         valid[:, 0] -= sink_count
-        group = heads // self.shape.heads
-        out, _ = self.kernels.attend(
-            inner.reshape(rows, self.shape.heads, group, channels).contiguous().numpy(),
-            CacheView(
-                pages=self.address[step.table],
-                valid=valid,
-                count=step.count,
-                units=self.units,
-                books=[self.books] * rows,
-                sinks_k=sinks_k,
-                sinks_v=sinks_v,
-                sink_count=sink_count,
-                tail_k=nothing,
-                tail_v=nothing,
-                tail_begin=zero,
-                steps=self.steps,
-            ),
-            np.zeros(group, np.int64),
-            scaling,
-            softcap,
-            torch.get_num_threads(),
-            bias(self.transform, q[:, :, None], self.shape.heads, step.table.shape[1] * PAGE_TOKENS),
+        view = CacheView(
+            pages=self.address[step.table],
+            valid=valid,
+            count=step.count,
+            units=self.units,
+            books=[self.books] * rows,
+            sinks_k=sinks_k,
+            sinks_v=sinks_v,
+            sink_count=sink_count,
+            tail_k=nothing,
+            tail_v=nothing,
+            tail_begin=zero,
+            steps=self.steps,
         )
-        result = torch.from_numpy(out).view(rows, heads, 1, channels)
-        return (result if self.transform is None else self.transform.outputs(result))[:, :, 0]
+        no_tail = np.zeros(1, np.int64)
+        return attend_fused(self.kernels, view, self.transform, q[:, :, None], no_tail, scaling, softcap)[0][:, :, 0]
 
     def _sinks_of(self, leading: Ints) -> tuple[Array, Ints]:
         """K and V of the sinks that lie behind the first pages, (2, rows, KV heads, sinks, head_dim), and how many;
