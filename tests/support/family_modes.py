@@ -34,11 +34,14 @@ TOLERANCE = 1e-3  # of a logit, in float32; those of these models reach some ten
 Mode = Callable[[PreTrainedModel, Path], None]
 
 
-def generates(model: PreTrainedModel, _: Path, **options: Any) -> None:
+def generates(
+    model: PreTrainedModel, _: Path, assistant: PreTrainedModel | None = None, rows: Any = PROMPT, **options: Any
+) -> None:
     """The tokens and logits of transformers' own cache and attention."""
     options = {"max_new_tokens": 5, **options}
-    assisted = {"prompt_lookup_num_tokens", "assistant_model"} & set(options)
-    inputs = with_images(model.config, prompt(110) if assisted else PROMPT)
+    inputs: dict[str, Any] = with_images(model.config, rows)
+    if assistant is not None:
+        inputs["assistant_model"] = assistant
     expected = generate(model, inputs, DynamicCache(config=model.config), "eager", **options)
     try:
         found = generate(model, inputs, KVCompCache(model.config, LOSSLESS), **options)
@@ -50,7 +53,7 @@ def generates(model: PreTrainedModel, _: Path, **options: Any) -> None:
 
 
 def generates_with_an_assistant(model: PreTrainedModel, folder: Path) -> None:
-    generates(model, folder, assistant_model=tiny_model(num_hidden_layers=1, seed=1))
+    generates(model, folder, tiny_model(num_hidden_layers=1, seed=1), prompt(110))
 
 
 def attends_as_densely(model: PreTrainedModel, _: Path) -> None:
@@ -140,7 +143,7 @@ MODES: dict[str, Mode] = {
     "sampled beams": partial(generates, num_beams=3, do_sample=True),
     "prompt in pieces": partial(generates, prefill_chunk_size=40),
     "assistant": generates_with_an_assistant,
-    "prompt lookup": partial(generates, prompt_lookup_num_tokens=3),
+    "prompt lookup": partial(generates, rows=prompt(110), prompt_lookup_num_tokens=3),
     "crop": crops,
     "fused, tiled": attends_as_densely,
     "file": goes_on_from_a_file,
