@@ -185,7 +185,8 @@ class KVCompCache(Cache):
         config
             The model's configuration.
         model_id
-            As it was given to ``save``.
+            As it was given to ``save``. The model itself also shows what its sliding windows and linear attention hold
+            and where, with which the file's are compared.
         tokens
             How many of the first to keep; all if None. Sliding windows and linear attention leave no prefix to cut.
         rows
