@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 
-from fuzz_value import KEY, ORIGIN, PREFIX_CHUNK, SHAPE, SPEC
+from fuzz_value import HYBRID, KEY, ORIGIN, PREFIX_CHUNK, SHAPE, SHAPES, SPEC, STATE_TOKENS
 from kvcomp import files
 from kvcomp.codec.page import size_of
-from kvcomp.prefix import chain
+from kvcomp.prefix import chain, state
 from kvcomp.serve.chunks import pack_chunk
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
+from kvcomp.store.tensors import TYPES
 from layouts import LAYOUTS, filled
 
 SEEDS = Path(__file__).parent / "seeds"
@@ -47,14 +49,24 @@ def containers() -> dict[str, bytes]:
 
 
 def remote_values() -> dict[str, bytes]:
-    """A chunk as LMCache's tier stores it, and the first chunk of a prefix."""
+    """A chunk as LMCache's tier stores it, the first chunk of a prefix, and a state behind it."""
     pairs = values((SHAPE.layers, 2, SHAPE.heads, SHAPE.tokens, SHAPE.channels), SHAPE.dtype, 4)
     store = KVStore(ORIGIN.spec)
     store.append(*values((2, 1, 1, ORIGIN.end(PREFIX_CHUNK), 16), torch.bfloat16, 6))
     store.seal()
+    whole = deepcopy(store)
+    more = STATE_TOKENS - ORIGIN.end(PREFIX_CHUNK)
+    whole.append(*values((2, 1, 1, more, 16), torch.bfloat16, 8))
+    window = files.recent_only(*values((2, 1, 1, 3, 16), torch.bfloat16, 9), STATE_TOKENS, ORIGIN.spec)
+    linear = {
+        layer: {name: values((1, *shape), TYPES[dtype], 10) for name, (shape, dtype) in of.items()}
+        for layer, of in SHAPES.linear.items()
+    }
+    behind = state.state_of(HYBRID, {0: whole, 1: window}, linear, 1)
     return {
         "chunk": b"".join(pack_chunk(KEY, SPEC, [(k, v) for k, v in pairs])),
         "prefix": b"".join(chain.pack(ORIGIN, {0: store}, PREFIX_CHUNK, KEY)),
+        "state": b"".join(state.pack_state(HYBRID, behind, KEY, STATE_TOKENS)),
     }
 
 

@@ -116,3 +116,33 @@ def test_rows_and_first_tokens_of_files_go_to_the_gpu(model: transformers.PreTra
             logits.append(model(ids, attention_mask=mask, position_ids=positions, past_key_values=loaded).logits)
     for mine, theirs in zip(logits[:2], logits[2:], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "gemma3_text"])
+def test_states_and_windows_beside_pages_on_a_gpu(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What both backends load of a prefix and of a file goes on alike."""
+    monkeypatch.setattr(gpu_store, "gpu_of", lambda device: Emulator())
+    of_kind = {"layer_types": [{"lfm2": "conv", "gemma3_text": "sliding_attention"}[kind], "full_attention"]}
+    config = transformers.AutoConfig.for_model(
+        kind, **of_kind, vocab_size=96, hidden_size=128, intermediate_size=128, num_hidden_layers=2, head_dim=64,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, sliding_window=32, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("kvcomp")
+    prompt = torch.randint(1, 96, (1, 401), generator=torch.Generator().manual_seed(2))
+    store, logits = PrefixStore(tmp_path / "store"), []
+    cache = KVCompCache(config, backend="gpu")
+    with torch.no_grad():
+        model(prompt[:, :400], past_key_values=cache)
+        assert store.save(prompt, cache, model) == 400
+        cache.save(tmp_path / "a.kvc", model)
+        for backend in ("gpu", "cpu"):
+            for loaded in (
+                store.load(prompt, model, backend=backend),
+                KVCompCache.load(tmp_path / "a.kvc", config, model, backend=backend),
+            ):
+                assert loaded.get_seq_length() == 400
+                logits.append(model(prompt[:, 400:], past_key_values=loaded).logits)
+    for one in logits[1:]:
+        torch.testing.assert_close(one, logits[0], rtol=1e-4, atol=1e-4)

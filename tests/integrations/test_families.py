@@ -8,7 +8,7 @@ import pytest
 from transformers import cache_utils
 
 from families import FAMILIES, config_of, with_images
-from family_modes import MODES, PAGE, attends_as_densely, generates, layers_of, page, results
+from family_modes import MEMORY, MODES, PAGE, attends_as_densely, generates, layers_of, page, results
 from generating import forward, prompt
 from kvcomp import PrefixStore
 from kvcomp.errors import UnsupportedModel
@@ -27,7 +27,7 @@ def rows_of_the_page() -> dict[str, list[str]]:
 @pytest.mark.skipif(not hasattr(cache_utils, "DummyLayer"), reason="the page is of the newest transformers")
 def test_the_page_has_every_family_with_its_layers() -> None:
     rows = rows_of_the_page()
-    assert rows["family"] == ["cache of the tiny model", *MODES]
+    assert rows["family"] == ["cache of the tiny model", *MODES, MEMORY]
     assert [name for name in rows if name in FAMILIES] == list(FAMILIES)
     for family in FAMILIES:
         assert rows[family][0] == layers_of(family), "python tests/support/family_modes.py writes the page again"

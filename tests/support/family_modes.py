@@ -19,12 +19,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from families import FAMILIES, config_of, with_images
+from family_heads import CONTEXT, heads_of
 from generating import LOSSLESS, assert_same, attend_densely, forward, generate, prompt
 from kvcomp import PrefixStore
-from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers import attention as transformers_attention
-from tiny_models import LOSSY, random_model
+from tiny_models import LOSSY, random_model, tiny_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 PROMPT = prompt(110, 95)
@@ -33,12 +34,26 @@ TOLERANCE = 1e-3  # of a logit, in float32; those of these models reach some ten
 Mode = Callable[[PreTrainedModel, Path], None]
 
 
-def generates(model: PreTrainedModel, _: Path, **options: Any) -> None:
+def generates(
+    model: PreTrainedModel, _: Path, assistant: PreTrainedModel | None = None, rows: Any = PROMPT, **options: Any
+) -> None:
     """The tokens and logits of transformers' own cache and attention."""
     options = {"max_new_tokens": 5, **options}
-    inputs = with_images(model.config, prompt(110) if "prompt_lookup_num_tokens" in options else PROMPT)
+    inputs: dict[str, Any] = with_images(model.config, rows)
+    if assistant is not None:
+        inputs["assistant_model"] = assistant
     expected = generate(model, inputs, DynamicCache(config=model.config), "eager", **options)
-    assert_same(generate(model, inputs, KVCompCache(model.config, LOSSLESS), **options), expected, TOLERANCE)
+    try:
+        found = generate(model, inputs, KVCompCache(model.config, LOSSLESS), **options)
+    except KVCompError:
+        raise
+    except Exception as error:
+        raise AssertionError("what a DynamicCache can do, only kvcomp refuses") from error
+    assert_same(found, expected, TOLERANCE)
+
+
+def generates_with_an_assistant(model: PreTrainedModel, folder: Path) -> None:
+    generates(model, folder, tiny_model(num_hidden_layers=1, seed=1), prompt(110))
 
 
 def attends_as_densely(model: PreTrainedModel, _: Path) -> None:
@@ -123,14 +138,21 @@ def stores_prefixes(model: PreTrainedModel, folder: Path) -> None:
 
 MODES: dict[str, Mode] = {
     "greedy, padded": generates,
+    "samples": partial(generates, do_sample=True, num_return_sequences=3),
     "beams": partial(generates, num_beams=3),
-    "prompt lookup": partial(generates, prompt_lookup_num_tokens=3),
+    "sampled beams": partial(generates, num_beams=3, do_sample=True),
+    "prompt in pieces": partial(generates, prefill_chunk_size=40),
+    "assistant": generates_with_an_assistant,
+    "prompt lookup": partial(generates, rows=prompt(110), prompt_lookup_num_tokens=3),
     "crop": crops,
     "fused, tiled": attends_as_densely,
     "file": goes_on_from_a_file,
     "join": joins,
     "prefix store": stores_prefixes,
 }
+
+
+MEMORY = "memory"
 
 
 def outcome(model: PreTrainedModel, mode: Mode) -> str:
@@ -153,11 +175,29 @@ def layers_of(family: str) -> str:
         return f"refused: {refusal}"
 
 
+def smaller(family: str) -> float | None:
+    """How many times smaller a growing layer with the family's usual heads is than dense; None if none grows."""
+    heads = heads_of(family)
+    if heads is None:
+        return None
+    memory = heads.sealed().memory()
+    return memory.dense / memory.total
+
+
+def memory_cell(family: str) -> str:
+    heads, times = heads_of(family), smaller(family)
+    if heads is None or times is None:
+        return "no layer grows"
+    widths = dict.fromkeys((heads.channels, heads.value_channels))
+    return f"{times:.1f} x ({heads.heads} of {' and '.join(map(str, widths))})"
+
+
 def results(family: str) -> dict[str, str]:
     if layers_of(family).startswith("refused"):
-        return dict.fromkeys(MODES, "")
+        return dict.fromkeys([*MODES, MEMORY], "")
     # a model for each mode: Qwen2.5-VL keeps what it found of the last images' positions
-    return {name: outcome(random_model(config_of(family)), mode) for name, mode in MODES.items()}
+    of_modes = {name: outcome(random_model(config_of(family)), mode) for name, mode in MODES.items()}
+    return {**of_modes, MEMORY: memory_cell(family)}
 
 
 def page(found: dict[str, dict[str, str]]) -> str:
@@ -165,10 +205,11 @@ def page(found: dict[str, dict[str, str]]) -> str:
     reasons: dict[str, int] = {}
 
     def cell(result: str) -> str:
-        return result if result in ("yes", "") else f"[{reasons.setdefault(result, len(reasons) + 1)}](#reasons)"
+        refused = result.startswith(("kvcomp: ", "transformers: "))
+        return f"[{reasons.setdefault(result, len(reasons) + 1)}](#reasons)" if refused else result
 
     rows = [[family, layers_of(family), *map(cell, found[family].values())] for family in FAMILIES]
-    table = [["family", "cache of the tiny model", *MODES], ["---"] * (2 + len(MODES)), *rows]
+    table = [["family", "cache of the tiny model", *MODES, MEMORY], ["---"] * (3 + len(MODES)), *rows]
     return "\n".join(
         [
             "# Models",
@@ -176,6 +217,11 @@ def page(found: dict[str, dict[str, str]]) -> str:
             "This page is written by `tests/support/family_modes.py`, which runs a tiny random model of each family.",
             "A cell says yes where the result is that of a DynamicCache, or of dense attention over the cache.",
             "A number is a refusal; its reason stands below.",
+            "",
+            f"The last column is the memory of one growing layer at {CONTEXT:,} tokens under the preset `kvcomp`.",
+            "It says how many times less than bfloat16 that is, and behind it the KV heads and their channels.",
+            "The heads are those of transformers' default configuration.",
+            "K and V are random, as `kvcomp bench` draws them.",
             "",
             *(f"| {' | '.join(row)} |" for row in table),
             "",

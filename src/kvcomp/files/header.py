@@ -89,6 +89,16 @@ class StateHeader:
 
 
 @dataclass(frozen=True)
+class Shapes:
+    """What the layers of a model hold of one sequence, but for how many tokens."""
+
+    attention: Mapping[int, tuple[int, int, int, str]]
+    """Of each layer with K and V: KV heads, head_dim of K, head_dim of V, dtype."""
+    linear: Mapping[int, Mapping[str, tuple[tuple[int, ...], str]]]
+    """Of each layer with linear attention, by the name of the state: its shape and dtype."""
+
+
+@dataclass(frozen=True)
 class Header:
     """What a file says of itself."""
 
@@ -102,6 +112,15 @@ class Header:
     """Positions of every layer, left padding included."""
     layers: tuple[LayerHeader, ...]
     states: tuple[StateHeader, ...] = ()
+
+    @property
+    def shapes(self) -> Shapes:
+        """What to compare with those of a model before anything is read."""
+        linear: dict[int, dict[str, tuple[tuple[int, ...], str]]] = {}
+        for state in self.states:
+            linear.setdefault(state.layer, {})[state.name] = state.shape[1:], state.dtype
+        attention = {x.layer: (x.heads, x.channels, x.value_channels, x.dtype) for x in self.layers}
+        return Shapes(attention, linear)
 
 
 def seal(text: bytes, flags: int = 0) -> bytes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedVersion
-from kvcomp.files.header import Header
+from kvcomp.files.header import Header, Shapes
 from kvcomp.prefix.chain import CHUNK_TOKENS, Origin, books_of, key_of, unpack
 from kvcomp.prefix.state import State, unpack_state
 from kvcomp.serve.blobs import Blobs, Buffer
@@ -78,14 +78,11 @@ class Chain:
         return found
 
     def resume(
-        self,
-        tokens: Sequence[int],
-        layers: tuple[Sequence[int], Sequence[int]],
-        fill: Callable[[State, list[dict[int, KVStore]]], T],
+        self, tokens: Sequence[int], shapes: Shapes, fill: Callable[[State, list[dict[int, KVStore]]], T]
     ) -> T | None:
         """What ``fill`` makes of the longest state of a prompt and the chunks before it; None if there is no state.
 
-        layers: those with K and V, and those with linear attention.
+        shapes: what the model's layers hold.
         """
         there = self.there
         for length, key in self._states(tokens):
@@ -93,7 +90,7 @@ class Chain:
             if value is None:
                 continue
             try:
-                state = unpack_state(self.origin, value, key, length, self.books, layers)
+                state = unpack_state(self.origin, value, key, length, self.books, shapes)
                 if state.chunks > there:
                     continue
                 chunks = self.read(state.chunks)

@@ -7,7 +7,7 @@ up to there: a .kvc file with the windows, the sums, and what compressed layers 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from kvcomp import files
 from kvcomp.errors import CorruptData
 from kvcomp.files.container import Container
+from kvcomp.files.header import Shapes
 from kvcomp.prefix.chain import CHUNK_PAGES, Origin, binding, books_of
 from kvcomp.serve.blobs import Buffer
 from kvcomp.store import KVStore
@@ -51,18 +52,15 @@ def pack_state(origin: Origin, state: State, key: str, tokens: int) -> list[memo
     return files.pack_stores(state.stores, spec, origin.layers, model, states=state.linear)
 
 
-def unpack_state(
-    origin: Origin, value: Buffer, key: str, tokens: int, books: bytes, layers: tuple[Sequence[int], Sequence[int]]
-) -> State:
+def unpack_state(origin: Origin, value: Buffer, key: str, tokens: int, books: bytes, shapes: Shapes) -> State:
     """A state behind so many tokens, after every check that there is.
 
-    books: of the chunks before it. layers: those with K and V, and those with linear attention. Raises CorruptData,
-    UnsupportedVersion or LimitExceeded.
+    books: of the chunks before it. shapes: what the model's layers hold. Raises CorruptData, UnsupportedVersion or
+    LimitExceeded.
     """
     container = Container(np.frombuffer(value, np.uint8))
     header = container.header
-    there = [layer.layer for layer in header.layers], sorted({state.layer for state in header.states})
-    if (header.tokens, header.rows, header.spec, *there) != (tokens, 1, origin.spec_of(1), *map(list, layers)):
+    if (header.tokens, header.rows, header.spec) != (tokens, 1, origin.spec_of(1)) or header.shapes != shapes:
         raise CorruptData("the value is the state of another place, or of another model")
     if header.model != binding(origin, key, tokens):
         raise CorruptData("the value was stored under another key")

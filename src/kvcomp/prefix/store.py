@@ -130,7 +130,7 @@ class PrefixStore:
         if chain is None:
             return cache
         if _has_states(cache):
-            return _resumed(chain, tokens, new) or _empty(cache, chain)
+            return _resumed(chain, tokens, new, model) or _empty(cache, chain)
         chunks = chain.read(chain.there)
         for index in origin.compressed:
             give(cache.layers[index], join_chunks([stores[index] for stores in chunks]))
@@ -314,21 +314,24 @@ def _has_states(cache: KVCompCache) -> bool:
     return bool(linear) or len(with_kv) > len(cache.compressed_layers)
 
 
-def _resumed(chain: Chain, tokens: list[int], new: Callable[[], KVCompCache]) -> KVCompCache | None:
+def _resumed(chain: Chain, tokens: list[int], new: Callable[[], KVCompCache], model: Any) -> KVCompCache | None:
     """A new cache that stands at the longest state that there is; None if there is none."""
-    from kvcomp.integrations.transformers.files import give, needed_layers
+    from kvcomp.integrations.transformers.files import give, shapes_of
+    from kvcomp.integrations.transformers.recompute import one_token
     from kvcomp.integrations.transformers.stock import give_states
+
+    filled = one_token(model, tokens[0])
 
     def fill(state: State, chunks: list[dict[int, KVStore]]) -> KVCompCache:
         cache = new()
         for index, store in state.stores.items():
-            compressed = index in chain.origin.compressed
-            give(cache.layers[index], join_chunks([*(x[index] for x in chunks), store]) if compressed else store)
+            whole = join_chunks([*(x[index] for x in chunks), store]) if index in chain.origin.compressed else store
+            give(cache.layers[index], whole, filled[index])
         for index, states in state.linear.items():
-            give_states(cache.layers[index], states)
+            give_states(cache.layers[index], states, filled[index])
         return cache
 
-    return chain.resume(tokens, needed_layers(new().layers), fill)
+    return chain.resume(tokens, shapes_of(filled), fill)
 
 
 def _empty(cache: KVCompCache, chain: Chain) -> KVCompCache:

@@ -185,7 +185,8 @@ class KVCompCache(Cache):
         config
             The model's configuration.
         model_id
-            As it was given to ``save``.
+            As it was given to ``save``. The model itself also shows what its sliding windows and linear attention hold
+            and where, with which the file's are compared.
         tokens
             How many of the first to keep; all if None. Sliding windows and linear attention leave no prefix to cut.
         rows
@@ -209,10 +210,11 @@ class KVCompCache(Cache):
         cache = cls(config, containers[0].header.spec, calibration=calibration, backend=backend)
         transformers_files.check_layers(cache.layers)
         identity = weights_id(model_id)
+        filled = transformers_files.filled_layers(model_id, cache.layers, backend)
         for container in containers:
             header = container.header
             check_origin(header.model, cache.session.configuration, identity)
-            transformers_files.check_header(header, cache.layers, cache.spec)
+            transformers_files.check_header(header, cache.layers, cache.spec, filled)
             kept = header.tokens if tokens is None else tokens
             cache.session.check_limit(max(1, kept), 0)
             cache.session.check_lengths(header.tokens, kept, containers[0].header.tokens)
@@ -223,8 +225,8 @@ class KVCompCache(Cache):
         read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
         for index, first in read[0].items():
             store = first.join([stores[index] for stores in read[1:]]) if len(read) > 1 else first
-            transformers_files.give(cache.layers[index], store)
-        transformers_files.give_linear(cache.layers, containers, rows, tokens)
+            transformers_files.give(cache.layers[index], store, filled and filled[index])
+        transformers_files.give_linear(cache.layers, containers, rows, tokens, filled)
         return cache
 
     @property

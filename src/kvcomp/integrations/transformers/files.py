@@ -10,17 +10,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.files import load_states, recent_only
 from kvcomp.files.container import Container
-from kvcomp.files.header import Header
-from kvcomp.integrations.transformers.layer import CompressedLayer
-from kvcomp.integrations.transformers.stock import give_states, holds_nothing, is_linear, states_of
+from kvcomp.files.header import Header, Shapes
+from kvcomp.integrations.transformers.layer import CompressedLayer, matched
+from kvcomp.integrations.transformers.recompute import one_token
+from kvcomp.integrations.transformers.stock import give_states, holds_nothing, is_linear, placed, states_of
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, read
+from kvcomp.store.tensors import NAMES
 
 
 def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
@@ -55,18 +57,56 @@ def needed_layers(layers: list[Any]) -> tuple[list[int], list[int]]:
     return [index for index, layer in enumerate(layers) if not holds_nothing(layer) and index not in linear], linear
 
 
-def check_header(header: Header, layers: list[Any], spec: CodecSpec) -> None:
-    """Raise InvalidInput if a file holds other layers than are needed, or under another spec."""
+def filled_layers(model: Any, layers: list[Any], backend: str) -> list[Any] | None:
+    """What the layers of a model hold and where, shown by transformers' own; None if all here are compressed, which
+    find out by themselves, or if there is no model but a name.
+
+    Raises InvalidInput if it must be known on a GPU.
+    """
+    if all(isinstance(layer, CompressedLayer) or holds_nothing(layer) for layer in layers):
+        return None
+    if isinstance(model, nn.Module):
+        decoder: Any = getattr(model, "get_decoder", None)
+        return one_token(decoder() if decoder else model, 0)  # a whole model may keep what it saw of images
+    if backend == "gpu":
+        raise InvalidInput(
+            "sliding windows and linear attention go to the GPUs where the model has them: save and load with the "
+            "model itself as model_id"
+        )
+    return None
+
+
+def shapes_of(filled: list[Any]) -> Shapes:
+    """What transformers' own layers hold."""
+    attention, linear = needed_layers(filled)
+    pairs = {index: matched(filled[index].keys, filled[index].values) for index in attention}
+    states = {index: states_of(filled[index]) for index in linear}
+    return Shapes(
+        {index: (k.shape[1], k.shape[3], v.shape[3], _name(k.dtype)) for index, (k, v) in pairs.items()},
+        {index: {name: (tuple(x.shape[1:]), _name(x.dtype)) for name, x in of.items()} for index, of in states.items()},
+    )
+
+
+def check_header(header: Header, layers: list[Any], spec: CodecSpec, filled: list[Any] | None) -> None:
+    """Raise InvalidInput if a file holds other layers than are needed, or under another spec, or other K, V and states
+    than the model's, if that is known.
+    """
     there = [layer.layer for layer in header.layers], sorted({state.layer for state in header.states})
     if header.spec != spec or there != needed_layers(layers):
         raise InvalidInput(
             f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
         )
+    if filled is not None and header.shapes != shapes_of(filled):
+        raise InvalidInput(
+            "the file holds K, V or states of other shapes or types than the model computes: load it with the model "
+            "that filled it, under the same autocast"
+        )
 
 
-def give(layer: Any, store: KVStore) -> None:
-    """Give a layer what was read from a file. Raises InvalidInput if a sliding window lacks tokens that
-    were cut off.
+def give(layer: Any, store: KVStore, like: Any = None) -> None:
+    """Give a layer what was read from a file, where a layer of the model has its own; a compressed one finds out.
+
+    Raises InvalidInput if a sliding window lacks tokens that were cut off.
     """
     if isinstance(layer, CompressedLayer):
         layer.store = store
@@ -81,14 +121,19 @@ def give(layer: Any, store: KVStore) -> None:
             "take all of its tokens"
         )
     k, v = (x[:, :, there - held : there] for x in read.undone(store.transform, store.tail_k, store.tail_v, ()))
+    k, v = placed(k, like), placed(v, like)
     layer.lazy_initialization(k, v)
     layer.keys, layer.values, layer.cumulative_length = k, v, store.tokens
 
 
 def give_linear(
-    layers: list[Any], containers: Sequence[Container], rows: Sequence[int] | None = None, tokens: int | None = None
+    layers: list[Any],
+    containers: Sequence[Container],
+    rows: Sequence[int] | None,
+    tokens: int | None,
+    filled: list[Any] | None,
 ) -> None:
-    """Give layers of linear attention their states from files, whose rows become one batch.
+    """Give layers of linear attention their states from files, whose rows become one batch, where filled ones are.
 
     Raises CorruptData, or InvalidInput if states do not fit each other, or are not of all tokens of a file.
     """
@@ -103,7 +148,7 @@ def give_linear(
             joined = {name: torch.cat([part[index][name] for part in parts]) for name in states}
         except (KeyError, RuntimeError) as error:
             raise InvalidInput(f"the states of layer {index} do not fit each other: {error}") from None
-        give_states(layers[index], joined)
+        give_states(layers[index], joined, filled and filled[index])
 
 
 def check_layers(layers: list[Any]) -> None:
@@ -121,6 +166,10 @@ def check_layers(layers: list[Any]) -> None:
             f"layers {others} are neither full attention nor sliding windows nor linear attention and cannot be saved "
             "in a file"
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return NAMES.get(dtype, str(dtype))
 
 
 def _held(layer: DynamicSlidingWindowLayer, tokens: int) -> int:

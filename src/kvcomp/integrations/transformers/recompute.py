@@ -102,13 +102,18 @@ def layer_of(model: Any, ids: list[int], layer: int) -> tuple[Tensor, Tensor]:
 
 def first_token(model: Any, token: int) -> dict[int, tuple[Tensor, Tensor]]:
     """K and V of each layer that has some for one token alone, (1, KV heads, 1, head_dim) each, on the CPU."""
-    cache = DynamicCache(config=model.config)
-    forward(model, [token], 0, cache)
     return {
         index: matched(layer.keys.cpu(), layer.values.cpu())
-        for index, layer in enumerate(cache.layers)
+        for index, layer in enumerate(one_token(model, token))
         if isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
     }
+
+
+def one_token(model: Any, token: int) -> list[Any]:
+    """Transformers' own cache layers with one token. Raises InvalidInput if the model does not run."""
+    cache = DynamicCache(config=model.config)
+    forward(model, [token], 0, cache)
+    return cache.layers
 
 
 def forward(model: Any, ids: list[int], begin: int, cache: Cache) -> None:

@@ -57,15 +57,24 @@ def states_of(layer: Any) -> dict[str, Tensor]:
     return found
 
 
-def give_states(layer: Any, states: Mapping[str, Tensor]) -> None:
-    """Give a layer of linear attention the states that it goes on from. Raises InvalidInput for names that it has
-    not.
+def placed(x: Tensor, like: Any) -> Tensor:
+    """A tensor where a layer that has seen a token keeps its own; as it is if there is no such layer."""
+    if like is None:
+        return x
+    return x.to(next(iter(states_of(like).values())).device if is_linear(like) else like.keys.device)
+
+
+def give_states(layer: Any, states: Mapping[str, Tensor], like: Any = None) -> None:
+    """Give a layer of linear attention the states that it goes on from, where a layer of the model has its own.
+
+    Raises InvalidInput for names that it has not.
     """
     for name, x in states.items():
         kind, _, index = name.partition(".")
         places = {str(place): place for place in range(layer.number_of_states)}
         if kind not in ("conv_states", "recurrent_states") or index not in places:
             raise InvalidInput(f"a {type(layer).__name__} has no state {name!r}: the file is of another model")
+        x = placed(x, like)
         layer.lazy_initialization(**{kind: x}, state_idx=places[index])
         getattr(layer, kind)[places[index]].copy_(x)
         if kind == "conv_states":
