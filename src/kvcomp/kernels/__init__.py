@@ -118,6 +118,7 @@ class Backend(Protocol):
         softcap: float = 0.0,
         threads: int = 1,
         bias: npt.NDArray[np.float32] | None = None,
+        hidden: npt.NDArray[np.int64] | None = None,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """softmax(cap(scaling (q.K + bias))) V over sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579).
 
@@ -138,6 +139,9 @@ class Backend(Protocol):
         bias
             float32 (rows, KV heads, queries of a KV head, tokens or more): what is added to q.K, by the number of the
             token among its row's, the sinks first.
+        hidden
+            int64 (rows, queries of a KV head): how many of its row's first tokens a query does not see, as a sliding
+            window has left them; none if None. With each token they are more, so they are no part of the view.
 
         Returns
         -------

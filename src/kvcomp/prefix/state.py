@@ -47,8 +47,8 @@ def state_of(
 
 def pack_state(origin: Origin, state: State, key: str, tokens: int) -> list[memoryview]:
     """The value of a state behind so many tokens."""
-    spec, model = origin.spec_of(1), binding(origin, key, tokens)
-    return files.pack_stores(state.stores, spec, origin.layers, model, states=state.linear)
+    model = binding(origin, key, tokens)
+    return files.pack_stores(state.stores, origin.spec, origin.layers, model, states=state.linear)
 
 
 def unpack_state(
@@ -62,7 +62,7 @@ def unpack_state(
     container = Container(np.frombuffer(value, np.uint8))
     header = container.header
     there = [layer.layer for layer in header.layers], sorted({state.layer for state in header.states})
-    if (header.tokens, header.rows, header.spec, *there) != (tokens, 1, origin.spec_of(1), *map(list, layers)):
+    if (header.tokens, header.rows, header.spec, *there) != (tokens, 1, origin.spec, *map(list, layers)):
         raise CorruptData("the value is the state of another place, or of another model")
     if header.model != binding(origin, key, tokens):
         raise CorruptData("the value was stored under another key")
@@ -70,11 +70,12 @@ def unpack_state(
     if books_of(replace(header, layers=compressed)) != books:
         raise CorruptData("the value has other codebooks than the chunks before it")
     stores = files.load(container, calibration=origin.calibration)
-    begins = {int(stores[layer].starts[0]) for layer in origin.compressed}
+    begins = {int(stores[layer].rows.begins[0]) for layer in origin.compressed}
     chunks = origin.chunks(min(begins))
     if (
         begins != {origin.end(chunks - 1)}
         or not chunks
+        or any(store.starts[0] for store in stores.values() if store.compressed)
         or {NAMES[store.dtype] for store in stores.values()} != {origin.dtype}
     ):
         raise CorruptData("the value does not begin where a chunk ends, or has another dtype")

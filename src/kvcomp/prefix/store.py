@@ -133,7 +133,7 @@ class PrefixStore:
             return _resumed(chain, tokens, new) or _empty(cache, chain)
         chunks = chain.read(chain.there)
         for index in origin.compressed:
-            give(cache.layers[index], join_chunks([stores[index] for stores in chunks]))
+            give(cache.layers, index, join_chunks([stores[index] for stores in chunks]))
         return cache
 
     def prefill(
@@ -295,7 +295,7 @@ def _check_layers(cache: KVCompCache) -> None:
     from kvcomp.integrations.transformers.files import check_layers
 
     check_layers(cache.layers)
-    if not cache.compressed_layers:
+    if not _compressed(cache):
         raise UnsupportedModel(
             "a prefix is stored as compressed pages, and every layer of this model has a sliding window: save whole "
             "caches with KVCompCache.save"
@@ -303,7 +303,9 @@ def _check_layers(cache: KVCompCache) -> None:
 
 
 def _compressed(cache: KVCompCache) -> list[int]:
-    return [index for index, layer in enumerate(cache.layers) if layer in cache.compressed_layers]
+    """The layers that chunks hold: those that keep all tokens."""
+    of_all = [layer for layer in cache.compressed_layers if not layer.is_sliding]
+    return [index for index, layer in enumerate(cache.layers) if layer in of_all]
 
 
 def _has_states(cache: KVCompCache) -> bool:
@@ -311,7 +313,7 @@ def _has_states(cache: KVCompCache) -> bool:
     from kvcomp.integrations.transformers.files import needed_layers
 
     with_kv, linear = needed_layers(cache.layers)
-    return bool(linear) or len(with_kv) > len(cache.compressed_layers)
+    return bool(linear) or with_kv != _compressed(cache)
 
 
 def _resumed(chain: Chain, tokens: list[int], new: Callable[[], KVCompCache]) -> KVCompCache | None:
@@ -323,7 +325,7 @@ def _resumed(chain: Chain, tokens: list[int], new: Callable[[], KVCompCache]) ->
         cache = new()
         for index, store in state.stores.items():
             compressed = index in chain.origin.compressed
-            give(cache.layers[index], join_chunks([*(x[index] for x in chunks), store]) if compressed else store)
+            give(cache.layers, index, join_chunks([*(x[index] for x in chunks), store]) if compressed else store)
         for index, states in state.linear.items():
             give_states(cache.layers[index], states)
         return cache
@@ -337,7 +339,7 @@ def _empty(cache: KVCompCache, chain: Chain) -> KVCompCache:
 
     for index, store in chain.first.items():
         store.crop(0)
-        give(cache.layers[index], store)
+        give(cache.layers, index, store)
     return cache
 
 

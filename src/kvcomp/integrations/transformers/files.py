@@ -1,7 +1,8 @@
 """The layers of a KVCompCache <-> those of a .kvc file.
 
-Layers with sliding windows go into a file too. They hold their last tokens only, raw: a layer without pages whose rows
-begin there. Linear attention has states in place of K and V; they are in a file as they are.
+Layers with sliding windows go into a file too. They hold their last tokens only: compressed ones say how many are gone,
+raw ones are a layer without pages whose rows begin late. Linear attention has states in place of K and V; they are in a
+file as they are.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from kvcomp.files import load_states, recent_only
 from kvcomp.files.container import Container
 from kvcomp.files.header import Header
 from kvcomp.integrations.transformers.layer import CompressedLayer
+from kvcomp.integrations.transformers.sliding import SlidingLayer
 from kvcomp.integrations.transformers.stock import give_states, holds_nothing, is_linear, states_of
 from kvcomp.spec import CodecSpec
-from kvcomp.store import KVStore, read
+from kvcomp.store import KVStore
 
 
 def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
@@ -64,23 +66,33 @@ def check_header(header: Header, layers: list[Any], spec: CodecSpec) -> None:
         )
 
 
-def give(layer: Any, store: KVStore) -> None:
-    """Give a layer what was read from a file. Raises InvalidInput if a sliding window lacks tokens that
-    were cut off.
+def give(layers: list[Any], index: int, store: KVStore) -> None:
+    """Give a layer what was read from a file. Raises InvalidInput if a sliding window lacks tokens that were cut off.
+
+    A window that lies in the file raw stays so; one that is compressed there and not here is decompressed.
     """
-    if isinstance(layer, CompressedLayer):
+    layer = layers[index]
+    if type(layer) is CompressedLayer:
         layer.store = store
         layer.is_initialized = True
         return
     if not store.tokens:
         return
-    held, there = _held(layer, store.tokens), store.tokens - store.tail_base
-    if store.compressed or there < held:
+    first = store.tokens - _held(layer, store.tokens)
+    raw = bool((store.rows.tail_begin == store.starts).all())
+    if ((store.rows.dropped > 0) & (store.rows.begins > first)).any() or (raw and store.tail_base > first):
         raise InvalidInput(
             "a layer with a sliding window holds its last tokens only, so no prefix can be cut from this file: "
             "take all of its tokens"
         )
-    k, v = (x[:, :, there - held : there] for x in read.undone(store.transform, store.tail_k, store.tail_v, ()))
+    if isinstance(layer, SlidingLayer) and not (raw and store.tail_base):
+        store.sliding_window = layer.sliding_window
+        layer.store = store
+        layer.is_initialized = True
+        return
+    if isinstance(layer, SlidingLayer):
+        layer = layers[index] = DynamicSlidingWindowLayer(layer.sliding_window)
+    k, v = store.dense(first)
     layer.lazy_initialization(k, v)
     layer.keys, layer.values, layer.cumulative_length = k, v, store.tokens
 
@@ -123,6 +135,6 @@ def check_layers(layers: list[Any]) -> None:
         )
 
 
-def _held(layer: DynamicSlidingWindowLayer, tokens: int) -> int:
+def _held(layer: DynamicSlidingWindowLayer | SlidingLayer, tokens: int) -> int:
     """How many tokens a window keeps: the next one sees them and itself."""
     return min(tokens, layer.sliding_window - 1)

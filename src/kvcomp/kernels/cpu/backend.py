@@ -110,6 +110,7 @@ def attend(
     softcap: float = 0.0,
     threads: int = 1,
     bias: npt.NDArray[np.float32] | None = None,
+    hidden: npt.NDArray[np.int64] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Compute ``Backend.attend`` in tasks of some pages of a row and KV head, whose partial results are merged."""
     rows, heads, queries, channels = q.shape
@@ -128,6 +129,7 @@ def attend(
         first_part,
         np.ascontiguousarray(q),
         _scaled(bias, q, scaling, softcap),
+        np.zeros((rows, queries), np.int64) if hidden is None else np.ascontiguousarray(hidden, np.int64),
         *prepared[1:],
         tail_end,
         float(scaling),
