@@ -351,7 +351,7 @@ def _check_rows(
     sinks = np.where(dropped > 0, 0, header.spec.sinks)
     wrong |= ((page_count > 0) | (dropped > 0)) & (sink_count != sinks)
     if wrong.any() or page_count.sum() != head.entries:
-        raise CorruptData(f"a row of layer {head.layer} has a start, dropped tokens, sinks or pages that cannot be")
+        raise CorruptData(f"a row of layer {head.layer} has a start, sinks or pages that cannot be")
     if ((valid < 1) | (valid > PAGE_TOKENS)).any():
         raise CorruptData(f"a page of layer {head.layer} counts other than 1 to {PAGE_TOKENS} tokens")
     before = np.concatenate([[0], np.cumsum(valid, dtype=np.int64)])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -115,10 +114,16 @@ class PrefixStore:
         """
         from kvcomp.integrations.transformers import KVCompCache
         from kvcomp.integrations.transformers.files import give
+        from kvcomp.integrations.transformers.layers import keep_first_windows_raw
         from kvcomp.integrations.transformers.models import check_text_only
 
         check_text_only(model)
-        new = partial(KVCompCache, model.config, spec, calibration=calibration, backend=backend)
+
+        def new() -> KVCompCache:
+            cache = KVCompCache(model.config, spec, calibration=calibration, backend=backend)
+            keep_first_windows_raw(cache.layers)
+            return cache
+
         cache = new()
         _check_layers(cache)
         origin = _origin(cache, model, model.dtype, model_id)

@@ -42,7 +42,7 @@ class Source:
 
     def check(self) -> None:
         """Raise InvalidInput if the layer has changed since."""
-        if self.layer.store.tokens != self.tokens:
+        if self.layer.store.tokens != self.tokens or not self.layer.holds(self.seen):
             raise InvalidInput(
                 "these keys and values are from before the cache changed: take them from its last update"
             )

@@ -80,6 +80,10 @@ class CompressedLayer(CacheLayerMixin):
         """How many of the last tokens the last ``new`` ones see."""
         return self.store.tokens
 
+    def holds(self, seen: int) -> bool:
+        """Whether so many of the last tokens are there."""
+        return seen <= self.store.tokens
+
     def dense(self, seen: int) -> tuple[Tensor, Tensor]:
         """K and V of so many of the last tokens, decompressed: (batch, KV heads, seen, head_dim) each."""
         return self.store.dense()

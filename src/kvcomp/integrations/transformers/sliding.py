@@ -36,6 +36,10 @@ class SlidingLayer(CompressedLayer):
     def seen(self, new: int) -> int:
         return min(self.store.tokens - new, self.sliding_window - 1) + new
 
+    def holds(self, seen: int) -> bool:
+        rows = self.store.rows
+        return not ((rows.dropped > 0) & (rows.begins > self.store.tokens - seen)).any()
+
     def dense(self, seen: int) -> tuple[Tensor, Tensor]:
         return self.store.dense(self.store.tokens - seen)
 
