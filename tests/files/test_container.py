@@ -141,7 +141,7 @@ def test_what_a_sliding_window_holds_comes_back_where_it_was(
     for mine, theirs in zip(again.dense(), store.dense(), strict=True):
         assert torch.equal(mine, theirs)
     assert all(np.array_equal(x, y.numpy()) for x, y in zip(stranger_reads(data), store.dense(), strict=True))
-    again.sliding_window = store.sliding_window
+    again.slide(200)
     more, q = torch.randn(2, len(starts), 2, 90, 16), torch.randn(len(starts), 4, 1, 16)
     for one in (store, again):
         one.append(*more)

@@ -154,9 +154,7 @@ class KVStore:
         self.tokens += new
 
     def set_starts(self, starts: Sequence[int]) -> None:
-        """Say at which position each row's real tokens begin. Raises InvalidInput for a row that is sealed from another
-        position.
-        """
+        """Say where each row's real tokens begin. Raises InvalidInput for a row sealed from elsewhere."""
         check_starts(starts, self.batch, self.tokens)
         new, rows = np.asarray(starts, np.int64), self.rows
         moved = new != rows.starts
@@ -175,6 +173,10 @@ class KVStore:
         if any(sealed):
             self._view = None
             self._trim_tail()
+
+    def slide(self, window: int) -> None:
+        """Say how many of the last tokens a token sees, of a store that was read from a file."""
+        self.sliding_window = window
 
     def drop(self) -> None:
         """Drop what a sliding window has left."""
@@ -319,8 +321,6 @@ class KVStore:
     def memory(self) -> Memory:
         """Bytes by part; a test holds them against what is allocated."""
         return memory_of(self) if self.batch else Memory()
-
-    # Steps
 
     def _needed(self) -> int:
         """The first position that the next token sees."""

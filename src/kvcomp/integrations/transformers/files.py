@@ -86,7 +86,7 @@ def give(layers: list[Any], index: int, store: KVStore) -> None:
             "take all of its tokens"
         )
     if isinstance(layer, SlidingLayer) and not (raw and store.tail_base):
-        store.sliding_window = layer.sliding_window
+        store.slide(layer.sliding_window)
         layer.store = store
         layer.is_initialized = True
         return

@@ -27,7 +27,7 @@ class SlidingLayer(CompressedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.store.sliding_window = self.sliding_window
+        self.store = KVStore(self.spec, self.backend, sliding_window=self.sliding_window)
 
     def activate_past_recording(self) -> None:
         """Drop nothing before the next ``crop``."""
