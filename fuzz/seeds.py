@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tenso
 
 def containers() -> dict[str, bytes]:
     """Files of one page with sinks and window, alone and beside states; of two rows that share pages and have books; of
-    raw and fixed blocks.
+    raw and fixed blocks; of a sliding window that has left some.
     """
     small = KVStore(CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=2, sinks=1))
     small.append(*values((2, 1, 1, 67, 16), torch.bfloat16, 1))
@@ -38,7 +39,9 @@ def containers() -> dict[str, bytes]:
     raw.append(*x)
     raw.set_starts([0, 5])
     found = {}
-    for name, store in (("small", small), ("rows", rows), ("raw", raw)):
+    window = KVStore(replace(small.spec, key=TensorSpec("channel", 0.1, "fixed")), sliding_window=70)
+    window.append(*values((2, 1, 1, 140, 16), torch.bfloat16, 8))
+    for name, store in (("small", small), ("rows", rows), ("raw", raw), ("window", window)):
         store.seal()
         if name == "rows":
             store.select(torch.tensor([0, 0]))

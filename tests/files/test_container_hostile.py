@@ -186,6 +186,44 @@ SECTION_EDITS: list[tuple[Any, type[KVCompError], str]] = [
 ]
 
 
+def windowed() -> bytes:
+    """A file of a sliding window that has left the sinks and two pages of 220 tokens."""
+    store = KVStore(
+        CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=2, sinks=4), sliding_window=80
+    )
+    store.append(*torch.randn(2, 1, 1, 220, 16))
+    store.seal()
+    assert store.rows.dropped.tolist() == [132]
+    return packed({0: store}, store.spec, 1)
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (put("rows", 56, word(-1)), "a start, sinks or pages"),
+        (put("rows", 56, word(221)), "a start, sinks or pages"),
+        (put("rows", 56, word(1 << 62)), "a start, sinks or pages"),
+        (put("rows", 56, word(0)), "a start, sinks or pages"),
+        (put("rows", 56, word(68)), "are not its tokens"),
+        (put("rows", 56, word(220)), "are not its tokens"),
+        (put("rows", 0, word(100)), "a start, sinks or pages"),
+        (put("rows", 8, word(4)), "a start, sinks or pages"),
+    ],
+)
+def test_hostile_numbers_of_dropped_tokens_are_refused(edit: Any, match: str) -> None:
+    header, sections = unseal(windowed())
+    edit(header, sections)
+    with pytest.raises(CorruptData, match=match):
+        reopened(seal(header, sections))
+
+
+def test_rows_have_as_many_numbers_as_the_flag_says() -> None:
+    for data, flags in ((windowed(), 0), (SMALL, 2)):
+        header, sections = unseal(data)
+        with pytest.raises(CorruptData, match="another size than its contents"):
+            open_bytes(seal(header, sections, flags=flags))
+
+
 def test_the_small_page_is_as_the_edits_of_it_expect() -> None:
     _, sections = unseal(SMALL)
     first, second, end = np.frombuffer(sections[0]["pages"][:12], "<u4").tolist()

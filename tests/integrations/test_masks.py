@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, Gemma3TextConfig, PreTrainedModel
 
 from generating import LOSSLESS, assert_same, filled, forward, generate, prompt
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers import attention as transformers_attention
 from kvcomp.integrations.transformers import session as transformers_session
 from kvcomp.spec import CodecSpec
+from kvcomp.store import KVStore
 from tiny_models import LOSSY, tiny_model
 
 
@@ -94,7 +95,9 @@ def test_a_mask_is_read_once_for_all_layers(llama: PreTrainedModel, monkeypatch:
     assert len(read) == 5
     session = KVCompCache(llama.config).session
     masks = torch.ones((1, 1, 1, 9), dtype=torch.bool), torch.eye(9, dtype=torch.bool)[None, None, :1]
-    assert [session.plan_for(mask, 1, 1, 9).causal for mask in masks] == [True, False]
+    store = KVStore(LOSSY)
+    store.append(*torch.randn(2, 1, 2, 9, 16))
+    assert [session.plan_for(mask, 1, store, 9).causal for mask in masks] == [True, False]
 
 
 def test_rows_that_begin_in_a_later_chunk(llama: PreTrainedModel) -> None:
@@ -105,3 +108,15 @@ def test_rows_that_begin_in_a_later_chunk(llama: PreTrainedModel) -> None:
     assert cache.layers[0].store.starts.tolist() == [0, 160]
     lossless = generate(llama, inputs, KVCompCache(llama.config, LOSSLESS), prefill_chunk_size=64)
     assert_same(lossless, expected)
+
+
+def test_a_mask_of_each_kind_of_layer_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    model = tiny_model(
+        Gemma3TextConfig, layer_types=kinds * 2, num_hidden_layers=4, sliding_window=512, max_position_embeddings=2048
+    )
+    cache, read = KVCompCache(model.config, LOSSY), []
+    real = transformers_session.read_mask
+    monkeypatch.setattr(transformers_session, "read_mask", lambda *args: read.append(args[-1]) or real(*args))
+    forward(model, cache, **prompt(600, 530))
+    assert sorted(read, key=str) == [512, None]

@@ -12,8 +12,8 @@ import pytest
 import attention_cases
 from attention_cases import NUMPY, Cache, Case, make_raw, relative_error, steps_of, values_like
 from kvcomp.codec import codebook
-from kvcomp.codec.dtypes import PATCHED
-from kvcomp.codec.page import fixed_mode
+from kvcomp.codec.dtypes import PATCHED, RAW
+from kvcomp.codec.page import directory_of, fixed_mode
 from kvcomp.codec.patched import piece_order
 from kvcomp.codec.quantise import Quantised, round_to
 from kvcomp.errors import InvalidInput
@@ -304,6 +304,38 @@ def test_attend_ignores_what_is_out_of_sight() -> None:
         tail[0, :, cache.tail_end.max() :] = 0x7FC0
     poisoned, _ = cache.attend(cpu)
     np.testing.assert_array_equal(out, poisoned)
+
+
+@pytest.mark.parametrize("value", DTYPES)
+@pytest.mark.parametrize("case", range(len(UNIT_PAIRS)))
+def test_attend_hides_what_a_window_has_left(case: int, value: str) -> None:
+    cache = build(64, 3, (3, 0, 18), UNIT_PAIRS[case], seed=case, value=value, raw=True, partial=37)
+    places = np.array([[0, 1, 3], [2, 40, 103], [64, 70, 1100]]) + np.array([[0], [0], [case]])
+    for hidden in (places, places[::-1], np.zeros((3, 3), np.int64), np.full((3, 3), 10_000)):
+        cache.hidden = np.ascontiguousarray(hidden)
+        assert_attends(cache, threads=2)
+
+
+def test_attend_never_reads_values_of_hidden_tokens() -> None:
+    """Of a raw page too, where a value may be NaN."""
+    cache = build(64, 2, (2,), tail=80, raw=True, sinks=4, coding=("fixed", "fixed"))
+    cache.view.count[0] = 1  # the page with the raw block of V
+    cache.hidden = np.array([[20, 31]])
+    out, lse = cache.attend(cpu)
+    page, heads = cache.view.pages[0, 0] - cache.owners[0].ctypes.data, cache.case.heads
+    modes, offsets = directory_of(cache.owners[0], page, heads)
+    assert modes[2 * heads - 1] == RAW
+    block = cache.owners[0][page + offsets[2 * heads - 1] : page + offsets[2 * heads]].view(np.uint16)
+    block.reshape(64, 64)[: 20 - 4] = 0x7FC0
+    cache.view.sinks_k[0] = cache.view.sinks_v[0] = 0x7FC0
+    for expected, found in zip((out, lse), cache.attend(cpu), strict=True):
+        np.testing.assert_array_equal(expected, found)
+    cache.hidden = np.array([[68 + 5, 68 + 9]])
+    out, _ = cache.attend(cpu)
+    first = int(cache.view.tail_begin[0])
+    cache.view.tail_k[0, :, first : first + 5] = cache.view.tail_v[0, :, first : first + 5] = 0x7FC0
+    np.testing.assert_array_equal(out, cache.attend(cpu)[0])
+    assert_attends(cache)
 
 
 def test_attend_passes_on_nan() -> None:

@@ -135,7 +135,8 @@ def test_a_chat_goes_on_where_it_ended(store: PrefixStore, family: str) -> None:
 
 def test_a_window_that_is_not_full_yet(store: PrefixStore) -> None:
     model, ids = model_of("Gemma 3", sliding_window=2000), prompt(620)
-    cache, _ = pieces(model, ids[:, :600])
+    cache = store.load(ids, model, LOSSY)
+    run(model, cache, ids[:, :600])
     assert store.save(ids, cache, model) == 600
     loaded = store.load(ids, model, LOSSY)
     assert torch.equal(run(model, cache, ids[:, 600:]), run(model, loaded, ids[:, 600:]))

@@ -83,11 +83,13 @@ class Cache:
     tail_end: Array
     scaling: float
     owners: list[Array]
+    hidden: Array | None = None
+    """For each row and query how many of its row's first tokens it does not see."""
 
     def attend(self, kernels: Any = reference, threads: int = 1) -> tuple[Array, Array]:
         """The outputs, by the reference what they must be, and the natural log of the softmax denominators."""
         out: tuple[Array, Array] = kernels.attend(
-            self.q, self.view, self.tail_end, self.scaling, self.case.softcap, threads
+            self.q, self.view, self.tail_end, self.scaling, self.case.softcap, threads, hidden=self.hidden
         )
         return out
 

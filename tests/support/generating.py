@@ -69,7 +69,11 @@ def dense_attend(
     k, v = (x.repeat_interleave(q.shape[1] // store.heads, dim=1).double() for x in store.dense())
     position = torch.arange(store.tokens)
     if mask is None:
-        mask = position <= position[-q.shape[2] :, None]
+        query = position[-q.shape[2] :, None]
+        mask = (position <= query) & (position > query - (store.sliding_window or store.tokens))
+    else:
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask = torch.nn.functional.pad(mask, (store.tokens - mask.shape[-1], 0), value=hidden)
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -1e30)
     score = q.double() @ k.mT * scaling

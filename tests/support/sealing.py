@@ -48,7 +48,9 @@ def seal(
         place = [len(body), len(parts["state"])] if lay_out else state["section"][:2]
         state["section"] = [*place, xxh3_64(parts["state"]).hexdigest()]
         body += parts["state"]
-    flags = int("states" in header) if flags is None else flags
+    if flags is None:
+        dropped = any(len(parts["rows"]) == 64 * header["rows"] for parts in of_layers)
+        flags = int("states" in header) | 2 * dropped
     return seal_text(json.dumps(header).encode(), version, flags) + body
 
 

@@ -165,7 +165,7 @@ class CodecCase:
         k, v = tensors(1, grid.kv_heads, self.tokens, self.head_dim)
         checks.check_codec(self.spec.bare(), k, v)
         store = sealed(self.spec.bare(), k, v)
-        actions = {
+        actions: dict[str, Callable[[], Any]] = {
             "encode": lambda: sealed(self.spec.bare(), k, v),
             "decompress": store.dense,
             "copy": lambda: (k.clone(), v.clone()),

@@ -27,9 +27,9 @@ from kvcomp.errors import CorruptData, LimitExceeded
 from kvcomp.files.check import check_pages
 from kvcomp.files.header import (
     ALIGNMENT,
+    DROPPED,
     MAX_HEADER,
     PREFIX,
-    ROW_FIELDS,
     STATES,
     Header,
     LayerHeader,
@@ -60,6 +60,8 @@ class LayerParts:
     """A name in ``DTYPES``."""
     start: npt.NDArray[np.int64]
     """(rows,): position of each row's first real token."""
+    dropped: npt.NDArray[np.int64]
+    """(rows,): how many of its first tokens a sliding window has left."""
     sink_count: npt.NDArray[np.int64]
     """(rows,)"""
     page_count: npt.NDArray[np.int64]
@@ -139,8 +141,9 @@ def pack(
         at += size + -size % ALIGNMENT
         return [begin, size, digest.hexdigest()]
 
+    dropped = any(parts.dropped.any() for parts in layers)
     for parts in layers:
-        table = {name: section(pieces) for name, pieces in _sections(parts).items()}
+        table = {name: section(pieces) for name, pieces in _sections(parts, dropped).items()}
         described.append(
             {
                 "layer": parts.layer,
@@ -175,21 +178,23 @@ def pack(
         "layers": described,
         **({"states": found} if found else {}),
     }
-    flags = STATES if found else 0
+    flags = (STATES if found else 0) | (DROPPED if dropped else 0)
     text = json.dumps(content, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER:
         raise LimitExceeded(f"the header of {len(layers)} layers takes {len(text)} bytes, at most {MAX_HEADER} can be")
     size = sum(piece.nbytes for piece in body)
     header = read_header(text, flags, size)  # what would be refused when read is not written
     for head, parts in zip(header.layers, layers, strict=True):
-        _check_rows(header, head, parts.start, parts.sink_count, parts.page_count, parts.valid)
+        _check_rows(header, head, parts.start, parts.dropped, parts.sink_count, parts.page_count, parts.valid)
     return [memoryview(seal(text, flags)), *body]
 
 
-def _sections(parts: LayerParts) -> dict[str, list[memoryview]]:
+def _sections(parts: LayerParts, dropped: bool) -> dict[str, list[memoryview]]:
     rows = [parts.start, parts.sink_count, parts.page_count, *parts.row_books.T]
     for of_kind in zip(*parts.counts, strict=True):
         rows.append(np.array([0 if counts is None else counts.shape[1] for counts in of_kind]))
+    if dropped:
+        rows.append(parts.dropped)
     books = [np.frombuffer(book.to_bytes(), np.uint8) for book in parts.books]
     pieces: dict[str, Sequence[Array]] = {
         "pages": parts.arena,
@@ -244,13 +249,14 @@ class Container:
         """
         header, head = self.header, self.header.layers[index]
         spec = header.spec.layer(head.layer, header.model_layers)
-        start, sink_count, page_count, k_book, v_book, k_side, v_side = (
-            self._section(index, "rows").view("<i8").reshape(header.rows, ROW_FIELDS).T
+        start, sink_count, page_count, k_book, v_book, k_side, v_side, *rest = (
+            self._section(index, "rows").view("<i8").reshape(header.rows, header.row_fields).T
         )
+        dropped = rest[0] if rest else np.zeros_like(start)
         row_books, sides = np.stack([k_book, v_book], axis=1), np.stack([k_side, v_side], axis=1)
         table = self._section(index, "table")
         offsets, valid = table[: 8 * head.entries].view("<i8"), table[8 * head.entries :].view("<i4")
-        _check_rows(header, head, start, sink_count, page_count, valid)
+        _check_rows(header, head, start, dropped, sink_count, page_count, valid)
         classes = spec.key.classes, spec.value.classes
         books = _read_books(self._section(index, "books").tobytes(), head.books)
         _check_books(books, row_books, classes)
@@ -275,6 +281,7 @@ class Container:
             (head.channels, head.value_channels),
             head.dtype,
             start,
+            dropped,
             sink_count,
             page_count,
             offsets,
@@ -332,21 +339,24 @@ def _check_rows(
     header: Header,
     head: LayerHeader,
     start: npt.NDArray[np.int64],
+    dropped: npt.NDArray[np.int64],
     sink_count: npt.NDArray[np.int64],
     page_count: npt.NDArray[np.int64],
     valid: npt.NDArray[np.int32],
 ) -> None:
     """Check that each row's tokens are its sinks, pages and part of the tail, so that readers stay in range."""
     wrong = (start < 0) | (start > header.tokens) | (sink_count < 0) | (sink_count > head.sinks)
+    wrong |= (dropped < 0) | (dropped > header.tokens - start)
     wrong |= (page_count < 0) | (page_count > head.entries)
-    wrong |= (page_count > 0) & (sink_count != header.spec.sinks)
+    sinks = np.where(dropped > 0, 0, header.spec.sinks)
+    wrong |= ((page_count > 0) | (dropped > 0)) & (sink_count != sinks)
     if wrong.any() or page_count.sum() != head.entries:
         raise CorruptData(f"a row of layer {head.layer} has a start, sinks or pages that cannot be")
     if ((valid < 1) | (valid > PAGE_TOKENS)).any():
         raise CorruptData(f"a page of layer {head.layer} counts other than 1 to {PAGE_TOKENS} tokens")
     before = np.concatenate([[0], np.cumsum(valid, dtype=np.int64)])
     last = np.cumsum(page_count)
-    tail_begin = start + sink_count + before[last] - before[last - page_count]
+    tail_begin = start + dropped + sink_count + before[last] - before[last - page_count]
     if ((tail_begin > header.tokens) | (tail_begin < header.tokens - head.recent)).any():
         raise CorruptData(f"the sinks, pages and recent tokens of a row of layer {head.layer} are not its tokens")
     if header.rows * int(page_count.max()) > 4 * head.entries + FREE_PLACES:

@@ -24,10 +24,11 @@ from kvcomp.spec import CodecSpec
 MAGIC = b"\x89KVC\r\n\x1a\n"
 VERSION = 1
 STATES = 1  # the flag of a file whose header has the field "states"
+DROPPED = 2  # of one whose rows say how many tokens a sliding window has left
 PREFIX = struct.Struct("<8sHHIQ")  # magic, version, flags, bytes of the header, checksum
 ALIGNMENT = 64
 SECTIONS = "pages", "table", "rows", "books", "counts", "sinks", "tail"
-ROW_FIELDS = 7
+ROW_FIELDS = 7  # and one more with the flag ``DROPPED``
 ENTRY_BYTES = 12
 
 MAX_HEADER = 1 << 20  # parsed JSON takes some twenty times its bytes
@@ -112,6 +113,13 @@ class Header:
     """Positions of every layer, left padding included."""
     layers: tuple[LayerHeader, ...]
     states: tuple[StateHeader, ...] = ()
+    dropped: bool = False
+    """Whether rows say how many tokens a sliding window has left."""
+
+    @property
+    def row_fields(self) -> int:
+        """Numbers of a row."""
+        return ROW_FIELDS + self.dropped
 
     @property
     def shapes(self) -> Shapes:
@@ -149,8 +157,9 @@ def header_text(data: Bytes) -> tuple[bytes, int]:
         raise UnsupportedVersion(
             f"this .kvc file has version {version}, this kvcomp reads {VERSION}: use a newer kvcomp"
         )
-    if flags & ~STATES:
-        raise UnsupportedVersion(f"this .kvc file has the unknown flags {flags & ~STATES:#x}: use a newer kvcomp")
+    unknown = flags & ~(STATES | DROPPED)
+    if unknown:
+        raise UnsupportedVersion(f"this .kvc file has the unknown flags {unknown:#x}: use a newer kvcomp")
     if length > MAX_HEADER:
         raise LimitExceeded(f"the header claims {length} bytes, at most {MAX_HEADER} can be")
     if padded(PREFIX.size + length) > data.size:
@@ -170,6 +179,7 @@ def read_header(text: bytes, flags: int, available: int) -> Header:
     if not _is_flat(content, MAX_DEPTH):
         raise CorruptData(f"the header is nested more than {MAX_DEPTH} deep")
     with_states = ("states",) if flags & STATES else ()
+    dropped = bool(flags & DROPPED)
     _check_fields(content, ("spec", "model", "model_layers", "rows", "tokens", "layers", *with_states), "the header")
     try:
         spec = CodecSpec.from_json(json.dumps(content["spec"]))
@@ -183,7 +193,7 @@ def read_header(text: bytes, flags: int, available: int) -> Header:
     found: list[LayerHeader] = []
     at = 0
     for entry in layers:
-        layer, at = _read_layer(entry, spec, rows, tokens, at)
+        layer, at = _read_layer(entry, spec, rows, tokens, ROW_FIELDS + dropped, at)
         if not (found[-1].layer if found else -1) < layer.layer < model_layers:
             raise CorruptData(f"layer {layer.layer} is not in order among {model_layers} layers")
         found.append(layer)
@@ -206,10 +216,12 @@ def read_header(text: bytes, flags: int, available: int) -> Header:
         raise LimitExceeded(
             f"{rows} rows in {len(found)} layers with their codebooks are too many for a file of this size"
         )
-    return Header(spec, model, model_layers, rows, tokens, tuple(found), states)
+    return Header(spec, model, model_layers, rows, tokens, tuple(found), states, dropped)
 
 
-def _read_layer(entry: Any, spec: CodecSpec, rows: int, tokens: int, at: int) -> tuple[LayerHeader, int]:
+def _read_layer(
+    entry: Any, spec: CodecSpec, rows: int, tokens: int, row_fields: int, at: int
+) -> tuple[LayerHeader, int]:
     """The header of a layer whose first section must begin at ``at``, and where the next layer must begin."""
     names = "layer", "heads", "channels", "dtype", "sinks", "recent", "entries", "books", "sections"
     _check_fields(entry, names, "a layer in the header")
@@ -230,7 +242,7 @@ def _read_layer(entry: Any, spec: CodecSpec, rows: int, tokens: int, at: int) ->
     token = rows * heads * held * DTYPES[entry["dtype"]].itemsize
     exact = {
         "table": entries * ENTRY_BYTES,
-        "rows": 8 * ROW_FIELDS * rows,
+        "rows": 8 * row_fields * rows,
         "sinks": sinks * token,
         "tail": recent * token,
     }

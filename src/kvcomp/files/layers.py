@@ -216,6 +216,7 @@ def parts_of(store: KVStore, layer: int) -> LayerParts:
         channels=(store.channels, store.value_channels),
         dtype=NAMES[store.dtype],
         start=rows.starts,
+        dropped=rows.dropped,
         sink_count=rows.sink_count,
         page_count=rows.count,
         offsets=offsets,
@@ -263,7 +264,8 @@ def store_of(
     given = (None, None) if empty.given_books is None else [narrow for _, narrow in empty.given_books]
     rows = Rows(
         starts=parts.start.copy(),
-        tail_begin=parts.start + parts.sink_count + valid.sum(axis=1, dtype=np.int64),
+        dropped=parts.dropped.copy(),
+        tail_begin=parts.start + parts.dropped + parts.sink_count + valid.sum(axis=1, dtype=np.int64),
         sink_count=parts.sink_count.copy(),
         count=count,
         pages=pages,

@@ -119,6 +119,7 @@ class Backend(Protocol):
         softcap: float = 0.0,
         threads: int = 1,
         folding: Folding | None = None,
+        hidden: npt.NDArray[np.int64] | None = None,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """softmax(cap(scaling q.K)) V over sinks, pages and tail; KVComp's Fetch (arXiv 2509.00579).
 
@@ -139,6 +140,9 @@ class Backend(Protocol):
         folding
             Where K and V are held in other coordinates than the queries have: what leads to them and back. A row's
             tokens have the places 0, 1, 2, .., the sinks first.
+        hidden
+            int64 (rows, queries of a KV head): how many of its row's first tokens a query does not see, as a sliding
+            window has left them; none if None. With each token they are more, so they are no part of the view.
 
         Returns
         -------

@@ -212,6 +212,7 @@ def attend(
     softcap: float = 0.0,
     threads: int = 1,
     folding: Folding | None = None,
+    hidden: npt.NDArray[np.int64] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Compute ``Backend.attend`` in float64, written as the formula."""
     rows, heads, queries, _ = q.shape
@@ -231,19 +232,22 @@ def attend(
             k.append(page_k[:, :tokens])
             v.append(page_v[:, :tokens])
         for i in range(queries):
+            seen = slice(0 if hidden is None else int(hidden[row, i]), None)
             tail = slice(int(view.tail_begin[row]), max(int(view.tail_begin[row]), int(tail_end[i])))
             keys = np.concatenate([*k, to_float32(view.tail_k[row, :, tail])], axis=1).astype(np.float64)
             values = np.concatenate([*v, to_float32(view.tail_v[row, :, tail])], axis=1).astype(np.float64)
-            if keys.shape[1]:
-                score = scaling * np.einsum("hd,htd->ht", inner[row, :, i], keys)
+            places = np.arange(keys.shape[1])[seen]
+            if places.size:
+                score = scaling * np.einsum("hd,htd->ht", inner[row, :, i], keys[:, seen])
                 if folding is not None and folding.speed:
-                    score += scaling * folding.turned(q[row : row + 1, :, i : i + 1], keys.shape[1])[0, :, 0]
+                    turned = folding.turned(q[row : row + 1, :, i : i + 1], keys.shape[1])[0, :, 0]
+                    score += scaling * turned[:, seen]
                 if softcap:
                     score = softcap * np.tanh(score / softcap)
                 peak = score.max(axis=1, keepdims=True)
                 weight = np.exp(score - peak)
                 total = weight.sum(axis=1, keepdims=True)
-                out[row, :, i] = np.einsum("ht,htd->hd", weight / total, values)
+                out[row, :, i] = np.einsum("ht,htd->hd", weight / total, values[:, seen])
                 lse[row, :, i] = (peak + np.log(total))[:, 0]
     if folding is not None:
         out = np.einsum("rhqc,hcd->rhqd", out, folding.outputs, dtype=float) + folding.mean[:, None]

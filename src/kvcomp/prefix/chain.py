@@ -85,7 +85,7 @@ class Origin:
         every = np.asarray(tokens, "<i8")
         for length in lengths:
             chunks = self.chunks(length)
-            yield _hash(b"state" + hashes[chunks - 1] + every[self.end(chunks - 1) : length].tobytes())
+            yield _hash(b"state 2" + hashes[chunks - 1] + every[self.end(chunks - 1) : length].tobytes())
 
 
 def key_of(of_tokens: bytes, books: bytes = b"") -> str:

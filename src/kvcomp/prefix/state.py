@@ -48,8 +48,8 @@ def state_of(
 
 def pack_state(origin: Origin, state: State, key: str, tokens: int) -> list[memoryview]:
     """The value of a state behind so many tokens."""
-    spec, model = origin.spec_of(1), binding(origin, key, tokens)
-    return files.pack_stores(state.stores, spec, origin.layers, model, states=state.linear)
+    model = binding(origin, key, tokens)
+    return files.pack_stores(state.stores, origin.spec, origin.layers, model, states=state.linear)
 
 
 def unpack_state(origin: Origin, value: Buffer, key: str, tokens: int, books: bytes, shapes: Shapes) -> State:
@@ -60,7 +60,7 @@ def unpack_state(origin: Origin, value: Buffer, key: str, tokens: int, books: by
     """
     container = Container(np.frombuffer(value, np.uint8))
     header = container.header
-    if (header.tokens, header.rows, header.spec) != (tokens, 1, origin.spec_of(1)) or header.shapes != shapes:
+    if (header.tokens, header.rows, header.spec) != (tokens, 1, origin.spec) or header.shapes != shapes:
         raise CorruptData("the value is the state of another place, or of another model")
     if header.model != binding(origin, key, tokens):
         raise CorruptData("the value was stored under another key")
@@ -68,11 +68,12 @@ def unpack_state(origin: Origin, value: Buffer, key: str, tokens: int, books: by
     if books_of(replace(header, layers=compressed)) != books:
         raise CorruptData("the value has other codebooks than the chunks before it")
     stores = files.load(container, calibration=origin.calibration)
-    begins = {int(stores[layer].starts[0]) for layer in origin.compressed}
+    begins = {int(stores[layer].rows.begins[0]) for layer in origin.compressed}
     chunks = origin.chunks(min(begins))
     if (
         begins != {origin.end(chunks - 1)}
         or not chunks
+        or any(store.starts[0] for store in stores.values() if store.compressed)
         or {NAMES[store.dtype] for store in stores.values()} != {origin.dtype}
     ):
         raise CorruptData("the value does not begin where a chunk ends, or has another dtype")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -115,10 +114,16 @@ class PrefixStore:
         """
         from kvcomp.integrations.transformers import KVCompCache
         from kvcomp.integrations.transformers.files import give
+        from kvcomp.integrations.transformers.layers import keep_first_windows_raw
         from kvcomp.integrations.transformers.models import check_text_only
 
         check_text_only(model)
-        new = partial(KVCompCache, model.config, spec, calibration=calibration, backend=backend)
+
+        def new() -> KVCompCache:
+            cache = KVCompCache(model.config, spec, calibration=calibration, backend=backend)
+            keep_first_windows_raw(cache.layers)
+            return cache
+
         cache = new()
         _check_layers(cache)
         origin = _origin(cache, model, model.dtype, model_id)
@@ -133,7 +138,7 @@ class PrefixStore:
             return _resumed(chain, tokens, new, model) or _empty(cache, chain)
         chunks = chain.read(chain.there)
         for index in origin.compressed:
-            give(cache.layers[index], join_chunks([stores[index] for stores in chunks]))
+            give(cache.layers, index, join_chunks([stores[index] for stores in chunks]))
         return cache
 
     def prefill(
@@ -295,7 +300,7 @@ def _check_layers(cache: KVCompCache) -> None:
     from kvcomp.integrations.transformers.files import check_layers
 
     check_layers(cache.layers)
-    if not cache.compressed_layers:
+    if not _compressed(cache):
         raise UnsupportedModel(
             "a prefix is stored as compressed pages, and every layer of this model has a sliding window: save whole "
             "caches with KVCompCache.save"
@@ -303,7 +308,9 @@ def _check_layers(cache: KVCompCache) -> None:
 
 
 def _compressed(cache: KVCompCache) -> list[int]:
-    return [index for index, layer in enumerate(cache.layers) if layer in cache.compressed_layers]
+    """The layers that chunks hold: those that keep all tokens."""
+    of_all = [layer for layer in cache.compressed_layers if not layer.is_sliding]
+    return [index for index, layer in enumerate(cache.layers) if layer in of_all]
 
 
 def _has_states(cache: KVCompCache) -> bool:
@@ -311,7 +318,7 @@ def _has_states(cache: KVCompCache) -> bool:
     from kvcomp.integrations.transformers.files import needed_layers
 
     with_kv, linear = needed_layers(cache.layers)
-    return bool(linear) or len(with_kv) > len(cache.compressed_layers)
+    return bool(linear) or with_kv != _compressed(cache)
 
 
 def _resumed(chain: Chain, tokens: list[int], new: Callable[[], KVCompCache], model: Any) -> KVCompCache | None:
@@ -326,7 +333,7 @@ def _resumed(chain: Chain, tokens: list[int], new: Callable[[], KVCompCache], mo
         cache = new()
         for index, store in state.stores.items():
             whole = join_chunks([*(x[index] for x in chunks), store]) if index in chain.origin.compressed else store
-            give(cache.layers[index], whole, filled[index])
+            give(cache.layers, index, whole, filled[index])
         for index, states in state.linear.items():
             give_states(cache.layers[index], states, filled[index])
         return cache
@@ -340,7 +347,7 @@ def _empty(cache: KVCompCache, chain: Chain) -> KVCompCache:
 
     for index, store in chain.first.items():
         store.crop(0)
-        give(cache.layers[index], store)
+        give(cache.layers, index, store)
     return cache
 
 

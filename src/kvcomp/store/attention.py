@@ -49,13 +49,16 @@ def attend_tiled(
 ) -> Tensor:
     """The same for many queries or any mask: decompresses one tile of pages at a time.
 
-    mask: None for causal, or boolean (True: sees) or additive, broadcastable to (batch, heads, queries, tokens).
+    mask: None for causal, or boolean (True: sees) or additive, broadcastable to (batch, heads, queries, tokens). Over a
+    sliding window its tokens may be the last ones; no query sees those before.
     """
     _check(store, q, scaling, softcap, sink_logits)
     queries = q.shape[2]
     if mask is not None:
-        shape = store.batch, q.shape[1], queries, store.tokens
-        fits = mask.shape[-1] == store.tokens
+        shape = store.batch, q.shape[1], queries, mask.shape[-1]
+        fits = mask.shape[-1] == store.tokens or (
+            store.sliding_window is not None and queries <= mask.shape[-1] <= store.tokens
+        )
         try:
             mask = mask.expand(shape)
         except RuntimeError:
@@ -76,6 +79,7 @@ def attend_tiled(
             store.held_channels[1],
             None if transform is None else partial(transform.bias, q[row, None]),
             int(store.starts[row]),
+            store.sliding_window,
         )
         for row in range(store.batch)
     ]
@@ -97,6 +101,7 @@ def attend_tiles(
     width: int | None = None,
     bias: Callable[[int, int], Tensor | None] | None = None,
     start: int = 0,
+    sliding_window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one sequence's last tokens, tile by tile.
 
@@ -113,13 +118,15 @@ def attend_tiles(
     scaling, softcap
         As for ``attend``.
     mask
-        None for causal, or (heads, queries, tokens).
+        None for causal, or (heads, queries, the last tokens); no query sees those before.
     width
         head_dim of V; that of q if None.
     bias
         ``Transform.bias`` of the queries as the model makes them; None for none.
     start
         Position of the token at the place 0.
+    sliding_window
+        Without a mask: a query sees so many of the last tokens, itself included; None for all.
 
     Returns
     -------
@@ -133,8 +140,16 @@ def attend_tiles(
     peak = torch.full((*grouped.shape[:3], 1), -torch.inf, device=q.device)
     total = torch.zeros_like(peak)
     out = q.new_zeros((*grouped.shape[:3], channels if width is None else width))
+    unseen = 0  # by any query
+    if mask is not None:
+        unseen = tokens - mask.shape[-1]
+    elif sliding_window is not None:
+        unseen = max(0, tokens - queries + 1 - sliding_window)
     for begin, k, v in tiles:
-        k, v = k.to(torch.float32), v.to(torch.float32)
+        if begin + k.shape[1] <= unseen:
+            continue
+        cut = max(0, unseen - begin)
+        begin, k, v = begin + cut, k[:, cut:].to(torch.float32), v[:, cut:].to(torch.float32)
         seen = slice(begin, begin + k.shape[1])
         added = None if bias is None else bias(k.shape[1], begin - start)
         added = None if added is None else (added * scaling).view(*grouped.shape[:3], -1)
@@ -147,12 +162,15 @@ def attend_tiles(
                 score = softcap * torch.tanh(score / softcap)
             position = tokens - queries + first
             if mask is not None:
-                seen_mask = mask[:, :, part, seen]
+                seen_mask = mask[:, :, part, begin - unseen : seen.stop - unseen]
                 hide = seen_mask.dtype == torch.bool
                 score = score.masked_fill(~seen_mask, -torch.inf) if hide else score + seen_mask
-            elif seen.stop > position + 1:
-                ahead = _numbers(seen.start, seen.stop, q) > _numbers(position, position + score.shape[2], q)[:, None]
-                score = score.masked_fill(ahead, -torch.inf)
+            else:
+                token, at = _numbers(begin, seen.stop, q), _numbers(position, position + score.shape[2], q)[:, None]
+                if seen.stop > position + 1:
+                    score = score.masked_fill(token > at, -torch.inf)
+                if sliding_window is not None:
+                    score = score.masked_fill(token <= at - sliding_window, -torch.inf)
             before = peak[:, :, part]
             higher = torch.maximum(before, score.amax(-1, keepdim=True))
             finite = torch.where(higher == -torch.inf, 0.0, higher)  # a query that has seen nothing yet

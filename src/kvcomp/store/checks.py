@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from kvcomp.kernels import Steps
 from kvcomp.store.padding import padding
 from kvcomp.store.protocol import Store
 from kvcomp.store.tensors import NAMES
+
+if TYPE_CHECKING:
+    from kvcomp.store.cpu import KVStore
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -79,6 +83,16 @@ def check_crop(tokens: int, held: int) -> None:
     """Raise InvalidInput unless a cache holds so many tokens."""
     if not isinstance(tokens, int) or not 0 <= tokens <= held:
         raise InvalidInput(f"cannot crop a cache of {held} tokens to {tokens}")
+
+
+def check_window(store: KVStore, tokens: int) -> None:
+    """Raise InvalidInput unless a store holds what the next token sees behind the first ``tokens``."""
+    first = max(0, tokens + 1 - (store.sliding_window or 1))
+    if tokens and ((store.rows.dropped > 0) & (store.rows.begins > first)).any():
+        raise InvalidInput(
+            f"no {tokens} of {store.tokens} tokens can be kept: a sliding window has left what the next one sees. Call "
+            "activate_past_recording before the tokens come that may go again, or compute the shorter text anew"
+        )
 
 
 def check_joined(stores: Sequence[Store]) -> None:

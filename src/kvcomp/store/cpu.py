@@ -20,18 +20,16 @@ from kvcomp.calibration.transform import Transform
 from kvcomp.codec.page import Layout
 from kvcomp.errors import BackendUnavailable, InvalidInput
 from kvcomp.kernels import Books, CacheView, Steps, load_backend
-from kvcomp.spec import PAGE_TOKENS, CodecSpec
+from kvcomp.spec import CodecSpec
 from kvcomp.store import read
-from kvcomp.store.checks import check_crop, check_kv, check_more, check_shape, check_starts, row_index
-from kvcomp.store.fused import attend_fused
+from kvcomp.store.checks import check_crop, check_kv, check_more, check_shape, check_starts, check_window, row_index
 from kvcomp.store.join import join
 from kvcomp.store.memory import Memory, memory_of
 from kvcomp.store.padding import Padding, padding
 from kvcomp.store.places import place_tail, places
 from kvcomp.store.protocol import Store
 from kvcomp.store.rows import Rows
-from kvcomp.store.seal import seal_row
-from kvcomp.store.sink_logits import take_share
+from kvcomp.store.seal import seal_row, until_seal
 from kvcomp.store.tail import grown_room, steady_room
 from kvcomp.store.training import check_books, default_book
 
@@ -54,6 +52,9 @@ class KVStore:
         its blocks have a fixed width until a row has trained its own book.
     transform
         What K and V pass before they are held: pages, sinks and tail hold K' and V'.
+    sliding_window
+        A token sees so many of the last tokens, itself included; None for all. Pages, and sinks, that no later token
+        sees are dropped. Not with a transform.
     """
 
     rows: Rows
@@ -79,8 +80,10 @@ class KVStore:
         backend: str = "cpu",
         books: tuple[Books, Books] | None = None,
         transform: Transform | None = None,
+        sliding_window: int | None = None,
     ) -> None:
         self.spec = spec
+        self.sliding_window = sliding_window
         self.calibrated = transform
         self.transform: Transform | Padding | None = transform
         self.kernels = load_backend(backend)
@@ -151,9 +154,7 @@ class KVStore:
         self.tokens += new
 
     def set_starts(self, starts: Sequence[int]) -> None:
-        """Say at which position each row's real tokens begin. Raises InvalidInput for a row that is sealed from another
-        position.
-        """
+        """Say where each row's real tokens begin. Raises InvalidInput for a row sealed from elsewhere."""
         check_starts(starts, self.batch, self.tokens)
         new, rows = np.asarray(starts, np.int64), self.rows
         moved = new != rows.starts
@@ -163,12 +164,25 @@ class KVStore:
         rows.starts[moved] = rows.tail_begin[moved] = new[moved]
         self._view = None
 
-    def seal(self) -> None:
-        """Compress every whole page of tokens beyond the window. What is sealed never changes."""
-        sealed = [seal_row(self, row) for row in range(self.batch)]
+    def seal(self, drops: bool = True) -> None:
+        """Compress every whole page of tokens beyond the window. What is sealed never changes.
+
+        drops: whether to drop what a sliding window has left.
+        """
+        sealed = [seal_row(self, row, self._needed() if drops else 0) for row in range(self.batch)]
         if any(sealed):
             self._view = None
             self._trim_tail()
+
+    def slide(self, window: int) -> None:
+        """Say how many of the last tokens a token sees, of a store that was read from a file."""
+        self.sliding_window = window
+
+    def drop(self) -> None:
+        """Drop what a sliding window has left."""
+        for row in range(self.batch):
+            self.rows.drop(row, self._needed())
+        self._view = None
 
     def step(self) -> None:
         """Nothing: what ``seal`` begins, it ends."""
@@ -177,11 +191,16 @@ class KVStore:
         """Nothing: what ``seal`` begins, it ends."""
 
     def crop(self, tokens: int) -> None:
-        """Keep the first ``tokens`` positions. Raises InvalidInput if there are fewer."""
-        check_crop(tokens, self.tokens)
+        """Keep the first ``tokens`` positions. Raises InvalidInput as ``check_crop``."""
+        self.check_crop(tokens)
         self.rows.crop(tokens)
         self.tokens = tokens
         self.tail_base, self._view = min(self.tail_base, tokens), None
+
+    def check_crop(self, tokens: int) -> None:
+        """Raise InvalidInput unless ``crop`` can keep so many tokens."""
+        check_crop(tokens, self.tokens)
+        check_window(self, tokens)
 
     @torch.inference_mode(False)
     def select(self, rows: Tensor | Sequence[int]) -> None:
@@ -268,20 +287,11 @@ class KVStore:
         """Fused attention of the last tokens, decoding the sealed pages on the fly; q: (batch, heads, queries,
         head_dim).
         """
-        at = self.tokens - self.tail_base
-        tail_end = np.arange(at - q.shape[2] + 1, at + 1)
-        out, lse = attend_fused(self.kernels, self.view(), self.transform, q, tail_end, scaling, softcap)
-        if sink_logits is not None:
-            out = take_share(out, lse, sink_logits, q, scaling, self.transform)
-        return out.to(q.dtype)
+        return read.attend(self, q, scaling, softcap, sink_logits)
 
     def until_seal(self) -> int:
         """Tokens until a row compresses a page."""
-        if not self.batch:
-            return self.spec.sinks + self.spec.window + PAGE_TOKENS
-        missing = (self.rows.count == 0) * (self.spec.sinks - self.rows.sink_count)
-        begin = int((self.rows.tail_begin + missing).min())
-        return max(1, begin + self.spec.window + PAGE_TOKENS - self.tokens)
+        return until_seal(self)
 
     def view(self) -> CacheView:
         """What attention kernels read; the same view until rows or buffers change."""
@@ -297,22 +307,24 @@ class KVStore:
         """What the pages ``first`` to ``last`` of a row hold, (KV heads, tokens, head_dim) each."""
         return read.tile(self, row, first, last)
 
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """K and V as attention sees them, (batch, KV heads, tokens, head_dim) in the dtype; padding is 0 once a row is
-        sealed.
+    def dense(self, first: int = 0) -> tuple[Tensor, Tensor]:
+        """K and V from a position on as attention sees them, (batch, KV heads, tokens, head_dim) in the dtype; what was
+        dropped, and padding once a row is sealed, is 0.
         """
-        padding = np.where(self.rows.tail_begin > self.starts, self.starts, 0).tolist()
-        return read.undone(self.transform, *self.held(), padding, places(self, 0, self.tokens))
+        padding = np.where(self.rows.tail_begin > self.starts, np.maximum(0, self.rows.begins - first), 0).tolist()
+        return read.undone(self.transform, *self.held(first), padding, places(self, first, self.tokens - first))
 
-    def held(self) -> tuple[Tensor, Tensor]:
+    def held(self, first: int = 0) -> tuple[Tensor, Tensor]:
         """The same as it is held: K' and V' where there is a calibration, with padding where there is any."""
-        return read.held(self)
+        return read.held(self, first)
 
     def memory(self) -> Memory:
         """Bytes by part; a test holds them against what is allocated."""
         return memory_of(self) if self.batch else Memory()
 
-    # Steps
+    def _needed(self) -> int:
+        """The first position that the next token sees."""
+        return 0 if self.sliding_window is None else max(0, self.tokens + 1 - self.sliding_window)
 
     def _all_rows(self) -> Rows:
         return self.rows.select(np.arange(self.batch))

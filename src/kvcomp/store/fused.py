@@ -20,6 +20,7 @@ def attend_fused(
     tail_end: npt.NDArray[np.int64],
     scaling: float,
     softcap: float,
+    hidden: npt.NDArray[np.int64] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``Backend.attend`` on torch's threads.
 
@@ -37,6 +38,8 @@ def attend_fused(
         int64 (queries,): how much of the tail each sees.
     scaling, softcap
         As for ``kvcomp.store.attention.attend``.
+    hidden
+        int64 (batch, queries): how many of its row's first tokens a query does not see; none if None.
 
     Returns
     -------
@@ -55,6 +58,7 @@ def attend_fused(
         softcap,
         torch.get_num_threads(),
         transform.folding if isinstance(transform, Transform) else None,
+        None if hidden is None else np.tile(hidden, group),
     )
     found = torch.from_numpy(out).view(*q.shape[:3], -1)
     denominators = torch.from_numpy(lse).view(q.shape[:3])

@@ -50,7 +50,7 @@ class Memory:
     sealed_values: int = 0
     """K and V values that the rows hold in pages."""
     values: int = 0
-    """K and V values that the rows hold."""
+    """K and V values that the rows hold; of a sliding window those that the next token sees."""
     dense: int = 0
     """Bytes of a dense cache of the same tokens."""
 
@@ -116,7 +116,8 @@ def memory_of(store: KVStore) -> Memory:
     books = {id(book): book.nbytes for pair in [*rows.books, store.default_books] for book in pair if book}
     waiting = {id(counts): counts.nbytes for pair in rows.pair_counts for counts in pair if counts is not None}
     token_values = store.heads * (store.channels + store.value_channels)
-    held = int((store.tokens - rows.starts).sum())
+    window = store.tokens if store.sliding_window is None else store.sliding_window - 1
+    held = int(np.minimum(store.tokens - rows.begins, window).sum())
     return Memory(
         **parts,
         spare=sum(buffer.nbytes for buffer in buffers.values()) - sum(parts.values()),
@@ -125,7 +126,7 @@ def memory_of(store: KVStore) -> Memory:
         books=sum(books.values()) + sum(waiting.values()),
         window=sum(x.untyped_storage().nbytes() for x in (store.tail_k, store.tail_v)),
         sinks=sum(x.untyped_storage().nbytes() for x in (store.sinks_k, store.sinks_v)),
-        sealed_values=int((rows.tail_begin - rows.starts - rows.sink_count).sum()) * token_values,
+        sealed_values=int((rows.tail_begin - rows.begins - rows.sink_count).sum()) * token_values,
         values=held * token_values,
         dense=held * token_values * store.dtype.itemsize,
     )

@@ -57,7 +57,7 @@ def compare(store: KVStore, k: Tensor, v: Tensor, rounding: float = 0.0) -> Comp
     Parameters
     ----------
     k, v
-        (batch, KV heads, tokens, head_dim) of the store's dtype; left padding is of no account.
+        (batch, KV heads, tokens, head_dim) of the store's dtype; left padding and dropped tokens are of no account.
     rounding
         What may come on top of the bound, over the largest value of a token's head: for K and V computed again.
 
@@ -76,7 +76,7 @@ def compare(store: KVStore, k: Tensor, v: Tensor, rounding: float = 0.0) -> Comp
     total = Comparison(0, 0, 0.0)
     for given, back, tensor in zip(_held(store, k, v), store.held(), (store.spec.key, store.spec.value), strict=True):
         for row in range(store.batch):
-            start, begin = int(store.rows.starts[row]), int(store.rows.tail_begin[row])
+            start, begin = int(store.rows.begins[row]), int(store.rows.tail_begin[row])
             if (store.rows.valid[row, : store.rows.count[row]] < PAGE_TOKENS).any():
                 raise InvalidInput("the cache was cropped within a page, whose bounds can no longer be known")
             first = start + int(store.rows.sink_count[row])
@@ -96,7 +96,7 @@ def error_shares(store: KVStore, k: Tensor, v: Tensor) -> Iterator[tuple[Kind, n
     tensors = store.spec.key, store.spec.value
     for kind, given, back, tensor in zip(KINDS, _held(store, k, v), store.held(), tensors, strict=True):
         for row in range(store.batch):
-            first, begin = int(store.rows.starts[row] + store.rows.sink_count[row]), int(store.rows.tail_begin[row])
+            first, begin = int(store.rows.begins[row] + store.rows.sink_count[row]), int(store.rows.tail_begin[row])
             if first < begin:
                 x, y = (as_array(values)[row, :, first:begin] for values in (given, back))
                 error = to_float32(_pages(y)).astype(np.float64) - to_float32(_pages(x))

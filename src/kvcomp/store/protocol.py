@@ -34,6 +34,8 @@ class Store(Protocol):
     """head_dim of queries and K."""
     dtype: torch.dtype
     """Of K and V."""
+    sliding_window: int | None
+    """A token sees so many of the last ones, itself included; None for all."""
     device: torch.device
     """Where the cache lies."""
 

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvcomp.calibration.transform import Transform
 from kvcomp.kernels import CacheView
 from kvcomp.spec import PAGE_TOKENS
+from kvcomp.store.fused import attend_fused
 from kvcomp.store.padding import Padding
+from kvcomp.store.sink_logits import take_share
 from kvcomp.store.tail import TILE_PAGES
 from kvcomp.store.tensors import as_array
 
@@ -41,13 +44,27 @@ def view(store: KVStore) -> CacheView:
     )
 
 
+def attend(store: KVStore, q: Tensor, scaling: float, softcap: float, sink_logits: Tensor | None) -> Tensor:
+    """``Store.attend``."""
+    last = np.arange(store.tokens - q.shape[2] + 1, store.tokens + 1)  # of the queries: where what they see ends
+    hidden = None
+    if store.sliding_window is not None and store.tokens >= store.sliding_window:
+        hidden = np.maximum(0, last - store.sliding_window - store.rows.begins[:, None])
+    out, lse = attend_fused(
+        store.kernels, store.view(), store.transform, q, last - store.tail_base, scaling, softcap, hidden
+    )
+    if sink_logits is not None:
+        out = take_share(out, lse, sink_logits, q, scaling, store.transform)
+    return out.to(q.dtype)
+
+
 def tiles(store: KVStore, row: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """``Store.tiles``."""
-    start, sinks, count = (int(x[row]) for x in (store.rows.starts, store.rows.sink_count, store.rows.count))
+    begin, sinks, count = (int(x[row]) for x in (store.rows.begins, store.rows.sink_count, store.rows.count))
     first = store.sinks_k[row, :, :sinks], store.sinks_v[row, :, :sinks]
     recent = slice(store.tokens - store.tail_base)
     last = store.tail_k[row, :, recent], store.tail_v[row, :, recent]
-    return in_order(start, first, count, partial(store.tile, row), store.tail_base, last)
+    return in_order(begin, first, count, partial(store.tile, row), store.tail_base, last)
 
 
 def in_order(
@@ -97,16 +114,16 @@ def tile(store: KVStore, row: int, first: int, last: int) -> tuple[Tensor, Tenso
     return k[:, used], v[:, used]
 
 
-def held(store: KVStore) -> tuple[Tensor, Tensor]:
-    """The same as it is held: K' and V' where there is a transform."""
-    shape = store.batch, store.heads, store.tokens
+def held(store: KVStore, first: int) -> tuple[Tensor, Tensor]:
+    """``KVStore.held``."""
+    shape = store.batch, store.heads, store.tokens - first
     k, v = (torch.zeros((*shape, held), dtype=store.dtype) for held in store.held_channels)
     for row, (start, begin) in enumerate(zip(store.starts.tolist(), store.rows.tail_begin.tolist(), strict=True)):
-        first = store.tail_base if begin == start else start  # nothing sealed: give the padding as it came
-        if first < start:
-            part = slice(0, start - store.tail_base)
-            k[row, :, first:start], v[row, :, first:start] = store.tail_k[row, :, part], store.tail_v[row, :, part]
-        for at, tile_k, tile_v in tiles(store, row):
-            part = slice(at, at + tile_k.shape[1])
-            k[row, :, part], v[row, :, part] = tile_k, tile_v
+        # nothing sealed: the padding as it came
+        padding = slice(0, start - store.tail_base if begin == start else 0)
+        came = store.tail_base, store.tail_k[row, :, padding], store.tail_v[row, :, padding]
+        for at, tile_k, tile_v in (came, *tiles(store, row)):
+            cut = max(0, first - at)
+            part = slice(max(at, first) - first, max(at + tile_k.shape[1], first) - first)
+            k[row, :, part], v[row, :, part] = tile_k[:, cut:], tile_v[:, cut:]
     return k, v

@@ -23,6 +23,8 @@ class Rows:
 
     starts: Longs
     """(rows,) position of the first real token; what is before it is padding."""
+    dropped: Longs
+    """(rows,) real tokens that the row does not hold any more, its first ones; one that lost some has no sinks."""
     tail_begin: Longs
     """(rows,) position of the first token in the tail."""
     sink_count: Longs
@@ -43,9 +45,10 @@ class Rows:
     @classmethod
     def empty(cls, rows: int, books: Sequence[Codebook | None] = (None, None), start: int = 0) -> Rows:
         """Rows without tokens, each with these own codebooks, that begin at position ``start``."""
-        starts, tail_begin, sink_count, count = np.array([[start], [start], [0], [0]], np.int64).repeat(rows, 1)
+        starts, dropped, tail_begin, sink_count, count = np.array([[start], [0], [start], [0], [0]]).repeat(rows, 1)
         return cls(
             starts,
+            dropped,
             tail_begin,
             sink_count,
             count,
@@ -62,13 +65,23 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """Bytes of the page table and the counts."""
-        arrays = self.pages, self.valid, self.count, self.starts, self.tail_begin, self.sink_count
+        arrays = self.pages, self.valid, self.count, self.starts, self.dropped, self.tail_begin, self.sink_count
         return sum(x.nbytes for x in arrays)
+
+    @property
+    def begins(self) -> Longs:
+        """(rows,) position of the first token held."""
+        return self.starts + self.dropped
+
+    def missing_sinks(self, row: int, sinks: int) -> int:
+        """Tokens that a row still takes for its sinks, of so many in all, before its first page."""
+        return 0 if self.count[row] or self.dropped[row] else sinks - int(self.sink_count[row])
 
     def select(self, index: Longs) -> Rows:
         """These rows, which may repeat; pages, books and counts are shared."""
         return Rows(
             starts=self.starts[index],
+            dropped=self.dropped[index],
             tail_begin=self.tail_begin[index],
             sink_count=self.sink_count[index],
             count=self.count[index],
@@ -98,6 +111,7 @@ class Rows:
 
         return cls(
             starts=shifted("starts"),
+            dropped=np.concatenate([part.dropped for part in parts]),
             tail_begin=shifted("tail_begin"),
             sink_count=np.concatenate([part.sink_count for part in parts]),
             count=count,
@@ -117,6 +131,7 @@ class Rows:
         nothing: list[list[Counts | None]] = [[None, None] for _ in owners]
         return Rows(
             starts=np.zeros_like(count),
+            dropped=np.zeros_like(count),
             tail_begin=sinks + used.sum(axis=1, dtype=np.int64),
             sink_count=np.full_like(count, sinks),
             count=count,
@@ -128,10 +143,11 @@ class Rows:
         )
 
     def behind(self, pages: int) -> Rows:
-        """What each row holds behind its sinks and first pages, at the positions it has; those before are padding."""
+        """What each row holds behind its sinks and first pages, at the positions it has; those before are dropped."""
         before = self.sink_count + self.valid[:, :pages].sum(axis=1, dtype=np.int64)
         return Rows(
-            starts=self.starts + before,
+            starts=self.starts,
+            dropped=self.dropped + before,
             tail_begin=self.tail_begin,
             sink_count=np.zeros_like(self.sink_count),
             count=self.count - pages,
@@ -153,7 +169,18 @@ class Rows:
         owners = [[owner for part in parts for owner in part.owners[row]] for row in range(len(first))]
         count = sum((part.count for part in parts[1:]), first.count)
         end = first.sink_count + valid.sum(axis=1, dtype=np.int64)
-        return cls(first.starts, end, first.sink_count, count, pages, valid, owners, first.books, first.pair_counts)
+        return cls(
+            starts=first.starts,
+            dropped=first.dropped,
+            tail_begin=end,
+            sink_count=first.sink_count,
+            count=count,
+            pages=pages,
+            valid=valid,
+            owners=owners,
+            books=first.books,
+            pair_counts=first.pair_counts,
+        )
 
     def add_pages(self, row: int, buffer: Bytes, offsets: Longs) -> None:
         """Add the whole pages at these offsets of a buffer to a row."""
@@ -167,12 +194,34 @@ class Rows:
         self.owners[row] += [buffer] * offsets.size
         self.count[row] = last
 
+    def drop(self, row: int, position: int) -> bool:
+        """Drop a row's sinks and pages as far as they lie before a position; says whether there were any."""
+        begin, count = int(self.begins[row] + self.sink_count[row]), int(self.count[row])
+        ends = begin + np.cumsum(self.valid[row, :count], dtype=np.int64)
+        pages = int(np.searchsorted(ends, position, side="right"))
+        if begin > position or not (pages or self.sink_count[row]):
+            return False
+        self.dropped[row] = (ends[pages - 1] if pages else begin) - self.starts[row]
+        self.sink_count[row], self.count[row] = 0, count - pages
+        for table in (self.pages, self.valid):
+            table[row, : count - pages] = table[row, pages:count]
+        del self.owners[row][:pages]
+        return True
+
+    def begin_at(self, row: int, position: int) -> None:
+        """Drop all that a row holds before a position in the tail."""
+        self.dropped[row] = position - self.starts[row]
+        self.sink_count[row] = self.count[row] = 0
+        self.owners[row].clear()
+        self.tail_begin[row] = position
+
     def crop(self, tokens: int) -> None:
         """Keep what is before this position; a page that holds more counts fewer of its tokens."""
         for row in np.flatnonzero(self.tail_begin > tokens):
             self.starts[row] = min(self.starts[row], tokens)
-            self.sink_count[row] = min(self.sink_count[row], tokens - self.starts[row])
-            in_pages = tokens - self.starts[row] - self.sink_count[row]
+            self.dropped[row] = min(self.dropped[row], tokens - self.starts[row])
+            self.sink_count[row] = min(self.sink_count[row], tokens - self.begins[row])
+            in_pages = tokens - self.begins[row] - self.sink_count[row]
             before = np.concatenate([[0], np.cumsum(self.valid[row, : self.count[row]])])
             keep = int(np.searchsorted(before, in_pages))
             if keep:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kvcomp.spec import KINDS, PAGE_TOKENS
 from kvcomp.store.tensors import as_array
@@ -12,14 +15,22 @@ if TYPE_CHECKING:
     from kvcomp.store.cpu import KVStore
 
 
-def seal_row(store: KVStore, row: int) -> bool:
-    """Compress what is ready of a row; says whether anything was."""
+def seal_row(store: KVStore, row: int, needed: int) -> bool:
+    """Compress what is ready of a row, and drop what lies before the position ``needed``; says whether there was
+    anything to do.
+
+    What was not compressed when it left the window never is. Pages lie where they would lie with it.
+    """
     rows, tensors = store.rows, (store.spec.key, store.spec.value)
-    missing_sinks = store.spec.sinks - int(rows.sink_count[row]) if not rows.count[row] else 0
+    missing_sinks = rows.missing_sinks(row, store.spec.sinks)
     begin = int(rows.tail_begin[row]) + missing_sinks
     pages = (store.tokens - store.spec.window - begin) // PAGE_TOKENS
+    left = max(0, min(pages, (needed - begin) // PAGE_TOKENS))
+    if left > 0:
+        rows.begin_at(row, begin + left * PAGE_TOKENS)
+        begin, pages, missing_sinks = begin + left * PAGE_TOKENS, pages - left, 0
     if pages < 1:
-        return False
+        return left > 0 or (needed > 0 and rows.drop(row, needed))
     at = begin - store.tail_base
     k, v = (as_array(x[row, :, at : at + pages * PAGE_TOKENS]) for x in (store.tail_k, store.tail_v))
     kq, vq = (store.kernels.quantise(x, tensor.unit, tensor.scale) for x, tensor in zip((k, v), tensors, strict=True))
@@ -36,6 +47,21 @@ def seal_row(store: KVStore, row: int) -> bool:
         for sinks, tail in ((store.sinks_k, store.tail_k), (store.sinks_v, store.tail_v)):
             sinks[row, :, rows.sink_count[row] :] = tail[row, :, at - missing_sinks : at]
         rows.sink_count[row] = store.spec.sinks
-    rows.add_pages(row, buffer, offsets[:-1])
+    if store.sliding_window is None:
+        rows.add_pages(row, buffer, offsets[:-1])
+    else:  # a page that is dropped shall free its memory, whatever pages were sealed with it
+        spare = np.zeros(store.layout.spare_bytes, np.uint8)
+        for first, last in pairwise(offsets.tolist()):
+            rows.add_pages(row, np.append(buffer[first:last], spare), np.zeros(1, np.int64))
     rows.tail_begin[row] = begin + pages * PAGE_TOKENS
+    rows.drop(row, needed)
     return True
+
+
+def until_seal(store: KVStore) -> int:
+    """``Store.until_seal``."""
+    spec, rows = store.spec, store.rows
+    if not store.batch:
+        return spec.sinks + spec.window + PAGE_TOKENS
+    begin = min(int(rows.tail_begin[row]) + rows.missing_sinks(row, spec.sinks) for row in range(store.batch))
+    return max(1, begin + spec.window + PAGE_TOKENS - store.tokens)

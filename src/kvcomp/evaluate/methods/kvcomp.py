@@ -54,9 +54,12 @@ class KVComp(Method):
         return cast(KVCompCache, cache).memory()
 
     def values(self, cache: Cache) -> list[Pair]:
-        stores = self.stores(cache)
+        self.stores(cache)
         layers: list[Any] = list(cache.layers)
-        return [stores[i].dense() if i in stores else (layer.keys, layer.values) for i, layer in enumerate(layers)]
+        return [
+            layer.dense(layer.seen(0)) if isinstance(layer, CompressedLayer) else (layer.keys, layer.values)
+            for layer in layers
+        ]
 
     def stores(self, cache: Cache) -> dict[int, Store]:
         """The store of each compressed layer, with all that is due compressed."""

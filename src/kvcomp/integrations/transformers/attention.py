@@ -89,13 +89,13 @@ def _over_store(
 ) -> Tensor:
     """Attention over a compressed layer, which may compress the new tokens afterwards."""
     layer, store = source.layer, source.layer.store
-    batch, heads, queries, _ = query.shape
+    _, heads, queries, _ = query.shape
     tokens = store.tokens
     if mask is None and queries > 1 and not causal:
-        mask = torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=query.device)
+        mask = torch.ones((1, 1, queries, source.seen), dtype=torch.bool, device=query.device)
     if layer.session.recording and mask is not None:
         raise UnsupportedModel("a step with an attention mask cannot be recorded: use the model's forward pass")
-    plain = mask is None or _is_plain(store, layer.session.plan_for(mask, batch, queries, tokens), queries)
+    plain = mask is None or _is_plain(store, layer.session.plan_for(mask, queries, store, source.seen), queries)
     waits = query.is_cuda and queries == 1  # for the device, at every step
     if plain and positions is not None and positions.ndim == 2 and not waits:
         layer.session.check_positions(positions, tokens - 1 - store.starts)
@@ -107,7 +107,7 @@ def _over_store(
         out = without_gradient(
             lambda: _tokens_first(attend(store, query, scaling, cap, sink_logits=sink_logits)), query
         )
-    elif store.compressed:
+    elif store.compressed or store.sliding_window is not None:
         seen = None if plain else mask
         cap = softcap or 0.0
         out = without_gradient(
@@ -141,7 +141,9 @@ def _is_plain(store: Store, plan: MaskPlan, queries: int) -> bool:
     empty = store.starts >= store.tokens - queries
     if empty.any():
         store.set_starts(np.where(empty, plan.starts, store.starts).tolist())
-    return plan.causal and bool((plan.starts <= store.starts).all())
+    window = store.tokens if store.sliding_window is None else store.sliding_window
+    seen = np.maximum(store.starts, store.tokens - queries + 1 - window)
+    return plan.causal and bool((plan.starts <= seen).all())
 
 
 def _dense(

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvcomp import files
@@ -38,10 +38,12 @@ from kvcomp.integrations.transformers.budget import plan_for
 from kvcomp.integrations.transformers.identity import check_origin, weights_id
 from kvcomp.integrations.transformers.join import joined_layers
 from kvcomp.integrations.transformers.layer import CompressedLayer, uncompiled
+from kvcomp.integrations.transformers.layers import cache_layers
 from kvcomp.integrations.transformers.masks import kvcomp_mask
-from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, text_config
+from kvcomp.integrations.transformers.models import fingerprint_of, text_config
 from kvcomp.integrations.transformers.session import ForwardPass, Session
-from kvcomp.integrations.transformers.stock import check_stock, has_state, stock_memory, stock_rows
+from kvcomp.integrations.transformers.sliding import SlidingLayer
+from kvcomp.integrations.transformers.stock import has_state, stock_memory, stock_rows
 from kvcomp.kernels import host_backend, load_backend
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Memory
@@ -49,9 +51,10 @@ from kvcomp.store.checks import check_tensor, row_index
 
 
 class KVCompCache(Cache):
-    """A transformers cache that keeps the K and V of full-attention layers compressed.
+    """A transformers cache that keeps K and V compressed, of full attention and of sliding windows from 512 tokens on.
 
-    Sliding-window, chunked and linear-attention layers, which are small, get the layers that transformers gives them.
+    Smaller windows, chunks and linear attention get the layers that transformers gives them; windows too on a GPU and
+    under a calibration.
 
     Parameters
     ----------
@@ -109,14 +112,7 @@ class KVCompCache(Cache):
         self.plan = None if budget is None else plan_for(config, spec, self.calibration, budget, context)
         if self.plan is not None:
             self.spec = self.plan.spec
-        layers: list[Any] = DynamicCache(config=config).layers
-        for index, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                check_layer(config, index)
-                calibrated = self.calibration.layer(index, self.spec) if self.calibration else None
-                layers[index] = CompressedLayer(self.spec.layer(index, len(layers)), backend, self.session, calibrated)
-            else:
-                check_stock(layer, index)
+        layers = cache_layers(config, self.spec, self.calibration, backend, self.session)
         self.first = next((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)
         super().__init__(layers=layers)
 
@@ -225,7 +221,7 @@ class KVCompCache(Cache):
         read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
         for index, first in read[0].items():
             store = first.join([stores[index] for stores in read[1:]]) if len(read) > 1 else first
-            transformers_files.give(cache.layers[index], store, filled and filled[index])
+            transformers_files.give(cache.layers, index, store, filled and filled[index])
         transformers_files.give_linear(cache.layers, containers, rows, tokens, filled)
         return cache
 
@@ -312,7 +308,8 @@ class KVCompCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens. A positive number is the length to keep.
 
-        Raises UnsupportedModel for linear attention, whose state cannot go back; the cache is then as it was.
+        Raises UnsupportedModel for linear attention, whose state cannot go back, and InvalidInput for windows that have
+        dropped what they then need; the cache is then as it was.
         """
         try:
             tokens_to_remove = operator.index(tokens_to_remove)
@@ -322,6 +319,9 @@ class KVCompCache(Cache):
             raise UnsupportedModel(
                 "the state of a linear-attention layer cannot go back: compute the shorter text anew"
             )
+        for layer in self.layers:
+            if isinstance(layer, SlidingLayer):
+                layer.check_crop(tokens_to_remove)
         layers: list[Any] = list(self.layers)
         layers.sort(key=lambda layer: isinstance(layer, CompressedLayer))  # those that may refuse go first
         for layer in layers:

@@ -1,7 +1,8 @@
 """The layers of a KVCompCache <-> those of a .kvc file.
 
-Layers with sliding windows go into a file too. They hold their last tokens only, raw: a layer without pages whose rows
-begin there. Linear attention has states in place of K and V; they are in a file as they are.
+Layers with sliding windows go into a file too. They hold their last tokens only: compressed ones say how many are gone,
+raw ones are a layer without pages whose rows begin late. Linear attention has states in place of K and V; they are in a
+file as they are.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from kvcomp.files.container import Container
 from kvcomp.files.header import Header, Shapes
 from kvcomp.integrations.transformers.layer import CompressedLayer, matched
 from kvcomp.integrations.transformers.recompute import one_token
+from kvcomp.integrations.transformers.sliding import SlidingLayer
 from kvcomp.integrations.transformers.stock import give_states, holds_nothing, is_linear, placed, states_of
 from kvcomp.spec import CodecSpec
-from kvcomp.store import KVStore, read
+from kvcomp.store import KVStore
 from kvcomp.store.tensors import NAMES
 
 
@@ -103,25 +105,34 @@ def check_header(header: Header, layers: list[Any], spec: CodecSpec, filled: lis
         )
 
 
-def give(layer: Any, store: KVStore, like: Any = None) -> None:
+def give(layers: list[Any], index: int, store: KVStore, like: Any = None) -> None:
     """Give a layer what was read from a file, where a layer of the model has its own; a compressed one finds out.
 
-    Raises InvalidInput if a sliding window lacks tokens that were cut off.
+    A window that lies in the file raw stays so; one that is compressed there and not here is decompressed. Raises
+    InvalidInput if a sliding window lacks tokens that were cut off.
     """
-    if isinstance(layer, CompressedLayer):
+    layer = layers[index]
+    if type(layer) is CompressedLayer:
         layer.store = store
         layer.is_initialized = True
         return
     if not store.tokens:
         return
-    held, there = _held(layer, store.tokens), store.tokens - store.tail_base
-    if store.compressed or there < held:
+    first = store.tokens - _held(layer, store.tokens)
+    raw = bool((store.rows.tail_begin == store.starts).all())
+    if ((store.rows.dropped > 0) & (store.rows.begins > first)).any() or (raw and store.tail_base > first):
         raise InvalidInput(
             "a layer with a sliding window holds its last tokens only, so no prefix can be cut from this file: "
             "take all of its tokens"
         )
-    k, v = (x[:, :, there - held : there] for x in read.undone(store.transform, store.tail_k, store.tail_v, ()))
-    k, v = placed(k, like), placed(v, like)
+    if isinstance(layer, SlidingLayer) and not (raw and store.tail_base):
+        store.slide(layer.sliding_window)
+        layer.store = store
+        layer.is_initialized = True
+        return
+    if isinstance(layer, SlidingLayer):
+        layer = layers[index] = DynamicSlidingWindowLayer(layer.sliding_window)
+    k, v = (placed(x, like) for x in store.dense(first))
     layer.lazy_initialization(k, v)
     layer.keys, layer.values, layer.cumulative_length = k, v, store.tokens
 
@@ -172,6 +183,6 @@ def _name(dtype: torch.dtype) -> str:
     return NAMES.get(dtype, str(dtype))
 
 
-def _held(layer: DynamicSlidingWindowLayer, tokens: int) -> int:
+def _held(layer: DynamicSlidingWindowLayer | SlidingLayer, tokens: int) -> int:
     """How many tokens a window keeps: the next one sees them and itself."""
     return min(tokens, layer.sliding_window - 1)

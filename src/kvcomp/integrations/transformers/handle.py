@@ -16,30 +16,33 @@ if TYPE_CHECKING:
 
 
 class Source:
-    """What the K and V of one update come from; as long as the layer holds nothing older, the new tokens themselves."""
+    """What the K and V of one update come from: the last ``seen`` tokens of a layer, and as long as it holds nothing
+    older the new tokens themselves.
+    """
 
-    __slots__ = ("fresh", "layer", "tokens", "unread")
+    __slots__ = ("fresh", "layer", "seen", "tokens", "unread")
 
-    def __init__(self, layer: CompressedLayer, fresh: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, layer: CompressedLayer, seen: int, fresh: tuple[Tensor, Tensor] | None) -> None:
         self.layer = layer
         self.tokens = layer.store.tokens
+        self.seen = seen
         self.fresh = fresh
         self.unread: dict[int, Tensor] = {}
 
     def dense(self, part: int) -> Tensor:
-        """K (0) or V (1), (batch, KV heads, tokens, head_dim). Both are decompressed at once and kept until they are
-        read.
+        """K (0) or V (1), (batch, KV heads, last tokens, head_dim). Both are decompressed at once and kept until they
+        are read.
         """
         self.check()
         if self.fresh is not None:
             return self.fresh[part]
         if part not in self.unread:
-            self.unread = dict(enumerate(self.layer.store.dense()))
+            self.unread = dict(enumerate(self.layer.dense(self.seen)))
         return self.unread.pop(part)
 
     def check(self) -> None:
         """Raise InvalidInput if the layer has changed since."""
-        if self.layer.store.tokens != self.tokens:
+        if self.layer.store.tokens != self.tokens or not self.layer.holds(self.seen):
             raise InvalidInput(
                 "these keys and values are from before the cache changed: take them from its last update"
             )
@@ -81,7 +84,7 @@ class Handle(Tensor):
     @staticmethod
     def __new__(cls, source: Source, part: int) -> Self:
         store = source.layer.store
-        shape = (store.batch, store.heads, store.tokens, (store.channels, store.value_channels)[part])
+        shape = (store.batch, store.heads, source.seen, (store.channels, store.value_channels)[part])
         handle: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype, device=store.device)
         handle.source, handle.part = source, part
         return handle

@@ -18,9 +18,14 @@ def joined_layers(layers: Sequence[Any], others: Sequence[Any]) -> list[Any]:
     specs or no tokens, LimitExceeded if memory ends.
     """
     pairs = list(zip(layers, others, strict=True))
+    if any(type(mine) is not type(theirs) for mine, theirs in pairs):
+        raise UnsupportedModel(
+            "one of the caches has raw sliding windows, as older files and prefix stores give them, the other "
+            "compressed ones: make both in one way"
+        )
     compressed = [pair for pair in pairs if isinstance(pair[0], CompressedLayer)]
     if not compressed:
-        raise UnsupportedModel("rows join only where a layer is compressed: this model has sliding windows alone")
+        raise UnsupportedModel("rows join only where a layer is compressed: this model has short sliding windows alone")
     for layer in (layer for pair in compressed for layer in pair):
         layer.settle()
     for layer, beside in (*compressed, *((theirs, mine) for mine, theirs in compressed)):

@@ -35,7 +35,7 @@ def matched(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class CompressedLayer(CacheLayerMixin):
-    """The cache of one full-attention layer: a KVStore behind the interface of a transformers cache layer."""
+    """The cache of one full-attention layer: a store behind the interface of a transformers cache layer."""
 
     is_compileable = False
     is_croppable = True
@@ -69,11 +69,24 @@ class CompressedLayer(CacheLayerMixin):
             self.session.sealing.step()
         self.store.append(key_states, value_states)
         self.unsealed = self.is_initialized = True
-        source = Source(self, (key_states, value_states) if self.store.tokens == key_states.shape[2] else None)
+        new = key_states.shape[2]
+        source = Source(self, self.seen(new), (key_states, value_states) if self.store.tokens == new else None)
         return (
             without_gradient(partial(Handle, source, 0), key_states),
             without_gradient(partial(Handle, source, 1), value_states),
         )
+
+    def seen(self, new: int) -> int:
+        """How many of the last tokens the last ``new`` ones see."""
+        return self.store.tokens
+
+    def holds(self, seen: int) -> bool:
+        """Whether so many of the last tokens are there."""
+        return seen <= self.store.tokens
+
+    def dense(self, seen: int) -> tuple[Tensor, Tensor]:
+        """K and V of so many of the last tokens, decompressed: (batch, KV heads, seen, head_dim) each."""
+        return self.store.dense()
 
     def upload(self, device: torch.device) -> None:
         """Move to a GPU what was read from a file for the backend ``gpu``."""
@@ -107,12 +120,12 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """All keys as a handle; None before the first update."""
-        return Handle(Source(self, None), 0) if self.store.batch else None
+        return Handle(Source(self, self.seen(0), None), 0) if self.store.batch else None
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """All values as a handle; None before the first update."""
-        return Handle(Source(self, None), 1) if self.store.batch else None
+        return Handle(Source(self, self.seen(0), None), 1) if self.store.batch else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the first update tells batch size, heads and dtype."""
@@ -133,8 +146,12 @@ class CompressedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """See ``KVCompCache.crop``."""
         if self.store.batch:
-            kept = int(tokens_to_remove) if tokens_to_remove > 0 else self.store.tokens + int(tokens_to_remove)
-            self.store.crop(min(max(0, kept), self.store.tokens))
+            self.store.crop(self.kept(tokens_to_remove))
+
+    def kept(self, tokens_to_remove: int) -> int:
+        """How many tokens ``crop`` keeps."""
+        kept = int(tokens_to_remove) if tokens_to_remove > 0 else self.store.tokens + int(tokens_to_remove)
+        return min(max(0, kept), self.store.tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

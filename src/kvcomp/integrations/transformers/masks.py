@@ -25,40 +25,55 @@ class MaskPlan:
     starts: npt.NDArray[np.int64]
     """For each row of the batch the first position that any query sees."""
     causal: bool
-    """Whether the mask says nothing but "from there on, and not ahead"."""
+    """Whether the mask says nothing but "from there on, not ahead, and not behind the sliding window"."""
 
 
-def read_mask(mask: Tensor, batch: int, queries: int, tokens: int) -> MaskPlan:
-    """The plan of a mask (batch or 1, 1 or heads, queries, tokens), boolean (True: sees) or additive.
+def read_mask(
+    mask: Tensor, batch: int, queries: int, tokens: int, seen: int | None = None, sliding_window: int | None = None
+) -> MaskPlan:
+    """The plan of a mask, boolean (True: sees) or additive.
 
-    Raises InvalidInput for another shape.
+    Parameters
+    ----------
+    mask
+        (batch or 1, 1 or heads, queries, seen).
+    batch, queries, tokens
+        Of the cache, the new tokens included.
+    seen
+        How many of the last tokens the mask is of; all if None.
+    sliding_window
+        A token sees so many of the last ones, itself included; None for all.
+
+    Raises
+    ------
+    InvalidInput
+        For another shape.
     """
-    if (
-        mask.ndim != 4
-        or mask.shape[0] not in (1, batch)
-        or mask.shape[2] not in (1, queries)
-        or mask.shape[3] != tokens
-    ):
+    seen = tokens if seen is None else seen
+    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, queries) or mask.shape[3] != seen:
         raise InvalidInput(
-            f"the attention mask must be (batch, heads, queries, tokens) = ({batch}, 1, {queries}, {tokens}), "
+            f"the attention mask must be (batch, heads, queries, tokens) = ({batch}, 1, {queries}, {seen}), "
             f"not {tuple(mask.shape)}"
         )
-    seen, plain = mask, True
+    sees, plain = mask, True
     if mask.dtype != torch.bool:
-        seen = mask > HIDDEN
-        plain = bool((seen <= (mask == 0)).all())
-    seen = seen.expand(batch, -1, queries, -1)
-    anywhere = seen.any(2).any(1)  # (batch, tokens)
-    first = torch.where(anywhere.any(1), anywhere.to(torch.uint8).argmax(1), tokens).cpu().numpy()
-    causal = plain and seen.shape[1] == 1
+        sees = mask > HIDDEN
+        plain = bool((sees <= (mask == 0)).all())
+    sees = sees.expand(batch, -1, queries, -1)
+    anywhere = sees.any(2).any(1)  # (batch, seen)
+    first = torch.where(anywhere.any(1), anywhere.to(torch.uint8).argmax(1), seen).cpu().numpy()
+    causal = plain and sees.shape[1] == 1
     if causal and queries == 1:
-        causal = bool((anywhere.sum(1).cpu().numpy() == tokens - first).all())
+        causal = bool((anywhere.sum(1).cpu().numpy() == seen - first).all())
     elif causal:
-        position = torch.arange(tokens, device=mask.device)
-        for row, start in zip(seen[:, 0], first.tolist(), strict=True):
-            behind = position[start:] <= position[tokens - queries :, None]
-            causal = causal and torch.equal(row[:, start:], behind)
-    return MaskPlan(ref(mask), first, causal)
+        token = torch.arange(seen, device=mask.device)
+        query = token[seen - queries :, None]
+        visible = token <= query
+        if sliding_window is not None:
+            visible &= token > query - sliding_window
+        for row, start in zip(sees[:, 0], first.tolist(), strict=True):
+            causal = causal and torch.equal(row[:, start:], visible[:, start:])
+    return MaskPlan(ref(mask), first + tokens - seen, causal)
 
 
 def kvcomp_mask(

@@ -48,13 +48,14 @@ def check_text_only(model: Any) -> None:
 
 
 def check_layer(config: PreTrainedConfig, index: int) -> None:
-    """Raise UnsupportedModel if the heads of a full-attention layer do not fit the format."""
+    """Raise UnsupportedModel if the heads of a layer do not fit the format."""
     own = getattr(config, "per_layer_config", None)
     config = own[index] if isinstance(own, Sequence) else config
     heads, width = setting(config, "num_attention_heads"), setting(config, "hidden_size")
-    head_dim = setting(config, "global_head_dim") or setting(config, "head_dim") or (heads and width and width // heads)
+    head_dim = setting(config, "head_dim") or (heads and width and width // heads)
     latent = setting(config, "kv_lora_rank")
-    sizes = [latent, setting(config, "qk_rope_head_dim")] if latent else [head_dim, setting(config, "v_head_dim")]
+    sizes = [latent, setting(config, "qk_rope_head_dim")] if latent else [head_dim]
+    sizes += [setting(config, name) for name in ("global_head_dim", "v_head_dim") if not latent]
     for size in sizes:
         try:
             held_channels(size or 8)

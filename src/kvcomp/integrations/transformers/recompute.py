@@ -70,7 +70,8 @@ def check_recomputed(stores: Mapping[int, KVStore], model: Any, ids: list[int], 
         raise InvalidInput(
             f"{found.missed} of {found.values} values in layer {layer} are not those of these token ids under this "
             "model: give the ids that filled the cache from position 0 on, not embeddings or images, and the model "
-            "with the adapters that it had then"
+            "with the adapters that it had then, and a cache that the store's load gave, even an empty one: where "
+            "sliding windows before this layer are compressed, its K and V depend on the passes that a prompt came in"
         )
     if not sinks:
         return

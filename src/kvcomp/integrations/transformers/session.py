@@ -68,7 +68,8 @@ class ForwardPass:
         cache = self._cache()
         assert cache is not None
         session = cache.session
-        session.plan = session.positions = session.sealing = None
+        session.plans.clear()
+        session.positions = session.sealing = None
         session.not_from_ids = self._not_from_ids
         for layer in cache.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -98,7 +99,8 @@ class Session:
     def reset(self) -> None:
         """Forget all but the model."""
         self.forward: ForwardPass | None = None
-        self.plan: MaskPlan | None = None
+        self.plans: dict[int | None, MaskPlan] = {}
+        """Those of the present pass by sliding window."""
         self.positions: Tensor | None = None
         """Those of the new tokens, once they have been checked."""
         self.sealing: Store | None = None
@@ -125,7 +127,8 @@ class Session:
     def begin(self, forward: ForwardPass, before: int, new: int) -> None:
         """A forward pass over so many new tokens begins, after those before."""
         self.forward = forward
-        self.plan = self.positions = None
+        self.plans.clear()
+        self.positions = None
         self.longest = max(self.longest if before else 0, before + new)
         if self.calibrated_tokens is not None and before <= self.calibrated_tokens < before + new:
             logger.warning(
@@ -187,10 +190,12 @@ class Session:
             self.not_from_ids = 'another attention than "kvcomp" read the cache, so its mask is not known'
             logger.info("%s: call model.set_attn_implementation('kvcomp')", self.not_from_ids)
 
-    def plan_for(self, mask: Tensor, batch: int, queries: int, tokens: int) -> MaskPlan:
-        if self.plan is None or self.plan.mask() is not mask:
-            self.plan = read_mask(mask, batch, queries, tokens)
-        return self.plan
+    def plan_for(self, mask: Tensor, queries: int, store: Store, seen: int) -> MaskPlan:
+        """What the mask of a layer means, which is of so many of its last tokens."""
+        window = store.sliding_window
+        if window not in self.plans or self.plans[window].mask() is not mask:
+            self.plans[window] = read_mask(mask, store.batch, queries, store.tokens, seen, window)
+        return self.plans[window]
 
     def check_positions(self, positions: Tensor, expected: npt.NDArray[np.int64]) -> None:
         """Raise InvalidInput if the last new token comes before its place in a row. positions: (batch or 1, new
@@ -210,7 +215,7 @@ class Session:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         twin = Session.__new__(Session)
-        vars(twin).update(vars(self), forward=None, plan=None, positions=None, sealing=None)
+        vars(twin).update(vars(self), forward=None, plans={}, positions=None, sealing=None)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:

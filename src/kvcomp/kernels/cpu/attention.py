@@ -62,7 +62,7 @@ def soften_and_weigh(tokens, softcap, s, peak, total, out):
     """Turn scores into weights."""
     if softcap:
         soften(floats_at(s.score, (s.queries, TOKENS)), tokens, f32(softcap))
-    weigh(s.score, s.queries, s.seen, peak, total, s.rest, out, s.value_channels)
+    weigh(s.score, s.queries, s.hidden, s.seen, peak, total, s.rest, out, s.value_channels)
 
 
 @compiled
@@ -83,9 +83,18 @@ def score_raw(keys, step, tokens, dtype, s):
 
 @compiled
 def add_raw(values, step, tokens, dtype, s, out):
-    weights, seen = floats_at(s.score, (s.queries, TOKENS)), integers_at(s.seen, s.queries)
+    weights = floats_at(s.score, (s.queries, TOKENS))
+    hidden, seen = integers_at(s.hidden, s.queries), integers_at(s.seen, s.queries)
     sums, scratch = floats_at(out, (s.queries, s.value_channels)), floats_at(s.values, (TOKENS, s.value_channels))
-    add_raw_values(weights, seen, values, step, tokens, dtype, scratch, sums)
+    add_raw_values(weights, hidden, seen, values, step, tokens, dtype, scratch, sums)
+
+
+@compiled
+def hide(first, place, tokens, s):
+    """Hide what query g does not see: its row's first ``first[g]`` tokens, of which ``place`` lie before these."""
+    hidden = integers_at(s.hidden, s.queries)
+    for g in range(s.queries):
+        hidden[g] = max(0, min(tokens, first[g] - place))
 
 
 @compiled
@@ -151,17 +160,20 @@ def attend_page(
 
 @compiled
 def attend_raw(
-    keys, key_step, values, value_step, begin, end, ends, dtype, softcap, bias, bias_step, s, peak, total, out
-):
+    keys, key_step, values, value_step, begin, end, ends, first, place, dtype, softcap, bias, bias_step, s, peak, total,
+    out,
+):  # fmt: skip
     """Take the raw tokens ``begin`` to ``end``, ``step`` bytes apart, into the online softmax.
 
-    Query g sees those before ends[g]. bias: as for ``attend_page``, from the token ``begin`` on.
+    Query g sees those before ends[g]. first: as for ``hide``, where ``place`` tokens lie before ``begin``. bias: as for
+    ``attend_page``, from the token ``begin`` on.
     """
     seen = integers_at(s.seen, s.queries)
     for token in range(begin, end, TOKENS):
         tokens = min(TOKENS, end - token)
         for g in range(s.queries):
             seen[g] = max(0, min(tokens, ends[g] - token))
+        hide(first, place + token - begin, tokens, s)
         score_raw(keys + token * key_step, key_step, tokens, dtype, s)
         if bias:
             add_bias(bias + 4 * (token - begin), bias_step, tokens, s)
@@ -185,7 +197,7 @@ def plan_parts(count, tail_begin, tail_end, first_part):
 
 @compiled(entry=True)
 def attend_tasks(
-    counter, first_part, q, bias, pages, valid, count, units, books, steps, dtype,
+    counter, first_part, q, bias, hidden, pages, valid, count, units, books, steps, dtype,
     sinks, sink_strides, sink_count, tail, tail_strides, tail_begin, tail_end,
     scaling, softcap, partial_out, partial_peak, partial_total,
 ):  # fmt: skip
@@ -203,6 +215,8 @@ def attend_tasks(
     bias
         float32 (rows, heads, queries, tokens): as for ``Backend.attend``, times the factor on q; nothing if there are
         no tokens.
+    hidden
+        int64 (rows, queries), as for ``Backend.attend``.
     pages, valid, count, sink_count, tail_begin
         As in ``CacheView``.
     units, steps, dtype
@@ -259,17 +273,18 @@ def attend_tasks(
         part = number - first_part[row]
         page_parts = (count[row] + PART_PAGES - 1) // PART_PAGES
         place = i64(sink_count[row])  # of the part's first token among the row's
-        if bias_step:
-            for index in range(min(part * PART_PAGES, count[row])):
-                place += valid[row, index]
+        for index in range(min(part * PART_PAGES, count[row])):
+            place += valid[row, index]
+        first_seen = hidden[row]
         of_head = address_of(bias) + bias_step * queries * (row * heads + head)
         if part < page_parts:
             last = min((part + 1) * PART_PAGES, count[row])
             for index in range(part * PART_PAGES, last):
                 tokens = i64(valid[row, index])
                 following = pages[row, index + 1] if index + 1 < last else i64(0)
-                if tokens > 0:
+                if tokens > 0 and place + tokens > first_seen.min():
                     page = pages[row, index]
+                    hide(first_seen, place, tokens, s)
                     attend_page(
                         page,
                         following,
@@ -289,7 +304,7 @@ def attend_tasks(
                         total,
                         out,
                     )
-                    place += tokens
+                place += tokens
         else:
             for source, strides, is_tail in ((sinks, sink_strides, False), (tail, tail_strides, True)):
                 keys = source[0] + row * strides[0, 0] + head * strides[0, 1]
@@ -297,10 +312,10 @@ def attend_tasks(
                 if is_tail:
                     first = tail_begin[row] + (part - page_parts) * PART_TAIL
                     end, ends = min(first + PART_TAIL, tail_end.max()), tail_end
-                    at = of_head + 4 * (place + first - tail_begin[row])
+                    before = place + first - tail_begin[row]
                 else:
                     first, end = i64(0), sink_count[row] if part == page_parts else i64(0)
-                    ends, at = np.full(queries, end), of_head
+                    ends, before = np.full(queries, end), i64(0)
                 attend_raw(
                     keys,
                     strides[0, 2],
@@ -309,9 +324,11 @@ def attend_tasks(
                     first,
                     end,
                     ends,
+                    first_seen,
+                    before,
                     dtype,
                     softcap,
-                    at if bias_step else i64(0),
+                    of_head + 4 * before if bias_step else i64(0),
                     bias_step,
                     s,
                     peak,

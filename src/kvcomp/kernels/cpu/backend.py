@@ -114,6 +114,7 @@ def attend(
     softcap: float = 0.0,
     threads: int = 1,
     folding: Folding | None = None,
+    hidden: npt.NDArray[np.int64] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Compute ``Backend.attend`` in tasks of some pages of a row and KV head, whose partial results are merged."""
     rows, heads, queries, _ = q.shape
@@ -136,6 +137,7 @@ def attend(
         first_part,
         inner,
         bias,
+        np.zeros((rows, queries), np.int64) if hidden is None else np.ascontiguousarray(hidden, np.int64),
         *prepared[2:],
         tail_end,
         float(scaling),

@@ -192,7 +192,7 @@ def score_raw_keys(q, keys, step, tokens, dtype, scratch, score):
 
 
 @compiled(fastmath=FAST)
-def add_raw_values(weight, seen, values, step, tokens, dtype, scratch, out):
+def add_raw_values(weight, hidden, seen, values, step, tokens, dtype, scratch, out):
     """Add the sum of weight[g, t] * v[t] over the tokens that g sees to out[g].
 
     A token out of sight may be anything, NaN too.
@@ -201,7 +201,7 @@ def add_raw_values(weight, seen, values, step, tokens, dtype, scratch, out):
     for t in range(tokens):
         widen(dtype, values + t * step, row_address(scratch, t), channels)
     for g in range(queries):
-        for t in range(seen[g]):
+        for t in range(hidden[g], seen[g]):
             w = weight[g, t]
             for c in range(channels):
                 out[g, c] += w * scratch[t, c]

@@ -72,7 +72,8 @@ class Scratch(NamedTuple):
     score: int  # [queries, tokens], then weights
     part: int  # [queries, channels of V], or those of K
     rest: int  # [queries]: what every channel of the output gets
-    seen: int  # int64 [queries]: tokens of the block that a query sees
+    seen: int  # int64 [queries]: a query sees the tokens of the block before this one
+    hidden: int  # int64 [queries]: and not those before this one
     scale: int  # [units of a block]
     zero: int
     ones: int
@@ -114,7 +115,8 @@ def lay_out(base, queries, key_channels, value_channels, table_bytes):
     part = score + 4 * queries * TOKENS
     rest = part + 4 * queries * padded
     seen = rest + 4 * ((queries + 15) & ~15)
-    scale = seen + 8 * ((queries + 7) & ~7)
+    hidden = seen + 8 * ((queries + 7) & ~7)
+    scale = hidden + 8 * ((queries + 7) & ~7)
     zero = scale + 4 * MAX_CHANNELS
     ones = zero + 4 * MAX_CHANNELS
     unit = ones + 4 * MAX_CHANNELS
@@ -133,8 +135,8 @@ def lay_out(base, queries, key_channels, value_channels, table_bytes):
     end = tables + table_bytes
     return Scratch(
         queries, key_channels, value_channels, padded, q, q_sum, q_turned, turned, turned_scale, turned_zero,
-        key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen, scale, zero, ones, unit, narrow_unit,
-        wide_unit, first, form, values, pairs, low, streams, offsets, begin, built, tables, end,
+        key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen, hidden, scale, zero, ones, unit,
+        narrow_unit, wide_unit, first, form, values, pairs, low, streams, offsets, begin, built, tables, end,
     )  # fmt: skip
 
 

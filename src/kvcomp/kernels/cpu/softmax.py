@@ -115,17 +115,19 @@ shrink_row = emitted(types.void, [types.int64, types.float32, types.int64], _shr
 
 
 @compiled(fastmath=FAST)
-def weigh(scores, queries, seen, peaks, totals, rests, out, channels):
+def weigh(scores, queries, hidden, seen, peaks, totals, rests, out, channels):
     """Take one step of the online softmax: scores [g, 64] become weights relative to the new peaks.
 
-    What was summed before is scaled down. All but the counts are addresses. seen: int64, how many of the tokens query g
-    sees; the others get weight 0.
+    What was summed before is scaled down. All but the counts are addresses. hidden, seen: int64, query g sees the
+    tokens from hidden[g] to seen[g]; the others get weight 0.
     """
-    score, sees = floats_at(scores, (queries, TOKENS)), integers_at(seen, queries)
+    score, begin, end = floats_at(scores, (queries, TOKENS)), integers_at(hidden, queries), integers_at(seen, queries)
     peak, total, rest = floats_at(peaks, queries), floats_at(totals, queries), floats_at(rests, queries)
     for g in range(queries):
         row = scores + 4 * TOKENS * g
-        for t in range(sees[g], TOKENS):
+        for t in range(begin[g]):
+            score[g, t] = LOWEST
+        for t in range(end[g], TOKENS):
             score[g, t] = LOWEST
         top = row_peak(row, peak[g])
         if top > peak[g]:
@@ -136,7 +138,10 @@ def weigh(scores, queries, seen, peaks, totals, rests, out, channels):
                 shrink_row(out + 4 * channels * g, shrink, channels)
             peak[g] = top
         sum_ = exponentials(row, top)
-        for t in range(sees[g], TOKENS):
+        for t in range(begin[g]):
+            sum_ -= score[g, t]
+            score[g, t] = f32(0)
+        for t in range(end[g], TOKENS):
             sum_ -= score[g, t]
             score[g, t] = f32(0)
         total[g] += sum_

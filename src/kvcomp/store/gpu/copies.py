@@ -59,6 +59,8 @@ def to_device(
 
     Raises BackendUnavailable if the kernels cannot run there, LimitExceeded if memory ends.
     """
+    if of.sliding_window is not None or of.rows.dropped.any():
+        raise BackendUnavailable("the GPU kernels know no sliding window: use backend='cpu'")
     if of.value_channels != of.channels or of.held_channels[0] != of.channels:
         raise BackendUnavailable(
             f"the GPU kernels take one head_dim for K and V, a multiple of 16, not {of.channels} and "

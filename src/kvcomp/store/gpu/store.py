@@ -57,6 +57,7 @@ class GPUStore:
     table: Table
     tail: Tail
     device_books: DeviceBooks
+    sliding_window: int | None = None  # the kernels know none
     sinks_k: Tensor
     sinks_v: Tensor
 

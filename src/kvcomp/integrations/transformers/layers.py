@@ -1,0 +1,80 @@
+"""The cache layers of a model: compressed ones, and transformers' own where those stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvcomp.calibration import Calibration
+from kvcomp.integrations.transformers.layer import CompressedLayer
+from kvcomp.integrations.transformers.models import check_layer, setting
+from kvcomp.integrations.transformers.session import Session
+from kvcomp.integrations.transformers.sliding import SlidingLayer
+from kvcomp.integrations.transformers.stock import check_stock
+from kvcomp.spec import PAGE_TOKENS, CodecSpec
+
+LEAST_WINDOW = 512
+"""Smaller sliding windows stay raw: little of them would lie in pages."""
+
+
+def cache_layers(
+    config: PreTrainedConfig, spec: CodecSpec, calibration: Calibration | None, backend: str, session: Session
+) -> list[Any]:
+    """A layer for each of the model's. spec: of the whole model. Raises UnsupportedModel for what cannot be held.
+
+    Sliding windows have no place in a calibration, and no kernel for a GPU: there they stay raw. So does one that later
+    layers read too, after it has compressed and dropped what they still see.
+    """
+    layers: list[Any] = DynamicCache(config=config).layers
+    shared = shared_window(config, layers)
+    for index, layer in enumerate(layers):
+        of_layer = spec.layer(index, len(layers))
+        if type(layer) is DynamicLayer:
+            check_layer(config, index)
+            calibrated = calibration.layer(index, spec) if calibration else None
+            layers[index] = CompressedLayer(of_layer, backend, session, calibrated)
+        elif (
+            calibration is None
+            and backend != "gpu"
+            and index != shared
+            and is_compressed_window(layer, config, of_layer)
+        ):
+            check_layer(config, index)
+            layers[index] = SlidingLayer(of_layer, backend, session, layer.sliding_window)
+        else:
+            check_stock(layer, index)
+    return layers
+
+
+def shared_window(config: PreTrainedConfig, layers: list[Any]) -> int | None:
+    """The layer with a sliding window whose K and V the last layers share (Gemma 3n and 4), the last before them."""
+    shared = setting(config, "num_kv_shared_layers")
+    own = layers[: config.num_hidden_layers - shared] if shared else []
+    return max((index for index, layer in enumerate(own) if type(layer) is DynamicSlidingWindowLayer), default=None)
+
+
+def first_of_all_tokens(layers: list[Any]) -> int:
+    """The first layer that keeps all tokens compressed; how many layers there are if none does."""
+    return next((index for index, layer in enumerate(layers) if type(layer) is CompressedLayer), len(layers))
+
+
+def keep_first_windows_raw(layers: list[Any]) -> None:
+    """Give the empty windows before the first layer that keeps all tokens the layers that transformers gives them.
+
+    So K and V of that one are those of the token ids, whatever passes a prompt came in, and can be computed again.
+    """
+    for index, layer in enumerate(layers[: first_of_all_tokens(layers)]):
+        if isinstance(layer, SlidingLayer):
+            layers[index] = DynamicSlidingWindowLayer(layer.sliding_window)
+
+
+def is_compressed_window(layer: Any, config: PreTrainedConfig, spec: CodecSpec) -> bool:
+    """Whether one of transformers' own layers is a sliding window to compress under the layer's spec.
+
+    One that has no room for pages beside the raw tokens is not, and no chunk, whose tokens see fewer.
+    """
+    least = max(LEAST_WINDOW, spec.sinks + spec.window + 2 * PAGE_TOKENS)
+    sliding = type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= least
+    return sliding and layer.sliding_window != setting(config, "attention_chunk_size")
