@@ -11,6 +11,7 @@ from transformers import LlamaConfig, MistralConfig
 
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.methods import BASELINES, KVComp, Method, baseline
+from kvcomp.evaluate.methods.baseline import BaselineLayer
 from kvcomp.evaluate.methods.bits import pack, unpack
 from kvcomp.evaluate.methods.kivi import Kivi
 from kvcomp.evaluate.methods.turboquant import levels, rotation
@@ -245,3 +246,27 @@ def test_a_baseline_that_breaks_its_contract_is_told(
 def test_a_name_that_is_none_is_refused_with_those_there_are() -> None:
     with pytest.raises(InvalidInput, match="kivi-4"):
         baseline("kivi")
+
+
+@pytest.mark.parametrize("name", ["kivi-4", "kivi-4-same-raw", "fp8"])
+@pytest.mark.parametrize("first", [700, 300])
+def test_a_baseline_codes_the_windows_that_kvcomp_codes(name: str, first: int) -> None:
+    """The window holds what the last tokens of a layer of all tokens hold, and what it has left is dropped."""
+    window = 512
+    sliding = MistralConfig(**{key: getattr(CONFIG, key) for key in SIZES}, sliding_window=window)
+    method = baseline(name)
+    (one, *_), (other, *_) = method.cache(sliding).layers, method.cache(CONFIG).layers
+    assert isinstance(one, BaselineLayer)
+    assert one.is_sliding
+    generator = torch.Generator().manual_seed(0)
+    for new in (first, 1, 250, *([1] * 70)):
+        assert one.get_mask_sizes(new) == (min(one.tokens, window - 1) + new, max(0, one.tokens + 1 - window))
+        k, v = torch.randn((2, 1, 2, new, 32), generator=generator)
+        for mine, theirs in zip(one.update(k, v), other.update(k, v), strict=True):
+            assert mine.shape[2] == min(one.tokens - new, window - 1) + new
+            assert torch.equal(mine, theirs[:, :, -mine.shape[2] :])
+    memory = one.memory()
+    assert memory.values == 2 * 2 * (window - 1) * 32
+    assert memory.dense == 4 * memory.values
+    assert memory.total < other.memory().total
+    assert one.decoded["K"].shape[2] + one.tail["K"].shape[2] < window + 128
