@@ -90,8 +90,9 @@ def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(lossy, generate(model, inputs, KVCompCache(model.config, LOSSY)), 2e-3)
 
 
-def test_sliding_layers_keep_their_own_cache() -> None:
-    cache = KVCompCache(tiny_config(Gemma3TextConfig, layer_types=["sliding_attention", "full_attention"]))
+def test_short_windows_keep_their_own_cache() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    cache = KVCompCache(tiny_config(Gemma3TextConfig, layer_types=kinds, sliding_window=32))
     assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, CompressedLayer]
     assert cache.is_sliding == [True, False]
     assert not cache.is_compileable
