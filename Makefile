@@ -21,7 +21,7 @@ ADAPTERS := $(VENV)/adapters
 # Some processes, each with one thread: workers of OpenMP that spin beside each other are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test check test-oldest test-lmcache test-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-lmcache bench-vllm bench-attention bench-codec bench-generate tables docs clean
+.PHONY: demo test check test-oldest test-lmcache test-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-tasks bench-lmcache bench-vllm bench-attention bench-codec bench-generate tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -97,6 +97,10 @@ models: $(MODELS)/.ready
 # The same measurements on real models, hours; fewer: make bench-real REAL='--dtype float32 --prompts 9 --long 3'
 bench-real: $(MODELS)/.ready
 	$(BIN)/python benchmarks/real.py $(REAL)
+
+# Tasks of lm-evaluation-harness on a real model, made from Python's documentation; half an hour.
+bench-tasks: $(MODELS)/.ready
+	$(BIN)/python benchmarks/real_tasks.py
 
 bench-%: $(READY)
 	$(BIN)/python benchmarks/$*.py
