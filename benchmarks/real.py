@@ -120,19 +120,19 @@ def rows_of(found: Mapping[str, Evaluation], method: str) -> list[dict[str, Any]
     ]
 
 
-def summary(method: Method, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(name: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Figures of a method over its prompts with intervals, or why it failed."""
-    about: dict[str, Any] = {"name": method.name, "settings": method.settings(), "samples": len(rows)}
+    about: dict[str, Any] = {"name": name, "settings": settings, "samples": len(rows)}
     if failed := [row[FAILED] for row in rows if FAILED in row]:
         return about | {FAILED: failed[0]}
     memory = [Memory(**row["memory"]) for row in rows]
     kls, kinds = np.asarray([row["kls"] for row in rows]), np.asarray([row["kind"] for row in rows])
-    columns = {name: np.asarray([row[name] for row in rows]) for name in ("kl", "top1", "loss")}
+    columns = {figure: np.asarray([row[figure] for row in rows]) for figure in ("kl", "top1", "loss")}
     columns |= {"coded_bits": np.asarray([one.coded_bits for one in memory])}
     columns |= {"total_bits": np.asarray([8 * _nbytes(one) / one.values for one in memory])}
 
     def figures(drawn: Any) -> dict[str, float]:
-        means = {name: float(column[drawn].mean()) for name, column in columns.items()}
+        means = {figure: float(column[drawn].mean()) for figure, column in columns.items()}
         means["perplexity"] = float(np.exp(means.pop("loss")))
         return means | {"kl_99_9": float(np.quantile(kls[drawn], 0.999))}
 
@@ -179,7 +179,7 @@ def run_of(found: Mapping[str, Evaluation], quiz: Evaluation | None, chosen: Seq
     most = max((len(of) for of in whole.values()), default=0)
     return {
         "methods": [
-            summary(method, rows[method.name]) | {"retrieval": answered.get(method.name, {})}
+            summary(method.name, method.settings(), rows[method.name]) | {"retrieval": answered.get(method.name, {})}
             for method in chosen
             if rows[method.name]
         ],

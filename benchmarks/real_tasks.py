@@ -147,7 +147,7 @@ def write(folder: Path, count: int) -> list[Path]:
 def methods(config: Any) -> list[Method]:
     """What answers."""
     ours = [one for one in calibrated(config, sorted(CALIBRATIONS.glob("*.kvcal"))) if one.name == LEVEL]
-    return [baseline("uncompressed"), KVComp("kvcomp"), *ours, baseline("kivi-4"), baseline("kivi-2")]
+    return [baseline("uncompressed"), KVComp("kvcomp"), *ours, baseline("kivi-4")]
 
 
 def show(runs: Sequence[dict[str, Any]]) -> None:
@@ -183,14 +183,15 @@ def main(
             harness = Tasks([str(path) for path in paths])
             for name in names:
                 loaded, tokenizer = load(name)
-                of_model: list[dict[str, Any]] = []
+                chosen_methods = methods(loaded.config)
+                of_model: list[dict[str, Any]] = [
+                    {"name": one.name, "settings": one.settings(), "tasks": {}} for one in chosen_methods
+                ]
                 runs.append({"model": name, "methods": of_model})
-                for method in methods(loaded.config):
-                    found: dict[str, Any] = {}
-                    of_model.append({"name": method.name, "settings": method.settings(), "tasks": found})
-                    for short, task in zip(TASKS, harness.names, strict=True):
+                for short, task in zip(TASKS, harness.names, strict=True):
+                    for method, found in zip(chosen_methods, of_model, strict=True):
                         run = partial(harness.run, task, loaded, tokenizer, method, None, SEED)
-                        found[short] = journal.piece(f"{name}/{method.name}/{short}", run)
+                        found["tasks"][short] = journal.piece(f"{name}/{method.name}/{short}", run)
 
 
 if __name__ == "__main__":
