@@ -32,8 +32,9 @@ from kvcomp.evaluate.fidelity import Sample, attend_plainly, compare, fill, pred
 from kvcomp.evaluate.methods import KVComp, Method
 from kvcomp.results import schema as results
 from kvcomp.results.journal import Journal
+from kvcomp.spec import CALIBRATED
 from kvcomp.store import Memory
-from real import CALIBRATIONS, SEED, calibrated, show, split, summary
+from real import CALIBRATIONS, SEED, calibrated, equal_quality, show, split, summary
 from real_models import REAL_MODELS, load
 from real_texts import sequences
 
@@ -42,6 +43,7 @@ MODEL = "smollm2-135m"
 PIECE = 512  # tokens of a prompt that llama.cpp reads at once, its default
 SCORED = 80
 IN_PIECES = ", in pieces"
+CURVES = {CALIBRATED + IN_PIECES: f"{CALIBRATED}:.*{IN_PIECES}", CALIBRATED: f"{CALIBRATED}:[^,]*$"}
 
 
 class Type(NamedTuple):
@@ -158,9 +160,17 @@ def main(
         settings: dict[str, Any] = {}
 
         def report(stopped: bool) -> None:
-            methods = [summary(name, settings[name], of) for name, of in rows.items()]
-            run = {"model": MODEL, "dtype": "float32", "prompt_tokens": prompt_tokens, "methods": methods}
-            runs = [run | {"equal_quality": {}}]
+            whole = min(map(len, rows.values()), default=0)  # a prompt that was stopped half-way counts for no cache
+            measured = {name: of[:whole] for name, of in rows.items()}
+            runs = [
+                {
+                    "model": MODEL,
+                    "dtype": "float32",
+                    "prompt_tokens": prompt_tokens,
+                    "methods": [summary(name, settings[name], of) for name, of in measured.items()],
+                    "equal_quality": equal_quality(measured, [f"llama.cpp {name}" for name in TYPES], CURVES),
+                }
+            ]
             results.write(output, "llama_cpp", about, partial=stopped, runs=runs)
             show(runs)
 

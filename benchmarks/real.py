@@ -152,14 +152,20 @@ def _nbytes(memory: Memory) -> float:
     return memory.total - raw * (1 - RAW_BYTES * memory.values / memory.dense)
 
 
-def equal_quality(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Coded bits of each family of rates at KIVI's KL, and their share of KIVI's; what it does not reach is absent."""
+def equal_quality(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    others: Sequence[str] = KIVI,
+    curves: Mapping[str, str] = CURVES,
+) -> dict[str, Any]:
+    """Coded bits of each family of rates at others' KL, and their share of the others'; what it does not reach is
+    absent.
+    """
     kls = {name: np.asarray([row["kl"] for row in of]) for name, of in rows.items()}
     bits = {name: float(np.mean([Memory(**row["memory"]).coded_bits for row in of])) for name, of in rows.items()}
     found: dict[str, Any] = {}
-    for family, names in CURVES.items():
+    for family, names in curves.items():
         rates = [name for name in rows if re.match(names, name)]
-        for theirs in (name for name in KIVI if rates and name in rows):
+        for theirs in (name for name in others if rates and name in rows):
 
             def at(drawn: Any, theirs: str = theirs, rates: Sequence[str] = rates) -> dict[str, float]:
                 curve = [float(kls[name][drawn].mean()) for name in rates]
