@@ -1,6 +1,7 @@
 """lm-evaluation-harness on a compressed cache: against direct scoring, and on a local task with local data."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kvcomp.evaluate.methods import KVComp, baseline
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
 from kvcomp.evaluate.tasks import MethodLM, Tasks
 
+MEASURING = Path(__file__).parents[2] / "docs" / "measuring.md"
 CHOICE = """
 task: kvcomp_local_choice
 dataset_path: json
@@ -184,3 +186,18 @@ def test_a_task_whose_code_lacks_a_package_says_so(model_and_tokenizer: tuple[An
     model, tokenizer = model_and_tokenizer
     with pytest.raises(InvalidInput, match=r"needs what is not installed.*no_such_package"):
         Tasks([str(path)]).run("kvcomp_local_choice", model, tokenizer, baseline("uncompressed"), None, 0)
+
+
+@pytest.mark.slow
+def test_the_commands_for_large_models_reach_their_data(
+    model_and_tokenizer: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    names = re.findall(r"--tasks (\w+)", MEASURING.read_text(encoding="utf-8"))
+    assert names == ["gsm8k", "coqa", "longbench_e"]
+    chosen = Tasks(names)
+    for name in names:
+        with pytest.raises(InvalidInput, match=r"Couldn't reach|jieba|transformers\.data\.metrics"):
+            chosen.run(name, *model_and_tokenizer, baseline("uncompressed"), 1, 0)
