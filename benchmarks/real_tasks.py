@@ -152,7 +152,7 @@ def methods(config: Any) -> list[Method]:
 
 def show(runs: Sequence[dict[str, Any]]) -> None:
     for run in runs:
-        table = Table("method", *TASKS, title=run["model"])
+        table = Table("method", *run["methods"][0]["tasks"], title=run["model"])
         for one in run["methods"]:
             cells = [
                 f"{100 * of['acc']['mean']:.1f} ± {100 * of['acc']['standard_error']:.1f}"
@@ -164,15 +164,18 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help=f"{' or '.join(REAL_MODELS)}")] = None,
+    task: Annotated[list[str] | None, typer.Option(help=f"{', '.join(TASKS)} [default: all]")] = None,
     documents: Annotated[int, typer.Option(min=2, help="Of each task")] = 100,
     output: Annotated[Path, typer.Option(help="Where the results go")] = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped")] = False,
 ) -> None:
     with plain_errors(), tempfile.TemporaryDirectory() as folder:
-        names = model or ["smollm2-135m"]
-        paths = write(Path(folder), documents)
+        names, asked = model or ["smollm2-135m"], task or list(TASKS)
+        if not {*names} <= {*REAL_MODELS} or not {*asked} <= {*TASKS}:
+            raise InvalidInput(f"models are {', '.join(REAL_MODELS)} and tasks {', '.join(TASKS)}")
+        paths = [path for path in write(Path(folder), documents) if path.stem in asked]
         chosen = {"models": names, "documents": documents, "characters": CHARACTERS, "seed": SEED}
-        about = results.environment(**chosen)
+        about = results.environment(**chosen, tasks=asked)
         runs: list[dict[str, Any]] = []
 
         def report(stopped: bool) -> None:
@@ -188,10 +191,10 @@ def main(
                     {"name": one.name, "settings": one.settings(), "tasks": {}} for one in chosen_methods
                 ]
                 runs.append({"model": name, "methods": of_model})
-                for short, task in zip(TASKS, harness.names, strict=True):
+                for path, name_there in zip(paths, harness.names, strict=True):
                     for method, found in zip(chosen_methods, of_model, strict=True):
-                        run = partial(harness.run, task, loaded, tokenizer, method, None, SEED)
-                        found["tasks"][short] = journal.piece(f"{name}/{method.name}/{short}", run)
+                        run = partial(harness.run, name_there, loaded, tokenizer, method, None, SEED)
+                        found["tasks"][path.stem] = journal.piece(f"{name}/{method.name}/{path.stem}", run)
 
 
 if __name__ == "__main__":
