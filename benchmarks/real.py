@@ -120,19 +120,19 @@ def rows_of(found: Mapping[str, Evaluation], method: str) -> list[dict[str, Any]
     ]
 
 
-def summary(method: Method, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(name: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Figures of a method over its prompts with intervals, or why it failed."""
-    about: dict[str, Any] = {"name": method.name, "settings": method.settings(), "samples": len(rows)}
+    about: dict[str, Any] = {"name": name, "settings": settings, "samples": len(rows)}
     if failed := [row[FAILED] for row in rows if FAILED in row]:
         return about | {FAILED: failed[0]}
     memory = [Memory(**row["memory"]) for row in rows]
     kls, kinds = np.asarray([row["kls"] for row in rows]), np.asarray([row["kind"] for row in rows])
-    columns = {name: np.asarray([row[name] for row in rows]) for name in ("kl", "top1", "loss")}
+    columns = {figure: np.asarray([row[figure] for row in rows]) for figure in ("kl", "top1", "loss")}
     columns |= {"coded_bits": np.asarray([one.coded_bits for one in memory])}
     columns |= {"total_bits": np.asarray([8 * _nbytes(one) / one.values for one in memory])}
 
     def figures(drawn: Any) -> dict[str, float]:
-        means = {name: float(column[drawn].mean()) for name, column in columns.items()}
+        means = {figure: float(column[drawn].mean()) for figure, column in columns.items()}
         means["perplexity"] = float(np.exp(means.pop("loss")))
         return means | {"kl_99_9": float(np.quantile(kls[drawn], 0.999))}
 
@@ -152,14 +152,20 @@ def _nbytes(memory: Memory) -> float:
     return memory.total - raw * (1 - RAW_BYTES * memory.values / memory.dense)
 
 
-def equal_quality(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Coded bits of each family of rates at KIVI's KL, and their share of KIVI's; what it does not reach is absent."""
+def equal_quality(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    others: Sequence[str] = KIVI,
+    curves: Mapping[str, str] = CURVES,
+) -> dict[str, Any]:
+    """Coded bits of each family of rates at others' KL, and their share of the others'; what it does not reach is
+    absent.
+    """
     kls = {name: np.asarray([row["kl"] for row in of]) for name, of in rows.items()}
     bits = {name: float(np.mean([Memory(**row["memory"]).coded_bits for row in of])) for name, of in rows.items()}
     found: dict[str, Any] = {}
-    for family, names in CURVES.items():
+    for family, names in curves.items():
         rates = [name for name in rows if re.match(names, name)]
-        for theirs in (name for name in KIVI if rates and name in rows):
+        for theirs in (name for name in others if rates and name in rows):
 
             def at(drawn: Any, theirs: str = theirs, rates: Sequence[str] = rates) -> dict[str, float]:
                 curve = [float(kls[name][drawn].mean()) for name in rates]
@@ -179,7 +185,7 @@ def run_of(found: Mapping[str, Evaluation], quiz: Evaluation | None, chosen: Seq
     most = max((len(of) for of in whole.values()), default=0)
     return {
         "methods": [
-            summary(method, rows[method.name]) | {"retrieval": answered.get(method.name, {})}
+            summary(method.name, method.settings(), rows[method.name]) | {"retrieval": answered.get(method.name, {})}
             for method in chosen
             if rows[method.name]
         ],

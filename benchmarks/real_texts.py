@@ -48,14 +48,14 @@ def conversations(rng: np.random.Generator, tokenizer: Any) -> Documents:
     """Questions on functions of the standard library, topics of its manual and sums, answered from there, as the
     model's chat template lays them out.
     """
-    functions, topics = _functions(rng), [text for _, text in manual_text()]
+    described, topics = functions(rng), [text for _, text in manual_text()]
     template = None if tokenizer.chat_template else TURNS
     while True:
         turns: list[tuple[str, str]] = []
         for _ in range(int(rng.integers(24, 40))):
             kind = rng.integers(6)
             if kind < 4:
-                found = next(functions, None)
+                found = next(described, None)
                 if found is None:
                     return
                 module, name, about, source = found
@@ -116,7 +116,7 @@ def _files(folder: Path, pattern: str) -> list[str]:
     return list(found)
 
 
-def _functions(rng: np.random.Generator) -> Iterator[tuple[str, str, str, str]]:
+def functions(rng: np.random.Generator) -> Iterator[tuple[str, str, str, str]]:
     """(module, name, what its docstring says, source) of functions of the standard library."""
     files = training_text([])
     for index in rng.permutation(len(files)):

@@ -384,6 +384,22 @@ def real_equal(found: Any) -> str:
     return markdown(["model", "at the KL of", "by", "coded bits (95 %)", "of its bits"], rows)
 
 
+def real_tasks(found: Any) -> str:
+    """Method x share of right answers of each task, with standard errors."""
+    (run,) = found["runs"]
+    rows = [
+        [
+            label(one["name"]),
+            *(
+                f"{100 * of['acc']['mean']:.1f} ± {100 * of['acc']['standard_error']:.1f} %"
+                for of in one["tasks"].values()
+            ),
+        ]
+        for one in run["methods"]
+    ]
+    return markdown([f"{run['model']}, right", *run["methods"][0]["tasks"]], rows)
+
+
 def _with_interval(one: Any, form: str, unit: str = "") -> str:
     low, high = one["interval"]
     return f"{one['value']:{form}}{unit} ({low:{form}} to {high:{form}})"
@@ -543,6 +559,9 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "real-smollm2": ("real.json", partial(real, "smollm2-135m")),
     "real-gemma3": ("real.json", partial(real, "gemma3-270m")),
     "real-equal": ("real.json", real_equal),
+    "real-tasks": ("real_tasks.json", real_tasks),
+    "llama-cpp": ("llama_cpp.json", partial(real, "smollm2-135m")),
+    "llama-cpp-equal": ("llama_cpp.json", real_equal),
     "memory": ("memory.json", memory),
     "attention": ("attention_cpu.json", attention),
     "codec": ("codec.json", codec),
@@ -561,6 +580,8 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
             "quality",
             "klt",
             "real",
+            "real_tasks",
+            "llama_cpp",
             "memory",
             "attention_cpu",
             "codec",

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on a compressed cache: against direct scoring, and on a local task with local data."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kvcomp.evaluate.methods import KVComp, baseline
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
 from kvcomp.evaluate.tasks import MethodLM, Tasks
 
+MEASURING = Path(__file__).parents[2] / "docs" / "measuring.md"
 CHOICE = """
 task: kvcomp_local_choice
 dataset_path: json
@@ -157,3 +159,45 @@ def test_a_task_without_its_data_is_told(model_and_tokenizer: tuple[Any, Any], t
     model, tokenizer = model_and_tokenizer
     with pytest.raises(InvalidInput, match="cannot be run"):
         Tasks([str(path)]).run("kvcomp_local_choice", model, tokenizer, baseline("uncompressed"), None, 0)
+
+
+def test_choices_share_one_pass_over_their_question(
+    model_and_tokenizer: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = model_and_tokenizer
+    ids = held_out_ids(tokenizer, shipped_model())[:600]
+    asked, choices = ids[:400], (ids[400:402], ids[410:417], ids[420:421])
+    read = []
+    plain = tasks_module.sample
+    monkeypatch.setattr(tasks_module, "sample", lambda *args: read.append(1) or plain(*args))
+    one = MethodLM(model, tokenizer, KVComp("kvcomp"))
+    found = [one.score(asked, choice) for choice in choices]
+    assert len(read) == 1
+    assert found == [MethodLM(model, tokenizer, KVComp("kvcomp")).score(asked, choice) for choice in choices]
+    one.score(ids[1:400], choices[0])
+    assert len(read) == 5
+
+
+def test_a_task_whose_code_lacks_a_package_says_so(model_and_tokenizer: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "answers.py").write_text("import no_such_package\n", encoding="utf-8")
+    path = tmp_path / "needy.yaml"
+    needs = CHOICE.replace('doc_to_text: "{{text}}"', "doc_to_text: !function answers.text")
+    path.write_text(needs.replace("DATA", str(tmp_path / "data.json")), encoding="utf-8")
+    model, tokenizer = model_and_tokenizer
+    with pytest.raises(InvalidInput, match=r"needs what is not installed.*no_such_package"):
+        Tasks([str(path)]).run("kvcomp_local_choice", model, tokenizer, baseline("uncompressed"), None, 0)
+
+
+@pytest.mark.slow
+def test_the_commands_for_large_models_reach_their_data(
+    model_and_tokenizer: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    names = re.findall(r"--tasks (\w+)", MEASURING.read_text(encoding="utf-8"))
+    assert names == ["gsm8k", "coqa", "longbench_e"]
+    chosen = Tasks(names)
+    for name in names:
+        with pytest.raises(InvalidInput, match=r"Couldn't reach|jieba|transformers\.data\.metrics"):
+            chosen.run(name, *model_and_tokenizer, baseline("uncompressed"), 1, 0)

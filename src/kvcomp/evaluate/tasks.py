@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kvcomp.errors import InvalidInput
-from kvcomp.evaluate.fidelity import fill, predict, sample
+from kvcomp.evaluate.fidelity import Sample, fill, predict, sample
 from kvcomp.evaluate.methods import Method
 from kvcomp.evaluate.models import positions
 
@@ -41,6 +41,7 @@ class MethodLM(HFLM):
             device=str(model.device),
         )
         self.method = method
+        self.read: Sample | None = None
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         self.model.set_attn_implementation(self.method.attention)
@@ -69,15 +70,18 @@ class MethodLM(HFLM):
         continuation = continuation[-(len(ids) - 1) :]
         fed = torch.tensor([ids[:-1]], device=self.device)
         prompt = fed.shape[1] - len(continuation)
-        if prompt:
-            each = sample(self.model, fed, prompt)
-            cache, text = fill(self.model, each, self.method), each.text
-        else:
-            cache, text = self.method.cache(self.model.config), fed
+        text = fed[:, prompt:]
+        cache = fill(self.model, self.sample(fed, prompt), self.method) if prompt else self.method.cache(self.config)
         log_probs = predict(self.model, text, cache, self.method, streaming=True)
         target = torch.tensor(continuation, device=self.device)
         likeliest = bool((log_probs.argmax(-1) == target).all())
         return float(log_probs.gather(1, target[:, None]).sum()), likeliest
+
+    def sample(self, ids: Tensor, prompt: int) -> Sample:
+        """Read the first so many of ids, (1, tokens); once for the choices of a question, which share them."""
+        if self.read is None or not torch.equal(self.read.prompt, ids[:, :prompt]):
+            self.read = sample(self.model, ids, prompt)
+        return self.read
 
 
 class Tasks:
@@ -99,7 +103,7 @@ class Tasks:
     ) -> dict[str, Any]:
         """Scores of a method on one task, {subtask and metric: Figure}.
 
-        Raises InvalidInput if the task cannot be run, as where its data are missing.
+        Raises InvalidInput if the task cannot be run, as where its data or a package are missing.
         """
         try:
             found = simple_evaluate(
@@ -114,8 +118,10 @@ class Tasks:
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-        except (OSError, ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise InvalidInput(f"the task {name} cannot be run: {error}") from error
+        except ImportError as error:  # some tasks bring code that needs more packages, or others' versions
+            raise InvalidInput(f"the task {name} needs what is not installed: {error}") from error
         return _figures(found)
 
 
