@@ -56,6 +56,23 @@ def test_rows_are_repeated_selected_and_reordered(llama: PreTrainedModel) -> Non
     torch.testing.assert_close(swapped.flip(0), straight, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_rows_of_hybrids_are_repeated_and_selected(family: str) -> None:
+    """Transformers' own layers of linear attention know reorder_cache alone."""
+    model = random_model(HYBRIDS[family])
+    cache = KVCompCache(model.config, LOSSY)
+    forward(model, cache, **prompt(150, 150))
+    twin = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([False, True, False, True]))
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    tokens = torch.tensor([[5], [8]])
+    swapped = forward(model, cache, input_ids=tokens.flip(0))
+    straight = forward(model, twin, input_ids=tokens)
+    assert not torch.allclose(straight[0], straight[1])
+    torch.testing.assert_close(swapped.flip(0), straight, atol=1e-4, rtol=0)
+
+
 def test_a_copy_is_independent(llama: PreTrainedModel) -> None:
     cache = filled(llama)
     twin = copy.deepcopy(cache)

@@ -38,12 +38,12 @@ from kvcomp.integrations.transformers.budget import plan_for
 from kvcomp.integrations.transformers.identity import check_origin, weights_id
 from kvcomp.integrations.transformers.join import joined_layers
 from kvcomp.integrations.transformers.layer import CompressedLayer, uncompiled
-from kvcomp.integrations.transformers.layers import cache_layers
+from kvcomp.integrations.transformers.layers import cache_layers, check_rows, rows_of
 from kvcomp.integrations.transformers.masks import kvcomp_mask
 from kvcomp.integrations.transformers.models import fingerprint_of, text_config
 from kvcomp.integrations.transformers.session import ForwardPass, Session
 from kvcomp.integrations.transformers.sliding import SlidingLayer
-from kvcomp.integrations.transformers.stock import has_state, stock_memory, stock_rows
+from kvcomp.integrations.transformers.stock import has_state, stock_memory
 from kvcomp.kernels import host_backend, load_backend
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Memory
@@ -272,7 +272,7 @@ class KVCompCache(Cache):
                     f"this cache was made for a model of {len(self.layers)} layers: none is number {layer_idx!r}"
                 )
             layer: Any = self.layers[layer_idx]
-            self._check_batch(layer, key_states.shape[0])
+            check_rows(layer, key_states.shape[0])
             both: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
             return both
 
@@ -333,6 +333,18 @@ class KVCompCache(Cache):
         if rows.tolist() != list(range(self._batch())):
             super().reorder_cache(torch.as_tensor(rows))  # type: ignore[arg-type]
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Make the rows those of these indices, or where a boolean tensor is true."""
+        boolean = isinstance(indices, Tensor) and indices.dtype == torch.bool
+        self.reorder_cache(indices.nonzero()[:, 0] if boolean else indices)  # type: ignore[arg-type]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have each row so many times."""
+        if not isinstance(repeats, int) or repeats < 1:
+            raise InvalidInput(f"repeats must be a whole number from 1, not {repeats!r}")
+        if self._batch():
+            self.reorder_cache(torch.arange(self._batch()).repeat_interleave(repeats))  # type: ignore[arg-type]
+
     def join(self, other: KVCompCache) -> None:
         """Add the rows of another cache of the same model and spec; nothing is compressed anew.
 
@@ -381,18 +393,7 @@ class KVCompCache(Cache):
         return f"KVCompCache({len(compressed)} compressed layers{others}, {tokens} tokens, batch of {self._batch()})"
 
     def _batch(self) -> int:
-        return max((self._rows_of(layer) for layer in self.layers), default=0)
-
-    def _rows_of(self, layer: Any) -> int:
-        return layer.store.batch if isinstance(layer, CompressedLayer) else stock_rows(layer)
-
-    def _check_batch(self, layer: Any, rows: int) -> None:
-        held = self._rows_of(layer)
-        if held not in (0, rows):
-            more = (
-                f"call batch_repeat_interleave({rows // held}) on it before beams or samples, " if rows > held else ""
-            )
-            raise InvalidInput(f"the cache holds {held} rows, and {rows} come: {more}or use a cache for each batch")
+        return max((rows_of(layer) for layer in self.layers), default=0)
 
 
 AttentionInterface.register(NAME, kvcomp_attention)

@@ -154,18 +154,8 @@ class CompressedLayer(CacheLayerMixin):
         return min(max(0, kept), self.store.tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
         if self.store.batch:
-            if not isinstance(repeats, int) or repeats < 1:
-                raise InvalidInput(f"repeats must be a whole number from 1, not {repeats!r}")
-            self.store.select(torch.arange(self.store.batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.store.batch:
-            boolean = isinstance(indices, Tensor) and indices.dtype == torch.bool
-            self.store.select(indices.nonzero() if boolean else indices)
+            self.store.select(beam_idx)
 
     def offload(self) -> None:
         raise InvalidInput("a KVCompCache cannot be offloaded: it is in main memory already")

@@ -8,11 +8,12 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcomp.calibration import Calibration
+from kvcomp.errors import InvalidInput
 from kvcomp.integrations.transformers.layer import CompressedLayer
 from kvcomp.integrations.transformers.models import check_layer, setting
 from kvcomp.integrations.transformers.session import Session
 from kvcomp.integrations.transformers.sliding import SlidingLayer
-from kvcomp.integrations.transformers.stock import check_stock
+from kvcomp.integrations.transformers.stock import check_stock, stock_rows
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 
 LEAST_WINDOW = 512
@@ -78,3 +79,16 @@ def is_compressed_window(layer: Any, config: PreTrainedConfig, spec: CodecSpec) 
     least = max(LEAST_WINDOW, spec.sinks + spec.window + 2 * PAGE_TOKENS)
     sliding = type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= least
     return sliding and layer.sliding_window != setting(config, "attention_chunk_size")
+
+
+def rows_of(layer: Any) -> int:
+    """The batch of a cache layer; 0 if it is empty."""
+    return layer.store.batch if isinstance(layer, CompressedLayer) else stock_rows(layer)
+
+
+def check_rows(layer: Any, rows: int) -> None:
+    """Raise InvalidInput if a layer holds another batch than comes."""
+    held = rows_of(layer)
+    if held not in (0, rows):
+        more = f"call batch_repeat_interleave({rows // held}) on it before beams or samples, " if rows > held else ""
+        raise InvalidInput(f"the cache holds {held} rows, and {rows} come: {more}or use a cache for each batch")
