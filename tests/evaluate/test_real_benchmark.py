@@ -143,5 +143,5 @@ def test_a_run_writes_figures_with_intervals_and_goes_on_where_it_was_stopped(
 
 
 def test_a_method_that_fails_says_why_and_the_others_stay() -> None:
-    failed = real.summary(baseline("fp8"), [{"failed": "RuntimeError: no", "kind": "code"}])
+    failed = real.summary("fp8", baseline("fp8").settings(), [{"failed": "RuntimeError: no", "kind": "code"}])
     assert failed["failed"] == "RuntimeError: no"
