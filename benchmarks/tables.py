@@ -448,7 +448,7 @@ def first_token(found: Any) -> str:
 
 def vllm(found: Any) -> str:
     """A compressed cache in vLLM beside vLLM's own: rows are figures, columns the specs that were measured."""
-    specs = [name for name in ("kvcomp", "kvcomp-klt", "packed-klt") if name in found]
+    specs = [name for name in ("kvcomp", "kvcomp-klt", "packed-klt", "packed") if name in found]
 
     def spread(of: Any) -> str:
         return f"{of['median']:.2f} ({of['least']:.2f} to {of['most']:.2f})"
