@@ -26,10 +26,9 @@ def test_files_are_read(path: Path) -> None:
 
 def test_pages_pass_their_check() -> None:
     layouts = import_module("layouts").LAYOUTS
-    if True:
-        assert len(SEEDS["block"]) == len(layouts), AGAIN
-        for path in SEEDS["block"]:
-            which, page = path.read_bytes()[0], path.read_bytes()[1:]
-            arena = np.frombuffer(page + bytes(layouts[which].channels), np.uint8)
-            own = check_pages(arena, np.zeros(1, np.int64), layouts[which].page)
-            assert layouts[which].own_books or not own.any(), AGAIN
+    assert len(SEEDS["block"]) == len(layouts), AGAIN
+    for path in SEEDS["block"]:
+        which, page = path.read_bytes()[0], path.read_bytes()[1:]
+        arena = np.frombuffer(page + bytes(layouts[which].channels), np.uint8)
+        own = check_pages(arena, np.zeros(1, np.int64), layouts[which].page)
+        assert layouts[which].own_books or not own.any(), AGAIN
