@@ -96,6 +96,7 @@ def _store(layout: Case, backend: str) -> KVStore:
         channels=(layout.channels, layout.channels),
         dtype=NAMES[layout.dtype],
         start=np.zeros(1, np.int64),
+        dropped=np.zeros(1, np.int64),
         sink_count=np.zeros(1, np.int64),
         page_count=np.ones(1, np.int64),
         offsets=np.zeros(1, np.int64),
