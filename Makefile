@@ -22,7 +22,7 @@ ADAPTERS := $(VENV)/adapters
 # Some processes, each with one thread: workers of OpenMP that spin beside each other are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test check test-oldest test-lmcache test-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-tasks bench-lmcache bench-vllm bench-llama bench-attention bench-codec bench-generate tables docs clean
+.PHONY: demo test check test-oldest test-lmcache test-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-tasks bench-lmcache bench-vllm bench-llama bench-latents bench-attention bench-codec bench-generate tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -47,6 +47,10 @@ test-vllm: $(VLLM)/.ready
 # Figures of the same, of a real model.
 bench-vllm: $(VLLM)/.ready $(MODELS)/.ready
 	KVCOMP_VLLM=$(VLLM)/bin/python $(BIN)/python benchmarks/vllm_live.py
+
+# At which scale latents lose as little as the default preset does; ten minutes.
+bench-latents: $(MODELS)/.ready
+	$(BIN)/python benchmarks/latents.py
 
 # llama.cpp's own quantised K and V beside kvcomp's; its package is compiled, ten minutes and more.
 bench-llama: $(LLAMA)/.ready $(MODELS)/.ready

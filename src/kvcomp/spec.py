@@ -258,3 +258,8 @@ PRESETS: Mapping[str, CodecSpec] = {
     "kvcomp:paper": CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1)),
     "packed:paper": CodecSpec(TensorSpec("block", 1 / 14, "fixed"), TensorSpec("token", 1 / 14, "fixed")),
 }
+
+LATENTS = replace(PRESETS["kvcomp"], key=TensorSpec("channel", 0.09))
+"""What ``kvcomp`` is for latent attention, whose K and V come from one latent: it loses as little at 0.09 as K and V do
+at the preset's scales (benchmarks/latents.py).
+"""

@@ -52,7 +52,7 @@ def test_attention_is_that_of_float64(family: str) -> None:
         torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("family", ["Qwen3-Next", "SmolLM3"])
+@pytest.mark.parametrize("family", ["Qwen3-Next", "SmolLM3", "DeepSeek-V3"])
 def test_a_growing_layer_is_less_than_a_quarter(family: str) -> None:
     assert smaller(family) >= 4
 

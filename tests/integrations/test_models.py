@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,12 +31,13 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from families import config_of
 from generating import LOSSLESS, assert_same, attend_densely, forward, generate, prompt
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.layer import CompressedLayer
-from kvcomp.spec import CodecSpec, TensorSpec
-from tiny_models import LOSSY, tiny_config, tiny_model
+from kvcomp.spec import LATENTS, PRESETS, CodecSpec, TensorSpec
+from tiny_models import LOSSY, random_model, tiny_config, tiny_model
 
 MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
@@ -163,3 +165,14 @@ def test_each_layer_has_its_scale() -> None:
 def test_models_that_are_refused(config: Any, reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
         KVCompCache(config)
+
+
+def test_the_default_codes_latents_at_their_own_scale(tmp_path: Path) -> None:
+    config = config_of("DeepSeek-V3")
+    cache = KVCompCache(config)
+    assert cache.spec == KVCompCache(config, PRESETS["kvcomp"]).spec == LATENTS
+    assert KVCompCache(config, "kvcomp:paper").spec == PRESETS["kvcomp:paper"]
+    assert KVCompCache(LlamaConfig()).spec == PRESETS["kvcomp"]
+    forward(random_model(config), cache, **prompt(200))
+    cache.save(tmp_path / "a.kvc")
+    assert KVCompCache.load(tmp_path / "a.kvc", config).spec == LATENTS

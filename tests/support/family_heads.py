@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicLayer
 
 from families import FAMILIES
 from kvcomp.bench.cases import tensors
-from kvcomp.spec import PRESETS
+from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, sealed
 
 LAYERS = "num_hidden_layers", "layer_types", "num_kv_shared_layers", "no_rope_layers", "first_k_dense_replace"
@@ -34,6 +35,8 @@ class Heads:
     scaling: float
     softcap: float
     sinks: bool
+    spec: CodecSpec
+    """What the preset ``kvcomp`` is for the model."""
 
     def tensors(self, tokens: int, batch: int = 1) -> tuple[Tensor, Tensor]:
         """K and V as ``kvcomp bench`` draws them."""
@@ -43,7 +46,7 @@ class Heads:
 
     def sealed(self) -> KVStore:
         """A layer of ``CONTEXT`` tokens under the preset ``kvcomp``."""
-        return sealed(PRESETS["kvcomp"], *self.tensors(CONTEXT))
+        return sealed(self.spec, *self.tensors(CONTEXT))
 
 
 def usual_config(family: str) -> PreTrainedConfig:
@@ -83,4 +86,4 @@ def heads_of(family: str) -> Heads | None:
     index, layer = growing[-1]
     shapes = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
     (queries, *given), scaling, cap, sinks = seen[index]
-    return Heads(*shapes, queries if tuple(given) == shapes else 0, scaling, cap, sinks)
+    return Heads(*shapes, queries if tuple(given) == shapes else 0, scaling, cap, sinks, KVCompCache(config).spec)

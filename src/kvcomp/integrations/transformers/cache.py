@@ -40,7 +40,7 @@ from kvcomp.integrations.transformers.join import joined_layers
 from kvcomp.integrations.transformers.layer import CompressedLayer, uncompiled
 from kvcomp.integrations.transformers.layers import cache_layers, check_rows, rows_of
 from kvcomp.integrations.transformers.masks import kvcomp_mask
-from kvcomp.integrations.transformers.models import fingerprint_of, text_config
+from kvcomp.integrations.transformers.models import fingerprint_of, spec_for_latents, text_config
 from kvcomp.integrations.transformers.session import ForwardPass, Session
 from kvcomp.integrations.transformers.sliding import SlidingLayer
 from kvcomp.integrations.transformers.stock import has_state, stock_memory
@@ -102,7 +102,7 @@ class KVCompCache(Cache):
         if not isinstance(config, PreTrainedConfig):
             raise InvalidInput(f"config must be a model's configuration (model.config), not {type(config).__name__}")
         config = text_config(config)
-        self.spec, self.calibration = resolve(spec, calibration)
+        resolved, self.calibration = resolve(spec, calibration)
         if backend != "gpu":  # which is found where the first tokens are
             load_backend(backend)
         self.session = Session(config)
@@ -110,8 +110,7 @@ class KVCompCache(Cache):
             self.calibration.check_model(fingerprint_of(config))
             self.session.calibrated_tokens = self.calibration.tokens
         self.plan = None if budget is None else plan_for(config, spec, self.calibration, budget, context)
-        if self.plan is not None:
-            self.spec = self.plan.spec
+        self.spec = self.plan.spec if self.plan else spec_for_latents(config, resolved)
         layers = cache_layers(config, self.spec, self.calibration, backend, self.session)
         self.first = next((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)
         super().__init__(layers=layers)

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from kvcomp.codec.block import held_channels
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers.identity import rope_parts
+from kvcomp.spec import LATENTS, PRESETS, CodecSpec
 
 POSITION_BIAS = {"bloom", "inkling", "inkling2", "mpt"}
 IDENTITY = (
@@ -61,6 +62,11 @@ def check_layer(config: PreTrainedConfig, index: int) -> None:
             held_channels(size or 8)
         except InvalidInput as error:
             raise UnsupportedModel(f"{config.model_type} cannot use a KVCompCache: {error}") from None
+
+
+def spec_for_latents(config: PreTrainedConfig, spec: CodecSpec) -> CodecSpec:
+    """The preset ``kvcomp`` for a model with latent attention is the one made for latents; another spec is itself."""
+    return LATENTS if spec == PRESETS["kvcomp"] and setting(config, "kv_lora_rank") else spec
 
 
 def setting(config: PreTrainedConfig, name: str) -> Any:
