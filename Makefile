@@ -22,7 +22,7 @@ ADAPTERS := $(VENV)/adapters
 # Some processes, each with one thread: workers of OpenMP that spin beside each other are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test check test-oldest test-lmcache test-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-tasks bench-lmcache bench-vllm bench-llama bench-latents bench-attention bench-codec bench-generate tables docs clean
+.PHONY: demo test check test-oldest test-lmcache test-vllm check-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-tasks bench-lmcache bench-vllm bench-llama bench-latents bench-attention bench-codec bench-generate tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -30,7 +30,7 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST)
 
-check: lint types layers docs test test-oldest test-lmcache test-adapters emulate fuzz
+check: lint types layers docs test test-oldest test-lmcache test-adapters check-vllm emulate fuzz
 
 # The integration under the oldest transformers that is supported; the constraints pin the newest.
 test-oldest: $(OLDEST)/.ready
@@ -40,9 +40,13 @@ test-oldest: $(OLDEST)/.ready
 test-lmcache: $(LMCACHE)/.ready
 	KVCOMP_REQUIRE_LMCACHE=1 PYTHONPATH=$(LMCACHE) $(BIN)/pytest tests/integrations/test_lmcache.py
 
-# A real vLLM engine whose cache is compressed, on the CPU: some 3.5 GB, and minutes; no part of check.
+# Real vLLM engines whose cache is compressed, on the CPU: some 3.5 GB, and ten minutes, of which check takes two.
+ENGINES = KVCOMP_VLLM=$(VLLM)/bin/python $(BIN)/pytest tests/integrations/test_vllm_engine.py
 test-vllm: $(VLLM)/.ready
-	KVCOMP_VLLM=$(VLLM)/bin/python $(BIN)/pytest tests/integrations/test_vllm_engine.py
+	$(ENGINES) -m ''
+
+check-vllm: $(VLLM)/.ready
+	$(ENGINES)
 
 # Figures of the same, of a real model.
 bench-vllm: $(VLLM)/.ready $(MODELS)/.ready

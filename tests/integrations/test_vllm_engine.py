@@ -1,6 +1,6 @@
 """A real vLLM engine whose cache is compressed, against the same engine with its own cache.
 
-``make test-vllm`` runs it, with a Python that has vLLM in ``KVCOMP_VLLM``.
+``make test-vllm`` runs all of it, ``make check`` what is not slow; a Python that has vLLM is in ``KVCOMP_VLLM``.
 """
 
 from __future__ import annotations
@@ -69,8 +69,11 @@ def dense() -> list[Any]:
         return [answers(engine, [prompt])[0][0] for prompt in prompts()]
 
 
+FORMS = [(True, True, 1.5), (False, False, 1.5), (False, True, 8), (True, False, 8)]
+
+
 @pytest.mark.parametrize(
-    ("coded", "caching", "saving"), [(True, True, 1.5), (False, False, 1.5), (False, True, 8), (True, False, 8)]
+    ("coded", "caching", "saving"), [FORMS[0], *(pytest.param(*form, marks=pytest.mark.slow) for form in FORMS[1:])]
 )
 def test_prompts_together_get_what_each_gets_alone_with_vllms_own_cache(
     tmp_path: Path, dense: list[Any], coded: bool, caching: bool, saving: float
@@ -102,6 +105,7 @@ def test_prompts_together_get_what_each_gets_alone_with_vllms_own_cache(
 SCHEDULER = "kvcomp.integrations.vllm.scheduler.KVCompScheduler"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [None, SCHEDULER])
 def test_pages_that_are_larger_than_declared_make_requests_wait_if_asked_to(
     spec: str, dense: list[Any], scheduler: str | None
@@ -117,6 +121,7 @@ def test_pages_that_are_larger_than_declared_make_requests_wait_if_asked_to(
     assert (memory["outside"] < most) == (scheduler is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("live", [{}, {"spec": "kvcomp-klt", "calibration": str(MODEL / "model.kvcal")}])
 def test_several_answers_to_one_prompt_with_a_coarse_spec(live: dict[str, Any]) -> None:
     """n > 1 shares the prompt's pages. In bfloat16 the answer is near that of vLLM's own cache."""
@@ -135,6 +140,7 @@ def test_several_answers_to_one_prompt_with_a_coarse_spec(live: dict[str, Any]) 
     assert memory["outside"] == 0
 
 
+@pytest.mark.slow
 def test_prompts_from_a_store_get_what_they_get_computed(tmp_path: Path, dense: list[Any]) -> None:
     """An engine with blocks of 128 tokens fills the store, one with blocks of 32 reads it."""
     transfer = {

@@ -51,9 +51,9 @@ def fit_books(codes: Codes, kind: int) -> Books:
         high = np.quantile(most, 1 - share, axis=0, method="higher")
         for first, last in ((low, high), _plain(low, high)):
             inside = ((least >= first) & (most <= last)).all(1)
-            quiet = _counts(pairs[inside])
+            quiet = _counts(pairs[:, inside]) if inside.mean() < 0.5 else every - _counts(pairs[:, ~inside])
             books = _train(every - quiet, *widest), _train(quiet, first, last)
-            cost = _cost(books[0], pairs[~inside]) + _cost(books[1], pairs[inside])
+            cost = _cost(books[0], every - quiet) + _cost(books[1], quiet)
             if cost < lowest:
                 best, lowest = books, cost
     assert best is not None
@@ -105,25 +105,26 @@ def _train(counts: Counts, first: Counts, last: Counts) -> Codebook:
     return codebook.train(counts, LIMIT)
 
 
-def _pairs(codes: Codes, kind: int) -> npt.NDArray[np.int32]:
-    """Pairs 256 a + b, (blocks, classes, pairs): of K along channels, of V along tokens."""
+def _pairs(codes: Codes, kind: int) -> npt.NDArray[np.intp]:
+    """Pairs 256 a + b, (classes, blocks, pairs): of K along channels, of V along tokens."""
     a, b = (codes[:, ::2], codes[:, 1::2]) if kind else (codes[..., ::2], codes[..., 1::2])
-    return (a.astype(np.int32) * MAX_CODES + b).swapaxes(1, 2).reshape(len(codes), codes.shape[2], -1)
+    joined = (a.astype(np.intp) * MAX_CODES + b).transpose(2, 0, 1, 3)
+    return np.ascontiguousarray(joined).reshape(codes.shape[2], len(codes), -1)
 
 
-def _counts(pairs: npt.NDArray[np.int32]) -> Counts:
+def _counts(pairs: npt.NDArray[np.intp]) -> Counts:
     """How often each pair occurs in each class, (classes, 256, 256)."""
-    found = [np.bincount(pairs[:, index].ravel(), minlength=MAX_CODES**2) for index in range(pairs.shape[1])]
+    found = [np.bincount(of_class.ravel(), minlength=MAX_CODES**2) for of_class in pairs]
     return np.stack(found).astype(np.int64).reshape(-1, MAX_CODES, MAX_CODES)
 
 
-def _cost(book: Codebook, pairs: npt.NDArray[np.int32]) -> float:
-    """Bits of pairs, (blocks, classes, pairs), that the book has, and what it costs to decode them."""
+def _cost(book: Codebook, counts: Counts) -> float:
+    """Bits of pairs that occur so often, (classes, 256, 256), and what it costs to decode them. The book has them."""
     total = 0.0
-    for index in range(pairs.shape[1]):
+    for index, of_class in enumerate(counts):
         k, m, first = book.split[index], book.symbols(index), book.first[index]
-        a, b = np.divmod(pairs[:, index], MAX_CODES)
-        symbols = ((a - first) >> k) * m + ((b - first) >> k)
-        total += int(book.lengths_of(index)[symbols].sum(dtype=np.int64))
-        total += (2 * k + (LOW_BITS if k else 0.0)) * symbols.size
+        a, b = np.nonzero(of_class)
+        symbols, times = ((a - first) >> k) * m + ((b - first) >> k), of_class[a, b]
+        total += int(book.lengths_of(index)[symbols].astype(np.int64) @ times)
+        total += (2 * k + (LOW_BITS if k else 0.0)) * int(times.sum())
     return total
