@@ -17,23 +17,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 import typer
 from torch import Tensor
 
 from kvcomp.cli.common import bar, plain_errors
-from kvcomp.evaluate.fidelity import Sample, compare, predict_from, sample
+from kvcomp.evaluate.fidelity import Sample, compare, predict_from
 from kvcomp.evaluate.methods import Pair
 from kvcomp.results import schema as results
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store import Memory, sealed
-from real import SEED, show, split, summary
+from real import SCORED, SEED, samples, show, summary
 from real_models import load
-from real_texts import sequences
 
 OUTPUT = Path(__file__).parent / "results" / "latents.json"
-MODEL, SCORED = "smollm2-135m", 256
+MODEL = "smollm2-135m"
 SCALES = (0.08, 0.09, 0.1, 0.12)  # of a latent's channels; its turned part has that of V
 
 
@@ -135,14 +133,10 @@ def main(
         about = results.environment(model=MODEL, prompt_tokens=prompt_tokens, scored=SCORED, seed=SEED)
         found: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in chosen}
         task = progress.add_task(MODEL, total=prompts * len(chosen))
-        for kind, count in split(prompts).items():
-            size = prompt_tokens + SCORED
-            texts = sequences(kind, tokenizer, count, size, SEED) if count else np.empty(0, np.int64)
-            for ids in torch.from_numpy(texts).reshape(count, 1, size):
-                each = sample(model, ids, prompt_tokens)
-                for name, _, coded in chosen:
-                    found[name].append(measure(model, each, coded) | {"kind": kind})
-                    progress.update(task, advance=1)
+        for kind, each in samples(model, tokenizer, prompts, prompt_tokens):
+            for name, _, coded in chosen:
+                found[name].append(measure(model, each, coded) | {"kind": kind})
+                progress.update(task, advance=1)
         methods = [summary(name, settings, found[name]) for name, settings, _ in chosen]
         run = {"model": MODEL, "dtype": "float32", "prompt_tokens": prompt_tokens, "methods": methods}
         results.write(output, "latents", about, runs=[run | {"equal_quality": {}}])

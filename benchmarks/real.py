@@ -11,11 +11,12 @@ given.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +26,7 @@ from kvcomp.calibration import Calibration
 from kvcomp.cli.common import bar, plain_errors, resumable
 from kvcomp.errors import InvalidInput, KVCompError
 from kvcomp.evaluate.evaluation import FAILED, Evaluation, Plan
-from kvcomp.evaluate.fidelity import bits_at
+from kvcomp.evaluate.fidelity import Sample, bits_at, sample
 from kvcomp.evaluate.methods import KVComp, Method, baseline
 from kvcomp.results import schema as results
 from kvcomp.results.journal import Journal
@@ -76,6 +77,15 @@ def calibrated(config: Any, files: Sequence[Path]) -> list[Method]:
 def split(count: int) -> dict[str, int]:
     """So many prompts over the kinds of text."""
     return {kind: (count + len(KINDS) - 1 - index) // len(KINDS) for index, kind in enumerate(KINDS)}
+
+
+def samples(model: Any, tokenizer: Any, prompts: int, tokens: int) -> Iterator[tuple[str, Sample]]:
+    """(kind of text, sample) of so many prompts, with the text that is scored after each."""
+    size = tokens + SCORED
+    for kind, count in split(prompts).items():
+        texts = sequences(kind, tokenizer, count, size, SEED) if count else np.empty(0, np.int64)
+        for ids in torch.from_numpy(texts).reshape(count, 1, size):
+            yield kind, sample(model, ids, tokens)
 
 
 def evaluations(

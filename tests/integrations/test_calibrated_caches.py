@@ -161,7 +161,7 @@ def test_what_does_not_turn_has_no_rotation() -> None:
 class Still:
     """A model whose K does not depend on places, or in no way that is a rotation."""
 
-    config = CONFIGS["llama"]
+    config, device = CONFIGS["llama"], torch.device("cpu")
 
     def __init__(self, keys: Tensor, noise: float = 0.0) -> None:
         self.keys, self.noise = keys, noise

@@ -105,15 +105,16 @@ class Affine:
 
         places: of the tokens, int64 (tokens,) or (batch, tokens); needed where the mean turns.
         """
-        exact = x.detach().to(torch.float32)
-        if self.rotation is None:
-            return ((exact - self.mean[:, None]) @ self.matrix.mT).to(x.dtype)
-        turned = self.rotation.waves(self._known(places))[..., None, :, :] @ self._waving
-        return ((exact - self.still[:, None]) @ self.matrix.mT - turned).to(x.dtype)
+        found = torch.bmm(_by_head(x.detach()) - self.still[:, None], self.matrix.mT)
+        if self.rotation is not None:
+            waves = self.rotation.waves(self._known(places))
+            every = waves.expand(*x.shape[:-3], *waves.shape[-2:]).reshape(1, -1, waves.shape[-1])
+            found.baddbmm_(every.expand(len(found), -1, -1), self._waving, alpha=-1)
+        return _as_before(found, x).to(x.dtype)
 
     def undo(self, x: Tensor, places: Tensor | None = None) -> Tensor:
         """Undo ``apply``, for (batch, KV heads, tokens, D) or (KV heads, tokens, D)."""
-        return (x.to(torch.float32) @ self.inverse.mT + self.means(places)).to(x.dtype)
+        return (_as_before(torch.bmm(_by_head(x), self.inverse.mT), x) + self.means(places)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,11 +151,11 @@ class Transform:
 
     def queries(self, q: Tensor) -> Tensor:
         """q (batch, heads, queries, D) -> A^-T q in float32: its products with K' are those with k, less q.a."""
-        return _by_head(q.detach(), self.key.inverse).reshape(q.shape)
+        return _grouped(q.detach(), self.key.inverse).reshape(q.shape)
 
     def outputs(self, out: Tensor) -> Tensor:
         """sum w V' (batch, heads, queries, D) -> sum w v, in float32, for weights that sum to 1."""
-        return (_by_head(out, self.value.inverse.mT) + self.value.mean[:, None]).reshape(out.shape)
+        return (_grouped(out, self.value.inverse.mT) + self.value.mean[:, None]).reshape(out.shape)
 
     def bias(self, q: Tensor, tokens: int, first: int = 0) -> Tensor | None:
         """What scores q.K' lack of q.(k - still) because the mean turns; None where it does not.
@@ -175,17 +176,28 @@ class Transform:
         """
         if self.key.rotation is None:
             return None
-        found = self.key.rotation.products(_by_head(q.detach(), self.key.folded), first, tokens)
+        found = self.key.rotation.products(_grouped(q.detach(), self.key.folded), first, tokens)
         return found.reshape(*q.shape[:3], tokens)
 
 
-def _by_head(x: Tensor, matrix: Tensor) -> Tensor:
-    """Products of x (batch, heads, queries, D) with the matrix of each KV head, (KV heads, D, n), in float32:
-    (batch, KV heads, group * queries, n). The matrices are not copied for the rows of a batch.
+def _by_head(x: Tensor) -> Tensor:
+    """x (.., KV heads, tokens, D) in float32 as (KV heads, all tokens, D): a product with the matrix of each head then
+    needs no copy of it for every row of a batch.
     """
-    grouped = x.to(torch.float32).reshape(len(x), len(matrix), -1, x.shape[-1]).transpose(0, 1)
-    found = torch.bmm(grouped.flatten(1, 2), matrix)
-    return found.view(*grouped.shape[:3], -1).transpose(0, 1)
+    return x.to(torch.float32).movedim(-3, 0).reshape(x.shape[-3], -1, x.shape[-1])
+
+
+def _as_before(found: Tensor, x: Tensor) -> Tensor:
+    """(KV heads, all tokens, n) in the order of x (.., KV heads, tokens, D)."""
+    return found.view(-1, *x.shape[:-3], x.shape[-2], found.shape[-1]).movedim(0, -3).contiguous()
+
+
+def _grouped(x: Tensor, matrix: Tensor) -> Tensor:
+    """Products of x (batch, heads, queries, D) with the matrix of each KV head, (KV heads, D, n), in float32:
+    (batch, KV heads, group * queries, n).
+    """
+    of_heads = x.reshape(len(x), len(matrix), -1, x.shape[-1])
+    return _as_before(torch.bmm(_by_head(of_heads), matrix), of_heads)
 
 
 def metric_klt(covariance: Tensor, metric: Tensor) -> Tensor:

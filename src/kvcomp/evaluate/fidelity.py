@@ -12,6 +12,7 @@ All attend in the same way, with sdpa, so a lossless method has a KL of 0.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from kvcomp.evaluate.methods import Method, Pair
 from kvcomp.evaluate.models import attends_to_all
 from kvcomp.store import Memory
+
+GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,11 @@ class Comparison:
 
 
 def attend_plainly(model: Any) -> None:
-    """Give the model transformers' own attention: sdpa, or eager where a model has no other."""
+    """Give the model transformers' own attention: sdpa, or eager where a model has no other.
+
+    Under a mask transformers copies K and V for each query head, which CUDA's kernels need and the CPU's do not.
+    """
+    os.environ[GROUPED] = str(int(model.device.type == "cpu"))
     try:
         model.set_attn_implementation("sdpa")
     except ValueError:

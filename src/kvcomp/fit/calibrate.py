@@ -47,7 +47,7 @@ from kvcomp.fit.curves import (
     price_of,
     shifts_of,
 )
-from kvcomp.fit.quality import Quality, Window, mean_kl, values_of
+from kvcomp.fit.quality import Quality, Window, mean_kl, rows_of, values_of
 from kvcomp.fit.rotation import rotations
 from kvcomp.fit.statistics import Statistics, check_rope, compressed_layers, observe
 from kvcomp.fit.windows import (
@@ -77,6 +77,7 @@ WITHIN = 100.0  # a measured KL this many times the predicted one, or less than 
 PIECES = 8  # the model writes a window in so many pieces, side by side
 KIVI_BITS = dict(zip(LEVELS, (4, 3, 2), strict=True))
 MEASUREMENTS = 6  # most for a level
+CLOSE = 1.03  # a price that is lower by less is not worth a measurement
 MARGIN = 1.25  # other text reaches farther than the windows do
 
 Levels = Mapping[str, tuple[Mapping[Tensors, float], Mapping[str, Any]]]  # steps, and what was measured
@@ -131,6 +132,7 @@ class Calibrator:
         self.rotations: dict[int, Rotation] = {}
         self.coordinates: dict[tuple[int, int], Tensor] = {}
         self.reach: dict[tuple[int, int], Tensor] = {}  # of each coordinate, (KV heads, D)
+        self.over = 1.0  # measured KL over what curves predict, at the last level
 
     def run(self, text: str) -> Calibration:
         """Take all steps. text: what to call the text."""
@@ -165,8 +167,9 @@ class Calibrator:
             self.tell("reading", done, len(self.drawn))
             told, after = self._told(positions[:, :prompt]), positions[:, prompt:]
             layers = list(observe(self.model, ids[:, :prompt], self.settings.sinks, statistics, told).layers)
-            log_probs = self._predict(layers, ids[:, prompt:], after)
+            (log_probs,) = self._predict(layers, ids[:, prompt:], after)
             self.windows.append(Window(layers, ids[:, prompt:], log_probs, repeats, after))
+        self.rows = rows_of(self.windows)
         self.places = torch.cat(places)[:, self.coded]
         self.affines = dict(self._transforms(statistics) if transforms is None else transforms)
         for (index, kind), affine in self.affines.items():
@@ -189,25 +192,22 @@ class Calibrator:
         return {"position_ids": positions} if is_rotary(self.config) else {}
 
     def _predict(self, layers: Sequence[Any], text: Tensor, positions: Tensor) -> Tensor:
-        """Log probabilities of a text after these cache layers, which stay as they are."""
+        """Log probabilities (rows, tokens, vocabulary) of texts after these cache layers, which stay as they are."""
         cache = Cache(layers=[copy(x) if type(x) is DynamicLayer else deepcopy(x) for x in layers])
-        logits: Tensor = self.model(text, past_key_values=cache, **self._told(positions)).logits[0]
+        logits: Tensor = self.model(text, past_key_values=cache, **self._told(positions)).logits
         return logits.float().log_softmax(-1)
 
     @torch.no_grad()
-    def quality(self, coded: Mapping[tuple[int, int], Tensor], every: int = 1) -> Quality:
-        """Quality with these values, (windows, KV heads, coded tokens, D), in place of the K (0) or V (1) of layers.
-
-        every: 1 for all windows, 2 for every second one; coded then has those.
-        """
+    def quality(self, coded: Mapping[tuple[int, int], Tensor]) -> Quality:
+        """Quality with these values, (windows, KV heads, coded tokens, D), in place of the K (0) or V (1) of layers."""
         kls: tuple[list[float], list[float]] = ([], [])
-        for number, window in enumerate(self.windows[::every]):
+        for number, window in enumerate(self.windows):
             layers = [copy(layer) for layer in window.layers]
             for (index, kind), values in coded.items():
                 whole = values_of(layers[index], kind).clone()
                 whole[:, :, self.coded] = values[number]
                 setattr(layers[index], "values" if kind else "keys", whole)
-            log_probs = self._predict(layers, window.text, window.positions)
+            (log_probs,) = self._predict(layers, window.text, window.positions)
             kls[window.repeats].append(mean_kl(window.log_probs, log_probs))
         return Quality(*(float(np.mean(kl)) for kl in kls))
 
@@ -265,18 +265,17 @@ class Calibrator:
 
     @torch.no_grad()
     def _alone(self, index: int, kind: int, steps: Sequence[float]) -> float:
-        """KL with the K or V of one layer coded alone, mean of all windows: few tokens of each, as windows differ more
-        than tokens do.
-        """
+        """KL with the K or V of one layer coded alone, of few tokens a window: windows differ more than tokens do."""
         affine, step, kls = self.affines[index, kind], self.steps_of(index, kind, steps), []
         coded = affine.undo((self.coordinates[index, kind] / step).round() * step, self.places)
-        for number, window in enumerate(self.windows):
-            layers = [copy(layer) for layer in window.layers]
+        for rows, together in self.rows:
+            layers, windows = [copy(layer) for layer in together], self.windows[rows]
             whole = values_of(layers[index], kind).clone()
-            whole[0, :, self.coded] = coded[number]
+            whole[:, :, self.coded] = coded[rows]
             setattr(layers[index], "values" if kind else "keys", whole)
-            found = self._predict(layers, window.text[:, :MEASURED], window.positions[:, :MEASURED])
-            kls.append(mean_kl(window.log_probs[:MEASURED], found))
+            text, positions = (torch.cat([getattr(x, name) for x in windows]) for name in ("text", "positions"))
+            found = self._predict(layers, text[:, :MEASURED], positions[:, :MEASURED])
+            kls += [mean_kl(x.log_probs[:MEASURED], of) for x, of in zip(windows, found, strict=True)]
         return float(np.mean(kls))
 
     def steps_of(self, index: int, kind: int, steps: Sequence[float]) -> Tensor:
@@ -318,20 +317,22 @@ class Calibrator:
     def level(self, curves: Mapping[Tensors, Curve], bits: int) -> tuple[dict[Tensors, float], dict[str, Any]]:
         """Steps as good as KIVI-style quantisation of so many bits, at the lowest price, and what was measured."""
         wanted = self.kivi(bits)
-        price = price_of(curves, wanted.mean)
+        price = price_of(curves, wanted.mean / self.over)
         tried: list[tuple[float, dict[Tensors, float], Quality]] = []
         found: dict[float, float] = {}  # prices, and how much worse than wanted the model was
         for done in range(MEASUREMENTS):
             self.tell(f"as good as {bits} bits", done, MEASUREMENTS)
-            steps, quality = self.at_price(curves, price)
-            tried.append((price, steps, quality))
-            found[price] = quality.over(wanted)
+            tried.append((price, *self.at_price(curves, price)))
+            found[price] = tried[-1][2].over(wanted)
             if NEAR <= found[price] <= 1:
                 break
             price = next_price(found)
+            if any(price < so_far < CLOSE * price and worse <= 1 for so_far, worse in found.items()):
+                break
         reached = [one for one in tried if one[2].over(wanted) <= 1]
-        by_price = itemgetter(0)  # prices may be equal, and steps have no order
+        by_price = itemgetter(0)  # steps have no order
         price, steps, quality = min(reached, key=by_price) if reached else max(tried, key=by_price)
+        self.over = quality.over(wanted) * wanted.mean / predicted(curves, steps)
         kls = {"kl": asdict(quality), "kl_of": asdict(wanted)}
         return steps, {"price": price, **kls, "as_good_as": f"KIVI-style, {bits} bits", "reached": bool(reached)}
 

@@ -123,8 +123,9 @@ def _cost(book: Codebook, counts: Counts) -> float:
     total = 0.0
     for index, of_class in enumerate(counts):
         k, m, first = book.split[index], book.symbols(index), book.first[index]
-        a, b = np.nonzero(of_class)
-        symbols, times = ((a - first) >> k) * m + ((b - first) >> k), of_class[a, b]
+        pairs = np.flatnonzero(of_class)
+        a, b = np.divmod(pairs, MAX_CODES)
+        symbols, times = ((a - first) >> k) * m + ((b - first) >> k), of_class.ravel()[pairs]
         total += int(book.lengths_of(index)[symbols].astype(np.int64) @ times)
         total += (2 * k + (LOW_BITS if k else 0.0)) * int(times.sum())
     return total
