@@ -3,7 +3,7 @@
 A model that computes in bfloat16 rounds each of its sums, and whichever of these comes out one step further changes
 what follows. So its predictions move by about as much whether one value of K in a thousand is one step off or all are.
 That much is the floor of every cache that is not exact. Beside it stand kvcomp-klt's transforms alone, which round K'
-and V' to bfloat16 and code nothing, and the coded caches, in both types.
+and V' to bfloat16 and code nothing, and the coded caches, in both types. One is read by kvcomp's own attention.
 
     python benchmarks/bf16_floor.py
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvcomp.calibration import Calibration
 from kvcomp.cli.common import bar, plain_errors
-from kvcomp.evaluate.fidelity import Sample, compare, measure, predict_from
+from kvcomp.evaluate.fidelity import Sample, compare, fill, measure, predict_from
 from kvcomp.evaluate.methods import KVComp
 from kvcomp.results import schema as results
 from kvcomp.spec import CALIBRATED
@@ -64,6 +64,21 @@ def held(method: KVComp) -> Callable[[Any, Sample], Row]:
     return run
 
 
+def attended(method: KVComp) -> Callable[[Any, Sample], Row]:
+    """Token by token with kvcomp's attention on the compressed pages, as a user generates."""
+
+    @torch.inference_mode()
+    def run(model: Any, each: Sample) -> Row:
+        cache = fill(model, each, method)
+        memory = method.memory(cache)
+        model.set_attn_implementation(method.attention)
+        logits = [model(token, past_key_values=cache).logits[0] for token in each.text.split(1, 1)]
+        found = compare(each, torch.cat(logits).float().log_softmax(-1))
+        return asdict(found) | {"memory": asdict(memory)}
+
+    return run
+
+
 def caches() -> dict[str, Callable[[Any, Sample], Row]]:
     calibration = Calibration.read(CALIBRATIONS / f"{MODEL}.kvcal")
     found = {"one value in a thousand one step off": moved(0.001), "every value one step off": moved(1.0)}
@@ -71,6 +86,9 @@ def caches() -> dict[str, Callable[[Any, Sample], Row]]:
     found["transformed and back, nothing coded"] = held(KVComp(uncoded, "uncoded", calibration))
     for level in ("near-lossless", "balanced"):
         found[f"{CALIBRATED}:{level}"] = held(KVComp(calibration.spec(level), level, calibration))
+    found[f"{CALIBRATED}:balanced, by kvcomp's attention"] = attended(
+        KVComp(calibration.spec("balanced"), "balanced", calibration)
+    )
     return found | {"kvcomp": held(KVComp("kvcomp"))}
 
 
