@@ -187,6 +187,27 @@ def test_the_layout_of_vllms_kernels_is_found() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [96, None])
+def test_a_model_with_other_layers_keeps_vllms_own_cache(tmp_path: Path, window: int | None) -> None:
+    """The example as a Mistral: with a window its answers are those of vLLM alone, without one it is compressed."""
+    for file in MODEL.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    other = json.loads((MODEL / "config.json").read_text())
+    other |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    found = []
+    for live in ({"spec": file_of(EXACT, tmp_path)}, None):
+        with start(live, model=str(tmp_path)) as engine:
+            found.append([answers(engine, [prompt])[0][0] for prompt in prompts()[-3:]])
+            if live:
+                assert ("keeps vLLM's own cache, nothing is compressed" in engine.log) == (window is not None)
+                assert ("attention on compressed pages" in engine.log) == (window is None)
+    for one, other_one in zip(*found, strict=True):
+        same(one, other_one)
+
+
 def test_an_engine_that_cannot_have_it_says_why_when_it_starts() -> None:
     with pytest.raises(EngineFailed, match="add --block-size 64"):
         start({}, block_size=128)

@@ -13,7 +13,7 @@ import torch
 from calibrating import calibrated
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel, UnsupportedVersion
 from kvcomp.integrations.transformers.models import fingerprint_of
-from kvcomp.integrations.vllm.live import Live, check_engine
+from kvcomp.integrations.vllm.live import Live, check_engine, is_plain
 from tiny_models import tiny_config
 
 
@@ -91,9 +91,8 @@ def test_another_plug_in_in_the_same_place_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "other",
     [
-        {"head_size": 72, "head_size_v": 72},
         {"head_size_v": 32},
         {"sliding_window": 512},
         {"attention_chunk_size": 512},
@@ -102,18 +101,22 @@ def test_another_plug_in_in_the_same_place_is_refused() -> None:
         {"non_causal": True},
     ],
 )
-def test_layers_that_are_no_plain_full_attention_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModel):
-        Live.of(config()).declared(replace(FullAttentionSpec(), **wrong))
+def test_plain_full_attention_is_told_from_other_layers(other: dict[str, Any]) -> None:
+    assert is_plain(FullAttentionSpec())
+    assert not is_plain(replace(FullAttentionSpec(), **other))
 
 
 class SlidingWindowSpec(FullAttentionSpec):
     pass
 
 
-def test_other_kinds_of_layers_are_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="full attention only"):
-        Live.of(config()).declared(SlidingWindowSpec())
+def test_other_kinds_of_layers_are_not_plain() -> None:
+    assert not is_plain(SlidingWindowSpec())
+
+
+def test_heads_that_no_page_holds_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match=r"multiple of 16.*leave --worker-cls out"):
+        Live.of(config()).declared(FullAttentionSpec(72, 72))
 
 
 @pytest.mark.parametrize(("saving", "size"), [(None, 84), (1, 256), (3.99, 64), (8, 32)])

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-from kvcomp.errors import UnsupportedModel
 from kvcomp.store.paged import PagedCache, PagedLayer, Step
 
 
@@ -39,19 +38,16 @@ class KVCompAttentionImpl(CPUAttentionBackendImpl):
     engine: Engine
     pages: PagedLayer
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        unknown = {
+    def unknown(self) -> list[str]:
+        """What this attention has that compressed pages do not serve."""
+        found = {
             "ALiBi": self.alibi_slopes is not None,
             "a sliding window": self.sliding_window != -1,
             "attention sinks": self.sinks is not None,
             "K and V of another layer": self.kv_sharing_target_layer_name is not None,
             f"{self.attn_type} attention": self.attn_type != "decoder",
         }
-        if found := [name for name, there in unknown.items() if there]:
-            raise UnsupportedModel(
-                f"kvcomp's cache does not know layers with {', '.join(found)}: leave --worker-cls out for this model"
-            )
+        return [name for name, there in found.items() if there]
 
     def forward(
         self,
@@ -84,3 +80,9 @@ class KVCompAttentionBackend(CPUAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[KVCompAttentionImpl]:
         return KVCompAttentionImpl
+
+
+def give_back(layer: Any) -> None:
+    """Let a layer of the model have vLLM's own attention, before anything was attended."""
+    layer.attn_backend = CPUAttentionBackend
+    layer.impl.__class__ = CPUAttentionBackendImpl

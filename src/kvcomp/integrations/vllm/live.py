@@ -47,8 +47,11 @@ class Live:
         return cls(spec, calibration, saving, reserve)
 
     def declared(self, spec: Any) -> Any:
-        """A layer's cache as vLLM is told of it. Raises UnsupportedModel for one that is no plain full attention."""
-        check_layer(spec)
+        """A plain layer's cache as vLLM is told of it. Raises UnsupportedModel for heads that no page holds."""
+        try:
+            check_channels(spec.head_size)
+        except InvalidInput as error:
+            raise UnsupportedModel(f"{error}: leave --worker-cls out for this model") from None
         size = max(1, int(spec.state_content_size_bytes / self.saving) // spec.dtype.itemsize) * spec.dtype.itemsize
         return replace(spec, state_content_bytes=size)
 
@@ -102,15 +105,9 @@ def check_engine(vllm_config: Any, version: str, overridden: bool) -> None:
         raise UnsupportedModel("a KV connector reads vLLM's own cache, which is not there: leave it out")
 
 
-def check_layer(spec: Any) -> None:
-    """Raise UnsupportedModel unless a layer's cache is that of plain full attention."""
-    plain = type(spec).__name__ == "FullAttentionSpec" and spec.head_size_v == spec.head_size
-    whole = spec.sliding_window is None and spec.attention_chunk_size is None if plain else False
-    if not whole or spec.state_content_bytes is not None or spec.num_head_slots is not None or spec.non_causal:
-        raise UnsupportedModel(
-            f"kvcomp's cache knows full attention only, not {spec}: leave --worker-cls out for this model"
-        )
-    try:
-        check_channels(spec.head_size)
-    except InvalidInput as error:
-        raise UnsupportedModel(str(error)) from None
+def is_plain(spec: Any) -> bool:
+    """Whether a layer's cache is that of plain full attention, which kvcomp's pages hold."""
+    if type(spec).__name__ != "FullAttentionSpec" or spec.head_size_v != spec.head_size:
+        return False
+    own = spec.sliding_window, spec.attention_chunk_size, spec.state_content_bytes, spec.num_head_slots
+    return not spec.non_causal and all(setting is None for setting in own)
