@@ -22,7 +22,7 @@ ADAPTERS := $(VENV)/adapters
 # Some processes, each with one thread: workers of OpenMP that spin beside each other are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test check test-oldest test-lmcache test-vllm check-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-tasks bench-lmcache bench-vllm bench-llama bench-latents bench-attention bench-codec bench-generate tables docs clean
+.PHONY: demo test check test-oldest test-lmcache test-vllm check-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-rates bench-tasks bench-lmcache bench-vllm bench-llama bench-latents bench-attention bench-codec bench-generate tables docs clean
 
 demo: $(READY)
 	@$(BIN)/kvcomp generate --compare
@@ -110,6 +110,11 @@ models: $(MODELS)/.ready
 # The same measurements on real models, hours; fewer: make bench-real REAL='--dtype float32 --prompts 9 --long 3'
 bench-real: $(MODELS)/.ready
 	$(BIN)/python benchmarks/real.py $(REAL)
+
+# Coded bits at the KL of KIVI, from rates that lie there, and what a KL in bfloat16 is made of; half an hour and ten minutes.
+bench-rates: $(MODELS)/.ready
+	$(BIN)/python benchmarks/real_rates.py
+	$(BIN)/python benchmarks/bf16_floor.py
 
 # Tasks of lm-evaluation-harness on a real model, made from Python's documentation; half an hour.
 bench-tasks: $(MODELS)/.ready
