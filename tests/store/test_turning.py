@@ -160,7 +160,7 @@ def test_turning_back_undoes_turning(speed: list[float], place: int, tokens: int
     q, mean = torch.randn(1, HEADS, 2, CHANNELS), torch.randn(HEADS, CHANNELS)
     begin = abs(place)
     wanted = q @ (rotation.turned(mean, torch.arange(begin, begin + tokens)) - rotation.still(mean)[:, None]).mT
-    found = rotation.products(q @ rotation.folded(mean), begin, tokens)
+    found = q @ rotation.folded(mean) @ rotation.waves(torch.arange(begin, begin + tokens)).mT
     assert torch.allclose(found, wanted, atol=1e-4)
 
 

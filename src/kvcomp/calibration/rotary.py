@@ -6,8 +6,8 @@ In exchange scores lack q.R(t) m, which is, for the pair (c, d) of channels,
 
     (q_c m_c + q_d m_d) cos w t + (q_d m_c - q_c m_d) sin w t  =  Re z exp(i w t)
 
-with z = (q_c m_c + q_d m_d) - i (q_d m_c - q_c m_d). For t = t0 + n, n = 0 .. 63, z is turned once to t0. What
-follows is a product with exp(i w n), a table that all runs of 64 tokens share and that a near cache holds.
+with z = (q_c m_c + q_d m_d) - i (q_d m_c - q_c m_d). As pairs of floats that is a product of z with the waves of the
+place, which are the same for all heads.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from torch import Tensor
 from kvcomp.errors import InvalidInput
 
 FASTEST = np.pi  # radians a token
-RUN = 64  # tokens that share a table
-LEAST_ROOM = 16  # runs whose first places are prepared
 FEW = 64  # places of a step
 
 
@@ -101,22 +99,11 @@ class Rotation:
         return found.flatten(2)
 
     def waves(self, places: Tensor) -> Tensor:
-        """W with R(t) m = still + F W: int64 (.., tokens) -> float32 (.., tokens, 2 pairs)."""
+        """W with R(t) m = still + F W and q.(F W) = z W: int64 (.., tokens) -> float32 (.., tokens, 2 pairs)."""
         if places.numel() > FEW:
             return _waves(self.speed, places)
         found = _of_places(self.speed, tuple(places.flatten().tolist()), places.device)
         return found.view(*places.shape, -1)
-
-    def products(self, z: Tensor, begin: int, tokens: int) -> Tensor:
-        """q.R(t) m at the places t from ``begin`` on, for z = q F: float32 (.., 2 pairs) -> (.., tokens)."""
-        count = -(-tokens // RUN)
-        first = begin // RUN
-        room = max(LEAST_ROOM, 1 << (first + count - 1).bit_length())
-        starts, run = _runs(self.speed, begin % RUN, room, z.device)
-        z = z.contiguous()  # the many products are laid out as it is
-        turned = torch.view_as_complex(z.unflatten(-1, (-1, 2)))[..., None, :] * starts[first : first + count]
-        found: Tensor = torch.view_as_real(turned).flatten(-2) @ run
-        return found.flatten(-2)[..., :tokens]
 
 
 def _cos_sin(speed: tuple[float, ...], places: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,12 +124,3 @@ def _of_places(speed: tuple[float, ...], places: tuple[int, ...], device: torch.
     angle = np.multiply.outer(np.array(places, np.float64), np.array(speed))
     found = np.stack([np.cos(angle), -np.sin(angle)], -1).astype(np.float32)
     return torch.from_numpy(found.reshape(len(places), -1)).to(device)
-
-
-@lru_cache(maxsize=128)
-def _runs(speed: tuple[float, ...], begin: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """exp(i w t) at the first places of runs from ``begin`` on, complex64 (count, pairs), and for the places of a run
-    the factors on the real and the imaginary part of each pair, float32 (2 pairs, RUN).
-    """
-    starts = torch.complex(*_cos_sin(speed, begin + RUN * torch.arange(count)))
-    return starts.to(device, torch.complex64), _waves(speed, torch.arange(RUN)).mT.contiguous().to(device)

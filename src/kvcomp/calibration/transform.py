@@ -157,27 +157,15 @@ class Transform:
         """sum w V' (batch, heads, queries, D) -> sum w v, in float32, for weights that sum to 1."""
         return (_grouped(out, self.value.inverse.mT) + self.value.mean[:, None]).reshape(out.shape)
 
-    def bias(self, q: Tensor, tokens: int, first: int = 0) -> Tensor | None:
-        """What scores q.K' lack of q.(k - still) because the mean turns; None where it does not.
+    def turning(self, q: Tensor) -> tuple[Tensor, Rotation] | None:
+        """What scores q.K' lack of q.(k - still) because the mean turns: products of z with ``Rotation.waves``.
 
-        Parameters
-        ----------
-        q
-            (batch, heads, queries, D), as the model makes them.
-        tokens
-            How many.
-        first
-            Place of the first.
-
-        Returns
-        -------
-        Tensor or None
-            float32 (batch, heads, queries, tokens).
+        q: (batch, heads, queries, D), as the model makes them.
+        Returns z, float32 (batch, heads, queries, 2 pairs), and the rotation; None where the mean does not turn.
         """
         if self.key.rotation is None:
             return None
-        found = self.key.rotation.products(_grouped(q.detach(), self.key.folded), first, tokens)
-        return found.reshape(*q.shape[:3], tokens)
+        return _grouped(q.detach(), self.key.folded).reshape(*q.shape[:3], -1), self.key.rotation
 
 
 def _by_head(x: Tensor) -> Tensor:

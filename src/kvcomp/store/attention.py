@@ -8,12 +8,12 @@ cache merge exactly. Nothing larger than a block (fused) or a tile is ever decom
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Transform
 from kvcomp.errors import InvalidInput
 from kvcomp.store.checks import check_tensor
@@ -67,6 +67,7 @@ def attend_tiled(
             raise InvalidInput(f"a mask of {tuple(mask.shape)} does not fit {shape}")
     transform = store.transform
     inner = q.detach().to(torch.float32) if transform is None else transform.queries(q)
+    turning = None if transform is None else transform.turning(q)
     rows = [
         attend_tiles(
             store.tiles(row),
@@ -77,7 +78,7 @@ def attend_tiled(
             softcap,
             None if mask is None else mask[row],
             store.held_channels[1],
-            None if transform is None else partial(transform.bias, q[row, None]),
+            None if turning is None else (turning[0][row], turning[1]),
             int(store.starts[row]),
             store.sliding_window,
         )
@@ -99,7 +100,7 @@ def attend_tiles(
     softcap: float,
     mask: Tensor | None = None,
     width: int | None = None,
-    bias: Callable[[int, int], Tensor | None] | None = None,
+    turning: tuple[Tensor, Rotation] | None = None,
     start: int = 0,
     sliding_window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -121,8 +122,8 @@ def attend_tiles(
         None for causal, or (heads, queries, the last tokens); no query sees those before.
     width
         head_dim of V; that of q if None.
-    bias
-        ``Transform.bias`` of the queries as the model makes them; None for none.
+    turning
+        ``Transform.turning`` of the sequence's queries; None for none.
     start
         Position of the token at the place 0.
     sliding_window
@@ -135,7 +136,8 @@ def attend_tiles(
     """
     _, queries, channels = q.shape
     # (KV heads, group, queries, ...): the heads that share K and V lie together
-    grouped = (q * scaling).view(heads, -1, queries, channels)
+    whole = q if turning is None else torch.cat([q, turning[0]], -1)
+    grouped = (whole * scaling).view(heads, -1, queries, whole.shape[-1])
     mask = None if mask is None else mask.view(*grouped.shape[:3], -1)
     peak = torch.full((*grouped.shape[:3], 1), -torch.inf, device=q.device)
     total = torch.zeros_like(peak)
@@ -151,13 +153,12 @@ def attend_tiles(
         cut = max(0, unseen - begin)
         begin, k, v = begin + cut, k[:, cut:].to(torch.float32), v[:, cut:].to(torch.float32)
         seen = slice(begin, begin + k.shape[1])
-        added = None if bias is None else bias(k.shape[1], begin - start)
-        added = None if added is None else (added * scaling).view(*grouped.shape[:3], -1)
+        if turning is not None:
+            waves = turning[1].waves(_numbers(begin - start, seen.stop - start, q))
+            k = torch.cat([k, waves.expand(heads, -1, -1)], -1)
         for first in range(0, queries, TILE_QUERIES):
             part = slice(first, first + TILE_QUERIES)
             score = _matmul(grouped[:, :, part], k.mT)
-            if added is not None:
-                score += added[:, :, part]
             if softcap:
                 score = softcap * torch.tanh(score / softcap)
             position = tokens - queries + first

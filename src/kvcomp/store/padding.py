@@ -42,7 +42,7 @@ class Padding:
         """q (batch, heads, queries, channels of K) in float32, whose products with the padded K are those with K."""
         return self.key.apply(q).to(torch.float32)
 
-    def bias(self, q: Tensor, tokens: int, first: int = 0) -> None:
+    def turning(self, q: Tensor) -> None:
         """Nothing: zeros take nothing from scores."""
 
     def outputs(self, out: Tensor) -> Tensor:

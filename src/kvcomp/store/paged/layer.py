@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -206,9 +205,11 @@ class PagedLayer:
         queries = q.transpose(0, 1)[None]
         inner = queries.to(torch.float32) if self.transform is None else self.transform.queries(queries)
         tiles = self._tiles(prefill)
-        added = None if self.transform is None else partial(self.transform.bias, queries)
+        turning = None if self.transform is None else self.transform.turning(queries)
+        if turning is not None:
+            turning = turning[0][0], turning[1]
         heads = self.shape.heads
-        out = attend_tiles(tiles, heads, prefill.tokens, inner[0], scaling, softcap, bias=added)[0][None]
+        out = attend_tiles(tiles, heads, prefill.tokens, inner[0], scaling, softcap, turning=turning)[0][None]
         return (out if self.transform is None else self.transform.outputs(out))[0].transpose(0, 1)
 
     def _tiles(self, prefill: Prefill) -> Iterator[tuple[int, Tensor, Tensor]]:
