@@ -236,6 +236,20 @@ def attention(found: Any) -> str:
     return markdown([*header, "SDPA, K and V repeated", "grouped matmul", "quartiles, fastest"], rows)
 
 
+def attention_avx512(*found: Any) -> str:
+    """The same of several specs at one context, over the fastest dense method."""
+    rows = []
+    for one in found:
+        for row in one["attention"]:
+            over = row["time_over"][row["fastest_dense"]]
+            rows.append(
+                [label(one["setting"]["named_spec"]), str(row["group"]), f"{row['ns_per_value']['median']:.3f}"]
+            )
+            rows[-1] += [f"{over['median']:.2f}x ({over['quartile_1']:.2f} to {over['quartile_3']:.2f})"]
+            rows[-1] += [row["fastest_dense"].replace("_", " ")]
+    return markdown(["spec", "queries a KV head", "ns a value", "over the fastest dense (quartiles)", "which is"], rows)
+
+
 def codec(found: Any) -> str:
     """Encoding and decompression on one thread."""
     rows = [
@@ -565,6 +579,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "llama-cpp-equal": ("llama_cpp.json", real_equal),
     "memory": ("memory.json", memory),
     "attention": ("attention_cpu.json", attention),
+    "attention-avx512": ("attention_avx512_packed.json,attention_avx512_kvcomp.json", attention_avx512),
     "codec": ("codec.json", codec),
     "generate": ("generate.json", generate),
     "files": ("files.json", files),
@@ -586,6 +601,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
             "llama_cpp",
             "memory",
             "attention_cpu",
+            "attention_avx512_packed",
             "codec",
             "generate",
             "files",
