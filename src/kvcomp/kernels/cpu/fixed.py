@@ -9,7 +9,7 @@ are sums of whole registers, and only a run's total is summed over j. Addresses 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,28 +52,35 @@ def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> No
     words: the first row that has any of them. late: whether they begin in the middle of its words.
     """
     words, width, late, out = args
+    _of_widths(builder, width, late, lambda bits, first: _unpack_width(builder, bits, first, words, out))
+
+
+def _of_widths(builder: ir.IRBuilder, width: ir.Value, late: ir.Value, emit: Callable[[int, int], None]) -> None:
+    """What ``emit(bits, first bit)`` writes for the width that is there."""
     done, nothing = builder.append_basic_block("done"), builder.append_basic_block("nothing")
     chosen = builder.switch(builder.add(builder.shl(width, I64(1)), late), nothing)
     for bits in range(1, 9):
         for is_late in range(1 + bits % 2):
-            case = builder.append_basic_block(f"unpack_{bits}_{is_late}")
+            case = builder.append_basic_block(f"width_{bits}_{is_late}")
             chosen.add_case(I64(2 * bits + is_late), case)
             builder.position_at_end(case)
-            _unpack_width(builder, bits, PIECE * is_late, words, out)
+            emit(bits, PIECE * is_late)
             builder.branch(done)
     builder.position_at_end(nothing)
     builder.branch(done)
     builder.position_at_end(done)
 
 
+def _rows_of(builder: ir.IRBuilder, words: ir.Value, bits: int, first: int) -> list[ir.Value]:
+    """The rows of words that have 16 codes of one width from a bit of the first row on."""
+    count = (first + PIECE * bits + 31) // 32
+    return [builder.load(at(builder, words, ROW_WORDS * i), align=4, typ=vector(I32)) for i in range(count)]
+
+
 def _unpack_width(builder: ir.IRBuilder, bits: int, first: int, words: ir.Value, out: ir.Value) -> None:
     """The codes of one width from a bit of the first row on."""
     with cgutils.for_range_slice(builder, I64(0), I64(ROW_FLOATS), I64(4 * LANES), I64) as (lanes, _):
-        row, column = (builder.add(x, lanes) for x in (words, out))
-        rows = [
-            builder.load(at(builder, row, ROW_WORDS * i), align=4, typ=vector(I32))
-            for i in range((first + PIECE * bits + 31) // 32)
-        ]
+        rows, column = _rows_of(builder, builder.add(words, lanes), bits, first), builder.add(out, lanes)
         for position, code in enumerate(codes_of(builder, rows, first, bits)):
             builder.store(code, at(builder, column, ROW_FLOATS * position), align=4)
 
@@ -181,6 +188,62 @@ def multiply_run(codes, positions, factors, factor_bytes, queries, out, out_byte
         _run_1(codes, positions, of, factor_bytes, to, out_bytes)
 
 
+def _multiply_piece(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    """``multiply_piece(words, width, late, factors, sums)``: 16 positions for one query, which stay in registers.
+
+    sums[g, j] += sum over positions r of factors[r, j] * codes[r, g, j]; the first three as for ``unpack_piece``.
+    """
+    words, width, late, factors, sums = args
+    _of_widths(builder, width, late, lambda bits, first: _multiply_width(builder, bits, first, words, factors, sums))
+
+
+def _multiply_width(
+    builder: ir.IRBuilder, bits: int, first: int, words: ir.Value, factors: ir.Value, sums: ir.Value
+) -> None:
+    with cgutils.for_range_slice(builder, I64(0), I64(ROW_FLOATS), I64(4 * LANES), I64) as (lanes, _):
+        rows = _rows_of(builder, builder.add(words, lanes), bits, first)
+        place = at(builder, builder.add(sums, lanes))
+        totals = [builder.load(place, align=4, typ=FLOATS), *[ir.Constant(FLOATS, [0.0] * LANES)] * 3]
+        for position, code in enumerate(codes_of(builder, rows, first, bits)):
+            parts = builder.load(at(builder, factors, 4 * PARTS * position), align=4, typ=vector(F32, PARTS))
+            repeated = builder.shuffle_vector(parts, parts, integers(I32, [*range(PARTS)] * (LANES // PARTS)))
+            product = builder.fmul(code, repeated, flags=("contract",))
+            totals[position % 4] = builder.fadd(totals[position % 4], product, flags=("contract",))
+        both = [builder.fadd(x, y) for x, y in zip(totals[:2], totals[2:], strict=True)]
+        builder.store(builder.fadd(*both), place, align=4)
+
+
+multiply_piece = emitted(types.void, [types.int64] * 5, _multiply_piece)
+
+
+def _end_run(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    """``end_run(sums, out)``: out[g] += sum over j of sums[g, j], and sums of nothing."""
+    sums, out = args
+    places = [at(builder, sums, 4 * LANES * half) for half in range(2)]
+    totals = _sum_of_parts(builder, *(builder.load(place, align=4, typ=FLOATS) for place in places))
+    for place in places:
+        builder.store(ir.Constant(FLOATS, [0.0] * LANES), place, align=4)
+    place = at(builder, out)
+    so_far = builder.load(place, align=4, typ=vector(F32, GROUPS))
+    builder.store(builder.fadd(so_far, totals), place, align=4)
+
+
+end_run = emitted(types.void, [types.int64] * 2, _end_run)
+
+
+@compiled
+def multiply_one(codes, channels, width, run, factors, sums, out):
+    """``multiply`` for one query and runs of whole pieces. sums: scratch, float32 [32]."""
+    floats_at(sums, HALF)[:] = f32(0)
+    for s in range(2):
+        for first in range(0, channels, run):
+            for position in range(first, first + run, PIECE):
+                bit, of = position * width, factors + 4 * PARTS * (position - first)
+                words = codes + 4 * HALF * s + ROW_WORDS * (bit >> 5)
+                multiply_piece(words, width, (bit & 31) >> 4, of, sums)
+            end_run(sums, out + 4 * GROUPS * ((s * channels + first) // run))
+
+
 @compiled
 def multiply(codes, kind, channels, width, factors, factor_bytes, queries, unpacked, out, out_bytes):
     """Add products of a block's codes to ``out``: float32 [query, token] for K, [query, channel] for V.
@@ -189,6 +252,9 @@ def multiply(codes, kind, channels, width, factors, factor_bytes, queries, unpac
     unpacked: scratch, float32 [channels, 32].
     """
     run = PIECE if kind == V else channels // PARTS
+    if queries == 1 and run % PIECE == 0:
+        multiply_one(codes, channels, width, run, factors, unpacked, out)
+        return
     some = channels if run % PIECE else run  # positions at a time: few stay in the nearest cache
     for s in range(2):
         for first in range(0, channels, some):
