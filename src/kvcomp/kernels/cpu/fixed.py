@@ -10,6 +10,7 @@ are sums of whole registers, and only a run's total is summed over j. Addresses 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -200,17 +201,23 @@ def _multiply_piece(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value
 def _multiply_width(
     builder: ir.IRBuilder, bits: int, first: int, words: ir.Value, factors: ir.Value, sums: ir.Value
 ) -> None:
-    with cgutils.for_range_slice(builder, I64(0), I64(ROW_FLOATS), I64(4 * LANES), I64) as (lanes, _):
-        rows = _rows_of(builder, builder.add(words, lanes), bits, first)
-        place = at(builder, builder.add(sums, lanes))
-        totals = [builder.load(place, align=4, typ=FLOATS), *[ir.Constant(FLOATS, [0.0] * LANES)] * 3]
-        for position, code in enumerate(codes_of(builder, rows, first, bits)):
+    """Where a register holds 16 floats, both halves of a row at once: factors are read once for them."""
+    halves, copies = (2, 2) if OF_VECTOR == 1 else (1, 4)
+    nothing = ir.Constant(FLOATS, [0.0] * LANES)
+    with cgutils.for_range_slice(builder, I64(0), I64(ROW_FLOATS), I64(4 * LANES * halves), I64) as (lanes, _):
+        offsets = [builder.add(lanes, I64(4 * LANES * half)) for half in range(halves)]
+        places = [at(builder, builder.add(sums, offset)) for offset in offsets]
+        totals = [[builder.load(place, align=4, typ=FLOATS), *[nothing] * (copies - 1)] for place in places]
+        rows = [_rows_of(builder, builder.add(words, offset), bits, first) for offset in offsets]
+        codes = zip(*(codes_of(builder, of_half, first, bits) for of_half in rows), strict=True)
+        for position, of_halves in enumerate(codes):
             parts = builder.load(at(builder, factors, 4 * PARTS * position), align=4, typ=vector(F32, PARTS))
             repeated = builder.shuffle_vector(parts, parts, integers(I32, [*range(PARTS)] * (LANES // PARTS)))
-            product = builder.fmul(code, repeated, flags=("contract",))
-            totals[position % 4] = builder.fadd(totals[position % 4], product, flags=("contract",))
-        both = [builder.fadd(x, y) for x, y in zip(totals[:2], totals[2:], strict=True)]
-        builder.store(builder.fadd(*both), place, align=4)
+            for total, code in zip(totals, of_halves, strict=True):
+                product = builder.fmul(code, repeated, flags=("contract",))
+                total[position % copies] = builder.fadd(total[position % copies], product, flags=("contract",))
+        for place, total in zip(places, totals, strict=True):
+            builder.store(reduce(builder.fadd, total), place, align=4)
 
 
 multiply_piece = emitted(types.void, [types.int64] * 5, _multiply_piece)
