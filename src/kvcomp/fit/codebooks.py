@@ -52,8 +52,9 @@ def fit_books(codes: Codes, kind: int) -> Books:
         for first, last in ((low, high), _plain(low, high)):
             inside = ((least >= first) & (most <= last)).all(1)
             quiet = _counts(pairs[:, inside]) if inside.mean() < 0.5 else every - _counts(pairs[:, ~inside])
-            books = _train(every - quiet, *widest), _train(quiet, first, last)
-            cost = _cost(books[0], every - quiet) + _cost(books[1], quiet)
+            others = every - quiet
+            books = _train(others, *widest), _train(quiet, first, last)
+            cost = _cost(books[0], others) + _cost(books[1], quiet)
             if cost < lowest:
                 best, lowest = books, cost
     assert best is not None

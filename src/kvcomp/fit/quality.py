@@ -53,7 +53,7 @@ def mean_kl(expected: Tensor, found: Tensor) -> float:
 
 
 def values_of(layer: Any, kind: int) -> Tensor:
-    """K or V of a cache layer, (1, KV heads, tokens, D)."""
+    """K or V of a cache layer, (rows, KV heads, tokens, D)."""
     values: Tensor = layer.values if kind else layer.keys
     return values
 
