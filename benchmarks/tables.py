@@ -462,17 +462,21 @@ def first_token(found: Any) -> str:
 
 def vllm(found: Any) -> str:
     """A compressed cache in vLLM beside vLLM's own: rows are figures, columns the specs that were measured."""
-    specs = [name for name in ("kvcomp", "kvcomp-klt", "packed-klt", "packed") if name in found]
+    specs = [name for name in found["transformers"] if name in found]
 
     def spread(of: Any) -> str:
         return f"{of['median']:.2f} ({of['least']:.2f} to {of['most']:.2f})"
 
+    def fewer(held: Any) -> str:
+        return f"{_dense(found) / held['bytes_a_token']:.2f}x"
+
     rows: dict[str, Callable[[str], str]] = {
         "tokens that fit, by vLLM's log": lambda name: f"{found[name]['tokens']:,} ({found[name]['times']:.2f}x)",
-        "held at once, of 2K": lambda name: str(found[name]["short"]["ours"]["sequences"]),
-        "pages outside vLLM's memory": lambda name: f"{_outside(found[name]['short']['ours']):.1f} %",
-        "fewer bytes a token, 2K": lambda name: f"{_dense(found) / found[name]['short']['ours']['bytes_a_token']:.2f}x",
-        "fewer bytes a token, 8K": lambda name: f"{_dense(found) / found[name]['long']['ours']['bytes_a_token']:.2f}x",
+        "held at once, of 4K": lambda name: str(found[name]["held"]["ours"]["sequences"]),
+        "pages outside vLLM's memory": lambda name: f"{_outside(found[name]['held']['ours']):.1f} %",
+        "fewer bytes a token, 2K": lambda name: fewer(found[name]["short"]),
+        "fewer bytes a token, 4K": lambda name: fewer(found[name]["held"]["ours"]),
+        "fewer bytes a token, 8K": lambda name: fewer(found[name]["long"]),
         "tokens/s over vLLM's own, equal memory": lambda name: spread(found[name]["equal_memory"]["cpu"]["ratio"]),
         "tokens/s over vLLM's own, equal concurrency": lambda name: spread(
             found[name]["equal_concurrency"]["cpu"]["ratio"]

@@ -1,11 +1,12 @@
 """What a compressed cache gives and costs in a real vLLM engine on the CPU, with SmolLM2-135M in bfloat16.
 
 Run by `make bench-vllm`, which has vLLM, the model, and needs redis-server for the last part. Every engine has one
-thread and the same bytes for its cache: what four dense sequences of 2,048 tokens take.
+thread and the same bytes for its cache: what four dense sequences of 4,096 tokens take.
 
 - Tokens that fit are those of vLLM's own log. They are then held: as many sequences as the log allows, all at once.
-  Beside them stand the bytes of pages, raw ones included. vLLM's memory is resident; what lies outside adds to it.
-- Steps of both engines are timed in turns while they hold those sequences, and once more with equally many.
+  Steps of both engines are timed in turns while they do, and once more with equally many.
+- Bytes of pages, raw ones included, are of sequences of 2,048 and of 8,064 tokens. vLLM's memory is resident; what lies
+  outside adds to it.
 - KL is over the likeliest 20 tokens at 80 places, which see the first 1,792 tokens through the cache, against vLLM's
   own; the noise floor is vLLM's own filled in other pieces. "transformers" is the same spec there, on the same texts.
 - The first token is that of prompts computed and of the same prompts from Redis, in turns.
@@ -45,11 +46,12 @@ from vllm_client import ROOT, Engine
 OUTPUT = Path(__file__).parent / "results" / "vllm_live.json"
 CALIBRATION = ROOT / "examples" / "calibrations" / "smollm2-135m.kvcal"
 FIRST, SCORED, TEXTS = 1792, 80, 6
-DENSE, SHORT, LONG, SPARE = 4, 2048, 8064, 64  # sequences of vLLM's own that fit, their tokens, a long one, a block
+DENSE, TOKENS, SPARE = 4, 4096, 64  # sequences of vLLM's own that fit, their tokens, a block
+SHORT, LONG = 2048, 8064  # tokens of a short sequence and of a long one
 STEPS, TURNS = 6, 4
 PREFIX, PREFIX_CHUNK, PROMPTS, SETTLED = 1900, 256, 3, 4.0  # tokens of a stored prompt; seconds until it is stored
 PORT = 16391
-SAVING = {"kvcomp": 3.5, "kvcomp-klt": 4.0, "packed-klt": 3.6, "packed": 3.0}
+SAVING = {"kvcomp": 3.5, "kvcomp-klt": 4.0, "packed-klt": 3.6, "packed-klt:aggressive": 6.0, "packed": 3.0}
 
 Found = dict[str, Any]
 Ids = list[int]
@@ -66,7 +68,7 @@ def main(
     ids = text_ids(tokenizer, "", None)[0].tolist()
     config = model.config
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
-    space = (DENSE * SHORT + SPARE) * token
+    space = (DENSE * TOKENS + SPARE) * token
     setting = environment(
         model="SmolLM2-135M",
         vllm="0.32.0",
@@ -74,6 +76,7 @@ def main(
         first=FIRST,
         scored=SCORED,
         texts=TEXTS,
+        tokens=TOKENS,
         short=SHORT,
         long=LONG,
     )
@@ -125,15 +128,17 @@ def method(
     with Engine({**given, "saving": saving}, **same) as ours:
         found: Found = {"saving": saving, "tokens": ours.tokens, "times": ours.tokens / reference["tokens"]}
         found["kl"] = kl(reference["scored"], scored(ours, texts))
-        many = (ours.tokens - SPARE) // SHORT
-        found["short"] = {"own": held(own, ids, DENSE, SHORT), "ours": held(ours, ids, many, SHORT)}
+        for length, tokens in (("short", SHORT), ("long", LONG)):
+            count = LONG // tokens
+            found[length] = held(ours, ids, count, tokens)
+            ours("drop", held=list(range(count)))
+        many = (ours.tokens - SPARE) // TOKENS
+        found["held"] = {"own": held(own, ids, DENSE, TOKENS), "ours": held(ours, ids, many, TOKENS)}
         found["equal_memory"] = turns(own, ours, DENSE, many)
         ours("drop", held=list(range(DENSE, many)))
         found["equal_concurrency"] = turns(own, ours, DENSE, DENSE)
         own("drop", held=list(range(DENSE)))
         ours("drop", held=list(range(DENSE)))
-        found["long"] = {"ours": held(ours, ids, 1, LONG)}
-        ours("drop", held=[0])
         found["left"] = ours.state()["memory"]
     return found
 
