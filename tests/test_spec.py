@@ -290,7 +290,7 @@ def test_the_other_presets_have_a_scale_for_each_channel_of_k() -> None:
         TensorSpec("channel", 0.08, "huffman", 12, 1), TensorSpec("token", 0.15, "huffman", 12, 1), window=64, sinks=4
     )
     packed = PRESETS["packed"]
-    assert (packed.key, packed.value) == (TensorSpec("channel", 1 / 14, "fixed"), TensorSpec("token", 1 / 6, "fixed"))
+    assert (packed.key, packed.value) == (TensorSpec("channel", 0.08, "fixed"), TensorSpec("token", 1 / 6, "fixed"))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -252,8 +252,8 @@ def _build(kind: type[T], content: Any, name: str) -> T:
 PRESETS: Mapping[str, CodecSpec] = {
     # KVComp with a scale for each K channel, so that a large one does not make the others coarse.
     "kvcomp": CodecSpec(TensorSpec("channel", 0.08), TensorSpec("token", 0.15)),
-    # Fixed-width codes: K of four bits where the range allows, V of three.
-    "packed": CodecSpec(TensorSpec("channel", 1 / 14, "fixed"), TensorSpec("token", 1 / 6, "fixed")),
+    # Fixed-width codes: K of four bits, with levels to spare for the rounding of bfloat16, V of three.
+    "packed": CodecSpec(TensorSpec("channel", 0.08, "fixed"), TensorSpec("token", 1 / 6, "fixed")),
     # KVComp as published: one scale for each K block, one for each V token.
     "kvcomp:paper": CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1)),
     "packed:paper": CodecSpec(TensorSpec("block", 1 / 14, "fixed"), TensorSpec("token", 1 / 14, "fixed")),

@@ -21,7 +21,7 @@ PAGES = Case(heads=1, pages=(3,), sinks=0, tail=1)
 CASES = {
     "kvcomp": replace(PAGES, units=("channel", "token"), scales=(0.08, 0.15)),
     "kvcomp:paper": PAGES,
-    "packed": replace(PAGES, units=("channel", "token"), coding=("fixed", "fixed"), scales=(1 / 14, 1 / 6)),
+    "packed": replace(PAGES, units=("channel", "token"), coding=("fixed", "fixed"), scales=(0.08, 1 / 6)),
     "packed:paper": replace(PAGES, coding=("fixed", "fixed"), scales=(1 / 14, 1 / 14)),
     "steps of heads": replace(PAGES, units=("head", "head"), classes=(4, 4), scales=(0.1, 0.1)),
     "low bits": replace(PAGES, units=("block", "block"), scales=(0.03, 0.03)),
