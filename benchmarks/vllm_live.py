@@ -51,7 +51,7 @@ SHORT, LONG = 2048, 8064  # tokens of a short sequence and of a long one
 STEPS, TURNS = 6, 4
 PREFIX, PREFIX_CHUNK, PROMPTS, SETTLED = 1900, 256, 3, 4.0  # tokens of a stored prompt; seconds until it is stored
 PORT = 16391
-SAVING = {"kvcomp": 3.5, "kvcomp-klt": 4.0, "packed-klt": 3.6, "packed-klt:aggressive": 6.0, "packed": 3.0}
+SAVING = {"kvcomp": 3.5, "kvcomp-klt": 4.0, "packed-klt": 3.6, "packed-klt:aggressive": 6.0, "packed": 3.3}
 
 Found = dict[str, Any]
 Ids = list[int]
