@@ -24,6 +24,7 @@ MARKED = r"<!-- table: ([\w-]+) -->.*?<!-- end -->"
 
 LABELS = {
     "kvcomp": "kvcomp: a scale for each K channel (K .08, V .15)",
+    "kvcomp:fine": "kvcomp:fine (K .04, V .1)",
     "kvcomp:paper": "kvcomp:paper: the paper's scheme (K .05, V .1)",
     "tuned": "the paper's scheme, tuned for the model",
     "packed": "packed: fixed-width codes, a scale for each K channel",
@@ -71,7 +72,7 @@ def quality(found: Any) -> str:
     return markdown([*header, "passkeys right"], rows)
 
 
-FRONT = "kivi-4", "kivi-4-same-raw", "kvcomp", "kvcomp-klt:near-lossless", "kvcomp-klt:balanced", "kivi-2"
+FRONT = "kivi-4", "kivi-4-same-raw", "kvcomp", "kvcomp:fine", "kvcomp-klt:near-lossless", "kvcomp-klt:balanced"
 SHORT = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3"}
 FRONT_BITS = {"smollm2-135m": ("coded_bits", "total_bits"), "gemma3-270m": ("coded_bits",)}  # in the README
 
@@ -101,10 +102,12 @@ def front(found: Any) -> str:
                 f"{measured[model, size][name][figure]['value']:{'.1e' if figure == 'kl' else '.2f'}}"
                 for _, model, size, figure in columns
             ),
+            *(_answers(measured[model, shortest][name]["retrieval"]["key-value"]) for model in FRONT_BITS),
         ]
         for name in FRONT
     ]
-    return markdown(["method", *(column for column, *_ in columns)], rows)
+    titles = [*(column for column, *_ in columns), *(f"{SHORT[model]}: look-ups" for model in FRONT_BITS)]
+    return markdown(["method", *titles], rows)
 
 
 def _right(cells: list[Any], task: str) -> str:
@@ -377,13 +380,17 @@ def real(name: str, found: Any) -> str:
                 f"{100 * one['top1']['value']:.1f} %",
                 f"{one['perplexity']['value']:.2f}",
                 *(f"{run[method]['kl']['value']:.1e}" if method in run else "" for run in others.values()),
-                *(f"{of['right']}/{of['asked']}" for of in one.get("retrieval", {}).values()),
+                *map(_answers, one.get("retrieval", {}).values()),
             ]
         )
     header = ["method", "coded bits", "total bits", "MiB", "KL, nats (95 %)", "99.9 % of tokens", "top-1", "perplexity"]
     asked = {"key-value": "look-ups", "passkey": "passkeys"}
     tasks = next(iter(exact.values())).get("retrieval", {})
     return markdown([*header, *others, *(asked[task] for task in tasks)], rows)
+
+
+def _answers(of: Any) -> str:
+    return f"{of['right']}/{of['asked']}"
 
 
 def real_equal(found: Any) -> str:

@@ -289,6 +289,8 @@ def test_the_other_presets_have_a_scale_for_each_channel_of_k() -> None:
     assert PRESETS["kvcomp"] == CodecSpec(
         TensorSpec("channel", 0.08, "huffman", 12, 1), TensorSpec("token", 0.15, "huffman", 12, 1), window=64, sinks=4
     )
+    fine = PRESETS["kvcomp:fine"]
+    assert (fine.key, fine.value) == (TensorSpec("channel", 0.04), TensorSpec("token", 0.1))
     packed = PRESETS["packed"]
     assert (packed.key, packed.value) == (TensorSpec("channel", 0.08, "fixed"), TensorSpec("token", 1 / 6, "fixed"))
 
@@ -304,7 +306,7 @@ def test_a_spec_resolves_from_itself_its_name_and_its_file(name: str, tmp_path: 
 
 @pytest.mark.parametrize("name", ["kvcompress", "", "spec.yaml", "KVCOMP"])
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(InvalidInput, match="kvcomp, packed"):
+    with pytest.raises(InvalidInput, match="kvcomp, kvcomp:fine, packed"):
         CodecSpec.resolve(name)
 
 
