@@ -93,12 +93,12 @@ def hold(llm: Any, prompts: Prompts) -> dict[str, float]:
 
 
 def steps(llm: Any, count: int) -> list[dict[str, float]]:
-    """What each of so many steps took, in each of which every held prompt gets a token."""
+    """What each of so many steps took, and how many held prompts got a token in it."""
     found = []
     for _ in range(count):
         begin = _clocks()
-        llm.llm_engine.step()
-        found.append(_since(begin))
+        held = len(llm.llm_engine.step())
+        found.append({**_since(begin), "held": held})
     return found
 
 

@@ -48,6 +48,7 @@ CALIBRATION = ROOT / "examples" / "calibrations" / "smollm2-135m.kvcal"
 FIRST, SCORED, TEXTS = 1792, 80, 6
 DENSE, TOKENS, SPARE = 4, 4096, 64  # sequences of vLLM's own that fit, their tokens, a block
 SHORT, LONG = 2048, 8064  # tokens of a short sequence and of a long one
+GENERATED = 2 * SPARE  # of those tokens: more than are generated while others are read and all are timed
 STEPS, TURNS = 6, 4
 PREFIX, PREFIX_CHUNK, PROMPTS, SETTLED = 1900, 256, 3, 4.0  # tokens of a stored prompt; seconds until it is stored
 PORT = 16391
@@ -144,10 +145,10 @@ def method(
 
 
 def held(engine: Engine, ids: Ids, sequences: int, tokens: int) -> Found:
-    """Hold sequences of nearly so many tokens, and say what they take; what they generate fills them up."""
+    """Hold sequences of nearly so many tokens, and say what they take; they do not end while they are timed."""
     before = engine.state()["metrics"]["vllm:num_preemptions"]
-    prompts = [ids[i * tokens :][: tokens - SPARE] for i in range(sequences)]
-    began = engine("hold", prompts=[{"ids": prompt, "max_tokens": SPARE} for prompt in prompts])
+    prompts = [ids[i * tokens :][: tokens - GENERATED] for i in range(sequences)]
+    began = engine("hold", prompts=[{"ids": prompt, "max_tokens": GENERATED} for prompt in prompts])
     after = engine.state()
     count = sum(map(len, prompts)) if after["memory"] is None else after["memory"]["tokens"]
     found = {"sequences": began["held"], "tokens": count}
@@ -161,18 +162,15 @@ def held(engine: Engine, ids: Ids, sequences: int, tokens: int) -> Found:
 
 def turns(own: Engine, ours: Engine, theirs: int, many: int) -> Found:
     """Tokens a second of both, and their ratio, by CPU time and by the clock; a step gives each sequence a token."""
-    taken: dict[str, list[Found]] = {"own": [], "ours": []}
+    clocks = "cpu", "seconds"
+    rates: dict[str, dict[str, list[float]]] = {clock: {"own": [], "ours": []} for clock in clocks}
     for _ in range(TURNS):
-        for name, engine in (("own", own), ("ours", ours)):
+        for name, engine, sequences in (("own", own, theirs), ("ours", ours, many)):
             steps = engine("steps", count=STEPS)
-            taken[name].append({clock: float(np.median([one[clock] for one in steps])) for clock in steps[0]})
-    rates = {
-        clock: {
-            name: [sequences / one[clock] for one in taken[name]]
-            for name, sequences in (("own", theirs), ("ours", many))
-        }
-        for clock in ("cpu", "seconds")
-    }
+            if any(one["held"] != sequences for one in steps):
+                raise RuntimeError(f"{name}: not all of {sequences} sequences got a token in each step: {steps}")
+            for clock in clocks:
+                rates[clock][name].append(sequences / float(np.median([one[clock] for one in steps])))
     return {
         "sequences": {"own": theirs, "ours": many},
         **{
