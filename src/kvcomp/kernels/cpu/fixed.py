@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ def _run(queries: int) -> Any:
     out[query, g] += sum over positions r and parts j of factors[query, r, j] * codes[r, g, j]
 
     A sum takes two vectors, and there are several of each where registers allow: an addition waits for the one before.
-    Two queries are as many as 16 registers hold. Four on AVX-512 would save loads, which are not what limits.
+    Two queries are as many as 16 registers hold. Four on AVX-512 save loads and no time.
     """
     copies = max(1, 8 // (2 * queries * OF_VECTOR))
 
@@ -137,9 +138,7 @@ def _run(queries: int) -> Any:
                     for half in range(2)
                 ]
                 for query in range(queries):
-                    place = builder.add(of_row, builder.mul(factor_bytes, I64(query)))
-                    parts = builder.load(at(builder, place, 4 * PARTS * i), align=4, typ=vector(F32, PARTS))
-                    repeated = builder.shuffle_vector(parts, parts, integers(I32, [*range(PARTS)] * (LANES // PARTS)))
+                    repeated = _factors_at(builder, builder.add(of_row, builder.mul(factor_bytes, I64(query))), i)
                     for half in range(2):
                         place = sums[query, half, i % copies]
                         product = builder.fmul(values[half], repeated, flags=("contract",))
@@ -152,15 +151,19 @@ def _run(queries: int) -> Any:
                 for copy in range(1, copies):
                     total = builder.fadd(total, builder.load(sums[query, half, copy], typ=FLOATS))
                 halves.append(total)
-            place = at(builder, builder.add(out, builder.mul(out_bytes, I64(query))))
-            so_far = builder.load(place, align=4, typ=vector(F32, GROUPS))
-            builder.store(builder.fadd(so_far, _sum_of_parts(builder, *halves)), place, align=4)
+            _add_parts(builder, halves, builder.add(out, builder.mul(out_bytes, I64(query))))
 
     return emitted(types.void, [types.int64] * 6, emit)
 
 
-def _sum_of_parts(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
-    """[g : 8][j : 4] in two vectors -> [g : 8]; four lanes stay together until the end, which is what is cheap."""
+def _factors_at(builder: ir.IRBuilder, factors: ir.Value, position: int) -> ir.Value:
+    """The factors of a position, [j : 4], again and again."""
+    parts = builder.load(at(builder, factors, 4 * PARTS * position), align=4, typ=vector(F32, PARTS))
+    return builder.shuffle_vector(parts, parts, integers(I32, [*range(PARTS)] * (LANES // PARTS)))
+
+
+def _add_parts(builder: ir.IRBuilder, halves: Sequence[ir.Value], out: ir.Value) -> None:
+    """out[g] += sum over j of [g : 8][j : 4] in two vectors; four lanes stay together until the end: that is cheap."""
 
     def neighbours(x: ir.Value, y: ir.Value, lanes: int) -> ir.Value:
         """In each four lanes two sums of neighbours of x, then two of y."""
@@ -169,10 +172,14 @@ def _sum_of_parts(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> i
         ]
         return builder.fadd(*(builder.shuffle_vector(x, y, integers(I32, chosen)) for chosen in of))
 
+    first, second = halves
     pairs = neighbours(first, second, LANES)
     low, high = (builder.shuffle_vector(pairs, pairs, integers(I32, range(begin, begin + 8))) for begin in (0, 8))
     sums = neighbours(low, high, 8)  # of g = 0, 4, 2, 6, 1, 5, 3, 7
-    return builder.shuffle_vector(sums, sums, integers(I32, [0, 4, 2, 6, 1, 5, 3, 7]))
+    place = at(builder, out)
+    so_far = builder.load(place, align=4, typ=vector(F32, GROUPS))
+    total = builder.shuffle_vector(sums, sums, integers(I32, [0, 4, 2, 6, 1, 5, 3, 7]))
+    builder.store(builder.fadd(so_far, total), place, align=4)
 
 
 _run_2, _run_1 = _run(2), _run(1)
@@ -189,66 +196,89 @@ def multiply_run(codes, positions, factors, factor_bytes, queries, out, out_byte
         _run_1(codes, positions, of, factor_bytes, to, out_bytes)
 
 
-def _multiply_piece(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-    """``multiply_piece(words, width, late, factors, sums)``: 16 positions for one query, which stay in registers.
+def _multiply_piece(queries: int) -> Any:
+    """``multiply_piece(words, width, late, factors, factor_bytes, sums)``: 16 positions, whose codes stay in registers.
 
-    sums[g, j] += sum over positions r of factors[r, j] * codes[r, g, j]; the first three as for ``unpack_piece``.
+    sums[query, g, j] += sum over positions r of factors[query, r, j] * codes[r, g, j]; the first three arguments are
+    those of ``unpack_piece``. Where a register holds 16 floats, both halves of a row take part at once, so factors are
+    read once for them. An addition waits for the one before, so few queries have several sums.
     """
-    words, width, late, factors, sums = args
-    _of_widths(builder, width, late, lambda bits, first: _multiply_width(builder, bits, first, words, factors, sums))
+    halves = 2 if OF_VECTOR == 1 else 1
+    copies = max(1, 4 // (halves * queries))
+
+    def of_width(bits: int, first: int, args: Sequence[ir.Value], builder: ir.IRBuilder) -> None:
+        words, _, _, factors, factor_bytes, sums = args
+        nothing = ir.Constant(FLOATS, [0.0] * LANES)
+        of_query = [builder.add(factors, builder.mul(factor_bytes, I64(query))) for query in range(queries)]
+        with cgutils.for_range_slice(builder, I64(0), I64(ROW_FLOATS), I64(4 * LANES * halves), I64) as (lanes, _):
+            offsets = [builder.add(lanes, I64(4 * LANES * half)) for half in range(halves)]
+            places = [
+                [at(builder, builder.add(sums, offset), ROW_FLOATS * query) for offset in offsets]
+                for query in range(queries)
+            ]
+            totals = [
+                [[builder.load(place, align=4, typ=FLOATS), *[nothing] * (copies - 1)] for place in of_halves]
+                for of_halves in places
+            ]
+            rows = [_rows_of(builder, builder.add(words, offset), bits, first) for offset in offsets]
+            codes = zip(*(codes_of(builder, of_half, first, bits) for of_half in rows), strict=True)
+            for position, of_halves in enumerate(codes):
+                for query in range(queries):
+                    repeated = _factors_at(builder, of_query[query], position)
+                    for total, code in zip(totals[query], of_halves, strict=True):
+                        product = builder.fmul(code, repeated, flags=("contract",))
+                        copy = position % copies
+                        total[copy] = builder.fadd(total[copy], product, flags=("contract",))
+            for place, total in zip(chain(*places), chain(*totals), strict=True):
+                builder.store(reduce(builder.fadd, total), place, align=4)
+
+    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+        _of_widths(builder, args[1], args[2], lambda bits, first: of_width(bits, first, args, builder))
+
+    return emitted(types.void, [types.int64] * 6, emit)
 
 
-def _multiply_width(
-    builder: ir.IRBuilder, bits: int, first: int, words: ir.Value, factors: ir.Value, sums: ir.Value
-) -> None:
-    """Where a register holds 16 floats, both halves of a row at once: factors are read once for them."""
-    halves, copies = (2, 2) if OF_VECTOR == 1 else (1, 4)
-    nothing = ir.Constant(FLOATS, [0.0] * LANES)
-    with cgutils.for_range_slice(builder, I64(0), I64(ROW_FLOATS), I64(4 * LANES * halves), I64) as (lanes, _):
-        offsets = [builder.add(lanes, I64(4 * LANES * half)) for half in range(halves)]
-        places = [at(builder, builder.add(sums, offset)) for offset in offsets]
-        totals = [[builder.load(place, align=4, typ=FLOATS), *[nothing] * (copies - 1)] for place in places]
-        rows = [_rows_of(builder, builder.add(words, offset), bits, first) for offset in offsets]
-        codes = zip(*(codes_of(builder, of_half, first, bits) for of_half in rows), strict=True)
-        for position, of_halves in enumerate(codes):
-            parts = builder.load(at(builder, factors, 4 * PARTS * position), align=4, typ=vector(F32, PARTS))
-            repeated = builder.shuffle_vector(parts, parts, integers(I32, [*range(PARTS)] * (LANES // PARTS)))
-            for total, code in zip(totals, of_halves, strict=True):
-                product = builder.fmul(code, repeated, flags=("contract",))
-                total[position % copies] = builder.fadd(total[position % copies], product, flags=("contract",))
-        for place, total in zip(places, totals, strict=True):
-            builder.store(reduce(builder.fadd, total), place, align=4)
+_piece_4, _piece_3, _piece_2, _piece_1 = (_multiply_piece(queries) for queries in (4, 3, 2, 1))
 
 
-multiply_piece = emitted(types.void, [types.int64] * 5, _multiply_piece)
+@compiled
+def multiply_piece(words, width, late, factors, factor_bytes, queries, sums):
+    """``_multiply_piece`` for up to four queries."""
+    if queries == 4:
+        _piece_4(words, width, late, factors, factor_bytes, sums)
+    elif queries == 3:
+        _piece_3(words, width, late, factors, factor_bytes, sums)
+    elif queries == 2:
+        _piece_2(words, width, late, factors, factor_bytes, sums)
+    else:
+        _piece_1(words, width, late, factors, factor_bytes, sums)
 
 
 def _end_run(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
     """``end_run(sums, out)``: out[g] += sum over j of sums[g, j], and sums of nothing."""
     sums, out = args
     places = [at(builder, sums, 4 * LANES * half) for half in range(2)]
-    totals = _sum_of_parts(builder, *(builder.load(place, align=4, typ=FLOATS) for place in places))
+    _add_parts(builder, [builder.load(place, align=4, typ=FLOATS) for place in places], out)
     for place in places:
         builder.store(ir.Constant(FLOATS, [0.0] * LANES), place, align=4)
-    place = at(builder, out)
-    so_far = builder.load(place, align=4, typ=vector(F32, GROUPS))
-    builder.store(builder.fadd(so_far, totals), place, align=4)
 
 
 end_run = emitted(types.void, [types.int64] * 2, _end_run)
 
 
 @compiled
-def multiply_one(codes, channels, width, run, factors, sums, out):
-    """``multiply`` for one query and runs of whole pieces. sums: scratch, float32 [32]."""
-    floats_at(sums, HALF)[:] = f32(0)
+def multiply_pieces(codes, channels, width, run, factors, factor_bytes, queries, sums, out, out_bytes):
+    """``multiply`` for up to four queries and runs of whole pieces. sums: scratch, float32 [queries, 32]."""
+    floats_at(sums, queries * HALF)[:] = f32(0)
     for s in range(2):
         for first in range(0, channels, run):
             for position in range(first, first + run, PIECE):
                 bit, of = position * width, factors + 4 * PARTS * (position - first)
                 words = codes + 4 * HALF * s + ROW_WORDS * (bit >> 5)
-                multiply_piece(words, width, (bit & 31) >> 4, of, sums)
-            end_run(sums, out + 4 * GROUPS * ((s * channels + first) // run))
+                multiply_piece(words, width, (bit & 31) >> 4, of, factor_bytes, queries, sums)
+            place = out + 4 * GROUPS * ((s * channels + first) // run)
+            for query in range(queries):
+                end_run(sums + ROW_FLOATS * query, place + query * out_bytes)
 
 
 @compiled
@@ -259,16 +289,16 @@ def multiply(codes, kind, channels, width, factors, factor_bytes, queries, unpac
     unpacked: scratch, float32 [channels, 32].
     """
     run = PIECE if kind == V else channels // PARTS
-    if queries == 1 and run % PIECE == 0:
-        multiply_one(codes, channels, width, run, factors, unpacked, out)
+    if run % PIECE == 0:
+        for query in range(0, queries, 4):
+            of, to, some = factors + query * factor_bytes, out + query * out_bytes, min(4, queries - query)
+            multiply_pieces(codes, channels, width, run, of, factor_bytes, some, unpacked, to, out_bytes)
         return
-    some = channels if run % PIECE else run  # positions at a time: few stay in the nearest cache
     for s in range(2):
-        for first in range(0, channels, some):
-            unpack(codes + 4 * HALF * s, width, first, first + some, unpacked)
-            for begin in range(0, some, run):
-                place = out + 4 * GROUPS * ((s * channels + first + begin) // run)
-                multiply_run(unpacked + ROW_FLOATS * begin, run, factors, factor_bytes, queries, place, out_bytes)
+        unpack(codes + 4 * HALF * s, width, 0, channels, unpacked)
+        for first in range(0, channels, run):
+            place = out + 4 * GROUPS * ((s * channels + first) // run)
+            multiply_run(unpacked + ROW_FLOATS * first, run, factors, factor_bytes, queries, place, out_bytes)
 
 
 def _turn(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
