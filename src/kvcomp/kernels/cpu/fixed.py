@@ -45,6 +45,7 @@ GROUPS, PARTS = 8, 4  # values of g and j
 PIECE = 16  # positions that are unpacked together: those of a run of V
 ROW_WORDS, ROW_FLOATS = 4 * STREAMS, 4 * HALF  # bytes of a row of words, and of a row of unpacked codes
 FLOATS = vector(F32)
+FEW = 3  # queries whose sums 16 registers hold beside codes and factors
 f32 = np.float32
 
 
@@ -289,7 +290,7 @@ def multiply(codes, kind, channels, width, factors, factor_bytes, queries, unpac
     unpacked: scratch, float32 [channels, 32].
     """
     run = PIECE if kind == V else channels // PARTS
-    if run % PIECE == 0:
+    if run % PIECE == 0 and (OF_VECTOR == 1 or queries <= FEW):
         for query in range(0, queries, 4):
             of, to, some = factors + query * factor_bytes, out + query * out_bytes, min(4, queries - query)
             multiply_pieces(codes, channels, width, run, of, factor_bytes, some, unpacked, to, out_bytes)
