@@ -28,6 +28,7 @@ LABELS = {
     "kvcomp:paper": "kvcomp:paper: the paper's scheme (K .05, V .1)",
     "tuned": "the paper's scheme, tuned for the model",
     "packed": "packed: fixed-width codes, a scale for each K channel",
+    "packed, K 1/14": "fixed-width codes, K 1/14 and V 1/6",
     "packed:paper": "packed:paper: fixed-width codes, a scale for each K block",
     "fp8": "fp8 (E4M3, scale 1)",
     **{f"kivi-{bits}": f"KIVI-style {bits} bit" for bits in (4, 3, 2)},
