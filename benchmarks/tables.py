@@ -489,7 +489,7 @@ def vllm(found: Any) -> str:
         "tokens/s over vLLM's own, equal concurrency": lambda name: spread(
             found[name]["equal_concurrency"]["cpu"]["ratio"]
         ),
-        "KL": lambda name: f"{found[name]['kl']['mean']:.1e}",
+        "KL": lambda name: f"{found['kl'][name]['mean']:.1e}",
         "KL of the spec in transformers": lambda name: f"{found['transformers'][name]['mean']:.1e}",
     }
     body = [[title, *(_or_blank(figure, name) for name in specs)] for title, figure in rows.items()]

@@ -7,7 +7,7 @@ thread and the same bytes for its cache: what four dense sequences of 4,096 toke
   Steps of both engines are timed in turns while they do, and once more with equally many.
 - Bytes of pages, raw ones included, are of sequences of 2,048 and of 8,064 tokens. vLLM's memory is resident; what lies
   outside adds to it.
-- KL is over the likeliest 20 tokens at 80 places, which see the first 1,792 tokens through the cache, against vLLM's
+- KL is over the likeliest 20 tokens at 80 places, which see the first 1,796 tokens through the cache, against vLLM's
   own; the noise floor is vLLM's own filled in other pieces. "transformers" is the same spec there, on the same texts.
 - The first token is that of prompts computed and of the same prompts from Redis, in turns.
 - Gaps are between tokens of a running request, with Redis at work and with it stopped.
@@ -45,7 +45,7 @@ from vllm_client import ROOT, Engine
 
 OUTPUT = Path(__file__).parent / "results" / "vllm_live.json"
 CALIBRATION = ROOT / "examples" / "calibrations" / "smollm2-135m.kvcal"
-FIRST, SCORED, TEXTS = 1792, 80, 6
+FIRST, SCORED, TEXTS = 1796, 80, 6  # pages and sinks: vLLM's blocks and transformers' pages leave as many tokens raw
 DENSE, TOKENS, SPARE = 4, 4096, 64  # sequences of vLLM's own that fit, their tokens, a block
 SHORT, LONG = 2048, 8064  # tokens of a short sequence and of a long one
 GENERATED = 2 * SPARE  # of those tokens: more than are generated while others are read and all are timed
@@ -110,8 +110,9 @@ def main(
             reference = part("own", lambda: {"tokens": own.tokens, "scored": scored(own, texts)})
             part("noise_floor", partial(noise, same, texts, reference))
             part("transformers", partial(in_transformers, model, texts))
+            part("kl", partial(in_engines, same, texts, reference))
             for name, saving in SAVING.items():
-                part(name, partial(method, options(name), saving, same, own, reference, ids, texts))
+                part(name, partial(method, options(name), saving, same, own, reference["tokens"], ids))
     content["own"].pop("scored")
     content["partial"] = False
     output.write_text(json.dumps(content, indent=2) + "\n")
@@ -122,13 +123,19 @@ def options(name: str) -> dict[str, str]:
     return {"spec": name} | ({"calibration": str(CALIBRATION)} if is_calibrated(name) else {})
 
 
-def method(
-    given: dict[str, str], saving: float, same: Found, own: Engine, reference: Found, ids: Ids, texts: Sequence[Ids]
-) -> Found:
-    """A compressed cache beside vLLM's own: bytes, KL, and times in turns."""
+def in_engines(same: Found, texts: Sequence[Ids], reference: Found) -> Found:
+    """KL of each spec in the engine, against vLLM's own cache."""
+    found = {}
+    for name in SAVING:
+        with Engine(options(name), **same) as ours:
+            found[name] = kl(reference["scored"], scored(ours, texts))
+    return found
+
+
+def method(given: dict[str, str], saving: float, same: Found, own: Engine, dense_tokens: int, ids: Ids) -> Found:
+    """A compressed cache beside vLLM's own: bytes, and times in turns."""
     with Engine({**given, "saving": saving}, **same) as ours:
-        found: Found = {"saving": saving, "tokens": ours.tokens, "times": ours.tokens / reference["tokens"]}
-        found["kl"] = kl(reference["scored"], scored(ours, texts))
+        found: Found = {"saving": saving, "tokens": ours.tokens, "times": ours.tokens / dense_tokens}
         for length, tokens in (("short", SHORT), ("long", LONG)):
             count = LONG // tokens
             found[length] = held(ours, ids, count, tokens)
