@@ -124,19 +124,29 @@ def forms_of(pages: Pages, build: AttendBuild) -> Counter[tuple[str, str]]:
 def form_of(mode: int, size: int, own: Codebook | None, kind: int, build: AttendBuild) -> str:
     """The form of a block of K or V (0 or 1), of ``gpu_instructions.FORMS``, or ``raw``."""
     bits, copies = ((build.k_bits, build.k_copies), (build.v_bits, build.v_copies))[kind]
+    stage = (build.k_stage, build.v_stage)[kind]
     if mode == RAW:
         return "raw"
     if mode >= FIXED:
         width = width_of(mode)
-        whole = build.channels // 8 * width % 16 == 0 if kind == 0 else True  # a tile of K fills words
-        return f"{width} bits" if width in (2, 4) and not bits and whole else "any width"
-    if mode == OWN_BOOK and own is not None and size <= build.stage and copies and max(own.levels) <= 128:
+        return (
+            f"{width} bits"
+            if not bits and width < 8 and turn_of(build.channels, kind) * width % 32 == 0
+            else "any width"
+        )
+    if mode == OWN_BOOK and own is not None and size <= stage and copies and max(own.levels) <= 128:
         book = describe_book(own, 0)
         if not any(book.split):
             return "symbols"
         if book.bits <= SHARED_PAIR_BITS:
             return "split"
     return "global tables"
+
+
+def turn_of(channels: int, kind: int) -> int:
+    """Codes of a stream that a turn of the kernel's loop over a block of K or V takes (``A_TURN`` of products.cuh)."""
+    two = channels <= 192 and (kind == 0 or channels // 16 % 2 == 0)
+    return (2 if two else 1) * (16 if kind else channels // 4)
 
 
 @lru_cache(maxsize=1)

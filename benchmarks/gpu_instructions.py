@@ -53,9 +53,10 @@ SPECS = {
 }
 # How the codes of a block are read: by symbols that are the codes, with low bits behind them, out of tables in global
 # memory, at a fixed width.
-FORMS = ("symbols", "split", "global tables", "4 bits", "2 bits")
+WIDTHS = {f"{width} bits": (width / 8, width / 8) for width in range(1, 8)}
+FORMS = ("symbols", "split", "global tables", *WIDTHS)
 # Loads for each product of those that do not read shared memory alone, at least and at most.
-LOADS = {"global tables": (1.5, 3), "4 bits": (0.5, 0.5), "2 bits": (0.25, 0.25), "any width": (0.75, 1.25)}
+LOADS = {"global tables": (1.5, 3), "any width": (0.9, 1.25), **WIDTHS}
 WIDE = ("global tables", "any width")  # codes up to 255
 
 

@@ -40,7 +40,7 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
     if (item.chunk >= 0 || mode == RAW) {
         RawPairs<VALUE> raw = raw_values(item, K, a.sinks_k, a.tail_k, a, row, head, lane);
         if (K_UNIT == CHANNEL) queries.begin(nullptr, lane);
-        multiply_keys<RawPairs<VALUE>>([&](int t, int part, auto& low, auto& high) { raw.keys(t, part * 2 * TAKEN_PAIRS, CHANNELS / 4, low, high); }, queries, score);
+        multiply_keys<RawPairs<VALUE>>([&](int t, int part, int, auto& low, auto& high) { raw.keys(t, part * 2 * TAKEN_PAIRS, CHANNELS / 4, low, high); }, queries, score);
         return;
     }
     u32 at = item.k_staged ? staged + scale_stage(K_UNIT) : 0;
@@ -49,7 +49,7 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
     if (K_UNIT == CHANNEL) queries.begin(block, lane);
     read_codes<K>(mode, block, at, book, own.k, own.ones, lane, [&](auto& reader) {
         typedef Bare<decltype(reader)> Pairs;
-        multiply_keys<Pairs>([&](int, int, auto& low, auto& high) { reader.take(low, high); }, queries, score);
+        multiply_keys<Pairs>([&](int, int, int taken, auto& low, auto& high) { reader.take(taken, low, high); }, queries, score);
     });
     // The operands were 128 + code - first.
     float first = (float)(mode < FIXED ? book.first[K_CLASSES == 1 ? 0 : lane & 3] - 128 : -128);
@@ -137,14 +137,14 @@ INLINE void spread_factors(u32 scales, u32 zeros, u32 to, int lane) {
 INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Scores& weight, const Own& own, u32 at, int of_row, int head,
                      int lane, float2* sums, Softmax& row) {
     constexpr u32 ONES = 0x3f803f80u;  // of bfloat16
-    u32 mode = mode_of(item, V), staged = item.v_staged ? RESERVED + at + V_STAGE + scale_stage(V_UNIT) : 0;
+    u32 mode = mode_of(item, V), staged = item.v_staged ? RESERVED + at + V_STAGED + scale_stage(V_UNIT) : 0;
     bool raw = item.chunk >= 0 || mode == RAW;
     const u8* block = staged ? shared_memory + staged - RESERVED : block_of(item, V);
     float scale = 1.f, zero = 0.f;
     if (V_UNIT == BLOCK && !raw) scale = __uint_as_float(load_word(block)), zero = (float)(i32)load_word(block + 4);
     if (V_UNIT == HEAD && !raw) scale = a.v_steps[head], zero = zero_of_steps(mode);
     if (BY_TOKEN) {
-        const u8* scales = V_UNIT == TOKEN ? shared_memory + at + V_STAGE : block;
+        const u8* scales = V_UNIT == TOKEN ? shared_memory + at + V_STAGED : block;
         spread_factors(raw ? ONES : load_word(scales + 4 * lane), raw ? 0 : load_word(scales + 2 * TOKENS + 4 * lane), at + FACTORS, lane);
         __syncwarp();
     }
@@ -161,7 +161,7 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
     };
     if (raw) {
         RawPairs<VALUE> tokens = raw_values(item, V, a.sinks_v, a.tail_v, a, of_row, head, lane);
-        multiply_values<RawPairs<VALUE>>([&](int i, auto& low, auto& high) { tokens.channels(i, CHANNELS / 2, low, high); }, weights, add);
+        multiply_values<RawPairs<VALUE>>([&](int i, int, auto& low, auto& high) { tokens.channels(i, CHANNELS / 2, low, high); }, weights, add);
         return;
     }
     // The sums of the weights, and of the weights times the zeros: of what the tensor cores see.
@@ -192,9 +192,9 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
     };
     read_codes<V>(mode, block, staged, book, own.v, own.ones, lane, [&](auto& reader) {
         typedef Bare<decltype(reader)> Pairs;
-        auto tile = [&](int i, auto& low, auto& high) {
+        auto tile = [&](int i, int taken, auto& low, auto& high) {
             if (V_CLASSES > 1) reader.classes(book, class_of_tile<CHANNELS>(i), class_of_tile<CHANNELS>(i + VALUE_TILES), lane);
-            reader.take(low, high);
+            reader.take(taken, low, high);
         };
         if constexpr (V_UNIT == CHANNEL)
             multiply_values<Pairs>(tile, weights, add_channels);
@@ -262,9 +262,9 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
     Item item = {};
     describe(item, index);
     look_ahead(index + step);
-    stage<K>(item, a, RESERVED + mine + K_STAGE, lane);
+    stage<K>(item, a, RESERVED + mine + K_STAGED, lane);
     for (; index < items; index += step) {
-        stage<V>(item, a, RESERVED + mine + V_STAGE, lane);
+        stage<V>(item, a, RESERVED + mine + V_STAGED, lane);
         Item next = item;
         auto go_on = [&] {
             describe(next, index + step);
@@ -274,10 +274,10 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
         await_copies<1>();
         __syncwarp();
         Scores score;
-        score_item(item, a, books, queries, own, RESERVED + mine + K_STAGE, row, head, lane, score);
+        score_item(item, a, books, queries, own, RESERVED + mine + K_STAGED, row, head, lane, score);
         __syncwarp();  // all have read this K
         if (!ROOMY) go_on();
-        stage<K>(next, a, RESERVED + mine + K_STAGE, lane);
+        stage<K>(next, a, RESERVED + mine + K_STAGED, lane);
         float shrink = item.chunk == IN_PAGE && item.tokens == TOKENS ? weigh<true>(score, a, TOKENS, lane, softmax)
                                                                       : weigh_some(score, a, item, row, tail_end, lane, softmax);
         if (__any_sync(~0u, shrink != 1.f)) scale_down(shrink, sums, softmax);

@@ -55,10 +55,13 @@ struct Scores {
     INLINE float& at(int token_pair, int i) { return of[token_pair & 3][2 * (token_pair >> 2) + i]; }  // of token 8 token_pair + 2 j + i
 };
 
-// q.K of a block, tile by tile: tile(t, part, low, high) gives its pairs.
+// Tiles to a turn of the loops below, where the code for one is short.
+constexpr int KEY_TILES_A_TURN = ROOMY ? 2 : 1, VALUE_TILES_A_TURN = ROOMY && VALUE_TILES % 2 == 0 ? 2 : 1;
+
+// q.K of a block, tile by tile: tile(t, part, taken, low, high) gives its pairs, of which ``taken`` were before in this turn.
 template <class Pairs, class Tile>
 INLINE void multiply_keys(Tile tile, const Queries& queries, Scores& score) {
-    constexpr int at_once = Pairs::SHORT && ROOMY ? 2 : 1;
+    constexpr int at_once = Pairs::SHORT ? KEY_TILES_A_TURN : 1;
 #pragma unroll 1
     for (int t = 0; t < 4; t += at_once) {
         // A queue, as registers cannot be numbered by t.
@@ -72,7 +75,7 @@ INLINE void multiply_keys(Tile tile, const Queries& queries, Scores& score) {
 #pragma unroll
             for (int part_of_tile = 0; part_of_tile < KEY_PARTS; part_of_tile++) {
                 typename Pairs::Pair low[TAKEN_PAIRS], high[TAKEN_PAIRS];
-                tile(t + next, part_of_tile, low, high);
+                tile(t + next, part_of_tile, next * KEY_PAIRS + part_of_tile * TAKEN_PAIRS, low, high);
 #pragma unroll
                 for (int i = 0; i < TAKEN_PAIRS; i += 2) {
 #pragma unroll
@@ -90,14 +93,15 @@ INLINE void multiply_keys(Tile tile, const Queries& queries, Scores& score) {
     }
 }
 
-// weights.V of a block, tile by tile: tile(i, low, high) gives the pairs of the tiles i and i + VALUE_TILES, add(tile, products) takes the products.
+// weights.V of a block, tile by tile: tile(i, taken, low, high) gives the pairs of the tiles i and i + VALUE_TILES, add(tile, products) takes the
+// products.
 template <class Pairs, class Tile, class Add>
 INLINE void multiply_values(Tile tile, const u32 (&weights)[4][4], Add add) {
-    constexpr int at_once = Pairs::SHORT && ROOMY && VALUE_TILES % 2 == 0 ? 2 : 1;
+    constexpr int at_once = Pairs::SHORT ? VALUE_TILES_A_TURN : 1;
 #pragma unroll at_once
     for (int i = 0; i < VALUE_TILES; i++) {
         typename Pairs::Pair low[VALUE_PAIRS], high[VALUE_PAIRS];
-        tile(i, low, high);
+        tile(i, i % at_once * VALUE_PAIRS, low, high);
         float c[2][4] = {};
 #pragma unroll
         for (int u = 0; u < 4; u++) {
@@ -112,6 +116,8 @@ INLINE void multiply_values(Tile tile, const u32 (&weights)[4][4], Add add) {
     }
 }
 
+constexpr int MOST_OWN_WIDTH = 7;  // of the widths that may have a reader of their own
+
 // How the blocks of a book are read: out of shared memory, by symbols that are the codes or with low bits behind them; or where they are.
 enum Form { SYMBOLS, SPLIT, ANY };
 
@@ -123,6 +129,25 @@ INLINE Form form_of(const Book& own) {
     return own.bits <= SHARED_PAIR_BITS ? SPLIT : ANY;
 }
 
+// Gives use(pairs) the reader of a block of WIDTH bits or more: one of its own for each width of which the codes of a turn fill whole words.
+template <int WIDTH, int TURN, class Use>
+INLINE void read_fixed(u32 width, PlainWords codes, u32 ones, int lane, Use use) {
+    auto read = [&](auto reader) {
+        reader.ones = ones;
+        reader.begin(codes, lane, (CHANNELS * width + 31) / 32);
+        use(reader);
+    };
+    if constexpr (WIDTH > MOST_OWN_WIDTH) {
+        AnyWidthPairs reader;
+        reader.width = width;
+        read(reader);
+    } else {
+        if constexpr (2 * WIDTH * TURN % 32 == 0)
+            if (width == WIDTH) return read(FixedPairs<WIDTH>());
+        read_fixed<WIDTH + 1, TURN>(width, codes, ones, lane, use);
+    }
+}
+
 // Gives use(pairs) the reader of a coded block that fits it best. staged: address of its copy in shared memory, or 0. own: form of the row's
 // own book. Every reader has ``take`` and ``classes``.
 template <int KIND, class Use>
@@ -130,23 +155,11 @@ INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, 
     constexpr int bits = KIND == K ? K_BITS : V_BITS, copies = KIND == K ? K_COPIES : V_COPIES;
     constexpr int classes = KIND == K ? K_CLASSES : V_CLASSES;
     constexpr int head = scale_bytes(KIND == K ? K_UNIT : V_UNIT, CHANNELS);
-    constexpr int pairs = KIND == K ? TAKEN_PAIRS : VALUE_PAIRS;
+    constexpr int turn = KIND == K ? KEY_TILES_A_TURN * KEY_PAIRS : VALUE_TILES_A_TURN * VALUE_PAIRS;
     constexpr u32 place = RESERVED + (KIND == K ? K_TABLE_AT : V_TABLE_AT);
     if (mode >= FIXED) {
-        u32 width = mode - FIXED ? mode - FIXED : 8, words = (CHANNELS * width + 31) / 32;
-        auto read = [&](auto reader) {
-            reader.width = width, reader.ones = ones;
-            reader.begin(PlainWords{block + head}, lane, words);
-            use(reader);
-        };
-        if (bits == 0 && width == 4 && fills_words<4, pairs>()) {
-            if constexpr (fills_words<4, pairs>()) read(FixedPairs<4>{});
-        } else if (bits == 0 && width == 2 && fills_words<2, pairs>()) {
-            if constexpr (fills_words<2, pairs>()) read(FixedPairs<2>{});
-        } else {
-            read(FixedPairs<0>{});
-        }
-        return;
+        constexpr int least = bits ? MOST_OWN_WIDTH + 1 : 1;  // with a book few blocks have a fixed width
+        return read_fixed<least, turn>(mode - FIXED ? mode - FIXED : 8, PlainWords{block + head}, ones, lane, use);
     }
     if constexpr (bits > 0) {
         auto read = [&](auto reader, auto words) {
