@@ -136,7 +136,6 @@ INLINE void spread_factors(u32 scales, u32 zeros, u32 to, int lane) {
 // Add weights.V of one item to the sums; ``weight`` is what ``weigh`` left. at: the warp's part of shared memory.
 INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Scores& weight, const Own& own, u32 at, int of_row, int head,
                      int lane, float2* sums, Softmax& row) {
-    constexpr u32 ONES = 0x3f803f80u;  // of bfloat16
     u32 mode = mode_of(item, V), staged = item.v_staged ? RESERVED + at + V_STAGED + scale_stage(V_UNIT) : 0;
     bool raw = item.chunk >= 0 || mode == RAW;
     const u8* block = staged ? shared_memory + staged - RESERVED : block_of(item, V);
@@ -186,8 +185,8 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
         u32 both = load_word(block + 2 * (8 * tile + 2 * (lane & 3)));
         u32 zeros = load_word(block + 2 * (CHANNELS + 8 * tile + 2 * (lane & 3)));
         float first = first_of(V_CLASSES == 1 ? 0 : class_of_tile<CHANNELS>(tile));
-        products.x = (products.x + sum * (first + (float)(i16)(zeros & 0xffff))) * low_bfloat16(both);
-        products.y = (products.y + sum * (first + (float)((i32)zeros >> 16))) * high_bfloat16(both);
+        products.x = (products.x + sum * (first + low_i16(zeros))) * low_bfloat16(both);
+        products.y = (products.y + sum * (first + high_i16(zeros))) * high_bfloat16(both);
         add(tile, products);
     };
     read_codes<V>(mode, block, staged, book, own.v, own.ones, lane, [&](auto& reader) {
@@ -223,8 +222,11 @@ INLINE void fill_shared(const Arguments& a, int row, int head, int first_query) 
     float* queries = reinterpret_cast<float*>(shared_memory + QUERIES_AT);
     typedef typename Value<QUERY_VALUE>::Bits Bits;
     const Bits* q = reinterpret_cast<const Bits*>(a.q) + ((i64)(row * a.heads + head) * a.queries + first_query) * CHANNELS;
-    for (int i = thread; i < QUERIES * CHANNELS; i += threads)
-        queries[i] = first_query + i / CHANNELS < a.queries ? Value<QUERY_VALUE>::widen(q[i]) * (SOFTCAP ? a.scaling : a.scaling * LOG2_E) : 0.f;
+    for (int i = thread; i < QUERIES * CHANNELS; i += threads) {
+        int query = i / CHANNELS;
+        float x = first_query + query < a.queries ? Value<QUERY_VALUE>::widen(q[i]) * (SOFTCAP ? a.scaling : a.scaling * LOG2_E) : 0.f;
+        queries[place_of_query(query, i % CHANNELS)] = x;
+    }
 }
 
 // Everything a warp has to do; leaves its sums, peaks and totals in shared memory.

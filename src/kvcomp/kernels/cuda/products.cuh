@@ -9,42 +9,44 @@ struct TwoTokens {
     INLINE TwoTokens(const u8* of_tokens, int pair) {
         u32 both = load_word(of_tokens + 4 * pair), shifts = load_word(of_tokens + 2 * TOKENS + 4 * pair);
         scales = make_float2(low_bfloat16(both), high_bfloat16(both));
-        zeros = make_float2((float)(i16)(shifts & 0xffff), (float)((i32)shifts >> 16));
+        zeros = make_float2(low_i16(shifts), high_i16(shifts));
     }
 };
+
+// Where a query's channel lies in shared memory, in floats: step by step the four that each lane takes.
+INLINE int place_of_query(int query, int channel) {
+    int quarter = channel / (CHANNELS / 4), of_quarter = channel % (CHANNELS / 4);
+    return 4 * (of_quarter / 4 * LANES + 4 * query + quarter) + of_quarter % 4;
+}
 
 // The queries of a warp as A, times what is common to a channel of K, and the sums that zeros are folded into.
 struct Queries {
     u32 a[STEPS][4];
-    float quarter;  // sum of row g over the channels of quarter j
+    float quarter;  // sum of row g over the channels of quarter j, as the tensor cores see them
     float sum;      // of row g over all channels
     float shift;    // sum of row g times the channels' zeros, over quarter j, where K has a scale for each channel
 
     // scales: of the channels, as a block of K stores them, or null for 1.
     INLINE void begin(const u8* scales, int lane) {
-        int g = lane >> 2, quarter_at = (lane & 3) * (CHANNELS / 4);
-        const float* q = reinterpret_cast<const float*>(shared_memory + QUERIES_AT) + g * CHANNELS + quarter_at;
-        quarter = shift = 0.f;
+        const float4* q = reinterpret_cast<const float4*>(shared_memory + QUERIES_AT) + lane;
+        const uint2* channels = reinterpret_cast<const uint2*>(scales + (lane & 3) * (CHANNELS / 2));
+        u32 own_quarter = lane >> 3 == (lane & 3) ? ONES : 0;  // of B: both columns that lane j has of C
+        float sums[4] = {};
+        shift = 0.f;
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int channel = 4 * step + 2 * half;
-                float2 two = *reinterpret_cast<const float2*>(q + channel);
-                u32 zeros = 0;
-                if (scales) {
-                    u32 both = load_word(scales + 2 * (quarter_at + channel));
-                    zeros = load_word(scales + 2 * (CHANNELS + quarter_at + channel));
-                    two.x *= low_bfloat16(both), two.y *= high_bfloat16(both);
-                }
-                u32 &high = a[step][2 * half], &rest = a[step][2 * half + 1];
-                split_rows(two.x, two.y, high, rest);
-                float x = low_bfloat16(high) + low_bfloat16(rest), y = high_bfloat16(high) + high_bfloat16(rest);
-                quarter += x + y;
-                if (scales) shift += x * (float)(i16)(zeros & 0xffff) + y * (float)((i32)zeros >> 16);
+            float4 x = q[step * LANES];
+            if (scales) {
+                uint2 of_channels = channels[step], zeros = channels[CHANNELS / 4 + step];
+                x.x *= low_bfloat16(of_channels.x), x.y *= high_bfloat16(of_channels.x);
+                x.z *= low_bfloat16(of_channels.y), x.w *= high_bfloat16(of_channels.y);
+                shift += x.x * low_i16(zeros.x) + x.y * high_i16(zeros.x) + x.z * low_i16(zeros.y) + x.w * high_i16(zeros.y);
             }
+            split_rows(x.x, x.y, a[step][0], a[step][1]);
+            split_rows(x.z, x.w, a[step][2], a[step][3]);
+            multiply_add(sums, a[step], own_quarter, own_quarter);
         }
-        quarter = keep(quarter);
+        quarter = keep(both_rows(sums).x);
         sum = sum_of_row(quarter);
     }
 };
