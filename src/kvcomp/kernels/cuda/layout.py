@@ -317,7 +317,7 @@ def index_bits(tensor: TensorSpec) -> int:
 PAGE_WARPS: Final = 4
 # Bits a value up to which a block is copied to shared memory before it is decoded.
 STAGED_BITS: Final = {"huffman": 4.5, "fixed": 5}
-WARPS: Final = (8, 6, 4, 3, 2, 1)
+WARPS: Final = (16, 12, 8, 6, 4, 3, 2, 1)
 COPIES: Final = (8, 4, 2, 1)
 
 
@@ -357,16 +357,25 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
 
     # More copies of the tables are not worth fewer warps; tables in global memory are worth it where fewer than three
     # warps are left.
+    most = most_warps(spec, channels, on.architecture)
     choices = (
-        [(WARPS[0], copies) for copies in COPIES]
-        + [(warps, 1) for warps in WARPS if warps >= 3]
-        + [(warps, 0) for warps in WARPS]
+        [(warps, copies) for warps in WARPS if 8 <= warps <= most for copies in COPIES]
+        + [(warps, 1) for warps in WARPS if 3 <= warps < 8]
+        + [(warps, 0) for warps in WARPS if warps <= most]
     )
     for warps, copies in choices:
         chosen = build(warps, copies)
         if chosen.shared <= on.shared:
             return chosen
     raise BackendUnavailable(f"the tables of this spec do not fit the shared memory of sm_{on.architecture}")
+
+
+def most_warps(spec: CodecSpec, channels: int, architecture: int) -> int:
+    """Warps of a CTA whose registers hold everything. From sm_100 on the compiler takes more of them."""
+    fixed = spec.key.coding == spec.value.coding == "fixed"
+    if channels > 128 or (architecture >= 100 and not (fixed and channels in (64, 128))):
+        return 8
+    return 16 if channels == 64 and architecture < 100 and spec.key.classes == spec.value.classes == 1 else 12
 
 
 def stage_bytes(channels: int, tensor: TensorSpec) -> int:
