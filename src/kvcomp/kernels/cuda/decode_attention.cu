@@ -9,9 +9,9 @@
 // are relative to, so that a weight is at most 2^SLACK.
 #include "products.cuh"
 
-// The forms of a row's own books, and BFLOAT16_128, in registers.
-struct Own {
-    Form k, v;
+// What readers need, in registers: the books of K and V whose tables are kept, and BFLOAT16_128.
+struct Reading {
+    Kept k, v;
     u32 ones;
 };
 
@@ -33,7 +33,7 @@ INLINE RawPairs<VALUE> raw_values(const Item& item, int kind, const RawTensor& s
 }
 
 // Scores of one item, log base 2. staged: the address of what is copied of K.
-INLINE void score_item(const Item& item, const Arguments& a, const Book* books, Queries& queries, const Own& own, u32 staged, int row, int head,
+INLINE void score_item(const Item& item, const Arguments& a, const Book* books, Queries& queries, const Reading& reading, u32 staged, int row, int head,
                        int lane, Scores& score) {
     u32 mode = mode_of(item, K);
     score.scale = 1.f, score.shift = 0.f;
@@ -47,7 +47,7 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
     const u8* block = at ? shared_memory + at - RESERVED : block_of(item, K);
     const Book& book = books[mode == OWN_BOOK];
     if (K_UNIT == CHANNEL) queries.begin(block, lane);
-    read_codes<K>(mode, block, at, book, own.k, own.ones, lane, [&](auto& reader) {
+    read_codes<K>(mode, block, at, book, reading.k, reading.ones, lane, [&](auto& reader) {
         typedef Bare<decltype(reader)> Pairs;
         multiply_keys<Pairs>([&](int, int, int taken, auto& low, auto& high) { reader.take(taken, low, high); }, queries, score);
     });
@@ -134,7 +134,7 @@ INLINE void spread_factors(u32 scales, u32 zeros, u32 to, int lane) {
 }
 
 // Add weights.V of one item to the sums; ``weight`` is what ``weigh`` left. at: the warp's part of shared memory.
-INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Scores& weight, const Own& own, u32 at, int of_row, int head,
+INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Scores& weight, const Reading& reading, u32 at, int of_row, int head,
                      int lane, float2* sums, Softmax& row) {
     u32 mode = mode_of(item, V), staged = item.v_staged ? RESERVED + at + V_STAGED + scale_stage(V_UNIT) : 0;
     bool raw = item.chunk >= 0 || mode == RAW;
@@ -189,7 +189,7 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
         products.y = (products.y + sum * (first + high_i16(zeros))) * high_bfloat16(both);
         add(tile, products);
     };
-    read_codes<V>(mode, block, staged, book, own.v, own.ones, lane, [&](auto& reader) {
+    read_codes<V>(mode, block, staged, book, reading.v, reading.ones, lane, [&](auto& reader) {
         typedef Bare<decltype(reader)> Pairs;
         auto tile = [&](int i, int taken, auto& low, auto& high) {
             if (V_CLASSES > 1) reader.classes(book, class_of_tile<CHANNELS>(i), class_of_tile<CHANNELS>(i + VALUE_TILES), lane);
@@ -202,22 +202,33 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
     });
 }
 
-// Load the row's books, own tables and queries to shared memory.
+// The mode of the blocks whose table a CTA keeps: what the head's middle page has where heads have steps of their own, as nearly all pages of a head
+// then take the same of two books. Other rows train their own book, which all but the first pages take.
+template <int KIND>
+INLINE u32 mode_to_keep(const Arguments& a, int row, int head) {
+    i32 pages = a.count[row];
+    if ((KIND == K ? K_UNIT : V_UNIT) != HEAD || !pages) return OWN_BOOK;
+    const u32* directory = reinterpret_cast<const u32*>(a.pages[(i64)row * a.capacity + pages / 2]);
+    return (directory[KIND * a.heads + head] & 15) == DEFAULT_BOOK ? DEFAULT_BOOK : OWN_BOOK;
+}
+
+// Load the row's books, the tables to be kept and the queries to shared memory.
 INLINE void fill_shared(const Arguments& a, int row, int head, int first_query) {
     int thread = threadIdx.x;
     constexpr int threads = WARPS * LANES;
     u32* books = reinterpret_cast<u32*>(shared_memory + BOOKS_AT);
     const u32* from = reinterpret_cast<const u32*>(a.books + 4 * row);
     for (int i = thread; i < 4 * (int)sizeof(Book) / 4; i += threads) books[i] = from[i];
-    if (thread == 0) *reinterpret_cast<u32*>(shared_memory + ONES_AT) = a.ones;
-    const u32 *k_own = a.books[4 * row + 1].table, *v_own = a.books[4 * row + 3].table;
-    if (K_COPIES && k_own) {
+    u32 k_mode = mode_to_keep<K>(a, row, head), v_mode = mode_to_keep<V>(a, row, head);
+    if (thread == 0) *reinterpret_cast<uint4*>(shared_memory + CONSTANTS_AT) = {a.ones, k_mode, v_mode, 0};
+    const u32 *k_table = a.books[4 * row + (k_mode == OWN_BOOK)].table, *v_table = a.books[4 * row + 2 + (v_mode == OWN_BOOK)].table;
+    if (K_COPIES && k_table) {
         u32* table = reinterpret_cast<u32*>(shared_memory + K_TABLE_AT);
-        for (int i = thread; i < K_CLASSES * K_COPIES << K_BITS; i += threads) table[i] = k_own[i / max(1, K_COPIES)];
+        for (int i = thread; i < K_CLASSES * K_COPIES << K_BITS; i += threads) table[i] = k_table[i / max(1, K_COPIES)];
     }
-    if (V_COPIES && v_own) {
+    if (V_COPIES && v_table) {
         u32* table = reinterpret_cast<u32*>(shared_memory + V_TABLE_AT);
-        for (int i = thread; i < V_CLASSES * V_COPIES << V_BITS; i += threads) table[i] = v_own[i / max(1, V_COPIES)];
+        for (int i = thread; i < V_CLASSES * V_COPIES << V_BITS; i += threads) table[i] = v_table[i / max(1, V_COPIES)];
     }
     float* queries = reinterpret_cast<float*>(shared_memory + QUERIES_AT);
     typedef typename Value<QUERY_VALUE>::Bits Bits;
@@ -241,7 +252,10 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
     Queries queries;
     if (K_UNIT != CHANNEL) queries.begin(nullptr, lane);
     Softmax softmax;
-    Own own = {form_of<K>(books[1]), form_of<V>(books[3]), load_shared(RESERVED + ONES_AT)};
+    u32 k_mode = K_UNIT == HEAD ? load_shared(RESERVED + CONSTANTS_AT + 4) : OWN_BOOK;
+    u32 v_mode = V_UNIT == HEAD ? load_shared(RESERVED + CONSTANTS_AT + 8) : OWN_BOOK;
+    Kept of_k = {k_mode, form_of<K>(books[k_mode == OWN_BOOK])}, of_v = {v_mode, form_of<V>(books[2 + (v_mode == OWN_BOOK)])};
+    Reading reading = {of_k, of_v, load_shared(RESERVED + CONSTANTS_AT)};
     // Query i is that of new token i mod new_tokens, which sees the tail up to itself.
     int tail_end = *a.tail_tokens - (a.new_tokens - 1) + query % a.new_tokens;
     int pages = a.count[row], items = pages + raw_chunks(a, row), step = gridDim.x * WARPS;
@@ -266,6 +280,8 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
     look_ahead(index + step);
     stage<K>(item, a, RESERVED + mine + K_STAGED, lane);
     for (; index < items; index += step) {
+        await_copies<0>();
+        __syncwarp();  // K is there, and all have read the last V
         stage<V>(item, a, RESERVED + mine + V_STAGED, lane);
         Item next = item;
         auto go_on = [&] {
@@ -273,10 +289,8 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
             look_ahead(index + 2 * step);
         };
         if (ROOMY) go_on();
-        await_copies<1>();
-        __syncwarp();
         Scores score;
-        score_item(item, a, books, queries, own, RESERVED + mine + K_STAGED, row, head, lane, score);
+        score_item(item, a, books, queries, reading, RESERVED + mine + K_STAGED, row, head, lane, score);
         __syncwarp();  // all have read this K
         if (!ROOMY) go_on();
         stage<K>(next, a, RESERVED + mine + K_STAGED, lane);
@@ -285,8 +299,7 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
         if (__any_sync(~0u, shrink != 1.f)) scale_down(shrink, sums, softmax);
         await_copies<1>();
         __syncwarp();
-        add_item(item, a, books, score, own, mine, row, head, lane, sums, softmax);
-        __syncwarp();  // all have read this V
+        add_item(item, a, books, score, reading, mine, row, head, lane, sums, softmax);
         item = next;
     }
     for (int tile = 0; tile < CHANNELS / 8; tile++) {

@@ -51,8 +51,8 @@ constexpr int scale_stage(int unit) { return unit == TOKEN ? TOKEN_SCALE_BYTES :
 constexpr bool BY_TOKEN = V_UNIT == TOKEN || V_UNIT == VECTOR;
 constexpr int QUERIES_AT = 0;
 constexpr int BOOKS_AT = QUERIES_AT + 4 * QUERIES * CHANNELS;
-constexpr int ONES_AT = BOOKS_AT + 4 * sizeof(Book);
-constexpr int PEAKS_AT = ONES_AT + 16;
+constexpr int CONSTANTS_AT = BOOKS_AT + 4 * sizeof(Book);  // BFLOAT16_128, and the modes of the blocks whose tables follow
+constexpr int PEAKS_AT = CONSTANTS_AT + 16;
 constexpr int TOTALS_AT = PEAKS_AT + 4 * WARPS * QUERIES;
 constexpr int K_TABLE_AT = TOTALS_AT + 4 * WARPS * QUERIES;
 constexpr int V_TABLE_AT = K_TABLE_AT + table_bytes(K_CLASSES, K_BITS, K_COPIES);

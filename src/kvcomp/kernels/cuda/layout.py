@@ -355,11 +355,12 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
             reserved=on.reserved,
         )
 
-    # More copies of the tables are not worth fewer warps; tables in global memory are worth it where fewer than three
-    # warps are left.
+    # More copies of the tables are not worth fewer warps, nor, beyond eight warps, what they take of a window; tables
+    # in global memory are worth it where fewer than three warps are left.
     most = most_warps(spec, channels, on.architecture)
     choices = (
-        [(warps, copies) for warps in WARPS if 8 <= warps <= most for copies in COPIES]
+        [(warps, 1) for warps in WARPS if 8 < warps <= most]
+        + [(8, copies) for copies in COPIES]
         + [(warps, 1) for warps in WARPS if 3 <= warps < 8]
         + [(warps, 0) for warps in WARPS if warps <= most]
     )

@@ -120,15 +120,17 @@ INLINE void multiply_values(Tile tile, const u32 (&weights)[4][4], Add add) {
 
 constexpr int MOST_OWN_WIDTH = 7;  // of the widths that may have a reader of their own
 
-// How the blocks of a book are read: out of shared memory, by symbols that are the codes or with low bits behind them; or where they are.
-enum Form { SYMBOLS, SPLIT, ANY };
+// How blocks are read whose book has its table in shared memory: by symbols that are the codes, with low bits behind them, or with so many that one
+// pair fits a window; ANY for all other blocks, which are read where they are.
+enum Form { SYMBOLS, SPLIT, LONG, ANY };
 
 template <int KIND>
-INLINE Form form_of(const Book& own) {
+INLINE Form form_of(const Book& book) {
     constexpr int copies = KIND == K ? K_COPIES : V_COPIES;
-    if (!copies || own.levels > 128) return ANY;
-    if (!(own.split[0] | own.split[1] | own.split[2] | own.split[3])) return SYMBOLS;
-    return own.bits <= SHARED_PAIR_BITS ? SPLIT : ANY;
+    if (!copies) return ANY;
+    if (book.levels > 128) return LONG;
+    if (!(book.split[0] | book.split[1] | book.split[2] | book.split[3])) return SYMBOLS;
+    return book.bits <= SHARED_PAIR_BITS ? SPLIT : LONG;
 }
 
 // Gives use(pairs) the reader of a block of WIDTH bits or more: one of its own for each width of which the codes of a turn fill whole words.
@@ -150,10 +152,16 @@ INLINE void read_fixed(u32 width, PlainWords codes, u32 ones, int lane, Use use)
     }
 }
 
-// Gives use(pairs) the reader of a coded block that fits it best. staged: address of its copy in shared memory, or 0. own: form of the row's
-// own book. Every reader has ``take`` and ``classes``.
+// The book whose table a CTA keeps in shared memory: the mode of its blocks and how they are read.
+struct Kept {
+    u32 mode;
+    Form form;
+};
+
+// Gives use(pairs) the reader of a coded block that fits it best. staged: address of its copy in shared memory, or 0. Every reader has ``take``
+// and ``classes``.
 template <int KIND, class Use>
-INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, Form own, u32 ones, int lane, Use use) {
+INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, Kept kept, u32 ones, int lane, Use use) {
     constexpr int bits = KIND == K ? K_BITS : V_BITS, copies = KIND == K ? K_COPIES : V_COPIES;
     constexpr int classes = KIND == K ? K_CLASSES : V_CLASSES;
     constexpr int head = scale_bytes(KIND == K ? K_UNIT : V_UNIT, CHANNELS);
@@ -175,10 +183,11 @@ INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, 
         };
         if constexpr (copies > 0) {
             typedef SharedTable<place, bits, copies> Table;
-            Form form = mode == OWN_BOOK && staged ? own : ANY;
-            if (form == SYMBOLS) return read(HuffmanPairs<SharedWords, Table, bits, false, false>{}, SharedWords{staged});
-            if (form == SPLIT)
-                return read(HuffmanPairs<SharedWords, Table, SHARED_PAIR_BITS, true, false>{}, SharedWords{staged});
+            SharedWords words = {staged};
+            Form form = mode == kept.mode && staged ? kept.form : ANY;
+            if (form == SYMBOLS) return read(HuffmanPairs<SharedWords, Table, bits, false, false>{}, words);
+            if (form == SPLIT) return read(HuffmanPairs<SharedWords, Table, SHARED_PAIR_BITS, true, false>{}, words);
+            if (form == LONG) return read(HuffmanPairs<SharedWords, Table, MOST_PAIR_BITS, true, true>{}, words);
         }
         read(HuffmanPairs<PlainWords, PlainTable<bits>, MOST_PAIR_BITS, true, true>{}, PlainWords{block});
     }

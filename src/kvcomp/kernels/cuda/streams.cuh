@@ -82,10 +82,10 @@ INLINE u32 stream_starts(Words lengths, int lane, u32& first, u32& second) {
     u32 mask = (1u << width) - 1;
     u32 low = __funnelshift_r(low_words.word(4), low_words.word(8), bit) & mask;
     u32 high = __funnelshift_r(high_words.word(4), high_words.word(8), bit) & mask;
-    int low_group = KIND == K ? lane & 3 : lane >> 4, high_group = KIND == K ? lane & 3 : 2 + (lane >> 4);
-    low += head >> (4 + 7 * low_group) & 127;
-    high += head >> (4 + 7 * high_group) & 127;
-    u32 mine = low | high << 16, sum = mine;  // the sum of 32 lengths fits 16 bits
+    // The bases of both; of V that of the second lies 14 bits above the other.
+    u32 bases = head >> (4 + 7 * (KIND == K ? lane & 3 : lane >> 4)) & (KIND == K ? 127 : 127 | 127 << 14);
+    u32 mine = (low | high << 16) + (KIND == K ? bases * 0x10001 : bases + 3 * (bases & 127 << 14));
+    u32 sum = mine;  // the sum of 32 lengths fits 16 bits
     add_from_below<1>(sum);
     add_from_below<2>(sum);
     add_from_below<4>(sum);
