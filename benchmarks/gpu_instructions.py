@@ -51,11 +51,12 @@ SPECS = {
     "kvcomp-klt, limit 10": _klt(10),
     "kvcomp-klt, limit 12": _klt(12),
 }
-# How the codes of a block are read: by symbols that are the codes, with low bits behind them, with so many that one pair
-# fits a window, out of tables in global memory, at a fixed width.
+# Loads for each product of the readers of a fixed width, at least and at most.
 WIDTHS = {f"{width} bits": (width / 8, width / 8) for width in range(1, 8)}
+# How the codes of a block are read: by symbols that are the codes, with low bits behind them, with more of them
+# than two pairs of a window have, out of tables in global memory, at a fixed width.
 FORMS = ("symbols", "split", "long", "global tables", *WIDTHS)
-# Loads for each product of those that do not read shared memory alone, at least and at most.
+# The same of all that do not read shared memory alone.
 LOADS = {"global tables": (1.5, 3), "any width": (0.9, 1.25), **WIDTHS}
 WIDE = ("long", "global tables", "any width")  # codes up to 255
 

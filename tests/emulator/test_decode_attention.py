@@ -40,6 +40,7 @@ GRID = {
     "three new tokens": Case(queries=12, new=3, partial=1, pages=(3, 2)),
     "steps of heads": Case(units=("head", "head"), classes=(4, 4), scales=(0.1, 0.1)),
     "fine steps of heads": Case(units=("head", "head"), classes=(4, 1), scales=(0.02, 0.03), limit=10),
+    "steps of heads, two books": Case(units=("head", "head"), classes=(4, 4), scales=(0.05, 0.05), wide=True),
     "steps of heads, fixed width": Case(units=("head", "head"), coding=("fixed", "fixed"), scales=(0.2, 0.05)),
     "no own book": Case(own=False, channels=64, heads=1),
     "nothing but a tail": Case(pages=(0, 0), sinks=0, tail=130, value="float16"),

@@ -373,10 +373,11 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
 
 def most_warps(spec: CodecSpec, channels: int, architecture: int) -> int:
     """Warps of a CTA whose registers hold everything. From sm_100 on the compiler takes more of them."""
-    fixed = spec.key.coding == spec.value.coding == "fixed"
-    if channels > 128 or (architecture >= 100 and not (fixed and channels in (64, 128))):
+    if channels > 128 or architecture >= 100:
         return 8
-    return 16 if channels == 64 and architecture < 100 and spec.key.classes == spec.value.classes == 1 else 12
+    if spec.key.classes > 1 or spec.value.classes > 1:
+        return 12 if channels < 128 else 8
+    return 16 if channels == 64 else 12
 
 
 def stage_bytes(channels: int, tensor: TensorSpec) -> int:
