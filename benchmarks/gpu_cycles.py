@@ -29,11 +29,10 @@ from transformers import DynamicCache
 import real_models
 from gpu_instructions import SOURCE, compiled, functions, page_of
 from kvcomp.calibration import Calibration
-from kvcomp.codec.codebook import Codebook
-from kvcomp.codec.dtypes import FIXED, OWN_BOOK, RAW
+from kvcomp.codec.dtypes import DEFAULT_BOOK, FIXED, OWN_BOOK, RAW
 from kvcomp.codec.page import directory_of, width_of
 from kvcomp.integrations.transformers import KVCompCache
-from kvcomp.kernels import CacheView, reference
+from kvcomp.kernels import Books, CacheView, reference
 from kvcomp.kernels.cuda.compile import nvrtc_version, sources_hash
 from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, describe_book, machine
 from kvcomp.results.schema import environment
@@ -108,12 +107,26 @@ def forms_of(pages: Pages, build: AttendBuild) -> Counter[tuple[str, str]]:
     """How the kernel reads the blocks of K and V of each page and head (``read_codes`` of products.cuh)."""
     found = Counter[tuple[str, str]]()
     heads = pages.heads
+    units = pages.spec.key.unit, pages.spec.value.unit
     for view in pages.views:
-        for address in view.pages[0, : view.count[0]].tolist():
-            modes, offsets = directory_of(reference.page_bytes(address, heads), 0, heads)
+        of_pages = [
+            directory_of(reference.page_bytes(address, heads), 0, heads)
+            for address in view.pages[0, : view.count[0]].tolist()
+        ]
+        middle = of_pages[len(of_pages) // 2][0]
+        kept = [
+            DEFAULT_BOOK if units[i // heads] == "head" and middle[i] == DEFAULT_BOOK else OWN_BOOK
+            for i in range(2 * heads)
+        ]
+        for modes, offsets in of_pages:
             forms = [
                 form_of(
-                    int(modes[i]), int(offsets[i + 1] - offsets[i]), view.books[0][i // heads][1], i // heads, build
+                    int(modes[i]),
+                    int(offsets[i + 1] - offsets[i]),
+                    kept[i],
+                    view.books[0][i // heads],
+                    i // heads,
+                    build,
                 )
                 for i in range(2 * heads)
             ]
@@ -121,22 +134,36 @@ def forms_of(pages: Pages, build: AttendBuild) -> Counter[tuple[str, str]]:
     return found
 
 
-def form_of(mode: int, size: int, own: Codebook | None, kind: int, build: AttendBuild) -> str:
-    """The form of a block of K or V (0 or 1), of ``gpu_instructions.FORMS``, or ``raw``."""
+def form_of(mode: int, size: int, kept: int, books: Books, kind: int, build: AttendBuild) -> str:
+    """The form of a block of K or V (0 or 1), of ``gpu_instructions.FORMS``, or ``raw``. kept: mode of the blocks whose
+    table is in shared memory.
+    """
     bits, copies = ((build.k_bits, build.k_copies), (build.v_bits, build.v_copies))[kind]
+    stage = (build.k_stage, build.v_stage)[kind]
     if mode == RAW:
         return "raw"
     if mode >= FIXED:
         width = width_of(mode)
-        whole = build.channels // 8 * width % 16 == 0 if kind == 0 else True  # a tile of K fills words
-        return f"{width} bits" if width in (2, 4) and not bits and whole else "any width"
-    if mode == OWN_BOOK and own is not None and size <= build.stage and copies and max(own.levels) <= 128:
-        book = describe_book(own, 0)
-        if not any(book.split):
+        return (
+            f"{width} bits"
+            if not bits and width < 8 and turn_of(build.channels, kind) * width % 32 == 0
+            else "any width"
+        )
+    book = books[kept == OWN_BOOK]
+    if mode == kept and size <= stage and copies and book:
+        described = describe_book(book, 0)
+        if described.levels > 128:
+            return "long"
+        if not any(described.split):
             return "symbols"
-        if book.bits <= SHARED_PAIR_BITS:
-            return "split"
+        return "split" if described.bits <= SHARED_PAIR_BITS else "long"
     return "global tables"
+
+
+def turn_of(channels: int, kind: int) -> int:
+    """Codes of a stream that a turn of the kernel's loop over a block of K or V takes (``A_TURN`` of products.cuh)."""
+    two = channels <= 192 and (kind == 0 or channels // 16 % 2 == 0)
+    return (2 if two else 1) * (16 if kind else channels // 4)
 
 
 @lru_cache(maxsize=1)

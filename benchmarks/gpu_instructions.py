@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from itertools import groupby, product
+from itertools import groupby, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,14 @@ SPECS = {
     "kvcomp-klt, limit 10": _klt(10),
     "kvcomp-klt, limit 12": _klt(12),
 }
-# How the codes of a block are read: by symbols that are the codes, with low bits behind them, out of tables in global
-# memory, at a fixed width.
-FORMS = ("symbols", "split", "global tables", "4 bits", "2 bits")
-# Loads for each product of those that do not read shared memory alone, at least and at most.
-LOADS = {"global tables": (1.5, 3), "4 bits": (0.5, 0.5), "2 bits": (0.25, 0.25), "any width": (0.75, 1.25)}
-WIDE = ("global tables", "any width")  # codes up to 255
+# Loads for each product of the readers of a fixed width, at least and at most.
+WIDTHS = {f"{width} bits": (width / 8, width / 8) for width in range(1, 8)}
+# How the codes of a block are read: by symbols that are the codes, with low bits behind them, with more of them
+# than two pairs of a window have, out of tables in global memory, at a fixed width.
+FORMS = ("symbols", "split", "long", "global tables", *WIDTHS)
+# The same of all that do not read shared memory alone.
+LOADS = {"global tables": (1.5, 3), "any width": (0.9, 1.25), **WIDTHS}
+WIDE = ("long", "global tables", "any width")  # codes up to 255
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,11 @@ def page_of(lines: list[str | Instruction], build: AttendBuild, form: str, of_va
 
     def reader(function: str, form: str) -> frozenset[int] | None:
         mine = [x for x in readers if any(_inside(one, {function}) for i in x for one in made[i].instructions)]
-        in_shared = sorted((x for x in mine if count(x, "LDS") >= 2 * count(x, "HMMA")), key=size)
-        if form in ("symbols", "split"):
-            which = FORMS.index(form)
-            return in_shared[which] if len(in_shared) > which else None
+        in_shared = [x for x in mine if count(x, "LDS") >= 1.75 * count(x, "HMMA")]
+        if form in FORMS[:3]:
+            long = [x for x in in_shared if count(x, "LDS") < 2.5 * count(x, "HMMA")]
+            found = long if form == "long" else sorted((x for x in in_shared if x not in long), key=size)
+            return next(islice(found, form == "split", None), None)
         least, most = LOADS[form]
         fits = (x for x in mine if x not in in_shared and least <= count(x, "LD") / count(x, "HMMA") <= most)
         return next(fits, None)

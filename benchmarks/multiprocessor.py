@@ -113,7 +113,7 @@ def cycles(
 
 def _encoded(one: Instruction) -> tuple[int, int, int, int, int]:
     control: Control = one.control
-    stall = max(1, control.stall) + (BRANCH if one.name == "BRA" else 0)
+    stall = max(1, control.stall) + (BRANCH if one.name in ("BRA", "BRX") else 0)
     return pipe_of(one), stall, control.sets, control.frees, control.waits
 
 

@@ -126,6 +126,9 @@ def blocks(lines: Iterable[str | Instruction]) -> list[Block]:
         if target and local and (line.name == "CALL" or (line.name == "BRA" and line.operation != "BRA.DIV")):
             targets.append((of_block, target[1]))
             falls = line.operation != "BRA.CONV" and bool(line.predicate or "P" in line.operands.split("`")[0])
+        elif line.name == "BRX":  # to a place of a table, which nvdisasm lists
+            targets += [(of_block, label) for label in re.findall(r"\.L_\w+", line.operands)]
+            falls = False
         elif line.name in ("EXIT", "RET"):
             falls = bool(line.predicate)
     for number, label in targets:

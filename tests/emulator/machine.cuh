@@ -26,6 +26,12 @@ typedef unsigned long long u64;
 struct float2 {
     float x, y;
 };
+struct float4 {
+    float x, y, z, w;
+};
+struct uint2 {
+    u32 x, y;
+};
 struct uint4 {
     u32 x, y, z, w;
 };

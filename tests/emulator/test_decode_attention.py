@@ -12,6 +12,7 @@ from attention_cases import NUMPY, Case, build, scramble
 from emulated_attention import attend
 from emulated_decompression import decompress
 from emulator import COMPILER, Array
+from kvcomp.codec.page import directory_of, width_of
 from kvcomp.codec.quantise import round_to, to_float32
 from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, describe_book, machine
 
@@ -39,6 +40,7 @@ GRID = {
     "three new tokens": Case(queries=12, new=3, partial=1, pages=(3, 2)),
     "steps of heads": Case(units=("head", "head"), classes=(4, 4), scales=(0.1, 0.1)),
     "fine steps of heads": Case(units=("head", "head"), classes=(4, 1), scales=(0.02, 0.03), limit=10),
+    "steps of heads, two books": Case(units=("head", "head"), classes=(4, 4), scales=(0.05, 0.05), wide=True),
     "steps of heads, fixed width": Case(units=("head", "head"), coding=("fixed", "fixed"), scales=(0.2, 0.05)),
     "no own book": Case(own=False, channels=64, heads=1),
     "nothing but a tail": Case(pages=(0, 0), sinks=0, tail=130, value="float16"),
@@ -103,7 +105,7 @@ def test_copies_of_the_tables(copies: int) -> None:
 def test_blocks_too_large_to_stage() -> None:
     case = Case(raw=True, units=("vector", "token"))
     cache = build(case)
-    result = attend(cache, replace(build_for(case), stage=1024))
+    result = attend(cache, replace(build_for(case), k_stage=1024, v_stage=1024))
     assert cache.expected().error_of(result.out) < TOLERANCE
 
 
@@ -133,7 +135,7 @@ def test_short_codes_with_low_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = build(case)
     own = [describe_book(of_kind[1], 0) for of_kind in cache.view.books[0]]
     assert all(book.split[0] == 1 and book.bits <= case.limit for book in own)
-    result = attend(cache, replace(build_for(case), stage=8192))
+    result = attend(cache, replace(build_for(case), k_stage=8192, v_stage=8192))
     assert cache.expected().error_of(result.out) < TOLERANCE
 
 
@@ -142,6 +144,27 @@ def test_short_codes_with_low_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_number_of_queries(queries: int) -> None:
     cache = build(Case(channels=64, queries=queries, heads=1, pages=(1,), tail=1, sinks=0))
     assert cache.expected().error_of(attend(cache, build_for(cache.case)).out) < TOLERANCE
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("channels", [64, 96, 128, 256])
+@pytest.mark.parametrize("width", range(1, 8))
+def test_every_fixed_width(width: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every value from 0 to 2^width - 1, in steps of about 1."""
+    most = 2**width - 1
+
+    def even(rng: np.random.Generator, heads: int, tokens: int, channels: int, value: str) -> Array:
+        return round_to(rng.integers(0, most + 1, (heads, tokens, channels)).astype(np.float32), NUMPY[value])
+
+    monkeypatch.setattr(attention_cases, "values_like", even)
+    scale = min(0.9, 1.01 / most)
+    case = Case(
+        channels=channels, pages=(2, 1), units=("block", "block"), coding=("fixed", "fixed"), scales=(scale, scale)
+    )
+    cache = build(case)
+    modes, _ = directory_of(cache.owners[0], 0, case.heads)
+    assert [width_of(int(mode)) for mode in modes[:-1]] == 2 * case.heads * [width]
+    assert cache.expected().error_of(attend(cache, build_for(case)).out) < TOLERANCE
 
 
 HOSTILE = {
@@ -164,5 +187,5 @@ def test_hostile_streams_are_read_within_the_arena(case: Case) -> None:
     scramble(cache, np.random.default_rng(0))
     for stage in (None, 512):  # read from shared memory, and where it is
         chosen = build_for(case)
-        attend(cache, chosen if stage is None else replace(chosen, stage=stage))
+        attend(cache, chosen if stage is None else replace(chosen, k_stage=stage, v_stage=stage))
     decompress(cache)

@@ -23,6 +23,7 @@ CASES = {
     "symbols": Case(heads=1, sinks=0, tail=1),
     "split": Case(heads=1, sinks=0, tail=1, units=("block", "block"), scales=(0.03, 0.03)),
     "4 bits": Case(heads=1, sinks=0, tail=1, coding=("fixed", "fixed"), scales=(1 / 12, 1 / 12)),
+    "5 bits": Case(heads=1, sinks=0, tail=1, coding=("fixed", "fixed"), scales=(1 / 24, 1 / 24)),
 }
 
 
@@ -45,7 +46,8 @@ def counted(case: Case, build_of_it: AttendBuild) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("form", "architecture"), [("symbols", 80), ("symbols", 90), ("symbols", 120), ("split", 90), ("4 bits", 80)]
+    ("form", "architecture"),
+    [("symbols", 80), ("symbols", 90), ("symbols", 120), ("split", 90), ("4 bits", 80), ("5 bits", 90)],
 )
 def test_the_path_does_what_a_page_does(gpu_instructions: Any, form: str, architecture: int) -> None:
     case = CASES[form]

@@ -27,8 +27,9 @@ class Case:
     """What a cache is like. pages: of each row. queries: of a KV head, of the last ``new`` tokens; where that is 0 each
     sees a random part of the tail. value: dtype of the cache.
 
-    own: whether rows have their own books, trained on the first page only, so that some blocks need the default. raw:
-    one raw block of K and one of V in each row. partial: tokens that count of each row's last page.
+    own: whether rows have their own books, trained on the first page only, so that some blocks need the default. wide:
+    whether the unit ``head`` has a default too, trained on all pages. raw: one raw block of K and one of V in each row.
+    partial: tokens that count of each row's last page.
     """
 
     channels: int = 128
@@ -43,6 +44,7 @@ class Case:
     value: str = "bfloat16"
     scales: tuple[float, float] = (0.05, 0.1)
     own: bool = True
+    wide: bool = False
     raw: bool = False
     partial: int = PAGE_TOKENS
     sinks: int = 4
@@ -128,7 +130,11 @@ def build(case: Case) -> Cache:
             first = Quantised(q.codes[:1], q.scale[:1], q.zero[:1], q.raw[:1])
             trains = case.own and count and tensor.coding == "huffman"
             own = codebook.train(reference.count_pairs(first, kind, tensor.classes), tensor.limit) if trains else None
-            default = None if tensor.unit == "head" else codebook.default(tensor.scale, tensor.classes, tensor.limit)
+            default: codebook.Codebook | None = None
+            if tensor.unit != "head":
+                default = codebook.default(tensor.scale, tensor.classes, tensor.limit)
+            elif trains and case.wide:
+                default = codebook.train(reference.count_pairs(q, kind, tensor.classes), tensor.limit)
             of_row.append((default, own))
         if case.raw and count:
             make_raw(kq, count - 1, 0)

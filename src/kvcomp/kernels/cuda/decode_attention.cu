@@ -9,9 +9,9 @@
 // are relative to, so that a weight is at most 2^SLACK.
 #include "products.cuh"
 
-// The forms of a row's own books, and BFLOAT16_128, in registers.
-struct Own {
-    Form k, v;
+// What readers need, in registers: the books of K and V whose tables are kept, and BFLOAT16_128.
+struct Reading {
+    Kept k, v;
     u32 ones;
 };
 
@@ -33,23 +33,23 @@ INLINE RawPairs<VALUE> raw_values(const Item& item, int kind, const RawTensor& s
 }
 
 // Scores of one item, log base 2. staged: the address of what is copied of K.
-INLINE void score_item(const Item& item, const Arguments& a, const Book* books, Queries& queries, const Own& own, u32 staged, int row, int head,
+INLINE void score_item(const Item& item, const Arguments& a, const Book* books, Queries& queries, const Reading& reading, u32 staged, int row, int head,
                        int lane, Scores& score) {
     u32 mode = mode_of(item, K);
     score.scale = 1.f, score.shift = 0.f;
     if (item.chunk >= 0 || mode == RAW) {
         RawPairs<VALUE> raw = raw_values(item, K, a.sinks_k, a.tail_k, a, row, head, lane);
         if (K_UNIT == CHANNEL) queries.begin(nullptr, lane);
-        multiply_keys<RawPairs<VALUE>>([&](int t, int part, auto& low, auto& high) { raw.keys(t, part * 2 * TAKEN_PAIRS, CHANNELS / 4, low, high); }, queries, score);
+        multiply_keys<RawPairs<VALUE>>([&](int t, int part, int, auto& low, auto& high) { raw.keys(t, part * 2 * TAKEN_PAIRS, CHANNELS / 4, low, high); }, queries, score);
         return;
     }
     u32 at = item.k_staged ? staged + scale_stage(K_UNIT) : 0;
     const u8* block = at ? shared_memory + at - RESERVED : block_of(item, K);
     const Book& book = books[mode == OWN_BOOK];
     if (K_UNIT == CHANNEL) queries.begin(block, lane);
-    read_codes<K>(mode, block, at, book, own.k, own.ones, lane, [&](auto& reader) {
+    read_codes<K>(mode, block, at, book, reading.k, reading.ones, lane, [&](auto& reader) {
         typedef Bare<decltype(reader)> Pairs;
-        multiply_keys<Pairs>([&](int, int, auto& low, auto& high) { reader.take(low, high); }, queries, score);
+        multiply_keys<Pairs>([&](int, int, int taken, auto& low, auto& high) { reader.take(taken, low, high); }, queries, score);
     });
     // The operands were 128 + code - first.
     float first = (float)(mode < FIXED ? book.first[K_CLASSES == 1 ? 0 : lane & 3] - 128 : -128);
@@ -134,17 +134,16 @@ INLINE void spread_factors(u32 scales, u32 zeros, u32 to, int lane) {
 }
 
 // Add weights.V of one item to the sums; ``weight`` is what ``weigh`` left. at: the warp's part of shared memory.
-INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Scores& weight, const Own& own, u32 at, int of_row, int head,
+INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Scores& weight, const Reading& reading, u32 at, int of_row, int head,
                      int lane, float2* sums, Softmax& row) {
-    constexpr u32 ONES = 0x3f803f80u;  // of bfloat16
-    u32 mode = mode_of(item, V), staged = item.v_staged ? RESERVED + at + V_STAGE + scale_stage(V_UNIT) : 0;
+    u32 mode = mode_of(item, V), staged = item.v_staged ? RESERVED + at + V_STAGED + scale_stage(V_UNIT) : 0;
     bool raw = item.chunk >= 0 || mode == RAW;
     const u8* block = staged ? shared_memory + staged - RESERVED : block_of(item, V);
     float scale = 1.f, zero = 0.f;
     if (V_UNIT == BLOCK && !raw) scale = __uint_as_float(load_word(block)), zero = (float)(i32)load_word(block + 4);
     if (V_UNIT == HEAD && !raw) scale = a.v_steps[head], zero = zero_of_steps(mode);
     if (BY_TOKEN) {
-        const u8* scales = V_UNIT == TOKEN ? shared_memory + at + V_STAGE : block;
+        const u8* scales = V_UNIT == TOKEN ? shared_memory + at + V_STAGED : block;
         spread_factors(raw ? ONES : load_word(scales + 4 * lane), raw ? 0 : load_word(scales + 2 * TOKENS + 4 * lane), at + FACTORS, lane);
         __syncwarp();
     }
@@ -161,7 +160,7 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
     };
     if (raw) {
         RawPairs<VALUE> tokens = raw_values(item, V, a.sinks_v, a.tail_v, a, of_row, head, lane);
-        multiply_values<RawPairs<VALUE>>([&](int i, auto& low, auto& high) { tokens.channels(i, CHANNELS / 2, low, high); }, weights, add);
+        multiply_values<RawPairs<VALUE>>([&](int i, int, auto& low, auto& high) { tokens.channels(i, CHANNELS / 2, low, high); }, weights, add);
         return;
     }
     // The sums of the weights, and of the weights times the zeros: of what the tensor cores see.
@@ -186,15 +185,15 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
         u32 both = load_word(block + 2 * (8 * tile + 2 * (lane & 3)));
         u32 zeros = load_word(block + 2 * (CHANNELS + 8 * tile + 2 * (lane & 3)));
         float first = first_of(V_CLASSES == 1 ? 0 : class_of_tile<CHANNELS>(tile));
-        products.x = (products.x + sum * (first + (float)(i16)(zeros & 0xffff))) * low_bfloat16(both);
-        products.y = (products.y + sum * (first + (float)((i32)zeros >> 16))) * high_bfloat16(both);
+        products.x = (products.x + sum * (first + low_i16(zeros))) * low_bfloat16(both);
+        products.y = (products.y + sum * (first + high_i16(zeros))) * high_bfloat16(both);
         add(tile, products);
     };
-    read_codes<V>(mode, block, staged, book, own.v, own.ones, lane, [&](auto& reader) {
+    read_codes<V>(mode, block, staged, book, reading.v, reading.ones, lane, [&](auto& reader) {
         typedef Bare<decltype(reader)> Pairs;
-        auto tile = [&](int i, auto& low, auto& high) {
+        auto tile = [&](int i, int taken, auto& low, auto& high) {
             if (V_CLASSES > 1) reader.classes(book, class_of_tile<CHANNELS>(i), class_of_tile<CHANNELS>(i + VALUE_TILES), lane);
-            reader.take(low, high);
+            reader.take(taken, low, high);
         };
         if constexpr (V_UNIT == CHANNEL)
             multiply_values<Pairs>(tile, weights, add_channels);
@@ -203,28 +202,42 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
     });
 }
 
-// Load the row's books, own tables and queries to shared memory.
+// The mode of the blocks whose table a CTA keeps: what the head's middle page has where heads have steps of their own, as nearly all pages of a head
+// then take the same of two books. Other rows train their own book, which all but the first pages take.
+template <int KIND>
+INLINE u32 mode_to_keep(const Arguments& a, int row, int head) {
+    i32 pages = a.count[row];
+    if ((KIND == K ? K_UNIT : V_UNIT) != HEAD || !pages) return OWN_BOOK;
+    const u32* directory = reinterpret_cast<const u32*>(a.pages[(i64)row * a.capacity + pages / 2]);
+    return (directory[KIND * a.heads + head] & 15) == DEFAULT_BOOK ? DEFAULT_BOOK : OWN_BOOK;
+}
+
+// Load the row's books, the tables to be kept and the queries to shared memory.
 INLINE void fill_shared(const Arguments& a, int row, int head, int first_query) {
     int thread = threadIdx.x;
     constexpr int threads = WARPS * LANES;
     u32* books = reinterpret_cast<u32*>(shared_memory + BOOKS_AT);
     const u32* from = reinterpret_cast<const u32*>(a.books + 4 * row);
     for (int i = thread; i < 4 * (int)sizeof(Book) / 4; i += threads) books[i] = from[i];
-    if (thread == 0) *reinterpret_cast<u32*>(shared_memory + ONES_AT) = a.ones;
-    const u32 *k_own = a.books[4 * row + 1].table, *v_own = a.books[4 * row + 3].table;
-    if (K_COPIES && k_own) {
+    u32 k_mode = mode_to_keep<K>(a, row, head), v_mode = mode_to_keep<V>(a, row, head);
+    if (thread == 0) *reinterpret_cast<uint4*>(shared_memory + CONSTANTS_AT) = {a.ones, k_mode, v_mode, 0};
+    const u32 *k_table = a.books[4 * row + (k_mode == OWN_BOOK)].table, *v_table = a.books[4 * row + 2 + (v_mode == OWN_BOOK)].table;
+    if (K_COPIES && k_table) {
         u32* table = reinterpret_cast<u32*>(shared_memory + K_TABLE_AT);
-        for (int i = thread; i < K_CLASSES * K_COPIES << K_BITS; i += threads) table[i] = k_own[i / max(1, K_COPIES)];
+        for (int i = thread; i < K_CLASSES * K_COPIES << K_BITS; i += threads) table[i] = k_table[i / max(1, K_COPIES)];
     }
-    if (V_COPIES && v_own) {
+    if (V_COPIES && v_table) {
         u32* table = reinterpret_cast<u32*>(shared_memory + V_TABLE_AT);
-        for (int i = thread; i < V_CLASSES * V_COPIES << V_BITS; i += threads) table[i] = v_own[i / max(1, V_COPIES)];
+        for (int i = thread; i < V_CLASSES * V_COPIES << V_BITS; i += threads) table[i] = v_table[i / max(1, V_COPIES)];
     }
     float* queries = reinterpret_cast<float*>(shared_memory + QUERIES_AT);
     typedef typename Value<QUERY_VALUE>::Bits Bits;
     const Bits* q = reinterpret_cast<const Bits*>(a.q) + ((i64)(row * a.heads + head) * a.queries + first_query) * CHANNELS;
-    for (int i = thread; i < QUERIES * CHANNELS; i += threads)
-        queries[i] = first_query + i / CHANNELS < a.queries ? Value<QUERY_VALUE>::widen(q[i]) * (SOFTCAP ? a.scaling : a.scaling * LOG2_E) : 0.f;
+    for (int i = thread; i < QUERIES * CHANNELS; i += threads) {
+        int query = i / CHANNELS;
+        float x = first_query + query < a.queries ? Value<QUERY_VALUE>::widen(q[i]) * (SOFTCAP ? a.scaling : a.scaling * LOG2_E) : 0.f;
+        queries[place_of_query(query, i % CHANNELS)] = x;
+    }
 }
 
 // Everything a warp has to do; leaves its sums, peaks and totals in shared memory.
@@ -239,7 +252,10 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
     Queries queries;
     if (K_UNIT != CHANNEL) queries.begin(nullptr, lane);
     Softmax softmax;
-    Own own = {form_of<K>(books[1]), form_of<V>(books[3]), load_shared(RESERVED + ONES_AT)};
+    u32 k_mode = K_UNIT == HEAD ? load_shared(RESERVED + CONSTANTS_AT + 4) : OWN_BOOK;
+    u32 v_mode = V_UNIT == HEAD ? load_shared(RESERVED + CONSTANTS_AT + 8) : OWN_BOOK;
+    Kept of_k = {k_mode, form_of<K>(books[k_mode == OWN_BOOK])}, of_v = {v_mode, form_of<V>(books[2 + (v_mode == OWN_BOOK)])};
+    Reading reading = {of_k, of_v, load_shared(RESERVED + CONSTANTS_AT)};
     // Query i is that of new token i mod new_tokens, which sees the tail up to itself.
     int tail_end = *a.tail_tokens - (a.new_tokens - 1) + query % a.new_tokens;
     int pages = a.count[row], items = pages + raw_chunks(a, row), step = gridDim.x * WARPS;
@@ -262,29 +278,28 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
     Item item = {};
     describe(item, index);
     look_ahead(index + step);
-    stage<K>(item, a, RESERVED + mine + K_STAGE, lane);
+    stage<K>(item, a, RESERVED + mine + K_STAGED, lane);
     for (; index < items; index += step) {
-        stage<V>(item, a, RESERVED + mine + V_STAGE, lane);
+        await_copies<0>();
+        __syncwarp();  // K is there, and all have read the last V
+        stage<V>(item, a, RESERVED + mine + V_STAGED, lane);
         Item next = item;
         auto go_on = [&] {
             describe(next, index + step);
             look_ahead(index + 2 * step);
         };
         if (ROOMY) go_on();
-        await_copies<1>();
-        __syncwarp();
         Scores score;
-        score_item(item, a, books, queries, own, RESERVED + mine + K_STAGE, row, head, lane, score);
+        score_item(item, a, books, queries, reading, RESERVED + mine + K_STAGED, row, head, lane, score);
         __syncwarp();  // all have read this K
         if (!ROOMY) go_on();
-        stage<K>(next, a, RESERVED + mine + K_STAGE, lane);
+        stage<K>(next, a, RESERVED + mine + K_STAGED, lane);
         float shrink = item.chunk == IN_PAGE && item.tokens == TOKENS ? weigh<true>(score, a, TOKENS, lane, softmax)
                                                                       : weigh_some(score, a, item, row, tail_end, lane, softmax);
         if (__any_sync(~0u, shrink != 1.f)) scale_down(shrink, sums, softmax);
         await_copies<1>();
         __syncwarp();
-        add_item(item, a, books, score, own, mine, row, head, lane, sums, softmax);
-        __syncwarp();  // all have read this V
+        add_item(item, a, books, score, reading, mine, row, head, lane, sums, softmax);
         item = next;
     }
     for (int tile = 0; tile < CHANNELS / 8; tile++) {

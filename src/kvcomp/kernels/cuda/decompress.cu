@@ -56,7 +56,7 @@ INLINE void decode(u32 mode, const u8* block, const Book& book, u32 ones, int la
 #pragma unroll 1
         for (int t = 0; t < 4; t++) {
             u32 low[KEY_PAIRS], high[KEY_PAIRS];
-            reader.take(low, high);
+            reader.take(0, low, high);
             u8 *first = codes + (8 * t + g) * CHANNELS + j * (CHANNELS / 4), *second = first + TOKENS / 2 * CHANNELS;
 #pragma unroll
             for (int i = 0; i < KEY_PAIRS; i++) {
@@ -70,7 +70,7 @@ INLINE void decode(u32 mode, const u8* block, const Book& book, u32 ones, int la
         for (int tile = 0; tile < VALUE_TILES; tile++) {
             if (V_CLASSES > 1) reader.classes(book, class_of_tile<CHANNELS>(tile), class_of_tile<CHANNELS>(tile + VALUE_TILES), lane);
             u32 low[VALUE_PAIRS], high[VALUE_PAIRS];
-            reader.take(low, high);
+            reader.take(0, low, high);
             u8 *first = codes + 2 * j * CHANNELS + 8 * tile + g, *second = first + CHANNELS / 2;
 #pragma unroll
             for (int i = 0; i < VALUE_PAIRS; i++) {
@@ -88,7 +88,7 @@ INLINE void decode(u32 mode, const u8* block, const Book& book, u32 ones, int la
             values(reader);
     };
     if (mode >= FIXED) {
-        FixedPairs<0> reader = {};
+        AnyWidthPairs reader = {};
         reader.width = mode - FIXED ? mode - FIXED : 8;
         reader.begin(PlainWords{block + head}, lane, (CHANNELS * reader.width + 31) / 32);
         read(reader);

@@ -5,7 +5,8 @@
 #pragma once
 #include "page.cuh"
 
-constexpr int QUERIES = 8;  // of one pass
+constexpr int QUERIES = 8;            // of one pass
+constexpr u32 ONES = 0x3f803f80u;  // two bfloat16
 
 // Two numbers for row g and what bfloat16 leaves of them, for row g + 8.
 INLINE void split_rows(float first, float second, u32& high, u32& rest) {

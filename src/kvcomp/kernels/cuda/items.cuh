@@ -6,7 +6,7 @@ constexpr int CHANNELS = KVC_CHANNELS, VALUE = KVC_VALUE, QUERY_VALUE = KVC_QUER
 constexpr int K_UNIT = KVC_K_UNIT, V_UNIT = KVC_V_UNIT, K_CLASSES = KVC_K_CLASSES, V_CLASSES = KVC_V_CLASSES;
 constexpr int K_BITS = KVC_K_BITS, V_BITS = KVC_V_BITS;          // index bits of the tables, 0 where the coding is fixed
 constexpr int K_COPIES = KVC_K_COPIES, V_COPIES = KVC_V_COPIES;  // of the own book's table in shared memory, 0 for none
-constexpr int STAGE = KVC_STAGE;                                 // bytes of a block that are copied to shared memory; a larger one is read where it is
+constexpr int K_STAGE = KVC_K_STAGE, V_STAGE = KVC_V_STAGE;      // bytes of a block that are copied to shared memory; a larger one is read where it is
 constexpr u32 RESERVED = KVC_RESERVED;                           // where shared memory begins in its address space
 constexpr bool SOFTCAP = KVC_SOFTCAP;
 
@@ -51,20 +51,21 @@ constexpr int scale_stage(int unit) { return unit == TOKEN ? TOKEN_SCALE_BYTES :
 constexpr bool BY_TOKEN = V_UNIT == TOKEN || V_UNIT == VECTOR;
 constexpr int QUERIES_AT = 0;
 constexpr int BOOKS_AT = QUERIES_AT + 4 * QUERIES * CHANNELS;
-constexpr int ONES_AT = BOOKS_AT + 4 * sizeof(Book);
-constexpr int PEAKS_AT = ONES_AT + 16;
+constexpr int CONSTANTS_AT = BOOKS_AT + 4 * sizeof(Book);  // BFLOAT16_128, and the modes of the blocks whose tables follow
+constexpr int PEAKS_AT = CONSTANTS_AT + 16;
 constexpr int TOTALS_AT = PEAKS_AT + 4 * WARPS * QUERIES;
 constexpr int K_TABLE_AT = TOTALS_AT + 4 * WARPS * QUERIES;
 constexpr int V_TABLE_AT = K_TABLE_AT + table_bytes(K_CLASSES, K_BITS, K_COPIES);
 constexpr int WARPS_AT = (V_TABLE_AT + table_bytes(V_CLASSES, V_BITS, V_COPIES) + 15) & ~15;
-constexpr int K_STAGE = 0;  // token scales, then the block
-constexpr int V_STAGE = K_STAGE + scale_stage(K_UNIT) + STAGE;
-constexpr int FACTORS = V_STAGE + scale_stage(V_UNIT) + STAGE;  // of V, where they differ from token to token
+constexpr int K_STAGED = 0;  // token scales, then the block
+constexpr int V_STAGED = K_STAGED + scale_stage(K_UNIT) + K_STAGE;
+constexpr int FACTORS = V_STAGED + scale_stage(V_UNIT) + V_STAGE;  // of V, where they differ from token to token
 constexpr int SUMS = FACTORS + (BY_TOKEN ? TOKENS * 8 : 0);     // [tile of 8 channels][lane] pairs of floats
 constexpr int WARP_BYTES = SUMS + CHANNELS / 8 * LANES * 8;
 constexpr int SHARED_BYTES = WARPS_AT + WARPS * WARP_BYTES;
 static_assert(SHARED_BYTES == KVC_SHARED, "the host must reserve as much");
-static_assert(STAGE % 16 == 0 && STAGE >= CHANNELS * 9 / 8 + 16, "a stream of foreign bytes may be read so far over its block");
+constexpr bool holds_stream(int stage) { return stage % 16 == 0 && stage >= CHANNELS * 9 / 8 + 16; }
+static_assert(holds_stream(K_STAGE) && holds_stream(V_STAGE), "a stream of foreign bytes may be read so far over its block");
 
 // What a warp does next: 64 tokens of a page, or of the raw tokens beside the pages.
 struct Item {
@@ -104,16 +105,16 @@ INLINE int raw_chunks(const Arguments& a, int row) {
 INLINE const u8* block_of(const Item& item, int kind) { return item.page + ((kind == K ? item.k : item.v) & ~15u); }
 INLINE u32 mode_of(const Item& item, int kind) { return (kind == K ? item.k : item.v) & 15; }
 
-INLINE i32 staged_bytes(u32 word, u32 end) {
+INLINE i32 staged_bytes(u32 word, u32 end, u32 most) {
     u32 bytes = (end & ~15u) - (word & ~15u);
-    return (word & 15) != RAW && bytes <= STAGE ? (i32)bytes : 0;
+    return (word & 15) != RAW && bytes <= most ? (i32)bytes : 0;
 }
 
 INLINE void describe_page(Item& item, const Arguments& a, int head, u64 address, i32 tokens) {
     const u32 *of_k = reinterpret_cast<const u32*>(address) + head, *of_v = of_k + a.heads;
     item.page = reinterpret_cast<const u8*>(address);
-    item.k = of_k[0], item.k_staged = staged_bytes(item.k, of_k[1]);
-    item.v = of_v[0], item.v_staged = staged_bytes(item.v, of_v[1]);
+    item.k = of_k[0], item.k_staged = staged_bytes(item.k, of_k[1], K_STAGE);
+    item.v = of_v[0], item.v_staged = staged_bytes(item.v, of_v[1], V_STAGE);
     item.tokens = tokens;
     item.chunk = IN_PAGE;
 }
@@ -130,26 +131,26 @@ INLINE void copy_lane(u32 to, const u8* from, i32 left) {
     }
 }
 
-template <int FROM>
+template <int FROM, int END>
 INLINE void copy_more(u32 to, const u8* from, i32 left) {
-    if constexpr (FROM < STAGE) {
-        if (left > FROM) copy_lane<0, STAGE - FROM < 2 * AHEAD ? STAGE - FROM : 2 * AHEAD>(to + FROM, from + FROM, left - FROM);
-        copy_more<FROM + 2 * AHEAD>(to, from, left);
+    if constexpr (FROM < END) {
+        if (left > FROM) copy_lane<0, END - FROM < 2 * AHEAD ? END - FROM : 2 * AHEAD>(to + FROM, from + FROM, left - FROM);
+        copy_more<FROM + 2 * AHEAD, END>(to, from, left);
     }
 }
 
 // Start copying a block, and its token scales, to an address in shared memory.
 template <int KIND>
 INLINE void stage(const Item& item, const Arguments& a, u32 to, int lane) {
-    constexpr int unit = KIND == K ? K_UNIT : V_UNIT;
+    constexpr int unit = KIND == K ? K_UNIT : V_UNIT, most = KIND == K ? K_STAGE : V_STAGE;
     if (item.chunk == IN_PAGE) {
         int mine = 16 * lane;
         const u8* page = item.page + mine;
         if (unit == TOKEN && mine < TOKEN_SCALE_BYTES) copy_async<0, 0>(to + mine, page + token_scales_at(a.heads, KIND, K_UNIT), 16);
         to += mine + scale_stage(unit), page += AHEAD + ((KIND == K ? item.k : item.v) & ~15u);
         i32 left = (KIND == K ? item.k_staged : item.v_staged) - mine;
-        copy_lane<0, STAGE < 2 * AHEAD ? STAGE : 2 * AHEAD>(to, page, left);
-        copy_more<2 * AHEAD>(to, page, left);
+        copy_lane<0, most < 2 * AHEAD ? most : 2 * AHEAD>(to, page, left);
+        copy_more<2 * AHEAD, most>(to, page, left);
     }
     end_copies();
 }

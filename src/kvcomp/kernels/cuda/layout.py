@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp.codec.codebook import Codebook
-from kvcomp.codec.dtypes import CHANNEL, DTYPES, TOKEN, UNIT_NUMBERS, VECTOR
+from kvcomp.codec.dtypes import DTYPES, TOKEN, UNIT_NUMBERS, VECTOR
 from kvcomp.errors import BackendUnavailable
 from kvcomp.spec import PAGE_TOKENS, CodecSpec, TensorSpec
 
@@ -223,7 +223,8 @@ class AttendBuild(Build):
     query: int
     k_copies: int
     v_copies: int
-    stage: int
+    k_stage: int
+    v_stage: int
     softcap: bool
     reserved: int
 
@@ -233,7 +234,7 @@ class AttendBuild(Build):
     def warp_bytes(self) -> int:
         scales = sum(4 * PAGE_TOKENS for unit in (self.k_unit, self.v_unit) if unit == TOKEN)
         factors = 8 * PAGE_TOKENS if self.v_unit in (TOKEN, VECTOR) else 0
-        return scales + factors + 2 * self.stage + self.channels // 8 * LANES * 8
+        return scales + factors + self.k_stage + self.v_stage + self.channels // 8 * LANES * 8
 
     @cached_property
     def shared(self) -> int:
@@ -314,8 +315,9 @@ def index_bits(tensor: TensorSpec) -> int:
 
 
 PAGE_WARPS: Final = 4
-STAGED_BITS: Final = 4.5  # bits a value up to which a block is copied to shared memory before it is decoded
-WARPS: Final = (8, 6, 4, 3, 2, 1)
+# Bits a value up to which a block is copied to shared memory before it is decoded.
+STAGED_BITS: Final = {"huffman": 4.5, "fixed": 5}
+WARPS: Final = (16, 12, 8, 6, 4, 3, 2, 1)
 COPIES: Final = (8, 4, 2, 1)
 
 
@@ -347,17 +349,20 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
             query=DTYPES[query].number,
             k_copies=copies if index_bits(spec.key) else 0,
             v_copies=copies if index_bits(spec.value) else 0,
-            stage=stage_bytes(channels, UNIT_NUMBERS[spec.key.unit], UNIT_NUMBERS[spec.value.unit]),
+            k_stage=stage_bytes(channels, spec.key),
+            v_stage=stage_bytes(channels, spec.value),
             softcap=softcap,
             reserved=on.reserved,
         )
 
-    # More copies of the tables are not worth fewer warps; tables in global memory are worth it where fewer than three
-    # warps are left.
+    # More copies of the tables are not worth fewer warps, nor, beyond eight warps, what they take of a window; tables
+    # in global memory are worth it where fewer than three warps are left.
+    most = most_warps(spec, channels, on.architecture)
     choices = (
-        [(WARPS[0], copies) for copies in COPIES]
-        + [(warps, 1) for warps in WARPS if warps >= 3]
-        + [(warps, 0) for warps in WARPS]
+        [(warps, 1) for warps in WARPS if 8 < warps <= most]
+        + [(8, copies) for copies in COPIES]
+        + [(warps, 1) for warps in WARPS if 3 <= warps < 8]
+        + [(warps, 0) for warps in WARPS if warps <= most]
     )
     for warps, copies in choices:
         chosen = build(warps, copies)
@@ -366,8 +371,16 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
     raise BackendUnavailable(f"the tables of this spec do not fit the shared memory of sm_{on.architecture}")
 
 
-def stage_bytes(channels: int, k_unit: int, v_unit: int) -> int:
-    """Bytes of a block at ``STAGED_BITS``, with its scales."""
-    scales = {CHANNEL: 4 * channels, VECTOR: 4 * PAGE_TOKENS}
-    size = int(PAGE_TOKENS * channels * STAGED_BITS / 8) + max(scales.get(k_unit, 0), scales.get(v_unit, 0))
-    return -(-size // 16) * 16
+def most_warps(spec: CodecSpec, channels: int, architecture: int) -> int:
+    """Warps of a CTA whose registers hold everything. From sm_100 on the compiler takes more of them."""
+    if channels > 128 or architecture >= 100:
+        return 8
+    if spec.key.classes > 1 or spec.value.classes > 1:
+        return 12 if channels < 128 else 8
+    return 16 if channels == 64 else 12
+
+
+def stage_bytes(channels: int, tensor: TensorSpec) -> int:
+    """Bytes of a block of K or V at ``STAGED_BITS``, with its scales."""
+    scales = {"channel": 4 * channels, "vector": 4 * PAGE_TOKENS}.get(tensor.unit, 0)
+    return -(-(int(PAGE_TOKENS * channels * STAGED_BITS[tensor.coding] / 8) + scales) // 16) * 16

@@ -62,3 +62,5 @@ constexpr int scale_bytes(int unit, int channels) {
 INLINE u32 load_word(const u8* at) { return *reinterpret_cast<const u32*>(at); }
 INLINE float low_bfloat16(u32 both) { return __uint_as_float(both << 16); }
 INLINE float high_bfloat16(u32 both) { return __uint_as_float(both & 0xffff0000u); }
+INLINE float low_i16(u32 both) { return (float)(i16)(both & 0xffff); }
+INLINE float high_i16(u32 both) { return (float)((i32)both >> 16); }

@@ -9,42 +9,44 @@ struct TwoTokens {
     INLINE TwoTokens(const u8* of_tokens, int pair) {
         u32 both = load_word(of_tokens + 4 * pair), shifts = load_word(of_tokens + 2 * TOKENS + 4 * pair);
         scales = make_float2(low_bfloat16(both), high_bfloat16(both));
-        zeros = make_float2((float)(i16)(shifts & 0xffff), (float)((i32)shifts >> 16));
+        zeros = make_float2(low_i16(shifts), high_i16(shifts));
     }
 };
+
+// Where a query's channel lies in shared memory, in floats: step by step the four that each lane takes.
+INLINE int place_of_query(int query, int channel) {
+    int quarter = channel / (CHANNELS / 4), of_quarter = channel % (CHANNELS / 4);
+    return 4 * (of_quarter / 4 * LANES + 4 * query + quarter) + of_quarter % 4;
+}
 
 // The queries of a warp as A, times what is common to a channel of K, and the sums that zeros are folded into.
 struct Queries {
     u32 a[STEPS][4];
-    float quarter;  // sum of row g over the channels of quarter j
+    float quarter;  // sum of row g over the channels of quarter j, as the tensor cores see them
     float sum;      // of row g over all channels
     float shift;    // sum of row g times the channels' zeros, over quarter j, where K has a scale for each channel
 
     // scales: of the channels, as a block of K stores them, or null for 1.
     INLINE void begin(const u8* scales, int lane) {
-        int g = lane >> 2, quarter_at = (lane & 3) * (CHANNELS / 4);
-        const float* q = reinterpret_cast<const float*>(shared_memory + QUERIES_AT) + g * CHANNELS + quarter_at;
-        quarter = shift = 0.f;
+        const float4* q = reinterpret_cast<const float4*>(shared_memory + QUERIES_AT) + lane;
+        const uint2* channels = reinterpret_cast<const uint2*>(scales + (lane & 3) * (CHANNELS / 2));
+        u32 own_quarter = lane >> 3 == (lane & 3) ? ONES : 0;  // of B: both columns that lane j has of C
+        float sums[4] = {};
+        shift = 0.f;
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int channel = 4 * step + 2 * half;
-                float2 two = *reinterpret_cast<const float2*>(q + channel);
-                u32 zeros = 0;
-                if (scales) {
-                    u32 both = load_word(scales + 2 * (quarter_at + channel));
-                    zeros = load_word(scales + 2 * (CHANNELS + quarter_at + channel));
-                    two.x *= low_bfloat16(both), two.y *= high_bfloat16(both);
-                }
-                u32 &high = a[step][2 * half], &rest = a[step][2 * half + 1];
-                split_rows(two.x, two.y, high, rest);
-                float x = low_bfloat16(high) + low_bfloat16(rest), y = high_bfloat16(high) + high_bfloat16(rest);
-                quarter += x + y;
-                if (scales) shift += x * (float)(i16)(zeros & 0xffff) + y * (float)((i32)zeros >> 16);
+            float4 x = q[step * LANES];
+            if (scales) {
+                uint2 of_channels = channels[step], zeros = channels[CHANNELS / 4 + step];
+                x.x *= low_bfloat16(of_channels.x), x.y *= high_bfloat16(of_channels.x);
+                x.z *= low_bfloat16(of_channels.y), x.w *= high_bfloat16(of_channels.y);
+                shift += x.x * low_i16(zeros.x) + x.y * high_i16(zeros.x) + x.z * low_i16(zeros.y) + x.w * high_i16(zeros.y);
             }
+            split_rows(x.x, x.y, a[step][0], a[step][1]);
+            split_rows(x.z, x.w, a[step][2], a[step][3]);
+            multiply_add(sums, a[step], own_quarter, own_quarter);
         }
-        quarter = keep(quarter);
+        quarter = keep(both_rows(sums).x);
         sum = sum_of_row(quarter);
     }
 };
@@ -55,10 +57,13 @@ struct Scores {
     INLINE float& at(int token_pair, int i) { return of[token_pair & 3][2 * (token_pair >> 2) + i]; }  // of token 8 token_pair + 2 j + i
 };
 
-// q.K of a block, tile by tile: tile(t, part, low, high) gives its pairs.
+// Tiles to a turn of the loops below, where the code for one is short.
+constexpr int KEY_TILES_A_TURN = ROOMY ? 2 : 1, VALUE_TILES_A_TURN = ROOMY && VALUE_TILES % 2 == 0 ? 2 : 1;
+
+// q.K of a block, tile by tile: tile(t, part, taken, low, high) gives its pairs, of which ``taken`` were before in this turn.
 template <class Pairs, class Tile>
 INLINE void multiply_keys(Tile tile, const Queries& queries, Scores& score) {
-    constexpr int at_once = Pairs::SHORT && ROOMY ? 2 : 1;
+    constexpr int at_once = Pairs::SHORT ? KEY_TILES_A_TURN : 1;
 #pragma unroll 1
     for (int t = 0; t < 4; t += at_once) {
         // A queue, as registers cannot be numbered by t.
@@ -72,7 +77,7 @@ INLINE void multiply_keys(Tile tile, const Queries& queries, Scores& score) {
 #pragma unroll
             for (int part_of_tile = 0; part_of_tile < KEY_PARTS; part_of_tile++) {
                 typename Pairs::Pair low[TAKEN_PAIRS], high[TAKEN_PAIRS];
-                tile(t + next, part_of_tile, low, high);
+                tile(t + next, part_of_tile, next * KEY_PAIRS + part_of_tile * TAKEN_PAIRS, low, high);
 #pragma unroll
                 for (int i = 0; i < TAKEN_PAIRS; i += 2) {
 #pragma unroll
@@ -90,14 +95,15 @@ INLINE void multiply_keys(Tile tile, const Queries& queries, Scores& score) {
     }
 }
 
-// weights.V of a block, tile by tile: tile(i, low, high) gives the pairs of the tiles i and i + VALUE_TILES, add(tile, products) takes the products.
+// weights.V of a block, tile by tile: tile(i, taken, low, high) gives the pairs of the tiles i and i + VALUE_TILES, add(tile, products) takes the
+// products.
 template <class Pairs, class Tile, class Add>
 INLINE void multiply_values(Tile tile, const u32 (&weights)[4][4], Add add) {
-    constexpr int at_once = Pairs::SHORT && ROOMY && VALUE_TILES % 2 == 0 ? 2 : 1;
+    constexpr int at_once = Pairs::SHORT ? VALUE_TILES_A_TURN : 1;
 #pragma unroll at_once
     for (int i = 0; i < VALUE_TILES; i++) {
         typename Pairs::Pair low[VALUE_PAIRS], high[VALUE_PAIRS];
-        tile(i, low, high);
+        tile(i, i % at_once * VALUE_PAIRS, low, high);
         float c[2][4] = {};
 #pragma unroll
         for (int u = 0; u < 4; u++) {
@@ -112,41 +118,58 @@ INLINE void multiply_values(Tile tile, const u32 (&weights)[4][4], Add add) {
     }
 }
 
-// How the blocks of a book are read: out of shared memory, by symbols that are the codes or with low bits behind them; or where they are.
-enum Form { SYMBOLS, SPLIT, ANY };
+constexpr int MOST_OWN_WIDTH = 7;  // of the widths that may have a reader of their own
+
+// How blocks are read whose book has its table in shared memory: by symbols that are the codes, with low bits behind them, or with so many that one
+// pair fits a window; ANY for all other blocks, which are read where they are.
+enum Form { SYMBOLS, SPLIT, LONG, ANY };
 
 template <int KIND>
-INLINE Form form_of(const Book& own) {
+INLINE Form form_of(const Book& book) {
     constexpr int copies = KIND == K ? K_COPIES : V_COPIES;
-    if (!copies || own.levels > 128) return ANY;
-    if (!(own.split[0] | own.split[1] | own.split[2] | own.split[3])) return SYMBOLS;
-    return own.bits <= SHARED_PAIR_BITS ? SPLIT : ANY;
+    if (!copies) return ANY;
+    if (book.levels > 128) return LONG;
+    if (!(book.split[0] | book.split[1] | book.split[2] | book.split[3])) return SYMBOLS;
+    return book.bits <= SHARED_PAIR_BITS ? SPLIT : LONG;
 }
 
-// Gives use(pairs) the reader of a coded block that fits it best. staged: address of its copy in shared memory, or 0. own: form of the row's
-// own book. Every reader has ``take`` and ``classes``.
+// Gives use(pairs) the reader of a block of WIDTH bits or more: one of its own for each width of which the codes of a turn fill whole words.
+template <int WIDTH, int TURN, class Use>
+INLINE void read_fixed(u32 width, PlainWords codes, u32 ones, int lane, Use use) {
+    auto read = [&](auto reader) {
+        reader.ones = ones;
+        reader.begin(codes, lane, (CHANNELS * width + 31) / 32);
+        use(reader);
+    };
+    if constexpr (WIDTH > MOST_OWN_WIDTH) {
+        AnyWidthPairs reader;
+        reader.width = width;
+        read(reader);
+    } else {
+        if constexpr (2 * WIDTH * TURN % 32 == 0)
+            if (width == WIDTH) return read(FixedPairs<WIDTH>());
+        read_fixed<WIDTH + 1, TURN>(width, codes, ones, lane, use);
+    }
+}
+
+// The book whose table a CTA keeps in shared memory: the mode of its blocks and how they are read.
+struct Kept {
+    u32 mode;
+    Form form;
+};
+
+// Gives use(pairs) the reader of a coded block that fits it best. staged: address of its copy in shared memory, or 0. Every reader has ``take``
+// and ``classes``.
 template <int KIND, class Use>
-INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, Form own, u32 ones, int lane, Use use) {
+INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, Kept kept, u32 ones, int lane, Use use) {
     constexpr int bits = KIND == K ? K_BITS : V_BITS, copies = KIND == K ? K_COPIES : V_COPIES;
     constexpr int classes = KIND == K ? K_CLASSES : V_CLASSES;
     constexpr int head = scale_bytes(KIND == K ? K_UNIT : V_UNIT, CHANNELS);
-    constexpr int pairs = KIND == K ? TAKEN_PAIRS : VALUE_PAIRS;
+    constexpr int turn = KIND == K ? KEY_TILES_A_TURN * KEY_PAIRS : VALUE_TILES_A_TURN * VALUE_PAIRS;
     constexpr u32 place = RESERVED + (KIND == K ? K_TABLE_AT : V_TABLE_AT);
     if (mode >= FIXED) {
-        u32 width = mode - FIXED ? mode - FIXED : 8, words = (CHANNELS * width + 31) / 32;
-        auto read = [&](auto reader) {
-            reader.width = width, reader.ones = ones;
-            reader.begin(PlainWords{block + head}, lane, words);
-            use(reader);
-        };
-        if (bits == 0 && width == 4 && fills_words<4, pairs>()) {
-            if constexpr (fills_words<4, pairs>()) read(FixedPairs<4>{});
-        } else if (bits == 0 && width == 2 && fills_words<2, pairs>()) {
-            if constexpr (fills_words<2, pairs>()) read(FixedPairs<2>{});
-        } else {
-            read(FixedPairs<0>{});
-        }
-        return;
+        constexpr int least = bits ? MOST_OWN_WIDTH + 1 : 1;  // with a book few blocks have a fixed width
+        return read_fixed<least, turn>(mode - FIXED ? mode - FIXED : 8, PlainWords{block + head}, ones, lane, use);
     }
     if constexpr (bits > 0) {
         auto read = [&](auto reader, auto words) {
@@ -160,10 +183,11 @@ INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, 
         };
         if constexpr (copies > 0) {
             typedef SharedTable<place, bits, copies> Table;
-            Form form = mode == OWN_BOOK && staged ? own : ANY;
-            if (form == SYMBOLS) return read(HuffmanPairs<SharedWords, Table, bits, false, false>{}, SharedWords{staged});
-            if (form == SPLIT)
-                return read(HuffmanPairs<SharedWords, Table, SHARED_PAIR_BITS, true, false>{}, SharedWords{staged});
+            SharedWords words = {staged};
+            Form form = mode == kept.mode && staged ? kept.form : ANY;
+            if (form == SYMBOLS) return read(HuffmanPairs<SharedWords, Table, bits, false, false>{}, words);
+            if (form == SPLIT) return read(HuffmanPairs<SharedWords, Table, SHARED_PAIR_BITS, true, false>{}, words);
+            if (form == LONG) return read(HuffmanPairs<SharedWords, Table, MOST_PAIR_BITS, true, true>{}, words);
         }
         read(HuffmanPairs<PlainWords, PlainTable<bits>, MOST_PAIR_BITS, true, true>{}, PlainWords{block});
     }

@@ -82,10 +82,10 @@ INLINE u32 stream_starts(Words lengths, int lane, u32& first, u32& second) {
     u32 mask = (1u << width) - 1;
     u32 low = __funnelshift_r(low_words.word(4), low_words.word(8), bit) & mask;
     u32 high = __funnelshift_r(high_words.word(4), high_words.word(8), bit) & mask;
-    int low_group = KIND == K ? lane & 3 : lane >> 4, high_group = KIND == K ? lane & 3 : 2 + (lane >> 4);
-    low += head >> (4 + 7 * low_group) & 127;
-    high += head >> (4 + 7 * high_group) & 127;
-    u32 mine = low | high << 16, sum = mine;  // the sum of 32 lengths fits 16 bits
+    // The bases of both; of V that of the second lies 14 bits above the other.
+    u32 bases = head >> (4 + 7 * (KIND == K ? lane & 3 : lane >> 4)) & (KIND == K ? 127 : 127 | 127 << 14);
+    u32 mine = (low | high << 16) + (KIND == K ? bases * 0x10001 : bases + 3 * (bases & 127 << 14));
+    u32 sum = mine;  // the sum of 32 lengths fits 16 bits
     add_from_below<1>(sum);
     add_from_below<2>(sum);
     add_from_below<4>(sum);
@@ -208,7 +208,7 @@ struct HuffmanPairs : CodedPairs<WIDE> {
 
     // The next N pairs of both streams. Classes without low bits do without what those cost.
     template <int N>
-    INLINE void take(u32 (&of_low)[N], u32 (&of_high)[N]) {
+    INLINE void take(int, u32 (&of_low)[N], u32 (&of_high)[N]) {
         if (SPLIT && !WIDE && __any_sync(~0u, low_split | high_split))
             take_groups<SPLIT>(of_low, of_high);
         else
@@ -216,67 +216,94 @@ struct HuffmanPairs : CodedPairs<WIDE> {
     }
 };
 
-// Two streams of codes of a fixed width. WIDTH: 2 or 4, read by whole words, where the codes of a tile fill them; 0: any.
+// Bytes from a word of a stream of fixed width to the next: word i of stream x is word 64 i + x.
+constexpr u32 ROW = 4 * 2 * LANES;
+
+// Some bits of a row of words, at most 16, from bit ``at`` on: they begin a byte of ``word``.
+struct Field {
+    u32 word, byte;
+
+    INLINE Field(const u32* words, int at, int bits) {
+        bool straddles = at % 32 + bits > 32;
+        word = straddles ? __funnelshift_r(words[at / 32], words[at / 32 + 1], at) : words[at / 32] >> at % 8;
+        byte = straddles ? 0 : at % 32 / 8;
+    }
+
+    // The two bytes, with those of another in the upper half.
+    INLINE u32 beside(const Field& upper) const {
+        return __byte_perm(word, upper.word, byte | (byte + 1) << 4 | (upper.byte + 4) << 8 | (upper.byte + 5) << 12);
+    }
+};
+
+// Two streams of codes of WIDTH bits, at most 7, where those of a turn fill whole words, so that every shift is a constant.
 template <int WIDTH>
-struct FixedPairs : CodedPairs<WIDTH == 0> {
-    static constexpr u32 ROW = 4 * 2 * LANES;  // bytes from a word of a stream to the next: word i of stream x is word 64 i + x
+struct FixedPairs : CodedPairs<false> {
+    static constexpr int GROUP = 1 + (16 - WIDTH) / (2 * WIDTH);  // pairs whose first codes lie within 16 bits
+    PlainWords low, high;
+    u32 last_low, last_high;  // words of which the next tile may need the rest
+    u32 ones;
+
+    INLINE void begin(PlainWords codes, int lane, u32) { low = codes + 4 * lane, high = low + 4 * LANES; }
+
+    INLINE void classes(const Book&, int, int, int) {}
+
+    // The next N pairs of a stream, of which ``taken`` were before in this turn.
+    template <int N>
+    INLINE void take_stream(int taken, PlainWords& next, u32& last, u32 (&pairs)[N]) const {
+        int begin = 2 * WIDTH * taken % 32, end = begin + 2 * WIDTH * N;
+        u32 words[(2 * WIDTH * N + 31) / 32 + 1];
+#pragma unroll
+        for (int i = 0; 32 * i < end; i++) {
+            if (i == 0 && begin) {
+                words[i] = last;
+            } else {
+                words[i] = next.word(0);
+                next = next + ROW;
+            }
+        }
+        last = words[(end - 1) / 32];
+#pragma unroll
+        for (int i = 0; i < N; i += GROUP) {
+            int at = begin + 2 * WIDTH * i, pairs_here = min(GROUP, N - i), bits = WIDTH * (2 * pairs_here - 1);
+            u32 both = Field(words, at, bits).beside(Field(words, at + WIDTH, bits));  // first codes below, second codes above
+#pragma unroll
+            for (int e = 0; e < pairs_here; e++) pairs[i + e] = both >> 2 * WIDTH * e & ((1u << WIDTH) - 1) * 0x10001u | ones;
+        }
+    }
+
+    template <int N>
+    INLINE void take(int taken, u32 (&of_low)[N], u32 (&of_high)[N]) {
+        take_stream(taken, low, last_low, of_low);
+        take_stream(taken, high, last_high, of_high);
+    }
+};
+
+// Two streams of codes of any width.
+struct AnyWidthPairs : CodedPairs<true> {
     typedef BitStream<BoundedWords, ROW> Stream;
     Stream low, high;
     u32 width, ones;
 
     // words: of a stream.
     INLINE void begin(PlainWords codes, int lane, u32 words) {
-        BoundedWords of_low = {codes + 4 * lane, words - 1}, of_high = {codes + 4 * (LANES + lane), words - 1};
-        if constexpr (WIDTH == 0) {
-            low.begin(of_low, 0);
-            high.begin(of_high, 0);
-        } else {
-            low.next = of_low;
-            high.next = of_high;
-        }
+        low.begin(BoundedWords{codes + 4 * lane, words - 1}, 0);
+        high.begin(BoundedWords{codes + 4 * (LANES + lane), words - 1}, 0);
     }
 
     INLINE void classes(const Book&, int, int, int) {}
 
-    INLINE u32 any_width(Stream& stream) {
+    INLINE u32 pair(Stream& stream) {
         u32 window = stream.window(), mask = (1u << width) - 1;
         stream.move_to(stream.position + 2 * width);
         return ones | (window & mask) | (window >> width & mask) << 16;
     }
 
-    // All pairs of a word: a byte of the word holds the first code at its low end, a byte of the shifted word the second.
-    INLINE void whole_word(u32 word, u32* pairs) {
-        constexpr u32 mask = (1u << WIDTH) - 1;
-        constexpr int a_byte = 8 / (2 * WIDTH);  // pairs in a byte
-#pragma unroll
-        for (int i = 0; i < 4 * a_byte; i++) {
-            u32 shift = i % a_byte * 2 * WIDTH, byte = i / a_byte;
-            u32 both = __byte_perm(word >> shift, word >> (shift + WIDTH), byte | (4 + byte) << 8);
-            pairs[i] = (both & (mask | mask << 16)) | ones;
-        }
-    }
-
     template <int N>
-    INLINE void take(u32 (&of_low)[N], u32 (&of_high)[N]) {
-        if constexpr (WIDTH == 0) {
+    INLINE void take(int, u32 (&of_low)[N], u32 (&of_high)[N]) {
 #pragma unroll
-            for (int i = 0; i < N; i++) {
-                of_low[i] = any_width(low);
-                of_high[i] = any_width(high);
-            }
-        } else {
-            constexpr int a_word = 32 / (2 * WIDTH);
-            static_assert(N % a_word == 0, "the codes of a tile must fill whole words");
-#pragma unroll
-            for (int i = 0; i < N; i += a_word) {
-                whole_word(low.next.words.word(0), of_low + i);
-                whole_word(high.next.words.word(0), of_high + i);
-                low.next.words = low.next.words + ROW, high.next.words = high.next.words + ROW;
-            }
+        for (int i = 0; i < N; i++) {
+            of_low[i] = pair(low);
+            of_high[i] = pair(high);
         }
     }
 };
-
-// Whether the codes of a tile fill whole words at a width.
-template <int WIDTH, int PAIRS>
-constexpr bool fills_words() { return PAIRS % (32 / (2 * WIDTH)) == 0; }
