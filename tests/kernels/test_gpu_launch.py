@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ SPEC = PRESETS["kvcomp:paper"]
 )
 def test_splits_let_the_multiprocessors_end_together(rows: int, tokens: int, splits: int) -> None:
     on: Any = SimpleNamespace(machine=machine(90, processors=132))
-    build = attend_build(SPEC, 128, "bfloat16", "bfloat16", False, on.machine)
+    build = replace(attend_build(SPEC, 128, "bfloat16", "bfloat16", False, on.machine), warps=8)
     assert splits_for(on, build, rows, 8, 4, tokens) == splits
 
 
