@@ -15,6 +15,7 @@ from emulator import COMPILER, Array
 from kvcomp.codec.page import directory_of, width_of
 from kvcomp.codec.quantise import round_to, to_float32
 from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, describe_book, machine
+from kvcomp.spec import Coding
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
 
@@ -165,6 +166,14 @@ def test_every_fixed_width(width: int, channels: int, monkeypatch: pytest.Monkey
     modes, _ = directory_of(cache.owners[0], 0, case.heads)
     assert [width_of(int(mode)) for mode in modes[:-1]] == 2 * case.heads * [width]
     assert cache.expected().error_of(attend(cache, build_for(case)).out) < TOLERANCE
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("coding", ["huffman", "fixed"])
+@pytest.mark.parametrize("channels", range(64, 257, 16))
+def test_every_number_of_channels(channels: int, coding: Coding) -> None:
+    cache = build(Case(channels=channels, queries=2, heads=1, pages=(2,), tail=1, coding=(coding, coding)))
+    assert cache.expected().error_of(attend(cache, build_for(cache.case)).out) < TOLERANCE
 
 
 HOSTILE = {

@@ -11,7 +11,12 @@ constexpr u32 RESERVED = KVC_RESERVED;                           // where shared
 constexpr bool SOFTCAP = KVC_SOFTCAP;
 
 constexpr int STEPS = CHANNELS / 16, KEY_PAIRS = CHANNELS / 8, VALUE_TILES = CHANNELS / 16, VALUE_PAIRS = TOKENS / 8;
-constexpr int KEY_PARTS = KEY_PAIRS > 24 ? 4 : KEY_PAIRS > 16 ? 2 : 1, TAKEN_PAIRS = KEY_PAIRS / KEY_PARTS;  // a tile of many channels is taken in parts
+// The parts in which a tile of many channels is taken: the fewest of whole steps that registers hold.
+constexpr int key_parts(int parts = 1) {
+    int most = KEY_PAIRS > 24 ? 8 : KEY_PAIRS > 16 ? 12 : 16;
+    return STEPS % parts == 0 && KEY_PAIRS / parts <= most ? parts : key_parts(parts + 1);
+}
+constexpr int KEY_PARTS = key_parts(), TAKEN_PAIRS = KEY_PAIRS / KEY_PARTS;
 constexpr bool ROOMY = CHANNELS <= 192;  // whether registers are left to look up the next page while one is decoded, and for two tiles to a turn
 constexpr float SLACK = 8.f;
 constexpr float LOWEST = -1e30f;  // what no score reaches; finite, so that differences are numbers
