@@ -252,7 +252,7 @@ def _build(kind: type[T], content: Any, name: str) -> T:
 PRESETS: Mapping[str, CodecSpec] = {
     # KVComp with a scale for each K channel, so that a large one does not make the others coarse.
     "kvcomp": CodecSpec(TensorSpec("channel", 0.08), TensorSpec("token", 0.15)),
-    # The same, about as good as KIVI with 4 bits; one does not find less in long lists.
+    # The same with finer steps, about as good as KIVI with 4 bits, look-ups in long lists included.
     "kvcomp:fine": CodecSpec(TensorSpec("channel", 0.04), TensorSpec("token", 0.1)),
     # Fixed-width codes: K of four bits, with levels to spare for the rounding of bfloat16, V of three.
     "packed": CodecSpec(TensorSpec("channel", 0.08, "fixed"), TensorSpec("token", 1 / 6, "fixed")),
