@@ -41,6 +41,7 @@ CODINGS: tuple[tuple[Coding, Coding], ...] = (
 )
 # Attention in float32 sums against float64, relative to the largest output; scores of tens magnify their own rounding.
 TOLERANCE = 2e-5
+SHORT_TOLERANCE = 2e-4  # where factors have 16 bits: fixed widths of 16-bit values, whose own rounding is 20 times that
 
 
 def rounded(x: Array, value: str) -> Array:
@@ -77,8 +78,11 @@ def assert_attends(cache: Cache, threads: int = 1) -> None:
     out, lse = cache.attend(cpu, threads)
     expected, expected_lse = cache.attend()
     assert out.dtype == lse.dtype == np.float32
-    assert relative_error(out, expected) <= TOLERANCE
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=3e-5)
+    pages = cache.view.pages[np.arange(cache.view.pages.shape[1]) < np.asarray(cache.view.count)[:, None]]
+    modes = {mode for page in pages for mode in modes_of(int(page), cache.case.heads)}
+    short = cache.case.value != "float32" and max(modes, default=RAW) >= PATCHED
+    assert relative_error(out, expected) <= (SHORT_TOLERANCE if short else TOLERANCE)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=5e-4 if short else 3e-5)
 
 
 @pytest.mark.parametrize("channels", [16, 64, 80, 96, 112, 128, 192, 256, 320, 512])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcomp.codec.dtypes import FIXED, FLOAT32, PATCHED, RAW
+from kvcomp.codec.dtypes import FLOAT32, PATCHED, RAW
 from kvcomp.kernels.cpu.bits import (
     address_of,
     compiled,
@@ -25,7 +25,6 @@ from kvcomp.kernels.cpu.decode import (
     K,
     V,
 )
-from kvcomp.kernels.cpu.fixed import turn
 from kvcomp.kernels.cpu.page import (
     TOKENS,
     block_at,
@@ -39,7 +38,6 @@ from kvcomp.kernels.cpu.scores import (
     add_fixed_values,
     score_coded_keys,
     score_fixed_keys,
-    score_patched_keys,
 )
 from kvcomp.kernels.cpu.scratch import (
     KEY_SLOTS,
@@ -121,7 +119,7 @@ def attend_page(
 
     bias: address of what is added to the scores of the first query; no more is if 0.
     """
-    value_bytes = 4 if dtype == FLOAT32 else 2
+    value_bytes, words = (4, 2) if dtype == FLOAT32 else (2, 1)
     integers_at(s.seen, s.queries)[:] = tokens
 
     prefetch_block(page, heads + head)
@@ -132,10 +130,8 @@ def attend_page(
         score_raw(block, s.key_channels * value_bytes, tokens, dtype, s)
     else:
         codes = take_scales(page, block, mode, K, head, heads, k_unit, v_unit, steps, s)
-        if mode >= FIXED:
-            score_fixed_keys(codes, k_unit, mode, s)
-        elif mode == PATCHED:
-            score_patched_keys(codes, k_unit, s)
+        if mode >= PATCHED:
+            score_fixed_keys(codes, k_unit, mode, words, s)
         else:
             score_coded_keys(k_unit, take_pairs(codes, mode, K, k_unit, books, s), books, s)
     if bias:
@@ -153,7 +149,7 @@ def attend_page(
     else:
         codes = take_scales(page, block, mode, V, head, heads, k_unit, v_unit, steps, s)
         if mode >= PATCHED:
-            add_fixed_values(codes, v_unit, mode, s, out)
+            add_fixed_values(codes, v_unit, mode, words, s, out)
         else:
             add_coded_values(v_unit, take_pairs(codes, mode, V, v_unit, books, s), books, s, out)
 
@@ -262,7 +258,6 @@ def attend_tasks(
             for c in range(channels):
                 scaled[g, c] = q[row, head, g, c] * factor
             q_sum[g] = scaled[g].sum()
-            turn(s.q + 4 * g * s.padded, channels // 4, s.q_turned + 4 * g * s.padded)
         integers_at(s.key_ready, KEY_SLOTS)[:] = 0
         sums = partial_out[number, head]
         sums[:], rest[:] = f32(0), f32(0)

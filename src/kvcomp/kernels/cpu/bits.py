@@ -84,6 +84,26 @@ def emitted(result: types.Type, arguments: Sequence[types.Type], emit: Emit) -> 
     return intrinsic(typing)
 
 
+def alone(name: str, emit: Emit) -> Emit:
+    """The same as a function of its own that is not inlined.
+
+    Where it is called in a loop, LLVM would load the constants of all its cases before each turn.
+    """
+
+    def call(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+        if name not in builder.module.globals:
+            function = ir.Function(builder.module, kind, name)
+            function.linkage = "internal"
+            function.attributes.add("noinline")
+            body = ir.IRBuilder(function.append_basic_block("entry"))
+            emit(context, body, function.args)
+            body.ret_void()
+        builder.call(builder.module.globals[name], args)
+
+    return call
+
+
 @compiled
 def address_of(array):
     """Address of an array's first element.
@@ -161,6 +181,16 @@ copy_bytes = emitted(types.void, [types.int64] * 3, _copy_bytes)  # (source, tar
 move_bytes = emitted(types.void, [types.int64] * 3, _move_bytes)  # the same, where both may overlap
 clear_bytes = emitted(types.void, [types.int64] * 2, _clear_bytes)  # (target, count)
 
+
+def _fill(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    address, value, count = args
+    values = splat(builder, value)
+    with cgutils.for_range_slice(builder, I64(0), count, I64(LANES), I64) as (i, _):
+        builder.store(values, at(builder, builder.add(address, builder.shl(i, I64(2)))), align=4)
+
+
+fill = emitted(types.void, [types.int64, types.float32, types.int64], _fill)  # so many floats, a multiple of 16
+
 # Reinterpretation of a float64 as its bits, and back.
 bits_of = emitted(types.int64, [types.float64], lambda context, builder, args: builder.bitcast(args[0], I64))
 float_of = emitted(
@@ -213,6 +243,30 @@ def sum_of_lanes(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 def integers(element: ir.IntType, values: Sequence[int]) -> ir.Constant:
     """A constant vector."""
     return ir.Constant(vector(element, len(values)), list(values))
+
+
+# LLVM finds this instruction in plain IR only where nothing is shared, so it is named: width in bits -> name.
+_MULTIPLY_PAIRS = {512: "llvm.x86.avx512.pmaddw.d.512", 256: "llvm.x86.avx2.pmadd.wd"}
+_of_instruction = 32 * LANES // OF_VECTOR if get_host_cpu_features().get("avx2") else 0
+
+
+def products_of_pairs(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """Vectors of two int16 in each lane -> int32 sums of the two products."""
+    if not _of_instruction:
+        low, high = (
+            [builder.ashr(part, integers(I32, [16] * LANES)) for part in of]
+            for of in ([builder.shl(part, integers(I32, [16] * LANES)) for part in (x, y)], (x, y))
+        )
+        return builder.add(builder.mul(*low), builder.mul(*high))
+    lanes = _of_instruction // 32
+    of_shorts = vector(I16, 2 * lanes)
+    kind = ir.FunctionType(vector(I32, lanes), [of_shorts, of_shorts])
+    multiply = cgutils.get_or_insert_function(builder.module, kind, _MULTIPLY_PAIRS[_of_instruction])
+    sums = []
+    for first in range(0, LANES, lanes):
+        part = [builder.shuffle_vector(of, of, integers(I32, range(first, first + lanes))) for of in (x, y)]
+        sums.append(builder.call(multiply, [builder.bitcast(of, of_shorts) for of in part]))
+    return sums[0] if len(sums) == 1 else builder.shuffle_vector(*sums, integers(I32, range(LANES)))
 
 
 def round_bfloat16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
@@ -269,6 +323,17 @@ def widen(dtype, source, target, count):
         _widen_float16(source, target, count)
     else:
         _widen_bfloat16(source, target, count)
+
+
+def _widen_integers(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    source, target, count = args
+    with cgutils.for_range_slice(builder, I64(0), count, I64(LANES), I64) as (i, _):
+        place = at(builder, builder.add(source, builder.shl(i, I64(1))))
+        x = builder.sitofp(builder.load(place, align=1, typ=vector(I16)), vector(F32))
+        builder.store(x, at(builder, builder.add(target, builder.shl(i, I64(2)))), align=1)
+
+
+widen_integers = emitted(types.void, _copy, _widen_integers)  # (source, target, count): int16 to float32, as ``widen``
 
 
 @compiled

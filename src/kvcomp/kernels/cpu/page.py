@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcomp.codec.dtypes import BLOCK, CHANNEL, FIXED, OWN_BOOK, TOKEN
+from kvcomp.codec.dtypes import BFLOAT16, BLOCK, CHANNEL, FIXED, OWN_BOOK, TOKEN
 from kvcomp.kernels.cpu.bits import (
     compiled,
-    floats_at,
+    fill,
     halves_at,
     integers_at,
     load_f32,
-    load_i16,
     load_i32,
-    load_u16,
     load_u32,
     prefetch,
-    words_at,
+    widen,
+    widen_integers,
 )
 from kvcomp.kernels.cpu.decode import (
     BITS,
@@ -50,14 +49,12 @@ def load_scales(address, unit, channels, scale, zero):
     There is one for each token or, if the unit is that, channel.
     """
     if unit == BLOCK:
-        floats_at(scale, TOKENS)[:] = load_f32(address)
-        floats_at(zero, TOKENS)[:] = f32(load_i32(address + 4))
+        fill(scale, load_f32(address), TOKENS)
+        fill(zero, f32(load_i32(address + 4)), TOKENS)
         return 8
     count = channels if unit == CHANNEL else TOKENS
-    bits, zeros = words_at(scale, count), floats_at(zero, count)
-    for i in range(count):
-        bits[i] = np.uint32(load_u16(address + 2 * i)) << np.uint32(16)
-        zeros[i] = f32(load_i16(address + 2 * count + 2 * i))
+    widen(BFLOAT16, address, scale, count)
+    widen_integers(address + 2 * count, zero, count)
     return 4 * count
 
 

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Blocks of pieces with widths of their own and exceptions (docs/format.md, section 5).
 
-A half is unpacked to floats and its exceptions are added there, before anything is multiplied. So an exception costs
+A half is unpacked to pairs and its exceptions are added there, before anything is multiplied. So an exception costs
 the same for any number of queries, and the products are those of ``fixed``: of K a run stays with eight tokens and
 takes four positions of every piece, of V a piece is a run. What is unpacked are codes from -128 to 127.
 """
@@ -19,7 +19,6 @@ from numba.core import cgutils
 
 from kvcomp.codec.patched import HALF, LEAST_OFFSET, PIECE, PIECE_BYTES, PIECE_CODES, POSITION_BITS
 from kvcomp.kernels.cpu.bits import (
-    F32,
     I16,
     I32,
     I64,
@@ -27,64 +26,55 @@ from kvcomp.kernels.cpu.bits import (
     at,
     compiled,
     emitted,
-    integers,
     integers_at,
-    load_f32,
     load_i8,
+    load_i16,
     load_u8,
     load_u16,
     splat,
-    store_f32,
+    store_u16,
     vector,
 )
 from kvcomp.kernels.cpu.decode import V, stream_offset
 from kvcomp.kernels.cpu.fixed import (
     GROUPS,
-    PARTS,
-    ROW_FLOATS,
-    codes_of,
-    multiply_run,
+    ROW,
+    SHORTS,
+    WORDS,
+    each_width,
+    multiply_pairs,
     pair_up,
+    pairs_of,
 )
 
-f32, i64 = np.float32, np.int64
+i64 = np.int64
 
 
 def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-    """``unpack_piece(words, width, frame, out, step)``: the codes of a piece, as float32 [four][position of it][lane].
+    """``unpack_piece(words, width, frame, out, step)``: the codes of a piece, as int16 [four][pair of it][lane][2].
 
-    frame: added to each code, as a float. step: bytes from four positions to the next.
+    frame: added to each code. step: bytes from four positions to the next.
     """
     words, width, frame, out, step = args
-    done = builder.append_basic_block("done")
-    chosen = builder.switch(width, done)
-    for bits in range(9):
-        case = builder.append_basic_block(f"unpack_{bits}")
-        chosen.add_case(I64(bits), case)
-        builder.position_at_end(case)
-        _unpack_width(builder, bits, words, frame, out, step)
-        builder.branch(done)
-    builder.position_at_end(done)
+    frames = splat(builder, builder.trunc(frame, I16), 2 * LANES)
+
+    def of_width(bits: int) -> None:
+        with cgutils.for_range_slice(builder, I64(0), I64(ROW), I64(4 * LANES), I64) as (lanes, _):
+            row, column = (builder.add(x, lanes) for x in (words, out))
+            rows = [builder.load(at(builder, row, 4 * HALF * i), align=4, typ=WORDS) for i in range(bits // 2)]
+            if bits % 2:
+                last = at(builder, builder.add(words, builder.lshr(lanes, I64(1))), 4 * HALF * (bits // 2))
+                rows.append(builder.zext(builder.load(last, align=2, typ=vector(I16)), vector(I32)))
+            codes = pairs_of(builder, rows, 0, bits) if bits else repeat(None, PIECE // 2)
+            for pair, both in enumerate(codes):
+                four = builder.add(column, builder.mul(step, I64(pair // 2)))
+                x = frames if both is None else builder.add(builder.bitcast(both, SHORTS), frames)
+                builder.store(x, at(builder, four, ROW * (pair % 2)), align=4)
+
+    each_width(builder, width, 0, of_width)
 
 
-def _unpack_width(
-    builder: ir.IRBuilder, bits: int, words: ir.Value, frame: ir.Value, out: ir.Value, step: ir.Value
-) -> None:
-    frames = splat(builder, frame)
-    with cgutils.for_range_slice(builder, I64(0), I64(ROW_FLOATS), I64(4 * LANES), I64) as (lanes, _):
-        row, column = (builder.add(x, lanes) for x in (words, out))
-        rows = [builder.load(at(builder, row, 4 * HALF * i), align=4, typ=vector(I32)) for i in range(bits // 2)]
-        if bits % 2:
-            last = at(builder, builder.add(words, builder.lshr(lanes, I64(1))), 4 * HALF * (bits // 2))
-            rows.append(builder.zext(builder.load(last, align=2, typ=vector(I16)), vector(I32)))
-        codes = codes_of(builder, rows, 0, bits) if bits else repeat(None, PIECE)
-        for position, code in enumerate(codes):
-            four = builder.add(column, builder.mul(step, I64(position // 4)))
-            x = frames if code is None else builder.fadd(code, frames)
-            builder.store(x, at(builder, four, ROW_FLOATS * (position % 4)), align=4)
-
-
-unpack_piece = emitted(types.void, [types.int64, types.int64, types.float32, types.int64, types.int64], _unpack)
+unpack_piece = emitted(types.void, [types.int64] * 5, _unpack)
 
 
 @compiled
@@ -121,56 +111,38 @@ def filled_pieces(block, channels, half):
 
 @compiled
 def unpack_half(block, kind, channels, half, count, base, words, exceptions, out):
-    """Unpack the first ``count`` pieces of a half, behind which all are empty, to float32 codes plus ``base``.
+    """Unpack the first ``count`` pieces of a half, behind which all are empty, to codes plus ``base``.
 
-    words, exceptions: where those of the half begin. out: of K [four tokens][piece][four channels][lane], of V
-    [piece][position][lane]. Returns where words and exceptions end.
+    words, exceptions: where those of the half begin. out: of K int16 [four tokens][piece][two pairs][lane][2], of V
+    [piece][pair][lane][2]. Returns where words and exceptions end.
     """
-    pieces, four = channels // 8, i64(4 * ROW_FLOATS)
+    pieces, four = channels // 8, i64(2 * ROW)
     next_piece, next_four = (4 * four, four) if kind == V else (four, count * four)
     for i in range(count):
         piece, to = half * (channels // PIECE) + i, out + i * next_piece
-        width, frame = i64(load_u8(block + piece)), f32(load_i8(block + pieces + piece)) + base
+        width, frame = i64(load_u8(block + piece)), i64(load_i8(block + pieces + piece)) + base
         unpack_piece(words, width, frame, to, next_four)
         words += PIECE_BYTES * width
         end = exceptions + 2 * i64(load_u8(block + 2 * pieces + piece))
         while exceptions < end:
             exception = i64(load_u16(exceptions))
-            place = exception & (PIECE_CODES - 1)
-            code = to + (place >> 7) * next_four + 4 * (place & 127)
-            store_f32(code, load_f32(code) + f32((exception >> POSITION_BITS) + LEAST_OFFSET))
+            position, lane = (exception & (PIECE_CODES - 1)) >> 5, exception & 31
+            code = to + (position >> 2) * next_four + ROW * ((position >> 1) & 1) + 4 * lane + 2 * (position & 1)
+            store_u16(code, i64(load_i16(code)) + (exception >> POSITION_BITS) + LEAST_OFFSET)
             exceptions += 2
     return words, exceptions
 
 
 @compiled
-def multiply_patched(block, kind, channels, factors, factor_bytes, queries, unpacked, out, out_bytes):
-    """``fixed.multiply`` for the pieces at an address; factors of K are those of ``step_keys``."""
+def multiply_patched(block, kind, channels, factors, factor_bytes, steps, queries, unpacked, out, out_bytes):
+    """``fixed.multiply`` for the pieces at an address; factors of K are those of ``narrow_steps``."""
     words, exceptions = block + head_bytes(channels), begin_exceptions(block, channels)
     for half in range(2):
         count = filled_pieces(block, channels, half)
-        words, exceptions = unpack_half(block, kind, channels, half, count, f32(0), words, exceptions, unpacked)
-        if kind == V:
-            for i in range(count):
-                piece = half * (channels // PIECE) + i
-                if not is_empty(block, channels, piece):
-                    codes, place = unpacked + ROW_FLOATS * PIECE * i, out + 4 * GROUPS * piece
-                    multiply_run(codes, PIECE, factors, factor_bytes, queries, place, out_bytes)
-        else:
-            for four in range(4):
-                codes, place = unpacked + ROW_FLOATS * 4 * count * four, out + 4 * GROUPS * (four + 4 * half)
-                multiply_run(codes, 4 * count, factors, factor_bytes, queries, place, out_bytes)
-
-
-def _step(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-    source, channels, out = args
-    order = integers(I32, [4 * j + channel for channel in range(4) for j in range(PARTS)])
-    with cgutils.for_range_slice(builder, I64(0), builder.shl(channels, I64(2)), I64(4 * LANES), I64) as (offset, _):
-        x = builder.load(at(builder, builder.add(source, offset)), align=4, typ=vector(F32))
-        builder.store(builder.shuffle_vector(x, x, order), at(builder, builder.add(out, offset)), align=4)
-
-
-step_keys = emitted(types.void, [types.int64] * 3, _step)  # floats by channel to the order of K's factors
+        words, exceptions = unpack_half(block, kind, channels, half, count, i64(0), words, exceptions, unpacked)
+        run, runs, place = (i64(PIECE), count, channels // PIECE) if kind == V else (4 * count, i64(4), i64(4))
+        to = out + 4 * GROUPS * place * half
+        multiply_pairs(unpacked, run, runs, factors, factor_bytes, steps, queries, to, out_bytes)
 
 
 @compiled
@@ -179,11 +151,11 @@ def decode_patched(block, kind, channels, offsets, unpacked, out):
     words, exceptions = block + head_bytes(channels), begin_exceptions(block, channels)
     count, place_of = channels // PIECE, integers_at(offsets, channels // 2)
     for half in range(2):
-        words, exceptions = unpack_half(block, kind, channels, half, count, f32(128), words, exceptions, unpacked)
+        words, exceptions = unpack_half(block, kind, channels, half, count, i64(128), words, exceptions, unpacked)
         for pair in range(channels // 2):
             if kind == V:
                 target, step = stream_offset(V, channels, half, 0) + place_of[pair], 2 * channels
             else:  # [channel pair][64 tokens]; a piece has eight pairs, two of each lane & 3
                 four, in_four = pair // (2 * count), pair % (2 * count)
                 target, step = 128 * (8 * (in_four >> 1) + (in_four & 1)) + 16 * (four + 4 * half), 256
-            pair_up(unpacked + 2 * ROW_FLOATS * pair, out + target, step)
+            pair_up(unpacked + ROW * pair, out + target, step)

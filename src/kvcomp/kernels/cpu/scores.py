@@ -11,11 +11,11 @@ import numpy as np
 
 from kvcomp.codec.block import MAX_CHANNELS
 from kvcomp.codec.dtypes import CHANNEL, HEAD, PATCHED
-from kvcomp.kernels.cpu.bits import FAST, compiled, floats_at, integers_at
+from kvcomp.kernels.cpu.bits import FAST, compiled, fill, floats_at, integers_at
 from kvcomp.kernels.cpu.decode import EMPTY, MOST_CLASSES, NARROW, K, V
-from kvcomp.kernels.cpu.fixed import multiply, scale_keys, turn, turn_weights
+from kvcomp.kernels.cpu.fixed import multiply, narrow, narrow_steps, scale_factors, turn
 from kvcomp.kernels.cpu.page import TOKENS, code_masks, fixed_width
-from kvcomp.kernels.cpu.patched import multiply_patched, step_keys
+from kvcomp.kernels.cpu.patched import multiply_patched
 from kvcomp.kernels.cpu.products import accumulate, add_multiple, fold, rescale
 from kvcomp.kernels.cpu.scratch import FACTORS, KEY_SLOTS, SLOTS, run_of_form
 
@@ -32,26 +32,24 @@ def add_first(slot, channels, s):
 @compiled
 def score_coded_keys(unit, slot, books, s):
     """score[g, t] = sum over channels of q * (code + zero) * scale, from pairs [channel pair][token]."""
-    score = floats_at(s.score, (s.queries, TOKENS))
-    pitch = i64(4 * FACTORS)
+    pitch, bias = i64(4 * FACTORS), floats_at(s.key_bias, (KEY_SLOTS, s.queries))[slot]
     units = s.unit + 4 * MAX_CHANNELS * slot
     if unit == CHANNEL:
         add_first(slot, s.key_channels, s)
         key_a, key_b = s.of_a, s.of_b
         for g in range(s.queries):
             q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
-            score[g] = fold(q, s.scale, s.zero, units, s.key_channels, of_a, of_b)
+            bias[g] = fold(q, s.scale, s.zero, units, s.key_channels, of_a, of_b)
     else:
         key_a, key_b = s.key_a + slot * s.queries * pitch, s.key_b + slot * s.queries * pitch
         ready = integers_at(s.key_ready, KEY_SLOTS)
-        bias = floats_at(s.key_bias, (KEY_SLOTS, s.queries))[slot]
         if not ready[slot]:
             ready[slot] = 1
             for g in range(s.queries):
                 q, of_a, of_b = s.q + 4 * g * s.padded, key_a + g * pitch, key_b + g * pitch
                 bias[g] = fold(q, s.ones, s.first + 4 * MAX_CHANNELS * slot, units, s.key_channels, of_a, of_b)
-        for g in range(s.queries):
-            score[g] = bias[g]
+    for g in range(s.queries):
+        fill(s.score + 4 * TOKENS * g, bias[g], TOKENS)
     step = i64(4 * TOKENS)
     for index in range(MOST_CLASSES):
         begin, end, form = run_of_form(index, slot, books, s.key_channels // 2)
@@ -73,68 +71,81 @@ def score_coded_keys(unit, slot, books, s):
                 step,
             )
     if unit != CHANNEL:
-        scale_scores(s)
-
-
-@compiled
-def scale_scores(s):
-    """Apply scales and zeros of tokens to the scores of bare codes."""
-    sums = floats_at(s.q_sum, s.queries)
-    for g in range(s.queries):
-        rescale(s.score + 4 * g * TOKENS, s.scale, s.zero, sums[g], TOKENS)
-
-
-@compiled
-def score_fixed_keys(codes, unit, mode, s):
-    """Score as ``score_coded_keys`` does, from codes of the fixed width that a mode has, at an address."""
-    score, pitch, turned = floats_at(s.score, (s.queries, TOKENS)), 4 * s.padded, s.q_turned
-    score[:] = f32(0)
-    if unit == CHANNEL:
-        turned = s.turned
-        turn(s.scale, s.key_channels // 4, s.turned_scale)
-        turn(s.zero, s.key_channels // 4, s.turned_zero)
+        sums = floats_at(s.q_sum, s.queries)
         for g in range(s.queries):
-            q = s.q_turned + g * pitch
-            score[g] = scale_keys(q, s.turned_scale, s.turned_zero, s.key_channels, turned + g * pitch)
-    multiply(codes, K, s.key_channels, fixed_width(mode), turned, pitch, s.queries, s.values, s.score, 4 * TOKENS)
-    if unit != CHANNEL:
-        scale_scores(s)
+            rescale(s.score + 4 * g * TOKENS, s.scale, s.zero, sums[g], TOKENS)
 
 
 @compiled
-def score_patched_keys(codes, unit, s):
-    """Score as ``score_coded_keys`` does, from the pieces at an address."""
-    score, pitch = floats_at(s.score, (s.queries, TOKENS)), 4 * s.padded
-    score[:] = f32(0)
-    for g in range(s.queries):
-        q = s.q + g * pitch
-        if unit == CHANNEL:
-            score[g] = scale_keys(q, s.scale, s.zero, s.key_channels, s.part)
-            q = s.part
-        step_keys(q, s.key_channels, s.turned + g * pitch)
-    multiply_patched(codes, K, s.key_channels, s.turned, pitch, s.queries, s.values, s.score, 4 * TOKENS)
-    if unit != CHANNEL:
-        scale_scores(s)
-
-
-@compiled
-def add_fixed_values(codes, unit, mode, s, out):
-    """Add what ``add_coded_values`` adds, from the codes of a block of this mode at an address: fixed or patched."""
-    step, pitch, to = 4 * s.value_channels, 4 * s.padded, s.part if unit == CHANNEL else out
-    rest, zero = floats_at(s.rest, s.queries), floats_at(s.zero, s.value_channels)
-    part = floats_at(s.part, (s.queries, s.value_channels))
-    for g in range(s.queries):
-        weights, turned = s.score + 4 * g * TOKENS, s.turned + g * pitch
-        if unit == CHANNEL:
-            total = turn_weights(weights, s.ones, s.ones, turned)
-            for c in range(s.value_channels):
-                part[g, c] = total * zero[c]
-        else:
-            rest[g] += turn_weights(weights, s.scale, s.zero, turned)
+def multiply_fixed(codes, kind, mode, channels, s, out, step):
+    """Products of a block of a fixed width, or of pieces, with ``factors``."""
+    pitch = 2 * s.padded
     if mode == PATCHED:
-        multiply_patched(codes, V, s.value_channels, s.turned, pitch, s.queries, s.values, to, step)
+        multiply_patched(codes, kind, channels, s.factors, pitch, s.steps, s.queries, s.values, out, step)
     else:
-        multiply(codes, V, s.value_channels, fixed_width(mode), s.turned, pitch, s.queries, s.values, to, step)
+        width = fixed_width(mode)
+        multiply(codes, kind, channels, width, s.factors, pitch, s.steps, s.queries, s.values, out, step)
+
+
+@compiled
+def score_fixed_keys(codes, unit, mode, words, s):
+    """Score as ``score_coded_keys`` does, from the codes of a block of this mode at an address: fixed or patched.
+
+    words: of 16 bits that a factor takes, see ``factor_words``.
+    """
+    channels, sums = s.key_channels, floats_at(s.sums, s.queries)
+    scales, zeros = (s.scale, s.zero) if unit == CHANNEL else (s.ones, s.ones)
+    for g in range(s.queries):
+        left = s.part + 4 * g * s.padded
+        sums[g] = scale_factors(s.q + 4 * g * s.padded, scales, zeros, channels, left)
+        fill(s.score + 4 * TOKENS * g, f32(0), TOKENS)
+    for _ in range(words):
+        for g in range(s.queries):
+            left, factors, steps = (
+                s.part + 4 * g * s.padded,
+                s.factors + 2 * g * s.padded,
+                floats_at(s.steps, s.queries),
+            )
+            if mode == PATCHED:
+                steps[g] = narrow_steps(left, channels, factors)
+            else:
+                steps[g] = narrow(left, channels, s.low)
+                turn(s.low, channels // 8, factors)
+        multiply_fixed(codes, K, mode, channels, s, s.score, 4 * TOKENS)
+    for g in range(s.queries):
+        left, score = s.part + 4 * g * s.padded, s.score + 4 * TOKENS * g
+        total = sums[g] - scale_factors(left, s.ones, zeros, channels, left)
+        if unit == CHANNEL:
+            add_multiple(score, s.ones, total, TOKENS)
+        else:
+            rescale(score, s.scale, s.zero, total, TOKENS)
+
+
+@compiled
+def add_fixed_values(codes, unit, mode, words, s, out):
+    """Add what ``add_coded_values`` adds, from the codes of a block of this mode at an address: fixed or patched."""
+    sums, steps, rest = floats_at(s.sums, s.queries), floats_at(s.steps, s.queries), floats_at(s.rest, s.queries)
+    part, zero = floats_at(s.part, (s.queries, s.value_channels)), floats_at(s.zero, s.value_channels)
+    to = s.part if unit == CHANNEL else out
+    scales, zeros = (s.ones, s.ones) if unit == CHANNEL else (s.scale, s.zero)
+    for g in range(s.queries):
+        weights = s.score + 4 * g * TOKENS
+        sums[g] = scale_factors(weights, scales, zeros, TOKENS, weights)
+        if unit == CHANNEL:
+            for c in range(s.value_channels):
+                part[g, c] = f32(0)
+    for _ in range(words):
+        for g in range(s.queries):
+            steps[g] = narrow(s.score + 4 * g * TOKENS, TOKENS, s.factors + 2 * g * s.padded)
+        multiply_fixed(codes, V, mode, s.value_channels, s, to, 4 * s.value_channels)
+    for g in range(s.queries):
+        left = s.score + 4 * g * TOKENS
+        total = sums[g] - scale_factors(left, s.ones, zeros, TOKENS, left)
+        if unit == CHANNEL:
+            for c in range(s.value_channels):
+                part[g, c] += total * zero[c]
+        else:
+            rest[g] += total
     if unit == CHANNEL:
         add_part(s, out)
 

@@ -59,10 +59,9 @@ class Scratch(NamedTuple):
     padded: int  # floats of a row of q: at least the channels of K and of V and the tokens, a multiple of 32
     q: int  # [queries, padded], scaled
     q_sum: int  # [queries]
-    q_turned: int  # [queries, padded]: the same as factors of fixed-width K, where no channel has its own scale
-    turned: int  # [queries, padded]: those for a block
-    turned_scale: int  # [padded]: scale and zero of K's channels, in the same order
-    turned_zero: int
+    factors: int  # int16 [queries, padded]: those of a block of fixed width
+    steps: int  # [queries]: of the factors
+    sums: int  # [queries]: of scaled factors times zeros
     key_a: int  # [slots of K, queries, FACTORS]: q for the first code of each pair, where no channel has its own scale
     key_b: int  # and for the second
     key_bias: int  # [slots of K, queries]: what the first codes of the classes add to every score
@@ -82,7 +81,7 @@ class Scratch(NamedTuple):
     wide_unit: int
     first: int  # [slots, channels]: the first code of the class of each channel, plus a zero that is always the same
     form: int  # int64 [slots]: whether the two are there, and (2) whether any ``first`` is not 0
-    values: int  # [tokens, channels]: raw values, or [channels, half the streams]: codes of fixed width
+    values: int  # [tokens, channels]: raw values, or int16 [channels, half the streams]: codes of fixed width
     pairs: int  # uint16 [tokens * channels / 2]: decoded codes
     low: int  # uint16 [tokens * channels / 2]: their low bits, where these are apart
     streams: int  # int64 [streams]
@@ -101,11 +100,10 @@ def lay_out(base, queries, key_channels, value_channels, table_bytes):
     line = 64
     q = (base + line - 1) & ~i64(line - 1)
     q_sum = q + 4 * queries * padded
-    q_turned = q_sum + 4 * ((queries + 15) & ~15)
-    turned = q_turned + 4 * queries * padded
-    turned_scale = turned + 4 * queries * padded
-    turned_zero = turned_scale + 4 * padded
-    key_a = turned_zero + 4 * padded
+    factors = q_sum + 4 * ((queries + 15) & ~15)
+    steps = factors + 2 * queries * padded
+    sums = steps + 4 * ((queries + 15) & ~15)
+    key_a = sums + 4 * ((queries + 15) & ~15)
     key_b = key_a + 4 * KEY_SLOTS * queries * FACTORS
     key_bias = key_b + 4 * KEY_SLOTS * queries * FACTORS
     key_ready = key_bias + 4 * KEY_SLOTS * ((queries + 15) & ~15)
@@ -134,7 +132,7 @@ def lay_out(base, queries, key_channels, value_channels, table_bytes):
     tables = built + line
     end = tables + table_bytes
     return Scratch(
-        queries, key_channels, value_channels, padded, q, q_sum, q_turned, turned, turned_scale, turned_zero,
+        queries, key_channels, value_channels, padded, q, q_sum, factors, steps, sums,
         key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen, hidden, scale, zero, ones, unit,
         narrow_unit, wide_unit, first, form, values, pairs, low, streams, offsets, begin, built, tables, end,
     )  # fmt: skip
