@@ -154,30 +154,26 @@ def _take(builder: ir.IRBuilder, sums: Sums, halves: Sequence[ir.Value], factors
 
 
 def _give(builder: ir.IRBuilder, sums: Sums, steps: ir.Value, out: ir.Value, out_bytes: ir.Value) -> None:
-    """out[query, g] += step[query] * sum over j of the sums [g : 8][j : 4]."""
-    for query, of_query in enumerate(sums):
-        halves = [builder.sitofp(builder.load(place, typ=WORDS), FLOATS) for place in of_query]
-        step = splat(builder, builder.load(at(builder, steps, 4 * query), typ=F32), GROUPS)
-        place = at(builder, builder.add(out, builder.mul(out_bytes, I64(query))))
-        product = builder.fmul(_sum_parts(builder, halves), step, flags=("contract",))
-        so_far = builder.load(place, align=4, typ=vector(F32, GROUPS))
-        builder.store(builder.fadd(so_far, product, flags=("contract",)), place, align=4)
+    """out[query, g] += step[query] * sum over j of the sums [g : 8][j : 4], of two queries at once."""
+    halves = [[builder.sitofp(builder.load(place, typ=WORDS), FLOATS) for place in of_query] for of_query in sums]
+    of_halves = [_neighbours(builder, *of_query) for of_query in halves]
+    for first in range(0, len(sums), 2):
+        two = of_halves[first : first + 2]
+        totals = _neighbours(builder, two[0], two[-1])
+        for number in range(len(two)):
+            order = integers(I32, [4 * (g % 4) + 2 * number + g // 4 for g in range(GROUPS)])
+            total = builder.shuffle_vector(totals, totals, order)
+            step = splat(builder, builder.load(at(builder, steps, 4 * (first + number)), typ=F32), GROUPS)
+            place = at(builder, builder.add(out, builder.mul(out_bytes, I64(first + number))))
+            product = builder.fmul(total, step, flags=("contract",))
+            so_far = builder.load(place, align=4, typ=vector(F32, GROUPS))
+            builder.store(builder.fadd(so_far, product, flags=("contract",)), place, align=4)
 
 
-def _sum_parts(builder: ir.IRBuilder, halves: Sequence[ir.Value]) -> ir.Value:
-    """The sums over j of [g : 8][j : 4] in two vectors; four lanes stay together until the end: that is cheap."""
-
-    def neighbours(x: ir.Value, y: ir.Value, lanes: int) -> ir.Value:
-        """In each four lanes two sums of neighbours of x, then two of y."""
-        of = [
-            [base + odd + shift for base in range(0, lanes, 4) for shift in (0, 2, lanes, lanes + 2)] for odd in (0, 1)
-        ]
-        return builder.fadd(*(builder.shuffle_vector(x, y, integers(I32, chosen)) for chosen in of))
-
-    pairs = neighbours(*halves, LANES)
-    low, high = (builder.shuffle_vector(pairs, pairs, integers(I32, range(begin, begin + 8))) for begin in (0, 8))
-    sums = neighbours(low, high, 8)  # of g = 0, 4, 2, 6, 1, 5, 3, 7
-    return builder.shuffle_vector(sums, sums, integers(I32, [0, 4, 2, 6, 1, 5, 3, 7]))
+def _neighbours(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """In each four lanes two sums of neighbours of x, then two of y: registers need not be crossed for it."""
+    of = [[base + odd + side for base in range(0, LANES, 4) for side in (0, 2, LANES, LANES + 2)] for odd in (0, 1)]
+    return builder.fadd(*(builder.shuffle_vector(x, y, integers(I32, chosen)) for chosen in of))
 
 
 def _of_words(queries: int) -> Any:
@@ -214,29 +210,31 @@ def _of_words(queries: int) -> Any:
 
 
 def _of_pairs(queries: int) -> Any:
-    """``multiply_pairs(pairs, run, runs, factors, factor_bytes, steps, out, out_bytes)``: for so many queries.
+    """``multiply_pairs(pairs, fours, four_bytes, runs, run_bytes, factors, factor_bytes, steps, out, out_bytes)``
 
     out[query, n, g] += steps[query] * sum over positions r and parts j of factors[query, r, j] * codes[n, r, g, j]
 
-    pairs, factors: int16 [run n][pair][g, j][2] and [query][pair][j][2].
+    for so many queries. factors: int16 [query][pair][j][2]. Codes are int16 [pair][g, j][2] of four positions after one
+    another; fours and runs n are so many bytes apart.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-        pairs, run, runs, factors, factor_bytes, steps, out, out_bytes = args
-        sums, of_run = _sums(builder, queries), builder.lshr(run, I64(1))
-        with cgutils.for_range(builder, runs, intp=I64) as each:
+        pairs, fours, four_bytes, runs, run_bytes, factors, factor_bytes, steps, out, out_bytes = args
+        sums = _sums(builder, queries)
+        with cgutils.for_range(builder, runs, intp=I64) as run:
             _clear(builder, sums)
-            begin = builder.add(pairs, builder.mul(builder.mul(each.index, of_run), I64(ROW)))
-            with cgutils.for_range_slice(builder, I64(0), of_run, I64(2), I64) as (first, _):
-                for pair in (first, builder.add(first, I64(1))):
-                    row = builder.add(begin, builder.mul(pair, I64(ROW)))
-                    halves = [builder.load(at(builder, row, 4 * LANES * half), align=4, typ=WORDS) for half in range(2)]
-                    of = builder.add(factors, builder.mul(pair, I64(OF_PAIR)))
-                    of_query = [builder.add(of, builder.mul(factor_bytes, I64(query))) for query in range(queries)]
-                    _take(builder, sums, halves, of_query)
-            _give(builder, sums, steps, builder.add(out, builder.mul(each.index, I64(4 * GROUPS))), out_bytes)
+            begin = builder.add(pairs, builder.mul(run.index, run_bytes))
+            with cgutils.for_range(builder, fours, intp=I64) as four:
+                rows = builder.add(begin, builder.mul(four.index, four_bytes))
+                of = builder.add(factors, builder.mul(four.index, I64(2 * OF_PAIR)))
+                of_query = [builder.add(of, builder.mul(factor_bytes, I64(query))) for query in range(queries)]
+                for pair in range(2):
+                    places = [at(builder, rows, ROW * pair + 4 * LANES * half) for half in range(2)]
+                    halves = [builder.load(place, align=4, typ=WORDS) for place in places]
+                    _take(builder, sums, halves, [builder.add(place, I64(OF_PAIR * pair)) for place in of_query])
+            _give(builder, sums, steps, builder.add(out, builder.mul(run.index, I64(4 * GROUPS))), out_bytes)
 
-    return emitted(types.void, [types.int64] * 8, alone(f"multiply_pairs_{queries}", emit))
+    return emitted(types.void, [types.int64] * 10, alone(f"multiply_pairs_{queries}", emit))
 
 
 _words_4, _words_3, _words_2, _words_1 = (_of_words(min(queries, TOGETHER)) for queries in (4, 3, 2, 1))
@@ -262,20 +260,20 @@ def multiply_words(codes, width, run, runs, factors, factor_bytes, steps, querie
 
 
 @compiled
-def multiply_pairs(pairs, run, runs, factors, factor_bytes, steps, queries, out, out_bytes):
+def multiply_pairs(pairs, fours, four_bytes, runs, run_bytes, factors, factor_bytes, steps, queries, out, out_bytes):
     """``_of_pairs`` for any number of queries."""
     query = 0
     while query < queries:
         of, step, to = factors + query * factor_bytes, steps + 4 * query, out + query * out_bytes
         some = min(TOGETHER, queries - query)
         if some == 4:
-            _pairs_4(pairs, run, runs, of, factor_bytes, step, to, out_bytes)
+            _pairs_4(pairs, fours, four_bytes, runs, run_bytes, of, factor_bytes, step, to, out_bytes)
         elif some == 3:
-            _pairs_3(pairs, run, runs, of, factor_bytes, step, to, out_bytes)
+            _pairs_3(pairs, fours, four_bytes, runs, run_bytes, of, factor_bytes, step, to, out_bytes)
         elif some == 2:
-            _pairs_2(pairs, run, runs, of, factor_bytes, step, to, out_bytes)
+            _pairs_2(pairs, fours, four_bytes, runs, run_bytes, of, factor_bytes, step, to, out_bytes)
         else:
-            _pairs_1(pairs, run, runs, of, factor_bytes, step, to, out_bytes)
+            _pairs_1(pairs, fours, four_bytes, runs, run_bytes, of, factor_bytes, step, to, out_bytes)
         query += TOGETHER
 
 
@@ -294,7 +292,8 @@ def multiply(codes, kind, channels, width, factors, factor_bytes, steps, queries
     for s in range(2):
         unpack(codes + 4 * HALF * s, width, channels, unpacked)
         to = out + 4 * GROUPS * runs * s
-        multiply_pairs(unpacked, run, runs, factors, factor_bytes, steps, queries, to, out_bytes)
+        four, of_run = i64(2 * ROW), ROW // 2 * run
+        multiply_pairs(unpacked, run // 4, four, runs, of_run, factors, factor_bytes, steps, queries, to, out_bytes)
 
 
 def _scale(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:

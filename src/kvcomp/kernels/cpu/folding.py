@@ -2,7 +2,8 @@
 """Queries and outputs in other coordinates (``kvcomp.kernels.folding``), a few at a time.
 
 A product of matrices so small takes less time than the calls to a library around it. The part that turns is made for
-runs of 64 tokens: z is turned once to the first place of a run, and a table that all runs share does the rest.
+runs of 64 tokens: z is turned once to the middle of a run, and a table that all runs share does the rest. As far before
+the middle as behind it, cosines are the same and sines the opposite, so the table has half of the places.
 """
 
 from __future__ import annotations
@@ -17,7 +18,20 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from kvcomp.kernels.cpu.bits import F32, FAST, I64, LANES, address_of, at, compiled, emitted, splat, vector
+from kvcomp.kernels.cpu.bits import (
+    F32,
+    FAST,
+    I32,
+    I64,
+    LANES,
+    address_of,
+    at,
+    compiled,
+    emitted,
+    integers,
+    splat,
+    vector,
+)
 from kvcomp.kernels.cpu.page import TOKENS
 
 LEAST_RUNS = 16  # that tables are made for
@@ -27,8 +41,8 @@ FLOATS = vector(F32)
 
 
 def turning_tables(speed: tuple[float, ...], tokens: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """exp(i w t) at the first places of runs, (runs, 2, pairs), and the factors of a run's places on real and imaginary
-    parts, (2 pairs, 64); for as many tokens or more.
+    """exp(i w t) in the middle of runs, (runs, 2, pairs), and the factors of the places behind it on real and imaginary
+    parts, (pairs, 2, 32); for as many tokens or more.
     """
     runs = -(-tokens // TOKENS)
     return _tables(speed, max(LEAST_RUNS, 1 << (runs - 1).bit_length()))
@@ -36,10 +50,11 @@ def turning_tables(speed: tuple[float, ...], tokens: int) -> tuple[npt.NDArray[n
 
 @lru_cache(maxsize=128)
 def _tables(speed: tuple[float, ...], runs: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    starts, places = (np.multiply.outer(np.arange(n) * by, np.array(speed)) for n, by in ((runs, TOKENS), (TOKENS, 1)))
-    first = np.stack([np.cos(starts), np.sin(starts)], 1)
-    run = np.concatenate([np.cos(places), -np.sin(places)], 1)
-    return first.astype(np.float32), np.ascontiguousarray(run.T, np.float32)
+    middles = np.multiply.outer(np.arange(runs) * TOKENS + (TOKENS - 1) / 2, np.array(speed))
+    behind = np.multiply.outer(np.array(speed), np.arange(TOKENS // 2) + 0.5)
+    middle = np.stack([np.cos(middles), np.sin(middles)], 1)
+    run = np.stack([np.cos(behind), -np.sin(behind)], 1)
+    return middle.astype(np.float32), run.astype(np.float32)
 
 
 @compiled(fastmath=FAST)
@@ -56,29 +71,38 @@ def add_product(x, matrix, out):
             out[m] += x[r] * matrix[r, m]
 
 
-def _product_of_run(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+def _turn_run(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
     """All 64 sums stay in registers."""
-    x, matrix, rows, out = args
-    zero = ir.Constant(FLOATS, [0.0] * LANES)
-    places = [4 * LANES * m for m in range(TOKENS // LANES)]
-    sums = [cgutils.alloca_once_value(builder, zero) for _ in places]
-    with cgutils.for_range(builder, rows, intp=I64) as loop:
-        factor = splat(builder, builder.load(at(builder, builder.add(x, builder.shl(loop.index, I64(2)))), typ=F32))
-        row = builder.add(matrix, builder.mul(loop.index, I64(4 * TOKENS)))
-        for so_far, place in zip(sums, places, strict=True):
-            part = builder.load(at(builder, row, place), align=4, typ=FLOATS)
-            product = builder.fmul(part, factor, flags=("contract",))
-            builder.store(builder.fadd(builder.load(so_far, typ=FLOATS), product, flags=("contract",)), so_far)
-    for so_far, place in zip(sums, places, strict=True):
-        builder.store(builder.load(so_far, typ=FLOATS), at(builder, out, place), align=4)
+    x, run, pairs, out = args
+    vectors = TOKENS // 2 // LANES
+    sums = [
+        [cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * LANES)) for _ in range(vectors)]
+        for _ in range(2)
+    ]
+    with cgutils.for_range(builder, pairs, intp=I64) as loop:
+        pair = builder.add(run, builder.mul(loop.index, I64(4 * TOKENS)))
+        for part, of_part in enumerate(sums):  # real, then imaginary
+            place = builder.shl(builder.add(loop.index, builder.mul(pairs, I64(part))), I64(2))
+            factor = splat(builder, builder.load(at(builder, builder.add(x, place)), typ=F32))
+            for m, so_far in enumerate(of_part):
+                waves = builder.load(at(builder, pair, 4 * LANES * (vectors * part + m)), align=4, typ=FLOATS)
+                product = builder.fmul(waves, factor, flags=("contract",))
+                builder.store(builder.fadd(builder.load(so_far, typ=FLOATS), product, flags=("contract",)), so_far)
+    for m, (even, odd) in enumerate(zip(*sums, strict=True)):
+        both = builder.load(even, typ=FLOATS), builder.load(odd, typ=FLOATS)
+        before, behind = builder.fsub(*both), builder.fadd(*both)
+        backwards = builder.shuffle_vector(before, before, integers(I32, range(LANES - 1, -1, -1)))
+        builder.store(backwards, at(builder, out, 4 * LANES * (vectors - 1 - m)), align=4)
+        builder.store(behind, at(builder, out, 4 * LANES * (vectors + m)), align=4)
 
 
-# product_of_run(x, matrix, rows, out): x times a matrix (rows, 64), all but the count addresses of floats
-product_of_run = emitted(types.void, [types.int64] * 4, _product_of_run)
+# turn_run(x, run, pairs, out): the real part of x e^(i w t) at the 64 places around the middle of a run, summed over
+# pairs; x is [real and imaginary part][pair], ``run`` as in ``turning_tables``. All but the count are addresses.
+turn_run = emitted(types.void, [types.int64] * 4, _turn_run)
 
 
 @compiled(entry=True, fastmath=FAST)
-def fold(q, factor, queries, turning, starts, run, tokens, inner, bias):
+def fold(q, factor, queries, turning, middles, run, tokens, inner, bias):
     """Fill ``inner`` with the queries as K' wants them, and ``bias`` with ``factor`` times what turns.
 
     Parameters
@@ -87,7 +111,7 @@ def fold(q, factor, queries, turning, starts, run, tokens, inner, bias):
         float32 (rows, KV heads, queries, channels of K).
     queries, turning
         As in ``Folding``.
-    starts, run
+    middles, run
         ``turning_tables``.
     tokens
         int64 (rows,): of each row; what is behind them is left.
@@ -114,9 +138,9 @@ def fold(q, factor, queries, turning, starts, run, tokens, inner, bias):
                 for r in range((tokens[row] + TOKENS - 1) // TOKENS):
                     for p in range(pairs):
                         real, imaginary = factor * z[p], factor * z[pairs + p]
-                        turned[p] = real * starts[r, 0, p] - imaginary * starts[r, 1, p]
-                        turned[pairs + p] = real * starts[r, 1, p] + imaginary * starts[r, 0, p]
-                    product_of_run(of_turned, of_run, 2 * pairs, of_bias + 4 * TOKENS * r)
+                        turned[p] = real * middles[r, 0, p] - imaginary * middles[r, 1, p]
+                        turned[pairs + p] = real * middles[r, 1, p] + imaginary * middles[r, 0, p]
+                    turn_run(of_turned, of_run, pairs, of_bias + 4 * TOKENS * r)
     return turned.size + run.size  # mentioned here, so that Numba keeps them until here
 
 

@@ -35,7 +35,7 @@ from kvcomp.kernels.cpu.bits import (
     store_u16,
     vector,
 )
-from kvcomp.kernels.cpu.decode import V, stream_offset
+from kvcomp.kernels.cpu.decode import K, V, stream_offset
 from kvcomp.kernels.cpu.fixed import (
     GROUPS,
     ROW,
@@ -48,14 +48,15 @@ from kvcomp.kernels.cpu.fixed import (
 )
 
 i64 = np.int64
+UNPACKED_BYTES = i64(2 * PIECE_CODES)  # of a piece
+
+_position, _lane = np.divmod(np.arange(PIECE_CODES), HALF)
+OFFSETS = ROW * (_position // 2) + 4 * _lane + 2 * (_position % 2)  # of the codes in an unpacked piece
 
 
 def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-    """``unpack_piece(words, width, frame, out, step)``: the codes of a piece, as int16 [four][pair of it][lane][2].
-
-    frame: added to each code. step: bytes from four positions to the next.
-    """
-    words, width, frame, out, step = args
+    """``unpack_piece(words, width, frame, out)``: the codes of a piece plus its frame, as int16 [pair][lane][2]."""
+    words, width, frame, out = args
     frames = splat(builder, builder.trunc(frame, I16), 2 * LANES)
 
     def of_width(bits: int) -> None:
@@ -67,14 +68,13 @@ def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> No
                 rows.append(builder.zext(builder.load(last, align=2, typ=vector(I16)), vector(I32)))
             codes = pairs_of(builder, rows, 0, bits) if bits else repeat(None, PIECE // 2)
             for pair, both in enumerate(codes):
-                four = builder.add(column, builder.mul(step, I64(pair // 2)))
                 x = frames if both is None else builder.add(builder.bitcast(both, SHORTS), frames)
-                builder.store(x, at(builder, four, ROW * (pair % 2)), align=4)
+                builder.store(x, at(builder, column, ROW * pair), align=4)
 
     each_width(builder, width, 0, of_width)
 
 
-unpack_piece = emitted(types.void, [types.int64] * 5, _unpack)
+unpack_piece = emitted(types.void, [types.int64] * 4, _unpack)
 
 
 @compiled
@@ -110,25 +110,23 @@ def filled_pieces(block, channels, half):
 
 
 @compiled
-def unpack_half(block, kind, channels, half, count, base, words, exceptions, out):
+def unpack_half(block, channels, half, count, base, words, exceptions, out):
     """Unpack the first ``count`` pieces of a half, behind which all are empty, to codes plus ``base``.
 
-    words, exceptions: where those of the half begin. out: of K int16 [four tokens][piece][two pairs][lane][2], of V
-    [piece][pair][lane][2]. Returns where words and exceptions end.
+    words, exceptions: where those of the half begin. out: int16 [piece][pair][lane][2]. Returns where words and
+    exceptions end.
     """
-    pieces, four = channels // 8, i64(2 * ROW)
-    next_piece, next_four = (4 * four, four) if kind == V else (four, count * four)
+    pieces = channels // 8
     for i in range(count):
-        piece, to = half * (channels // PIECE) + i, out + i * next_piece
+        piece, to = half * (channels // PIECE) + i, out + UNPACKED_BYTES * i
         width, frame = i64(load_u8(block + piece)), i64(load_i8(block + pieces + piece)) + base
-        unpack_piece(words, width, frame, to, next_four)
+        unpack_piece(words, width, frame, to)
         words += PIECE_BYTES * width
         end = exceptions + 2 * i64(load_u8(block + 2 * pieces + piece))
         while exceptions < end:
             exception = i64(load_u16(exceptions))
-            position, lane = (exception & (PIECE_CODES - 1)) >> 5, exception & 31
-            code = to + (position >> 2) * next_four + ROW * ((position >> 1) & 1) + 4 * lane + 2 * (position & 1)
-            store_u16(code, i64(load_i16(code)) + (exception >> POSITION_BITS) + LEAST_OFFSET)
+            code = to + OFFSETS[exception & (PIECE_CODES - 1)]
+            store_u16(code, load_i16(code) + (exception >> POSITION_BITS) + LEAST_OFFSET)
             exceptions += 2
     return words, exceptions
 
@@ -137,12 +135,16 @@ def unpack_half(block, kind, channels, half, count, base, words, exceptions, out
 def multiply_patched(block, kind, channels, factors, factor_bytes, steps, queries, unpacked, out, out_bytes):
     """``fixed.multiply`` for the pieces at an address; factors of K are those of ``narrow_steps``."""
     words, exceptions = block + head_bytes(channels), begin_exceptions(block, channels)
+    four = i64(2 * ROW)
     for half in range(2):
         count = filled_pieces(block, channels, half)
-        words, exceptions = unpack_half(block, kind, channels, half, count, i64(0), words, exceptions, unpacked)
-        run, runs, place = (i64(PIECE), count, channels // PIECE) if kind == V else (4 * count, i64(4), i64(4))
+        words, exceptions = unpack_half(block, channels, half, count, i64(0), words, exceptions, unpacked)
+        fours, of_four, runs, of_run = (i64(4), four, count, UNPACKED_BYTES)
+        place = channels // PIECE
+        if kind == K:
+            fours, of_four, runs, of_run, place = count, UNPACKED_BYTES, i64(4), four, i64(4)
         to = out + 4 * GROUPS * place * half
-        multiply_pairs(unpacked, run, runs, factors, factor_bytes, steps, queries, to, out_bytes)
+        multiply_pairs(unpacked, fours, of_four, runs, of_run, factors, factor_bytes, steps, queries, to, out_bytes)
 
 
 @compiled
@@ -151,11 +153,10 @@ def decode_patched(block, kind, channels, offsets, unpacked, out):
     words, exceptions = block + head_bytes(channels), begin_exceptions(block, channels)
     count, place_of = channels // PIECE, integers_at(offsets, channels // 2)
     for half in range(2):
-        words, exceptions = unpack_half(block, kind, channels, half, count, i64(128), words, exceptions, unpacked)
+        words, exceptions = unpack_half(block, channels, half, count, i64(128), words, exceptions, unpacked)
         for pair in range(channels // 2):
             if kind == V:
                 target, step = stream_offset(V, channels, half, 0) + place_of[pair], 2 * channels
             else:  # [channel pair][64 tokens]; a piece has eight pairs, two of each lane & 3
-                four, in_four = pair // (2 * count), pair % (2 * count)
-                target, step = 128 * (8 * (in_four >> 1) + (in_four & 1)) + 16 * (four + 4 * half), 256
+                target, step = 128 * (8 * (pair >> 3) + (pair & 1)) + 16 * ((pair >> 1 & 3) + 4 * half), 256
             pair_up(unpacked + ROW * pair, out + target, step)

@@ -12,6 +12,7 @@ from kvcomp.codec.dtypes import FIXED, HEAD, TOKEN
 from kvcomp.codec.quantise import HEAD_ZERO
 from kvcomp.kernels.cpu.bits import (
     compiled,
+    fill,
     floats_at,
     integers_at,
     load_f32,
@@ -230,8 +231,8 @@ def take_scales(page, block, mode, kind, head, heads, k_unit, v_unit, steps, s):
         return block
     if unit == HEAD:
         zero = 0 if mode < FIXED else -(1 << (fixed_width(mode) - 1))
-        floats_at(s.scale, TOKENS)[:] = load_f32(steps + 4 * (kind * heads + head))
-        floats_at(s.zero, TOKENS)[:] = f32(zero)
+        fill(s.scale, load_f32(steps + 4 * (kind * heads + head)), TOKENS)
+        fill(s.zero, f32(zero), TOKENS)
         return block
     return block + load_scales(block, unit, channels, s.scale, s.zero)
 
