@@ -334,7 +334,7 @@ def _narrow(order: Sequence[int]) -> Any:
             size = builder.and_(load(i, WORDS), _repeated(0x7FFFFFFF))
             builder.store(larger(size, builder.load(largest, typ=WORDS)), largest)
         most = builder.bitcast(fold_lanes(builder, builder.load(largest, typ=WORDS), larger), F32)
-        step = builder.fdiv(most, ir.Constant(F32, LARGEST))
+        step = builder.fmul(most, ir.Constant(F32, 1 / LARGEST))
         inverse = builder.fdiv(ir.Constant(F32, LARGEST), most)
         finite = builder.fcmp_unordered("!=", inverse, ir.Constant(F32, float("inf")))
         inverse = builder.select(finite, inverse, ir.Constant(F32, 0.0))  # below 1e-34 a factor counts as 0

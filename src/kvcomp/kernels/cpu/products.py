@@ -191,7 +191,38 @@ def score_raw_keys(q, keys, step, tokens, dtype, scratch, score):
             score[g, t] = dot
 
 
-@compiled(fastmath=FAST)
+def _add_rows(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    """Sums of up to 64 columns stay in registers."""
+    weights, begin, end, rows, columns, out = args
+
+    def some(column: ir.Value, vectors: int) -> None:
+        begin_of, to = (builder.add(address, builder.shl(column, I64(2))) for address in (rows, out))
+        places = [at(builder, to, 4 * LANES * m) for m in range(vectors)]
+        sums = [cgutils.alloca_once(builder, FLOATS) for _ in places]
+        for so_far, place in zip(sums, places, strict=True):
+            builder.store(builder.load(place, align=4, typ=FLOATS), so_far)
+        with cgutils.for_range_slice(builder, begin, end, I64(1), I64) as (index, _):
+            weight = builder.load(at(builder, builder.add(weights, builder.shl(index, I64(2)))), typ=F32)
+            row = builder.add(begin_of, builder.mul(builder.mul(index, columns), I64(4)))
+            factor = splat(builder, weight)
+            for m, so_far in enumerate(sums):
+                x = builder.load(at(builder, row, 4 * LANES * m), align=4, typ=FLOATS)
+                product = builder.fmul(x, factor, flags=("contract",))
+                builder.store(builder.fadd(builder.load(so_far, typ=FLOATS), product, flags=("contract",)), so_far)
+        for so_far, place in zip(sums, places, strict=True):
+            builder.store(builder.load(so_far, typ=FLOATS), place, align=4)
+
+    whole = builder.and_(columns, I64(-4 * LANES))
+    for first, last, vectors in ((I64(0), whole, 4), (whole, columns, 1)):
+        with cgutils.for_range_slice(builder, first, last, I64(LANES * vectors), I64) as (column, _):
+            some(column, vectors)
+
+
+# add_rows(weights, begin, end, rows, columns, out): out[c] += sum over rows from begin to end of weights[r] rows[r, c]
+add_rows = emitted(types.void, [types.int64] * 6, _add_rows)
+
+
+@compiled
 def add_raw_values(weight, hidden, seen, values, step, tokens, dtype, scratch, out):
     """Add the sum of weight[g, t] * v[t] over the tokens that g sees to out[g].
 
@@ -201,7 +232,5 @@ def add_raw_values(weight, hidden, seen, values, step, tokens, dtype, scratch, o
     for t in range(tokens):
         widen(dtype, values + t * step, row_address(scratch, t), channels)
     for g in range(queries):
-        for t in range(hidden[g], seen[g]):
-            w = weight[g, t]
-            for c in range(channels):
-                out[g, c] += w * scratch[t, c]
+        weights, sums = row_address(weight, g), row_address(out, g)
+        add_rows(weights, hidden[g], seen[g], row_address(scratch, 0), channels, sums)
