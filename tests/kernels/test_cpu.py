@@ -499,3 +499,14 @@ def test_compiles_without_a_cache_directory(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.warns(UserWarning, match="no writable cache directory") as caught:
         assert [cpu_bits.compiled(abs)(-1), cpu_bits.compiled(abs)(-2)] == [1, 2]
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("value", ["bfloat16", "float32"])
+def test_a_query_of_nan_gives_nan_and_spoils_no_other(coding: tuple[Coding, Coding], value: str) -> None:
+    cache = build(64, 3, (2,), coding=coding, value=value)
+    expected, _ = cache.attend(cpu)
+    cache.q[:, :, 1, 5] = np.nan
+    out, _ = cache.attend(cpu)
+    assert np.isnan(out[:, :, 1]).all()
+    np.testing.assert_array_equal(out[:, :, ::2], expected[:, :, ::2])

@@ -245,27 +245,27 @@ def integers(element: ir.IntType, values: Sequence[int]) -> ir.Constant:
     return ir.Constant(vector(element, len(values)), list(values))
 
 
-# LLVM finds this instruction in plain IR only where nothing is shared, so it is named: width in bits -> name.
+# LLVM finds this instruction in plain IR only where nothing is shared, so it is named, by the bits of a register.
 _MULTIPLY_PAIRS = {512: "llvm.x86.avx512.pmaddw.d.512", 256: "llvm.x86.avx2.pmadd.wd"}
-_of_instruction = 32 * LANES // OF_VECTOR if get_host_cpu_features().get("avx2") else 0
+REGISTER_BITS = 32 * LANES // OF_VECTOR if get_host_cpu_features().get("avx2") else None
 
 
-def products_of_pairs(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """Vectors of two int16 in each lane -> int32 sums of the two products."""
-    if not _of_instruction:
-        low, high = (
-            [builder.ashr(part, integers(I32, [16] * LANES)) for part in of]
-            for of in ([builder.shl(part, integers(I32, [16] * LANES)) for part in (x, y)], (x, y))
-        )
-        return builder.add(builder.mul(*low), builder.mul(*high))
-    lanes = _of_instruction // 32
-    of_shorts = vector(I16, 2 * lanes)
-    kind = ir.FunctionType(vector(I32, lanes), [of_shorts, of_shorts])
-    multiply = cgutils.get_or_insert_function(builder.module, kind, _MULTIPLY_PAIRS[_of_instruction])
+def products_of_pairs(
+    builder: ir.IRBuilder, x: ir.Value, y: ir.Value, register_bits: int | None = REGISTER_BITS
+) -> ir.Value:
+    """Vectors of two int16 in each lane -> int32 sums of the two products; by plain IR where registers have no bits."""
+    if register_bits is None:
+        half = integers(I32, [16] * LANES)
+        low = builder.mul(*(builder.ashr(builder.shl(of, half), half) for of in (x, y)))
+        return builder.add(low, builder.mul(*(builder.ashr(of, half) for of in (x, y))))
+    lanes = register_bits // 32
+    shorts = vector(I16, 2 * lanes)
+    kind = ir.FunctionType(vector(I32, lanes), [shorts, shorts])
+    multiply = cgutils.get_or_insert_function(builder.module, kind, _MULTIPLY_PAIRS[register_bits])
     sums = []
     for first in range(0, LANES, lanes):
-        part = [builder.shuffle_vector(of, of, integers(I32, range(first, first + lanes))) for of in (x, y)]
-        sums.append(builder.call(multiply, [builder.bitcast(of, of_shorts) for of in part]))
+        parts = [builder.shuffle_vector(of, of, integers(I32, range(first, first + lanes))) for of in (x, y)]
+        sums.append(builder.call(multiply, [builder.bitcast(part, shorts) for part in parts]))
     return sums[0] if len(sums) == 1 else builder.shuffle_vector(*sums, integers(I32, range(LANES)))
 
 

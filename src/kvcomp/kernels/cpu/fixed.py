@@ -6,13 +6,14 @@ lanes [g : 8][j : 4]. Of K, g is a token and j a quarter of the channels. Of V, 
 A *run* of positions stays with eight tokens of K (D/4 positions) or eight channels of V (16 positions), so products
 are sums of whole registers, and only a run's total is summed over j.
 
-Factors are integers of 16 bits times a step of their block and query: 2^-16 of the largest is their largest error.
-One instruction then multiplies and adds two positions of a lane, and sums are exact. Addresses are int64.
+Factors are integers of 16 bits (``factors``), so one instruction multiplies and adds two positions of a lane, and sums
+are exact. Addresses are int64, as everywhere here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -33,12 +34,10 @@ from kvcomp.kernels.cpu.bits import (
     at,
     compiled,
     emitted,
-    fold_lanes,
     integers,
     integers_at,
     products_of_pairs,
     splat,
-    sum_of_lanes,
     vector,
 )
 from kvcomp.kernels.cpu.decode import V, stream_offset
@@ -51,7 +50,6 @@ ROW = 4 * HALF  # bytes of a row of pairs: codes of two positions, 16 bits each
 OF_PAIR = 4 * PARTS  # bytes of a pair's factors
 TOGETHER = 4 // OF_VECTOR  # queries whose sums are in registers
 FLOATS, WORDS, SHORTS = vector(F32), vector(I32), vector(I16, 2 * LANES)
-LARGEST = 32767  # of the factors
 i64 = np.int64
 
 
@@ -114,7 +112,7 @@ def each_piece(
 def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
     words, width, positions, out = args
 
-    def of_piece(row: ir.Value, first: int, position: ir.Value, bits: int) -> None:
+    def of_piece(bits: int, row: ir.Value, first: int, position: ir.Value) -> None:
         to = builder.add(out, builder.mul(position, I64(ROW // 2)))
         for half in range(2):
             rows = rows_of(builder, builder.add(row, I64(4 * LANES * half)), first, bits)
@@ -122,7 +120,7 @@ def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> No
                 builder.store(codes, at(builder, to, ROW * pair + 4 * LANES * half), align=4)
 
     def of_width(bits: int) -> None:
-        each_piece(builder, words, I64(0), positions, bits, lambda *piece: of_piece(*piece, bits))
+        each_piece(builder, words, I64(0), positions, bits, partial(of_piece, bits))
 
     each_width(builder, width, 1, of_width)
 
@@ -187,7 +185,7 @@ def _of_words(queries: int) -> Any:
         sums = _sums(builder, queries)
         of_query = [builder.add(factors, builder.mul(factor_bytes, I64(query))) for query in range(queries)]
 
-        def of_piece(row: ir.Value, first: int, position: ir.Value, bits: int) -> None:
+        def of_piece(bits: int, row: ir.Value, first: int, position: ir.Value) -> None:
             rows = [rows_of(builder, builder.add(row, I64(4 * LANES * half)), first, bits) for half in range(2)]
             halves = zip(*(pairs_of(builder, of_half, first, bits) for of_half in rows), strict=True)
             offset = builder.mul(position, I64(OF_PAIR // 2))
@@ -200,7 +198,7 @@ def _of_words(queries: int) -> Any:
                 words = builder.add(codes, builder.mul(s.index, I64(4 * HALF)))
                 bit = builder.mul(builder.mul(each.index, run), I64(bits))
                 _clear(builder, sums)
-                each_piece(builder, words, bit, run, bits, lambda *piece: of_piece(*piece, bits))
+                each_piece(builder, words, bit, run, bits, partial(of_piece, bits))
                 place = builder.add(builder.mul(s.index, runs), each.index)
                 _give(builder, sums, steps, builder.add(out, builder.mul(place, I64(4 * GROUPS))), out_bytes)
 
@@ -243,20 +241,15 @@ _pairs_4, _pairs_3, _pairs_2, _pairs_1 = (_of_pairs(min(queries, TOGETHER)) for 
 
 @compiled
 def multiply_words(codes, width, run, runs, factors, factor_bytes, steps, queries, out, out_bytes):
-    """``_of_words`` for any number of queries."""
-    query = 0
-    while query < queries:
-        of, step, to = factors + query * factor_bytes, steps + 4 * query, out + query * out_bytes
-        some = min(TOGETHER, queries - query)
-        if some == 4:
-            _words_4(codes, width, run, runs, of, factor_bytes, step, to, out_bytes)
-        elif some == 3:
-            _words_3(codes, width, run, runs, of, factor_bytes, step, to, out_bytes)
-        elif some == 2:
-            _words_2(codes, width, run, runs, of, factor_bytes, step, to, out_bytes)
-        else:
-            _words_1(codes, width, run, runs, of, factor_bytes, step, to, out_bytes)
-        query += TOGETHER
+    """``_of_words`` for up to ``TOGETHER`` queries."""
+    if queries == 4:
+        _words_4(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes)
+    elif queries == 3:
+        _words_3(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes)
+    elif queries == 2:
+        _words_2(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes)
+    else:
+        _words_1(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes)
 
 
 @compiled
@@ -281,12 +274,12 @@ def multiply_pairs(pairs, fours, four_bytes, runs, run_bytes, factors, factor_by
 def multiply(codes, kind, channels, width, factors, factor_bytes, steps, queries, unpacked, out, out_bytes):
     """Add products of a block's codes to ``out``: float32 [query, token] for K, [query, channel] for V.
 
-    factors, steps: int16 [query, pair of positions of a run, j, 2] and float32 [query], as ``narrow`` gives them.
+    factors, steps: int16 [query, pair of positions of a run, j, 2] and float32 [query], see ``round_factors``.
     unpacked: scratch, int16 [channels, 32].
     """
     run = i64(PIECE) if kind == V else channels // PARTS
     runs = i64(channels // PIECE) if kind == V else i64(PARTS)
-    if run % PIECE == 0:
+    if run % PIECE == 0 and queries <= TOGETHER:
         multiply_words(codes, width, run, runs, factors, factor_bytes, steps, queries, out, out_bytes)
         return
     for s in range(2):
@@ -294,86 +287,6 @@ def multiply(codes, kind, channels, width, factors, factor_bytes, steps, queries
         to = out + 4 * GROUPS * runs * s
         four, of_run = i64(2 * ROW), ROW // 2 * run
         multiply_pairs(unpacked, run // 4, four, runs, of_run, factors, factor_bytes, steps, queries, to, out_bytes)
-
-
-def _scale(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-    source, scale, zero, count, out = args
-    total = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * LANES))
-    with cgutils.for_range_slice(builder, I64(0), builder.shl(count, I64(2)), I64(4 * LANES), I64) as (offset, _):
-        x, s, z = (
-            builder.load(at(builder, builder.add(address, offset)), align=4, typ=FLOATS)
-            for address in (source, scale, zero)
-        )
-        x = builder.fmul(x, s)
-        builder.store(x, at(builder, builder.add(out, offset)), align=4)
-        part = builder.fmul(x, z, flags=("contract",))
-        builder.store(builder.fadd(builder.load(total, typ=FLOATS), part, flags=("contract",)), total)
-    return sum_of_lanes(builder, builder.load(total, typ=FLOATS))
-
-
-# scale_factors(source, scale, zero, count, out): x = source * scale, of so many floats, a multiple of 16. Returns the
-# sum of x * zero.
-scale_factors = emitted(types.float32, [types.int64] * 5, _scale)
-
-
-def _narrow(order: Sequence[int]) -> Any:
-    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-        source, count, out = args
-        largest = cgutils.alloca_once_value(builder, _repeated(0))
-
-        def each() -> Any:
-            return cgutils.for_range_slice(builder, I64(0), count, I64(LANES), I64)
-
-        def load(i: ir.Value, kind: ir.Type) -> ir.Value:
-            return builder.load(at(builder, builder.add(source, builder.shl(i, I64(2)))), align=4, typ=kind)
-
-        def larger(x: ir.Value, y: ir.Value) -> ir.Value:
-            return builder.select(builder.icmp_unsigned(">", x, y), x, y)
-
-        with each() as (i, _):  # magnitudes are ordered as their bits are, and NaN is above all
-            size = builder.and_(load(i, WORDS), _repeated(0x7FFFFFFF))
-            builder.store(larger(size, builder.load(largest, typ=WORDS)), largest)
-        most = builder.bitcast(fold_lanes(builder, builder.load(largest, typ=WORDS), larger), F32)
-        step = builder.fmul(most, ir.Constant(F32, 1 / LARGEST))
-        inverse = builder.fdiv(ir.Constant(F32, LARGEST), most)
-        finite = builder.fcmp_unordered("!=", inverse, ir.Constant(F32, float("inf")))
-        inverse = builder.select(finite, inverse, ir.Constant(F32, 0.0))  # below 1e-34 a factor counts as 0
-        inverse, steps = splat(builder, inverse), splat(builder, step)
-        whole = ir.Constant(FLOATS, [1.5 * 2**23] * LANES)  # what is added to it is rounded to the lowest bits
-        with each() as (i, _):
-            x = load(i, FLOATS)
-            product = builder.fadd(builder.fmul(x, inverse, flags=("contract",)), whole, flags=("contract",))
-            rounded = builder.fmul(builder.fsub(product, whole), steps, flags=("contract",))
-            left = builder.fsub(x, rounded, flags=("contract",))
-            builder.store(left, at(builder, builder.add(source, builder.shl(i, I64(2)))), align=4)
-            shorts = builder.trunc(builder.bitcast(product, WORDS), vector(I16))
-            ordered = builder.shuffle_vector(shorts, shorts, integers(I32, order))
-            builder.store(ordered, at(builder, builder.add(out, builder.shl(i, I64(1)))), align=2)
-        return step
-
-    return emitted(types.float32, [types.int64] * 3, emit)
-
-
-# narrow(source, count, out): floats, a multiple of 16, as int16 times the step that is returned. Where all are 0 it
-# is 0, and NaN or infinity where any is.
-narrow = _narrow(range(LANES))
-# The same for factors of K by channel, four of each j after one another, in the order of pieces (section 5).
-narrow_steps = _narrow([4 * j + 2 * pair + odd for pair in range(2) for j in range(PARTS) for odd in range(2)])
-
-
-def _turn(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-    source, pairs, out = args
-    step = builder.shl(pairs, I64(2))
-    with cgutils.for_range_slice(builder, I64(0), step, I64(8), I64) as (first, _):
-        places = [builder.add(source, builder.add(first, builder.mul(step, I64(j)))) for j in range(PARTS)]
-        rows = [builder.load(at(builder, place), align=4, typ=vector(I32, 2)) for place in places]
-        low, high = (builder.shuffle_vector(*rows[j : j + 2], integers(I32, range(4))) for j in (0, 2))
-        order = integers(I32, [2 * j + pair for pair in range(2) for j in range(PARTS)])
-        place = at(builder, builder.add(out, builder.shl(first, I64(2))))
-        builder.store(builder.shuffle_vector(low, high, order), place, align=4)
-
-
-turn = emitted(types.void, [types.int64] * 3, _turn)  # int16 [j][pair][2], so many pairs, to [pair][j][2]
 
 
 def _pair(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:

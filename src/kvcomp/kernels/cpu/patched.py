@@ -133,7 +133,7 @@ def unpack_half(block, channels, half, count, base, words, exceptions, out):
 
 @compiled
 def multiply_patched(block, kind, channels, factors, factor_bytes, steps, queries, unpacked, out, out_bytes):
-    """``fixed.multiply`` for the pieces at an address; factors of K are those of ``narrow_steps``."""
+    """``fixed.multiply`` for the pieces at an address; factors of K are those of ``round_factors_of_pieces``."""
     words, exceptions = block + head_bytes(channels), begin_exceptions(block, channels)
     four = i64(2 * ROW)
     for half in range(2):

@@ -13,7 +13,8 @@ from kvcomp.codec.block import MAX_CHANNELS
 from kvcomp.codec.dtypes import CHANNEL, HEAD, PATCHED
 from kvcomp.kernels.cpu.bits import FAST, compiled, fill, floats_at, integers_at
 from kvcomp.kernels.cpu.decode import EMPTY, MOST_CLASSES, NARROW, K, V
-from kvcomp.kernels.cpu.fixed import multiply, narrow, narrow_steps, scale_factors, turn
+from kvcomp.kernels.cpu.factors import round_factors, round_factors_of_pieces, scale_factors, turn_factors
+from kvcomp.kernels.cpu.fixed import multiply
 from kvcomp.kernels.cpu.page import TOKENS, code_masks, fixed_width
 from kvcomp.kernels.cpu.patched import multiply_patched
 from kvcomp.kernels.cpu.products import accumulate, add_multiple, fold, rescale
@@ -91,26 +92,22 @@ def multiply_fixed(codes, kind, mode, channels, s, out, step):
 def score_fixed_keys(codes, unit, mode, words, s):
     """Score as ``score_coded_keys`` does, from the codes of a block of this mode at an address: fixed or patched.
 
-    words: of 16 bits that a factor takes, see ``factor_words``.
+    words: integers that a factor takes, one or two. What rounding leaves of the factors is in ``part``, and the zeros
+    do without it too: so an error counts from the middle of the codes and not from the first.
     """
-    channels, sums = s.key_channels, floats_at(s.sums, s.queries)
+    channels, steps, sums = s.key_channels, floats_at(s.steps, s.queries), floats_at(s.sums, s.queries)
     scales, zeros = (s.scale, s.zero) if unit == CHANNEL else (s.ones, s.ones)
     for g in range(s.queries):
-        left = s.part + 4 * g * s.padded
-        sums[g] = scale_factors(s.q + 4 * g * s.padded, scales, zeros, channels, left)
+        sums[g] = scale_factors(s.q + 4 * g * s.padded, scales, zeros, channels, s.part + 4 * g * s.padded)
         fill(s.score + 4 * TOKENS * g, f32(0), TOKENS)
     for _ in range(words):
         for g in range(s.queries):
-            left, factors, steps = (
-                s.part + 4 * g * s.padded,
-                s.factors + 2 * g * s.padded,
-                floats_at(s.steps, s.queries),
-            )
+            left, factors = s.part + 4 * g * s.padded, s.factors + 2 * g * s.padded
             if mode == PATCHED:
-                steps[g] = narrow_steps(left, channels, factors)
+                steps[g] = round_factors_of_pieces(left, channels, factors)
             else:
-                steps[g] = narrow(left, channels, s.low)
-                turn(s.low, channels // 8, factors)
+                steps[g] = round_factors(left, channels, s.low)
+                turn_factors(s.low, channels // 8, factors)
         multiply_fixed(codes, K, mode, channels, s, s.score, 4 * TOKENS)
     for g in range(s.queries):
         left, score = s.part + 4 * g * s.padded, s.score + 4 * TOKENS * g
@@ -123,7 +120,10 @@ def score_fixed_keys(codes, unit, mode, words, s):
 
 @compiled
 def add_fixed_values(codes, unit, mode, words, s, out):
-    """Add what ``add_coded_values`` adds, from the codes of a block of this mode at an address: fixed or patched."""
+    """Add what ``add_coded_values`` adds, from the codes of a block of this mode at an address: fixed or patched.
+
+    words: as for ``score_fixed_keys``; weights are lost.
+    """
     sums, steps, rest = floats_at(s.sums, s.queries), floats_at(s.steps, s.queries), floats_at(s.rest, s.queries)
     part, zero = floats_at(s.part, (s.queries, s.value_channels)), floats_at(s.zero, s.value_channels)
     to = s.part if unit == CHANNEL else out
@@ -136,7 +136,7 @@ def add_fixed_values(codes, unit, mode, words, s, out):
                 part[g, c] = f32(0)
     for _ in range(words):
         for g in range(s.queries):
-            steps[g] = narrow(s.score + 4 * g * TOKENS, TOKENS, s.factors + 2 * g * s.padded)
+            steps[g] = round_factors(s.score + 4 * g * TOKENS, TOKENS, s.factors + 2 * g * s.padded)
         multiply_fixed(codes, V, mode, s.value_channels, s, to, 4 * s.value_channels)
     for g in range(s.queries):
         left = s.score + 4 * g * TOKENS
