@@ -41,7 +41,8 @@ CODINGS: tuple[tuple[Coding, Coding], ...] = (
 )
 # Attention in float32 sums against float64, relative to the largest output; scores of tens magnify their own rounding.
 TOLERANCE = 2e-5
-SHORT_TOLERANCE = 2e-4  # where factors have 16 bits: fixed widths of 16-bit values, whose own rounding is 20 times that
+# Fixed widths of 16-bit values take factors of 16 bits: an error of a tenth of what rounding a query to float16 makes.
+SHORT_TOLERANCE = 2e-4
 
 
 def rounded(x: Array, value: str) -> Array:
