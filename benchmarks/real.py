@@ -40,6 +40,7 @@ CALIBRATIONS = Path(__file__).parents[1] / "examples" / "calibrations"
 DTYPES = "float32", "bfloat16"
 RAW_BYTES = 2
 LONG, SCORED, SEED = 7000, 256, 20261129
+UNLIKE = 0.2  # shares of coded values further apart are not of the same layers
 LISTS, PASSKEYS = 4, 1  # look-up lists, and passkeys at each depth
 CHANNEL = (0.15, 0.15), (0.2, 0.2)  # scales of K, a channel each, and of V, beside the presets'
 KIVI = [f"kivi-{bits}{raw}" for raw in ("", "-same-raw") for bits in (4, 3, 2)]
@@ -156,8 +157,13 @@ def summary(name: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, 
         "kl_by_kind": {kind: float(columns["kl"][kinds == kind].mean()) for kind in dict.fromkeys(kinds.tolist())},
         "bytes": float(np.mean([_nbytes(one) for one in memory])),
         "dense_bytes": float(np.mean([RAW_BYTES * one.values for one in memory])),
-        "sealed_share": float(np.mean([one.sealed_values / max(1, one.values) for one in memory])),
+        "sealed_share": coded_share(memory),
     }
+
+
+def coded_share(memory: Sequence[Memory]) -> float:
+    """Of the values, those that are coded."""
+    return float(np.mean([one.sealed_values / max(1, one.values) for one in memory]))
 
 
 def _nbytes(memory: Memory) -> float:
@@ -171,15 +177,19 @@ def equal_quality(
     others: Sequence[str] = KIVI,
     curves: Mapping[str, str] = CURVES,
 ) -> dict[str, Any]:
-    """Coded bits of each family of rates at others' KL, and their share of the others'; what it does not reach is
-    absent.
+    """Coded bits of each family of rates at others' KL, and their share of the others'.
+
+    What a family does not reach is absent, and so are others that code other layers: sliding ones, say.
     """
     kls = {name: np.asarray([row["kl"] for row in of]) for name, of in rows.items()}
     bits = {name: float(np.mean([Memory(**row["memory"]).coded_bits for row in of])) for name, of in rows.items()}
+    shares = {name: coded_share([Memory(**row["memory"]) for row in of]) for name, of in rows.items()}
     found: dict[str, Any] = {}
     for family, names in curves.items():
         rates = [name for name in rows if re.match(names, name)]
         for theirs in (name for name in others if rates and name in rows):
+            if abs(shares[theirs] - shares[rates[0]]) > UNLIKE:
+                continue
 
             def at(drawn: Any, theirs: str = theirs, rates: Sequence[str] = rates) -> dict[str, float]:
                 curve = [float(kls[name][drawn].mean()) for name in rates]

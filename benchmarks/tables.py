@@ -28,7 +28,6 @@ LABELS = {
     "kvcomp:paper": "kvcomp:paper: the paper's scheme (K .05, V .1)",
     "tuned": "the paper's scheme, tuned for the model",
     "packed": "packed: fixed-width codes, a scale for each K channel",
-    "packed, K 1/14": "fixed-width codes, K 1/14 and V 1/6",
     "packed:paper": "packed:paper: fixed-width codes, a scale for each K block",
     "fp8": "fp8 (E4M3, scale 1)",
     **{f"kivi-{bits}": f"KIVI-style {bits} bit" for bits in (4, 3, 2)},
@@ -75,7 +74,10 @@ def quality(found: Any) -> str:
 
 FRONT = "kivi-4", "kivi-4-same-raw", "kvcomp", "kvcomp:fine", "kvcomp-klt:near-lossless", "kvcomp-klt:balanced"
 SHORT = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3"}
-FRONT_BITS = {"smollm2-135m": ("coded_bits", "total_bits"), "gemma3-270m": ("coded_bits",)}  # in the README
+FRONT_BITS = {
+    "smollm2-135m": ("coded_bits", "total_bits"),
+    "gemma3-270m": ("coded_bits", "total_bits"),
+}  # in the README
 
 
 def front(found: Any) -> str:
