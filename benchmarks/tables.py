@@ -74,10 +74,7 @@ def quality(found: Any) -> str:
 
 FRONT = "kivi-4", "kivi-4-same-raw", "kvcomp", "kvcomp:fine", "kvcomp-klt:near-lossless", "kvcomp-klt:balanced"
 SHORT = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3"}
-FRONT_BITS = {
-    "smollm2-135m": ("coded_bits", "total_bits"),
-    "gemma3-270m": ("coded_bits", "total_bits"),
-}  # in the README
+FRONT_BITS = "coded_bits", "total_bits"
 
 
 def front(found: Any) -> str:
@@ -90,12 +87,12 @@ def front(found: Any) -> str:
     }
     columns = [
         (f"{SHORT[model]}: {figure.replace('_', ' ')}", model, shortest, figure)
-        for model, figures in FRONT_BITS.items()
-        for figure in figures
+        for model in SHORT
+        for figure in FRONT_BITS
     ]
     columns += [
         (f"{SHORT[model]}: KL, {size / 1000:.0f}K", model, size, "kl")
-        for model in FRONT_BITS
+        for model in SHORT
         for size in (shortest, longest)
     ]
     rows = [
@@ -105,11 +102,11 @@ def front(found: Any) -> str:
                 f"{measured[model, size][name][figure]['value']:{'.1e' if figure == 'kl' else '.2f'}}"
                 for _, model, size, figure in columns
             ),
-            *(_answers(measured[model, shortest][name]["retrieval"]["key-value"]) for model in FRONT_BITS),
+            *(_answers(measured[model, shortest][name]["retrieval"]["key-value"]) for model in SHORT),
         ]
         for name in FRONT
     ]
-    titles = [*(column for column, *_ in columns), *(f"{SHORT[model]}: look-ups" for model in FRONT_BITS)]
+    titles = [*(column for column, *_ in columns), *(f"{SHORT[model]}: look-ups" for model in SHORT)]
     return markdown(["method", *titles], rows)
 
 
