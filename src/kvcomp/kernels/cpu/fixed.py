@@ -174,100 +174,85 @@ def _neighbours(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return builder.fadd(*(builder.shuffle_vector(x, y, integers(I32, chosen)) for chosen in of))
 
 
-def _of_words(queries: int) -> Any:
-    """``multiply_words(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes)``
+def _by_queries(name: str, arguments: int, emit: Callable[[int, Any, ir.IRBuilder, Sequence[ir.Value]], None]) -> Any:
+    """A function of so many integers and the number of queries, which is up to ``TOGETHER``; a body for each."""
 
-    ``multiply_pairs`` of both halves of a block, whose codes stay in registers; a run is of whole pieces.
-    """
+    def call(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+        *of_all, queries = args
+        done = builder.append_basic_block("done")
+        chosen = builder.switch(queries, done)
+        for count in range(1, TOGETHER + 1):
+            case = builder.append_basic_block(f"queries_{count}")
+            chosen.add_case(I64(count), case)
+            builder.position_at_end(case)
+            alone(f"{name}_{count}", partial(emit, count))(context, builder, of_all)
+            builder.branch(done)
+        builder.position_at_end(done)
 
-    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-        codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes = args
-        sums = _sums(builder, queries)
-        of_query = [builder.add(factors, builder.mul(factor_bytes, I64(query))) for query in range(queries)]
-
-        def of_piece(bits: int, row: ir.Value, first: int, position: ir.Value) -> None:
-            rows = [rows_of(builder, builder.add(row, I64(4 * LANES * half)), first, bits) for half in range(2)]
-            halves = zip(*(pairs_of(builder, of_half, first, bits) for of_half in rows), strict=True)
-            offset = builder.mul(position, I64(OF_PAIR // 2))
-            places = [builder.add(of, offset) for of in of_query]
-            for pair, both in enumerate(halves):
-                _take(builder, sums, both, [builder.add(place, I64(OF_PAIR * pair)) for place in places])
-
-        def of_width(bits: int) -> None:
-            with cgutils.for_range(builder, I64(2), intp=I64) as s, cgutils.for_range(builder, runs, intp=I64) as each:
-                words = builder.add(codes, builder.mul(s.index, I64(4 * HALF)))
-                bit = builder.mul(builder.mul(each.index, run), I64(bits))
-                _clear(builder, sums)
-                each_piece(builder, words, bit, run, bits, partial(of_piece, bits))
-                place = builder.add(builder.mul(s.index, runs), each.index)
-                _give(builder, sums, steps, builder.add(out, builder.mul(place, I64(4 * GROUPS))), out_bytes)
-
-        each_width(builder, width, 1, of_width)
-
-    return emitted(types.void, [types.int64] * 9, alone(f"multiply_words_{queries}", emit))
+    return emitted(types.void, [types.int64] * (arguments + 1), call)
 
 
-def _of_pairs(queries: int) -> Any:
-    """``multiply_pairs(pairs, fours, four_bytes, runs, run_bytes, factors, factor_bytes, steps, out, out_bytes)``
+def _words(queries: int, context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes = args
+    sums = _sums(builder, queries)
+    of_query = [builder.add(factors, builder.mul(factor_bytes, I64(query))) for query in range(queries)]
 
-    out[query, n, g] += steps[query] * sum over positions r and parts j of factors[query, r, j] * codes[n, r, g, j]
+    def of_piece(bits: int, row: ir.Value, first: int, position: ir.Value) -> None:
+        rows = [rows_of(builder, builder.add(row, I64(4 * LANES * half)), first, bits) for half in range(2)]
+        halves = zip(*(pairs_of(builder, of_half, first, bits) for of_half in rows), strict=True)
+        offset = builder.mul(position, I64(OF_PAIR // 2))
+        places = [builder.add(of, offset) for of in of_query]
+        for pair, both in enumerate(halves):
+            _take(builder, sums, both, [builder.add(place, I64(OF_PAIR * pair)) for place in places])
 
-    for so many queries. factors: int16 [query][pair][j][2]. Codes are int16 [pair][g, j][2] of four positions after one
-    another; fours and runs n are so many bytes apart.
-    """
-
-    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-        pairs, fours, four_bytes, runs, run_bytes, factors, factor_bytes, steps, out, out_bytes = args
-        sums = _sums(builder, queries)
-        with cgutils.for_range(builder, runs, intp=I64) as run:
+    def of_width(bits: int) -> None:
+        with cgutils.for_range(builder, I64(2), intp=I64) as s, cgutils.for_range(builder, runs, intp=I64) as each:
+            words = builder.add(codes, builder.mul(s.index, I64(4 * HALF)))
+            bit = builder.mul(builder.mul(each.index, run), I64(bits))
             _clear(builder, sums)
-            begin = builder.add(pairs, builder.mul(run.index, run_bytes))
-            with cgutils.for_range(builder, fours, intp=I64) as four:
-                rows = builder.add(begin, builder.mul(four.index, four_bytes))
-                of = builder.add(factors, builder.mul(four.index, I64(2 * OF_PAIR)))
-                of_query = [builder.add(of, builder.mul(factor_bytes, I64(query))) for query in range(queries)]
-                for pair in range(2):
-                    places = [at(builder, rows, ROW * pair + 4 * LANES * half) for half in range(2)]
-                    halves = [builder.load(place, align=4, typ=WORDS) for place in places]
-                    _take(builder, sums, halves, [builder.add(place, I64(OF_PAIR * pair)) for place in of_query])
-            _give(builder, sums, steps, builder.add(out, builder.mul(run.index, I64(4 * GROUPS))), out_bytes)
+            each_piece(builder, words, bit, run, bits, partial(of_piece, bits))
+            place = builder.add(builder.mul(s.index, runs), each.index)
+            _give(builder, sums, steps, builder.add(out, builder.mul(place, I64(4 * GROUPS))), out_bytes)
 
-    return emitted(types.void, [types.int64] * 10, alone(f"multiply_pairs_{queries}", emit))
+    each_width(builder, width, 1, of_width)
 
 
-_words_4, _words_3, _words_2, _words_1 = (_of_words(min(queries, TOGETHER)) for queries in (4, 3, 2, 1))
-_pairs_4, _pairs_3, _pairs_2, _pairs_1 = (_of_pairs(min(queries, TOGETHER)) for queries in (4, 3, 2, 1))
+def _pairs(queries: int, context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    pairs, fours, four_bytes, runs, run_bytes, factors, factor_bytes, steps, out, out_bytes = args
+    sums = _sums(builder, queries)
+    with cgutils.for_range(builder, runs, intp=I64) as run:
+        _clear(builder, sums)
+        begin = builder.add(pairs, builder.mul(run.index, run_bytes))
+        with cgutils.for_range(builder, fours, intp=I64) as four:
+            rows = builder.add(begin, builder.mul(four.index, four_bytes))
+            of = builder.add(factors, builder.mul(four.index, I64(2 * OF_PAIR)))
+            of_query = [builder.add(of, builder.mul(factor_bytes, I64(query))) for query in range(queries)]
+            for pair in range(2):
+                places = [at(builder, rows, ROW * pair + 4 * LANES * half) for half in range(2)]
+                halves = [builder.load(place, align=4, typ=WORDS) for place in places]
+                _take(builder, sums, halves, [builder.add(place, I64(OF_PAIR * pair)) for place in of_query])
+        _give(builder, sums, steps, builder.add(out, builder.mul(run.index, I64(4 * GROUPS))), out_bytes)
 
 
-@compiled
-def multiply_words(codes, width, run, runs, factors, factor_bytes, steps, queries, out, out_bytes):
-    """``_of_words`` for up to ``TOGETHER`` queries."""
-    if queries == 4:
-        _words_4(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes)
-    elif queries == 3:
-        _words_3(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes)
-    elif queries == 2:
-        _words_2(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes)
-    else:
-        _words_1(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes)
+# some_words(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes, queries): ``some_pairs`` of both
+# halves of a block, whose codes stay in registers. A run is of so many positions, whole pieces.
+some_words = _by_queries("some_words", 9, _words)
+# some_pairs(pairs, fours, four_bytes, runs, run_bytes, factors, factor_bytes, steps, out, out_bytes, queries):
+# out[query, n, g] += steps[query] * sum over positions r and parts j of factors[query, r, j] * codes[n, r, g, j]
+# factors: int16 [query][pair][j][2]. Codes are int16 [pair][g, j][2] of four positions after one another; fours and
+# runs n are so many bytes apart.
+some_pairs = _by_queries("some_pairs", 10, _pairs)
 
 
 @compiled
 def multiply_pairs(pairs, fours, four_bytes, runs, run_bytes, factors, factor_bytes, steps, queries, out, out_bytes):
-    """``_of_pairs`` for any number of queries."""
-    query = 0
-    while query < queries:
-        of, step, to = factors + query * factor_bytes, steps + 4 * query, out + query * out_bytes
-        some = min(TOGETHER, queries - query)
-        if some == 4:
-            _pairs_4(pairs, fours, four_bytes, runs, run_bytes, of, factor_bytes, step, to, out_bytes)
-        elif some == 3:
-            _pairs_3(pairs, fours, four_bytes, runs, run_bytes, of, factor_bytes, step, to, out_bytes)
-        elif some == 2:
-            _pairs_2(pairs, fours, four_bytes, runs, run_bytes, of, factor_bytes, step, to, out_bytes)
-        else:
-            _pairs_1(pairs, fours, four_bytes, runs, run_bytes, of, factor_bytes, step, to, out_bytes)
-        query += TOGETHER
+    """``some_pairs`` for any number of queries."""
+    first = 0
+    while first < queries:
+        of, step, to = factors + first * factor_bytes, steps + 4 * first, out + first * out_bytes
+        some = min(TOGETHER, queries - first)
+        some_pairs(pairs, fours, four_bytes, runs, run_bytes, of, factor_bytes, step, to, out_bytes, some)
+        first += TOGETHER
 
 
 @compiled
@@ -280,7 +265,7 @@ def multiply(codes, kind, channels, width, factors, factor_bytes, steps, queries
     run = i64(PIECE) if kind == V else channels // PARTS
     runs = i64(channels // PIECE) if kind == V else i64(PARTS)
     if run % PIECE == 0 and queries <= TOGETHER:
-        multiply_words(codes, width, run, runs, factors, factor_bytes, steps, queries, out, out_bytes)
+        some_words(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes, queries)
         return
     for s in range(2):
         unpack(codes + 4 * HALF * s, width, channels, unpacked)
