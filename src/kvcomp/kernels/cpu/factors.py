@@ -28,10 +28,9 @@ from kvcomp.kernels.cpu.bits import (
     sum_of_lanes,
     vector,
 )
+from kvcomp.kernels.cpu.fixed import FLOATS, PARTS, WORDS
 
-PARTS = 4  # values of j, see ``fixed``
 LARGEST = 32767
-FLOATS, WORDS = vector(F32), vector(I32)
 
 
 def _scale(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
