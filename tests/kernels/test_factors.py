@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 
 from kvcomp.kernels.cpu import bits, factors
 
-FEATURES = get_host_cpu_features()
-INSTRUCTIONS = [None, *(width for width, of in ((256, "avx2"), (512, "avx512bw")) if FEATURES.get(of))]
+INSTRUCTIONS = [None, *(width for width, of in ((256, "+avx2"), (512, "+avx512bw")) if of in bits.FEATURES)]
 
 
 def multiply_at(register_bits: int | None) -> Any:

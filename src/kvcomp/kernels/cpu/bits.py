@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
-from numba import carray, njit, types
+from numba import carray, config, njit, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from kvcomp.codec.dtypes import BFLOAT16, FLOAT16, FLOAT32
 
 LANES = 16  # floats of a vector: a register of AVX-512; LLVM splits it where registers are smaller
+# What Numba compiles for: this processor, or what NUMBA_CPU_FEATURES says.
+FEATURES = {*(get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")}
 # Of all others we take AVX2's: sums that do not fit registers go to memory and back at every step.
-REGISTERS, OF_VECTOR = (32, 1) if get_host_cpu_features().get("avx512f") else (16, 2)
+REGISTERS, OF_VECTOR = (32, 1) if "+avx512f" in FEATURES else (16, 2)
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -247,7 +249,7 @@ def integers(element: ir.IntType, values: Sequence[int]) -> ir.Constant:
 
 # LLVM finds this instruction in plain IR only where nothing is shared, so it is named, by the bits of a register.
 _MULTIPLY_PAIRS = {512: "llvm.x86.avx512.pmaddw.d.512", 256: "llvm.x86.avx2.pmadd.wd"}
-REGISTER_BITS = 32 * LANES // OF_VECTOR if get_host_cpu_features().get("avx2") else None
+REGISTER_BITS = 512 if "+avx512bw" in FEATURES else 256 if "+avx2" in FEATURES else None
 
 
 def products_of_pairs(
