@@ -12,7 +12,7 @@ are exact. Addresses are int64, as everywhere here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -75,15 +75,15 @@ def rows_of(builder: ir.IRBuilder, words: ir.Value, first: int, bits: int) -> li
     return [builder.load(at(builder, words, WORD_ROW * i), align=4, typ=WORDS) for i in range(count)]
 
 
-def each_width(builder: ir.IRBuilder, width: ir.Value, least: int, emit: Callable[[int], None]) -> None:
-    """What ``emit(bits)`` writes for the width that is there, from the least to 8."""
+def each_case(builder: ir.IRBuilder, value: ir.Value, cases: Iterable[int], emit: Callable[[int], None]) -> None:
+    """What ``emit(case)`` writes for the case that is there; nothing for any other."""
     done = builder.append_basic_block("done")
-    chosen = builder.switch(width, done)
-    for bits in range(least, 9):
-        case = builder.append_basic_block(f"width_{bits}")
-        chosen.add_case(I64(bits), case)
-        builder.position_at_end(case)
-        emit(bits)
+    chosen = builder.switch(value, done)
+    for case in cases:
+        block = builder.append_basic_block(f"case_{case}")
+        chosen.add_case(I64(case), block)
+        builder.position_at_end(block)
+        emit(case)
         builder.branch(done)
     builder.position_at_end(done)
 
@@ -122,7 +122,7 @@ def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> No
     def of_width(bits: int) -> None:
         each_piece(builder, words, I64(0), positions, bits, partial(of_piece, bits))
 
-    each_width(builder, width, 1, of_width)
+    each_case(builder, width, range(1, 9), of_width)
 
 
 # unpack(words, width, positions, out): codes of the streams of one half to int16 [pair of positions][lane][2].
@@ -179,15 +179,11 @@ def _by_queries(name: str, arguments: int, emit: Callable[[int, Any, ir.IRBuilde
 
     def call(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
         *of_all, queries = args
-        done = builder.append_basic_block("done")
-        chosen = builder.switch(queries, done)
-        for count in range(1, TOGETHER + 1):
-            case = builder.append_basic_block(f"queries_{count}")
-            chosen.add_case(I64(count), case)
-            builder.position_at_end(case)
+
+        def of_count(count: int) -> None:
             alone(f"{name}_{count}", partial(emit, count))(context, builder, of_all)
-            builder.branch(done)
-        builder.position_at_end(done)
+
+        each_case(builder, queries, range(1, TOGETHER + 1), of_count)
 
     return emitted(types.void, [types.int64] * (arguments + 1), call)
 
@@ -214,7 +210,7 @@ def _words(queries: int, context: Any, builder: ir.IRBuilder, args: Sequence[ir.
             place = builder.add(builder.mul(s.index, runs), each.index)
             _give(builder, sums, steps, builder.add(out, builder.mul(place, I64(4 * GROUPS))), out_bytes)
 
-    each_width(builder, width, 1, of_width)
+    each_case(builder, width, range(1, 9), of_width)
 
 
 def _pairs(queries: int, context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:

@@ -41,7 +41,7 @@ from kvcomp.kernels.cpu.fixed import (
     ROW,
     SHORTS,
     WORDS,
-    each_width,
+    each_case,
     multiply_pairs,
     pair_up,
     pairs_of,
@@ -71,7 +71,7 @@ def _unpack(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> No
                 x = frames if both is None else builder.add(builder.bitcast(both, SHORTS), frames)
                 builder.store(x, at(builder, column, ROW * pair), align=4)
 
-    each_width(builder, width, 0, of_width)
+    each_case(builder, width, range(9), of_width)
 
 
 unpack_piece = emitted(types.void, [types.int64] * 4, _unpack)
