@@ -14,7 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedVersion
-from kvcomp.spec import CODINGS, PAGE_TOKENS, PRESETS, SPEC_VERSION, UNITS, CodecSpec, TensorSpec, is_calibrated
+from kvcomp.spec import (
+    CODINGS,
+    PAGE_TOKENS,
+    PRESETS,
+    SPEC_VERSION,
+    UNITS,
+    WINDOWS_VERSION,
+    CodecSpec,
+    TensorSpec,
+    WindowSpec,
+    is_calibrated,
+)
 
 BLOCK = TensorSpec("block", 0.05)
 
@@ -45,13 +56,28 @@ codec_specs = st.builds(
 )
 
 
+@st.composite
+def specs_with_windows(draw: st.DrawFn) -> CodecSpec:
+    layers, coding = draw(st.integers(1, 20)), draw(st.sampled_from(CODINGS))
+    scaled = st.builds(TensorSpec, st.sampled_from(RANGED), relative_scales, st.just(coding), others["limit"])
+    some = draw(st.lists(st.integers(0, layers - 1), min_size=1, unique=True).map(sorted))
+    heads = TensorSpec("head", coding=coding, steps=((1.0, 2.0),) * layers)
+    windows = WindowSpec(tuple(some), draw(scaled), draw(scaled))
+    return CodecSpec(heads, heads, draw(st.integers(0, 9)), draw(st.integers(0, 9)), "ab" * 8, windows)
+
+
+WINDOWS = WindowSpec((0, 2), TensorSpec("channel", 0.04), TensorSpec("token", 0.1))
+HEADS = TensorSpec("head", steps=((1.0,),) * 3)
+WITH_WINDOWS = CodecSpec(HEADS, HEADS, calibration="ab" * 8, windows=WINDOWS)
+
+
 def changed(**change: Any) -> str:
     """The JSON of the preset with some of its top fields changed; None takes a field away."""
     content = {**json.loads(PRESETS["kvcomp"].to_json()), **change}
     return json.dumps({name: value for name, value in content.items() if value is not None})
 
 
-@given(codec_specs)
+@given(codec_specs | specs_with_windows())
 def test_a_spec_survives_json(spec: CodecSpec) -> None:
     again = CodecSpec.from_json(spec.to_json())
     assert again == spec
@@ -67,6 +93,69 @@ def test_json_names_the_version_and_every_field(spec: CodecSpec) -> None:
     assert content["kvcomp_spec"] == SPEC_VERSION == 1
     scale = "steps" if spec.key.unit == "head" else "relative_scale"
     assert set(content["key"]) == {"unit", scale, "coding", "limit", "classes"}
+
+
+@given(specs_with_windows())
+def test_windows_are_a_version_of_their_own_and_their_layers_need_no_calibration(spec: CodecSpec) -> None:
+    windows, content = spec.windows, json.loads(spec.to_json())
+    assert windows is not None
+    assert content["kvcomp_spec"] == WINDOWS_VERSION == 2
+    assert set(content["windows"]) == {"layers", "key", "value"}
+    layers = spec.key.layers or 0
+    for index in range(layers):
+        layer = spec.layer(index, layers)
+        assert layer.windows is None
+        assert (layer.window, layer.sinks) == (spec.window, spec.sinks)
+        plain = index in windows.layers
+        assert (layer.calibration is None) == plain
+        assert (layer.key == windows.key) == (layer.value == windows.value) == plain
+    with pytest.raises(InvalidInput, match="layers"):
+        spec.layer(windows.layers[0], layers + 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": ()}, {"layers": None}, {"layers": 0}, {"layers": (2, 0)}, {"layers": (0, 0)}, {"layers": (-1,)},
+        {"layers": (True,)}, {"layers": ("0",)}, {"layers": (0.0,)}, {"layers": (1 << 12,)}, {"layers": range(1)},
+        {"layers": tuple(range(4097))}, {"key": HEADS}, {"key": None}, {"value": "token"},
+        {"value": TensorSpec("token", (0.1, 0.2, 0.3))},
+    ],
+)  # fmt: skip
+def test_windows_refuse(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match=r"windows"):
+        replace(WINDOWS, **change)
+
+
+def test_windows_must_fit_their_spec() -> None:
+    patched = TensorSpec("head", coding="patched", steps=HEADS.steps)
+    for change, match in (
+        ({"calibration": None}, "only a spec with a calibration"),
+        ({"windows": WINDOWS.key}, "must be a WindowSpec"),
+        ({"key": patched}, "coding"),
+        ({"value": patched}, "coding"),
+        ({"windows": replace(WINDOWS, layers=(0, 3))}, "the layer 3"),
+    ):
+        with pytest.raises(InvalidInput, match=match):
+            replace(WITH_WINDOWS, **change)
+
+
+def test_json_of_windows_is_checked() -> None:
+    def text(version: int = 2, **fields: Any) -> str:
+        content = json.loads(WITH_WINDOWS.to_json())
+        windows = {name: x for name, x in {**content["windows"], **fields}.items() if x is not None}
+        return json.dumps({**content, "kvcomp_spec": version, "windows": windows})
+
+    assert CodecSpec.from_json(text()) == WITH_WINDOWS
+    for wrong in (
+        text(1), text(more=1), text(layers=None), text(key=None), text(value=[]), text(layers=[2, 1]), text(layers=[9]),
+        text(key={"unit": "channel", "relative_scale": 2}), json.dumps({**json.loads(text()), "windows": None}),
+        json.dumps({**json.loads(text()), "windows": [1, 2]}),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput):
+            CodecSpec.from_json(wrong)
+    with pytest.raises(UnsupportedVersion, match="reads version 1, and 2 with windows"):
+        CodecSpec.from_json(text(3))
 
 
 @given(st.lists(steps, min_size=1, max_size=20))

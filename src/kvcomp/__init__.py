@@ -19,7 +19,7 @@ from kvcomp.errors import (
     UnsupportedModel,
     UnsupportedVersion,
 )
-from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
+from kvcomp.spec import PRESETS, CodecSpec, TensorSpec, WindowSpec
 
 if TYPE_CHECKING:
     from kvcomp.calibration import Calibration
@@ -55,6 +55,7 @@ __all__ = [
     "TensorSpec",
     "UnsupportedModel",
     "UnsupportedVersion",
+    "WindowSpec",
     "calibrate",
     "compress",
     "load",

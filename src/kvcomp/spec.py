@@ -21,6 +21,8 @@ UNITS: tuple[Unit, ...] = ("block", "channel", "token", "vector", "head")
 CODINGS: tuple[Coding, ...] = ("huffman", "fixed", "patched")
 PAGE_TOKENS = 64
 SPEC_VERSION = 1
+WINDOWS_VERSION = 2  # of a spec with the field "windows", which older readers do not know
+MOST_LAYERS = 1 << 12
 CALIBRATED = "kvcomp-klt"
 # The presets whose specs a calibration makes, alone or as NAME:LEVEL, and how these code the same values.
 CALIBRATED_CODINGS: Mapping[str, Coding] = {CALIBRATED: "huffman", "packed-klt": "patched"}
@@ -146,6 +148,32 @@ def _rounded(step: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowSpec:
+    """How the layers are coded that a calibration lacks, those with sliding windows: with relative scales, as a preset.
+
+    layers: their indices in the model, ascending.
+    key, value: coding of K and V, with one relative scale each for all of these layers.
+    """
+
+    layers: tuple[int, ...]
+    key: TensorSpec
+    value: TensorSpec
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("key", self.key), ("value", self.value)):
+            if not isinstance(tensor, TensorSpec) or tensor.unit == "head" or tensor.layers is not None:
+                raise InvalidInput(f"{name} of windows must be a TensorSpec with one relative_scale for all layers")
+        if not isinstance(self.layers, list | tuple) or not 0 < len(self.layers) <= MOST_LAYERS:
+            raise InvalidInput("the layers of windows must be a list of at least one index of a layer")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for index in self.layers:
+            if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < MOST_LAYERS:
+                raise InvalidInput(f"a layer of windows must be a number from 0 to {MOST_LAYERS - 1}, not {index!r}")
+        if list(self.layers) != sorted({*self.layers}):
+            raise InvalidInput("the layers of windows must ascend")
+
+
+@dataclass(frozen=True, slots=True)
 class CodecSpec:
     """How a KV cache is coded: two equal specs produce and read identical bytes.
 
@@ -154,6 +182,8 @@ class CodecSpec:
     sinks: first tokens that are never compressed (attention sinks).
     calibration: fingerprint, in hexadecimal digits, of the calibration that the steps belong to and without which the
         pages cannot be read; None if there is none.
+    windows: coding of the layers that the calibration lacks, by the same ``coding`` as the others. None leaves those
+        raw, and is for specs without a calibration, which code sliding windows as all layers.
     """
 
     key: TensorSpec
@@ -161,6 +191,7 @@ class CodecSpec:
     window: int = 64
     sinks: int = 4
     calibration: str | None = None
+    windows: WindowSpec | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in (("key", self.key), ("value", self.value)):
@@ -173,16 +204,30 @@ class CodecSpec:
             isinstance(self.calibration, str) and re.fullmatch("[0-9a-f]{16,64}", self.calibration)
         ):
             raise InvalidInput(f"calibration must be 16 to 64 hexadecimal digits, not {self.calibration!r}")
+        if self.windows is not None:
+            self._check_windows(self.windows)
+
+    def _check_windows(self, windows: Any) -> None:
+        if not isinstance(windows, WindowSpec) or self.calibration is None:
+            raise InvalidInput("windows must be a WindowSpec, and only a spec with a calibration has one")
+        for mine, theirs in ((self.key, windows.key), (self.value, windows.value)):
+            if theirs.coding != mine.coding:
+                raise InvalidInput(f"windows have the coding {theirs.coding!r}, and the other layers {mine.coding!r}")
+            if mine.layers is not None and windows.layers[-1] >= mine.layers:
+                raise InvalidInput(f"windows name the layer {windows.layers[-1]}, and the spec is of {mine.layers}")
 
     def layer(self, index: int, layers: int) -> CodecSpec:
         """The spec of layer ``index`` of ``layers``: the same, with one relative scale each for K and V, or the steps
-        of its heads.
+        of its heads. A layer of ``windows`` needs no calibration, and its spec names none.
 
         Raises InvalidInput if the spec lists another number of layers, or there is no such layer.
         """
         if not 0 <= index < layers:
             raise InvalidInput(f"there is no layer {index} among {layers}")
-        return replace(self, key=self.key.layer(index, layers), value=self.value.layer(index, layers))
+        tensors = self.key.layer(index, layers), self.value.layer(index, layers)
+        if self.windows is None or index not in self.windows.layers:
+            return replace(self, key=tensors[0], value=tensors[1], windows=None)
+        return CodecSpec(self.windows.key, self.windows.value, self.window, self.sinks)
 
     def bare(self) -> CodecSpec:
         """The same without window and sinks, for tensors that are compressed whole."""
@@ -191,7 +236,8 @@ class CodecSpec:
     def to_json(self) -> str:
         """The spec as JSON text; ``CodecSpec.from_json`` gives an equal spec back."""
         content = asdict(self, dict_factory=lambda items: {name: value for name, value in items if value is not None})
-        return json.dumps({"kvcomp_spec": SPEC_VERSION, **content}, indent=2)
+        version = SPEC_VERSION if self.windows is None else WINDOWS_VERSION
+        return json.dumps({"kvcomp_spec": version, **content}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -204,13 +250,17 @@ class CodecSpec:
             raise InvalidInput(f"a spec must be JSON: {error}") from None
         if not isinstance(content, Mapping) or "kvcomp_spec" not in content:
             raise InvalidInput('this JSON is no kvcomp spec: the field "kvcomp_spec" is missing')
-        if content["kvcomp_spec"] is True or content["kvcomp_spec"] != SPEC_VERSION:
+        version, windows = content["kvcomp_spec"], content.get("windows")
+        if version is True or version not in (SPEC_VERSION, WINDOWS_VERSION if "windows" in content else SPEC_VERSION):
             raise UnsupportedVersion(
-                f"spec version {content['kvcomp_spec']!r}: this kvcomp reads version {SPEC_VERSION}"
+                f"spec version {version!r}: kvcomp reads version {SPEC_VERSION}, and {WINDOWS_VERSION} with windows"
             )
-        parts = {name: part for name, part in content.items() if name != "kvcomp_spec"}
-        for name in ("key", "value"):
-            parts[name] = _build(TensorSpec, parts.get(name), name)
+        if "windows" in content and version != WINDOWS_VERSION:
+            raise InvalidInput(f"a spec with windows is of version {WINDOWS_VERSION}, and this is of {version}")
+        parts = _with_tensors({name: part for name, part in content.items() if name != "kvcomp_spec"})
+        if "windows" in content:
+            windows = _with_tensors(windows) if isinstance(windows, Mapping) else windows
+            parts["windows"] = _build(WindowSpec, windows, "windows")
         return _build(cls, parts, "spec")
 
     @classmethod
@@ -237,6 +287,11 @@ def is_calibrated(name: object) -> bool:
 
 
 T = TypeVar("T")
+
+
+def _with_tensors(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a spec with K and V read."""
+    return {**content, **{name: _build(TensorSpec, content.get(name), name) for name in ("key", "value")}}
 
 
 def _build(kind: type[T], content: Any, name: str) -> T:

@@ -49,7 +49,8 @@ def chunk_key(spec: CodecSpec, about: Mapping[str, Any]) -> str:
 
     about: plain JSON that says whose it is: model, tokens and all before them, part of the heads, tenant.
     """
-    content = json.dumps({"spec": asdict(chunk_spec(spec)), "about": about}, sort_keys=True, separators=(",", ":"))
+    fields = {name: x for name, x in asdict(chunk_spec(spec)).items() if name != "windows" or x is not None}
+    content = json.dumps({"spec": fields, "about": about}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
