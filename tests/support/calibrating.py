@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,10 +36,11 @@ def calibrated(
     centred: bool = True,
     sample: tuple[Tensor, Tensor] | None = None,
     rotation: Rotation | None = None,
+    only: Sequence[int] | None = None,
 ) -> Calibration:
     """A calibration whose layers are all alike, fitted to ``like_keys`` or ``sample``, K and V.
 
-    rotation: how the keys are turned.
+    rotation: how the keys are turned. only: the layers that it has; all if None.
     """
     places = torch.arange(1024)
     kv = sample or (like_keys(1, heads, 1024, channels, 1), like_keys(1, heads, 1024, channels, 2).flip(-1))
@@ -66,5 +67,5 @@ def calibrated(
         levels[level] = LevelOfLayer((steps[0], steps[1]), (books[0], books[1]))
     key, value = affines
     about = About(model or {"model_type": "none"}, layers, {level: {"kl": 0.0} for level in levels}, {"text": "none"})
-    transforms = dict.fromkeys(range(layers), Transform(key, value))
-    return Calibration.build(about, transforms, dict.fromkeys(range(layers), levels))
+    there = range(layers) if only is None else only
+    return Calibration.build(about, dict.fromkeys(there, Transform(key, value)), dict.fromkeys(there, levels))

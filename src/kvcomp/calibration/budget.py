@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     nbytes: int
     """Bytes to expect of the whole cache, the calibration's among them."""
     kl: float
-    """Mean KL to expect, nats a token, on text such as that of the calibration."""
+    """Mean KL to expect, nats a token, on text such as that of the calibration; without what sliding windows add."""
 
     def __str__(self) -> str:
         counts = {level: list(self.levels.values()).count(level) for level in dict.fromkeys(self.levels.values())}
@@ -66,7 +66,7 @@ def within(calibration: Calibration, budget: int, tokens: int, itemsize: int, ro
     rows
         Sequences at once.
     other
-        Bytes of layers that are not compressed.
+        Bytes of the other layers, whose windows have the finest level.
 
     Returns
     -------
@@ -82,12 +82,12 @@ def within(calibration: Calibration, budget: int, tokens: int, itemsize: int, ro
     """
     prices = {index: _prices(calibration, index) for index in calibration.layers}
     spec = calibration.spec(calibration.levels[0])
-    sealed = max(0, tokens - spec.window - spec.sinks) // PAGE_TOKENS * PAGE_TOKENS
+    sealed, raw = held(spec, tokens)
     bits: dict[int, dict[str, float]] = {}
-    fixed = other
+    fixed: float = other
     for index, (transform, _) in calibration.layers.items():
         values = 2 * rows * transform.heads * transform.channels
-        fixed += values * (spec.sinks + min(tokens, spec.window + PAGE_TOKENS)) * itemsize
+        fixed += values * raw * itemsize
         sides = {level: 8 * calibration.nbytes(level, [index]) for level in prices[index]}
         bits[index] = {level: sides[level] + sealed * values * one["bits"] for level, one in prices[index].items()}
     chosen = {index: min(of, key=of.__getitem__) for index, of in bits.items()}
@@ -103,6 +103,12 @@ def within(calibration: Calibration, budget: int, tokens: int, itemsize: int, ro
         chosen[index] = level
     kl = sum(prices[index][level]["kl"] for index, level in chosen.items())
     return Plan(calibration.mixed(chosen), chosen, int(spent), kl)
+
+
+def held(spec: CodecSpec, tokens: int) -> tuple[int, int]:
+    """Of so many tokens those in pages, and those that are raw at most."""
+    sealed = max(0, tokens - spec.window - spec.sinks) // PAGE_TOKENS * PAGE_TOKENS
+    return sealed, spec.sinks + min(tokens, spec.window + PAGE_TOKENS)
 
 
 def _finer(

@@ -41,6 +41,7 @@ from xxhash import xxh3_128
 from kvcomp import disk
 from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Affine, Transform, eight_bits
+from kvcomp.calibration.windows import window_spec
 from kvcomp.codec import codebook
 from kvcomp.codec.block import check_channels
 from kvcomp.codec.codebook import Codebook
@@ -138,35 +139,33 @@ class Calibration:
             size += 0 if (shifts := levels[level].shifts) is None else shifts.nbytes
         return size
 
+    @property
+    def lacking(self) -> list[int]:
+        """Layers that are not calibrated, by index, of a model with sliding windows: those slide. Of another: none."""
+        slides = self.about.model.get("sliding_window", 0) is not None
+        return [index for index in range(self.about.layers) if slides and index not in self.layers]
+
     def spec(self, level: str = DEFAULT_LEVEL, coding: Coding = "huffman") -> CodecSpec:
-        """The spec of a quality level. Only ``huffman`` uses the codebooks.
+        """The spec of a quality level. Only ``huffman`` uses the codebooks. Raises InvalidInput for no such level."""
+        return self.mixed(dict.fromkeys(self.layers, level), coding, level)
 
-        Raises
-        ------
-        InvalidInput
-            If there is no such level.
+    def mixed(self, chosen: Mapping[int, str], coding: Coding = "huffman", windows: str | None = None) -> CodecSpec:
+        """The spec that has a level for each layer, and one for all sliding windows: the finest if None, as none has a
+        price. Raises InvalidInput if there is no such level.
         """
-        return self.mixed(dict.fromkeys(self.layers, level), coding)
-
-    def mixed(self, chosen: Mapping[int, str], coding: Coding = "huffman") -> CodecSpec:
-        """The spec that has a level for each layer.
-
-        Raises
-        ------
-        InvalidInput
-            If there is no such level.
-        """
-        for level in chosen.values():
+        windows = self.levels[0] if windows is None else windows
+        for level in (*chosen.values(), windows):
             if level not in self.about.levels:
                 raise InvalidInput(f"this calibration has no level {level!r}: use {', '.join(self.levels)}")
         tensors: list[TensorSpec] = []
         for kind in (0, 1):
             heads = next(iter(self.layers.values()))[0].heads
-            steps = [(1.0,) * heads] * self.about.layers  # of layers that are not compressed: nobody reads them
+            steps = [(1.0,) * heads] * self.about.layers  # of layers that it lacks: nobody reads them
             for index, (_, levels) in self.layers.items():
                 steps[index] = levels[chosen[index]].steps[kind]
             tensors.append(TensorSpec("head", coding=coding, steps=tuple(steps), classes=CLASSES))
-        return CodecSpec(tensors[0], tensors[1], calibration=self.fingerprint)
+        others = window_spec(self.lacking, windows, coding)
+        return CodecSpec(tensors[0], tensors[1], calibration=self.fingerprint, windows=others)
 
     def layer(self, index: int, spec: CodecSpec) -> LayerCalibration | None:
         """Transform of a layer of the model, and codebooks if the spec's coding has any.
@@ -176,12 +175,12 @@ class Calibration:
         index
             Of the layer in the model.
         spec
-            The model's, one of this calibration's levels with any window and sinks.
+            The model's, one of this calibration's levels with any window, sinks and coding of sliding windows.
 
         Returns
         -------
         LayerCalibration or None
-            None for a layer that is not compressed.
+            None for a layer that the calibration lacks.
 
         Raises
         ------
@@ -213,6 +212,8 @@ class Calibration:
         mine = self.mixed(found, spec.key.coding) if len(found) == len(self.layers) else None
         if mine is None or (mine.key, mine.value) != (spec.key, spec.value):
             raise InvalidInput("the steps of this spec are those of no level of the calibration")
+        if spec.windows is not None and not {*spec.windows.layers} <= {*self.lacking}:
+            raise InvalidInput(f"windows are in {spec.windows.layers}, and this calibration lacks {self.lacking}")
         return found
 
     def check_model(self, fingerprint: Mapping[str, Any]) -> None:

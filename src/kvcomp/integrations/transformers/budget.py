@@ -6,10 +6,12 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 
 from kvcomp.calibration import Calibration
-from kvcomp.calibration.budget import Plan, parse_bytes, within
+from kvcomp.calibration.budget import Plan, held, parse_bytes, within
+from kvcomp.calibration.windows import window_bits
 from kvcomp.errors import InvalidInput
+from kvcomp.integrations.transformers.layers import coded_windows
 from kvcomp.integrations.transformers.models import position_limit
-from kvcomp.spec import CALIBRATED
+from kvcomp.spec import CALIBRATED, PAGE_TOKENS
 
 
 def plan_for(
@@ -19,6 +21,7 @@ def plan_for(
     budget: int | str,
     context: int | None,
     rows: int = 1,
+    backend: str = "cpu",
 ) -> Plan:
     """The levels of layers for a cache of ``context`` tokens within a budget.
 
@@ -36,6 +39,8 @@ def plan_for(
         Tokens, prompt and new ones; by default all that the model's positions allow.
     rows
         Sequences at once.
+    backend
+        As of ``KVCompCache``.
 
     Raises
     ------
@@ -50,8 +55,27 @@ def plan_for(
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise InvalidInput(f"context must be a number of tokens, not {context!r}: give how many the cache shall hold")
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    other = sliding_bytes(config, calibration, tokens, dtype.itemsize, backend) * rows
+    return within(calibration, parse_bytes(budget), tokens, dtype.itemsize, rows, int(other))
+
+
+def sliding_bytes(
+    config: PreTrainedConfig, calibration: Calibration, tokens: int, itemsize: int, backend: str
+) -> float:
+    """Bytes of a row's sliding windows after so many tokens: those in pages at the bits to expect, and raw ones.
+
+    itemsize: bytes of a raw value. Their heads count as those of calibrated layers.
+    """
+    finest = calibration.levels[0]
+    spec = calibration.spec(finest)
+    coded = coded_windows(config, spec, backend)
     transform = next(iter(calibration.layers.values()))[0]
-    values = 2 * rows * transform.heads * transform.channels  # of a sliding layer's token, if its heads are alike
-    other = sum(min(tokens, window) * values * dtype.itemsize for window in windows if isinstance(window, int))
-    return within(calibration, parse_bytes(budget), tokens, dtype.itemsize, rows, other)
+    size = 0.0
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        window = getattr(layer, "sliding_window", None)
+        if isinstance(window, int):
+            sealed, raw = 0, min(tokens, window)
+            if index in coded:  # a page leaves when the window has left all of it
+                sealed, raw = held(spec, min(tokens, window + PAGE_TOKENS))
+            size += sealed * window_bits(finest) / 8 + raw * itemsize
+    return 2 * transform.heads * transform.channels * size

@@ -53,8 +53,7 @@ from kvcomp.store.checks import check_tensor, row_index
 class KVCompCache(Cache):
     """A transformers cache that keeps K and V compressed, of full attention and of sliding windows from 512 tokens on.
 
-    Smaller windows, chunks and linear attention get the layers that transformers gives them; windows too on a GPU and
-    under a calibration.
+    Smaller windows, chunks and linear attention get the layers that transformers gives them, and on a GPU all windows.
 
     Parameters
     ----------
@@ -109,7 +108,7 @@ class KVCompCache(Cache):
         if self.calibration is not None:
             self.calibration.check_model(fingerprint_of(config))
             self.session.calibrated_tokens = self.calibration.tokens
-        self.plan = None if budget is None else plan_for(config, spec, self.calibration, budget, context)
+        self.plan = None if budget is None else plan_for(config, spec, self.calibration, budget, context, 1, backend)
         self.spec = self.plan.spec if self.plan else spec_for_latents(config, resolved)
         layers = cache_layers(config, self.spec, self.calibration, backend, self.session)
         self.first = next((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)

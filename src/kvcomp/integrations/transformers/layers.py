@@ -23,30 +23,36 @@ LEAST_WINDOW = 512
 def cache_layers(
     config: PreTrainedConfig, spec: CodecSpec, calibration: Calibration | None, backend: str, session: Session
 ) -> list[Any]:
-    """A layer for each of the model's. spec: of the whole model. Raises UnsupportedModel for what cannot be held.
-
-    Sliding windows have no place in a calibration, and no kernel for a GPU: there they stay raw. So does one that later
-    layers read too, after it has compressed and dropped what they still see.
-    """
+    """A layer for each of the model's. spec: of the whole model. Raises UnsupportedModel for what cannot be held."""
     layers: list[Any] = DynamicCache(config=config).layers
-    shared = shared_window(config, layers)
+    coded = coded_windows(config, spec, backend)
     for index, layer in enumerate(layers):
         of_layer = spec.layer(index, len(layers))
         if type(layer) is DynamicLayer:
             check_layer(config, index)
             calibrated = calibration.layer(index, spec) if calibration else None
             layers[index] = CompressedLayer(of_layer, backend, session, calibrated)
-        elif (
-            calibration is None
-            and backend != "gpu"
-            and index != shared
-            and is_compressed_window(layer, config, of_layer)
-        ):
+        elif index in coded:
             check_layer(config, index)
-            layers[index] = SlidingLayer(of_layer, backend, session, layer.sliding_window)
+            layers[index] = SlidingLayer(of_layer, backend, session, coded[index])
         else:
             check_stock(layer, index)
     return layers
+
+
+def coded_windows(config: PreTrainedConfig, spec: CodecSpec, backend: str) -> dict[int, int]:
+    """The layers whose sliding windows are compressed, and the tokens of each window.
+
+    There is no kernel for them on a GPU. A calibration has none of these layers: its spec says how they are coded. One
+    that later layers read too stays raw: they read it after it has compressed and dropped what they still see.
+    """
+    layers: list[Any] = DynamicCache(config=config).layers
+    shared, of_layer = shared_window(config, layers), [spec.layer(index, len(layers)) for index in range(len(layers))]
+    return {
+        index: layer.sliding_window
+        for index, (layer, own) in enumerate(zip(layers, of_layer, strict=True))
+        if backend != "gpu" and own.calibration is None and index != shared and is_compressed_window(layer, config, own)
+    }
 
 
 def shared_window(config: PreTrainedConfig, layers: list[Any]) -> int | None:
