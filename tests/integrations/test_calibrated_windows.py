@@ -18,8 +18,9 @@ from containers import open_bytes
 from families import FAMILIES
 from generating import assert_same, forward, generate, prompt
 from kvcomp import Calibration, PrefixStore, files, load
+from kvcomp.calibration.budget import Plan
 from kvcomp.calibration.windows import SCALES, window_spec
-from kvcomp.errors import CorruptData, InvalidInput
+from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.layer import CompressedLayer
 from kvcomp.integrations.transformers.models import fingerprint_of
@@ -288,26 +289,52 @@ def test_a_prefix_store_goes_on_from_a_state_with_coded_windows(name: str, tmp_p
 # Budgets
 
 
+def priced(both: tuple[PreTrainedModel, Calibration]) -> Calibration:
+    made = both[1]
+    bits = dict(zip(LEVELS, ((5.0, 0.001), (4.0, 0.01), (3.0, 0.1)), strict=True))
+    levels = {level: {"layers": {"1": dict(zip(("bits", "kl"), bits[level], strict=True))}} for level in LEVELS}
+    return replace(made, about=replace(made.about, levels=levels))
+
+
 def test_a_budget_counts_coded_windows(both: tuple[PreTrainedModel, Calibration]) -> None:
-    """The same levels as without windows, at the bytes that they take more; raw on a GPU."""
-    model, plain = both
-    price = {"bits": 4.0, "kl": 0.01}
-    levels = {level: {"layers": {"1": price}} for level in LEVELS}
-    made = replace(plain, about=replace(plain.about, levels=levels))
+    """At the bytes that they take, coded on a CPU and raw on a GPU."""
+    model, made = both[0], priced(both)
 
     def size(tokens: int, backend: str = "cpu") -> int:
         cache = KVCompCache(
             model.config, "kvcomp-klt", calibration=made, budget="1GiB", context=tokens, backend=backend
         )
         assert cache.plan is not None
-        assert cache.spec.windows == made.spec(LEVELS[0]).windows
+        assert cache.spec == made.spec(LEVELS[0])
         return cache.plan.nbytes
 
     token = 2 * 2 * 16  # values of K and V in a layer
     for tokens, pages, raw, window in ((100, 0, 4 + 100, 100), (400, 320, 4 + 128, 400), (4000, 448, 4 + 128, 512)):
         coded = token * (pages * SCALES[LEVELS[0]].bits / 8 + raw * 4)
         assert size(tokens) - size(tokens, "gpu") == pytest.approx(coded - token * window * 4, abs=2)
-    cache = filled((model, made), made.spec(LEVELS[0]), 3000)
+    cache = filled(both, made.spec(LEVELS[0]), 3000)
     held = cache.memory().total - cache.layers[1].store.memory().total
     rest = token * (448 * SCALES[LEVELS[0]].bits / 8 + 132 * 4)
     assert 0.7 * rest < held < 1.3 * rest
+
+
+def test_windows_are_not_finer_than_what_a_budget_leaves_to_the_other_layers(
+    both: tuple[PreTrainedModel, Calibration],
+) -> None:
+    model, made = both[0], priced(both)
+
+    def plan(budget: int) -> Plan:
+        found = KVCompCache(model.config, "kvcomp-klt", calibration=made, budget=budget, context=4000).plan
+        assert found is not None
+        return found
+
+    most = plan(1 << 30).nbytes
+    seen = []
+    for budget in range(most, most - 69_000, -1000):
+        found = plan(budget)
+        assert found.nbytes <= budget
+        windows = next(level for level in LEVELS if made.spec(level).windows == found.spec.windows)
+        seen.append((LEVELS.index(windows), LEVELS.index(found.levels[1])))
+    assert list(dict.fromkeys(seen)) == [(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)]
+    with pytest.raises(LimitExceeded, match="at the coarsest levels"):
+        plan(most - 100_000)

@@ -47,7 +47,15 @@ def readable(nbytes: float) -> str:
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.2f} MiB"
 
 
-def within(calibration: Calibration, budget: int, tokens: int, itemsize: int, rows: int = 1, other: int = 0) -> Plan:
+def within(
+    calibration: Calibration,
+    budget: int,
+    tokens: int,
+    itemsize: int,
+    rows: int = 1,
+    other: int = 0,
+    windows: str | None = None,
+) -> Plan:
     """The levels of layers with which a cache of so many tokens fits.
 
     Every layer begins at its coarsest level. Steps to finer ones follow, those that save most KL for a byte first, as
@@ -66,7 +74,9 @@ def within(calibration: Calibration, budget: int, tokens: int, itemsize: int, ro
     rows
         Sequences at once.
     other
-        Bytes of the other layers, whose windows have the finest level.
+        Bytes of the other layers.
+    windows
+        The level of sliding windows; the finest if None.
 
     Returns
     -------
@@ -102,7 +112,7 @@ def within(calibration: Calibration, budget: int, tokens: int, itemsize: int, ro
         spent += (bits[index][level] - bits[index][chosen[index]]) / 8
         chosen[index] = level
     kl = sum(prices[index][level]["kl"] for index, level in chosen.items())
-    return Plan(calibration.mixed(chosen), chosen, int(spent), kl)
+    return Plan(calibration.mixed(chosen, windows=windows), chosen, int(spent), kl)
 
 
 def held(spec: CodecSpec, tokens: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from kvcomp.calibration import Calibration
 from kvcomp.calibration.budget import Plan, held, parse_bytes, within
 from kvcomp.calibration.windows import window_bits
-from kvcomp.errors import InvalidInput
+from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.integrations.transformers.layers import coded_windows
 from kvcomp.integrations.transformers.models import position_limit
 from kvcomp.spec import CALIBRATED, PAGE_TOKENS
@@ -24,6 +24,8 @@ def plan_for(
     backend: str = "cpu",
 ) -> Plan:
     """The levels of layers for a cache of ``context`` tokens within a budget.
+
+    Sliding windows have no price. They take the finest level that is not finer than those of most layers.
 
     Parameters
     ----------
@@ -55,19 +57,30 @@ def plan_for(
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise InvalidInput(f"context must be a number of tokens, not {context!r}: give how many the cache shall hold")
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    other = sliding_bytes(config, calibration, tokens, dtype.itemsize, backend) * rows
-    return within(calibration, parse_bytes(budget), tokens, dtype.itemsize, rows, int(other))
+    levels, size = calibration.levels, parse_bytes(budget)
+    for rank, level in enumerate(levels):
+        windows = sliding_bytes(config, calibration, level, tokens, dtype.itemsize, backend)
+        try:
+            plan = within(calibration, size, tokens, dtype.itemsize, rows, int(rows * windows), level)
+        except LimitExceeded:
+            if level == levels[-1]:
+                raise
+            continue
+        as_fine = sum(levels.index(chosen) <= rank for chosen in plan.levels.values())
+        if 2 * as_fine >= len(plan.levels):
+            break
+    return plan
 
 
 def sliding_bytes(
-    config: PreTrainedConfig, calibration: Calibration, tokens: int, itemsize: int, backend: str
+    config: PreTrainedConfig, calibration: Calibration, level: str, tokens: int, itemsize: int, backend: str
 ) -> float:
-    """Bytes of a row's sliding windows after so many tokens: those in pages at the bits to expect, and raw ones.
+    """Bytes of a row's sliding windows at a level after so many tokens: those in pages at the bits to expect, and raw
+    ones.
 
     itemsize: bytes of a raw value. Their heads count as those of calibrated layers.
     """
-    finest = calibration.levels[0]
-    spec = calibration.spec(finest)
+    spec = calibration.spec(level)
     coded = coded_windows(config, spec, backend)
     transform = next(iter(calibration.layers.values()))[0]
     size = 0.0
@@ -77,5 +90,5 @@ def sliding_bytes(
             sealed, raw = 0, min(tokens, window)
             if index in coded:  # a page leaves when the window has left all of it
                 sealed, raw = held(spec, min(tokens, window + PAGE_TOKENS))
-            size += sealed * window_bits(finest) / 8 + raw * itemsize
+            size += sealed * window_bits(level) / 8 + raw * itemsize
     return 2 * transform.heads * transform.channels * size
