@@ -147,7 +147,8 @@ def write(folder: Path, count: int) -> list[Path]:
 def methods(config: Any) -> list[Method]:
     """What answers."""
     ours = [one for one in calibrated(config, sorted(CALIBRATIONS.glob("*.kvcal"))) if one.name == LEVEL]
-    return [baseline("uncompressed"), KVComp("kvcomp"), *ours, baseline("kivi-4")]
+    presets = map(KVComp, ("kvcomp", "kvcomp:fine"))
+    return [baseline("uncompressed"), *presets, *ours, baseline("kivi-4")]
 
 
 def show(runs: Sequence[dict[str, Any]]) -> None:
