@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvcomp.kernels.cuda.layout import AttendBuild
 from kvcomp.results.schema import environment
-from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
+from kvcomp.spec import PRESETS, CodecSpec, Coding, TensorSpec
 from kvcomp.store.gpu.store import GPUStore
 
 RESULTS = Path(__file__).parent / "results" / "gpu_attention.json"
@@ -37,8 +37,8 @@ CALLS, BATCHES = 10, 5
 PAGE = 16  # tokens of FlashInfer's
 
 
-def _klt(step: float) -> CodecSpec:
-    of_both = TensorSpec("head", None, limit=10, classes=4, steps=((step,) * HEADS,))
+def _klt(step: float, coding: Coding = "huffman") -> CodecSpec:
+    of_both = TensorSpec("head", None, coding, limit=10, classes=4, steps=((step,) * HEADS,))
     return CodecSpec(of_both, of_both)
 
 
@@ -49,6 +49,7 @@ SPECS = {
     "packed": PRESETS["packed"],
     "kvcomp:paper, limit 10": CodecSpec(TensorSpec("block", 0.05, limit=10), TensorSpec("token", 0.1, limit=10)),
     "kvcomp-klt": _klt(0.7),  # 2.5 bits of normal values
+    "packed-klt": _klt(0.7, "patched"),
     "fixed width, 2 bits": CodecSpec(TensorSpec("block", 0.34, "fixed"), TensorSpec("token", 0.34, "fixed")),
 }
 FEWER = 8  # warps of a CTA that are timed beside the most that fit

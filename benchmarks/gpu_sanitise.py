@@ -11,6 +11,7 @@ SPECS = (
     (64, CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=16)),
     (128, CodecSpec(TensorSpec("channel", 0.05, classes=4, limit=10), TensorSpec("vector", 0.1, "fixed"), window=16)),
     (80, CodecSpec(*2 * (TensorSpec("head", None, classes=4, limit=10, steps=((0.5, 0.7),)),), window=16)),
+    (64, CodecSpec(TensorSpec("channel", 0.08, "patched"), TensorSpec("token", 0.15, "patched"), window=16)),
 )
 
 for channels, spec in SPECS:

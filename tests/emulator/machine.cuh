@@ -121,6 +121,11 @@ inline bool __all_sync(u32, bool x) {
     return all;
 }
 inline bool __any_sync(u32, bool x) { return !__all_sync(~0u, !x); }
+inline u32 __ballot_sync(u32, bool x) {
+    u32 all = (u32)x << this_lane();
+    for (int step = 16; step; step /= 2) all |= from_lane(all, this_lane() ^ step);
+    return all;
+}
 inline void __trap() { raise_out_of_range(); }
 
 inline double __longlong_as_double(i64 x) {
@@ -134,6 +139,7 @@ inline i64 __double_as_longlong(double x) {
     return y;
 }
 inline int __clz(int x) { return x ? __builtin_clz((u32)x) : 32; }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline u32 atomicAdd(u32* at, u32 x) {
     u32 before = *at;
     *at += x;

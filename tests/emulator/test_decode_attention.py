@@ -23,9 +23,11 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++
 # sum of |q| scale (128 + code), which is up to 4e-4 here, and a weight by as much.
 TOLERANCE = 2e-4
 
+PATCHED: tuple[Coding, Coding] = ("patched", "patched")
 QUICK = {
     "the preset": Case(),
     "fixed width": Case(channels=64, queries=1, coding=("fixed", "fixed"), scales=(1 / 14, 1 / 4)),
+    "pieces": Case(channels=64, queries=2, units=("head", "head"), classes=(4, 4), coding=PATCHED, scales=(0.1, 0.1)),
 }
 GRID = {
     "80 channels, five queries": Case(channels=80, queries=5, pages=(2, 1)),
@@ -43,6 +45,25 @@ GRID = {
     "fine steps of heads": Case(units=("head", "head"), classes=(4, 1), scales=(0.02, 0.03), limit=10),
     "steps of heads, two books": Case(units=("head", "head"), classes=(4, 4), scales=(0.05, 0.05), wide=True),
     "steps of heads, fixed width": Case(units=("head", "head"), coding=("fixed", "fixed"), scales=(0.2, 0.05)),
+    "pieces, 128 channels": Case(units=("channel", "token"), coding=PATCHED, scales=(0.08, 0.15), raw=True, partial=37),
+    "pieces, 80 channels, float16": Case(
+        channels=80, queries=5, units=("block", "vector"), coding=PATCHED, pages=(2, 1), value="float16", raw=True
+    ),
+    "pieces, 112 channels, float32": Case(
+        channels=112, queries=9, units=("token", "channel"), coding=PATCHED, pages=(2, 1), value="float32"
+    ),
+    "pieces, 192 channels, soft cap": Case(
+        channels=192, units=("vector", "block"), coding=PATCHED, pages=(2,), softcap=20.0
+    ),
+    "pieces, 256 channels": Case(channels=256, units=("head", "head"), coding=PATCHED, pages=(2,), raw=True),
+    "pieces without bits": Case(units=("head", "head"), coding=PATCHED, classes=(4, 4), scales=(0.5, 1.0)),
+    "pieces of many bits": Case(
+        channels=64, units=("head", "head"), coding=PATCHED, scales=(0.008, 0.008), new=3, queries=12
+    ),
+    "pieces of K, words of V": Case(channels=96, coding=("patched", "huffman")),
+    "words of K, pieces of V": Case(
+        channels=96, coding=("fixed", "patched"), units=("head", "head"), scales=(0.1, 0.1)
+    ),
     "no own book": Case(own=False, channels=64, heads=1),
     "nothing but a tail": Case(pages=(0, 0), sinks=0, tail=130, value="float16"),
     "long rows": Case(channels=64, pages=(9, 4, 6), queries=7, sinks=70),
@@ -169,7 +190,7 @@ def test_every_fixed_width(width: int, channels: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("coding", ["huffman", "fixed"])
+@pytest.mark.parametrize("coding", ["huffman", "fixed", "patched"])
 @pytest.mark.parametrize("channels", range(64, 257, 16))
 def test_every_number_of_channels(channels: int, coding: Coding) -> None:
     cache = build(Case(channels=channels, queries=2, heads=1, pages=(2,), tail=1, coding=(coding, coding)))
@@ -183,6 +204,7 @@ HOSTILE = {
     "256 channels, four classes": Case(channels=256, classes=(1, 4)),
     "steps of heads": Case(units=("head", "head"), classes=(4, 4), scales=(0.1, 0.1)),
     "fixed width": Case(coding=("fixed", "fixed"), scales=(1 / 12, 1 / 5)),
+    "pieces": Case(coding=PATCHED, units=("channel", "token"), scales=(0.08, 0.15)),
 }
 
 

@@ -17,6 +17,15 @@ CASES = {
     "fixed width, float32": Case(channels=80, pages=(2,), coding=("fixed", "fixed"), value="float32", raw=True),
     "channel and vector": Case(channels=192, pages=(2,), units=("channel", "vector"), classes=(4, 4), raw=True),
     "steps of heads": Case(channels=64, pages=(2,), units=("head", "head"), classes=(4, 4), scales=(0.02, 0.1)),
+    "pieces": Case(channels=80, pages=(3,), units=("channel", "token"), coding=("patched", "patched"), raw=True),
+    "pieces, steps of heads": Case(
+        channels=256,
+        pages=(2,),
+        units=("head", "head"),
+        coding=("patched", "patched"),
+        scales=(0.01, 0.3),
+        value="float32",
+    ),
     "token and channel, float16": Case(channels=256, pages=(2,), units=("token", "channel"), value="float16"),
 }
 

@@ -28,6 +28,21 @@ CASES = {
     "vector and channel, float16": Case(channels=64, pages=(3,), units=("vector", "channel"), value="float16"),
     "token and block": Case(channels=96, pages=(2,), units=("token", "block"), scales=(0.02, 0.3)),
     "steps of heads": Case(channels=64, pages=(3,), units=("head", "head"), classes=(4, 4), scales=(0.02, 0.1)),
+    "pieces": Case(pages=(3,), units=("channel", "token"), coding=("patched", "patched"), scales=(0.08, 0.15)),
+    "pieces, float16": Case(
+        channels=80, pages=(2,), units=("block", "vector"), coding=("patched", "fixed"), value="float16"
+    ),
+    "pieces, steps of heads": Case(
+        channels=256, pages=(2,), units=("head", "head"), coding=("patched", "patched"), scales=(0.01, 0.3)
+    ),
+    "pieces without bits": Case(
+        channels=64,
+        pages=(2,),
+        units=("head", "head"),
+        coding=("huffman", "patched"),
+        classes=(4, 4),
+        scales=(0.1, 2.0),
+    ),
     "steps of heads, fixed, float16": Case(
         channels=64, pages=(2,), units=("head", "head"), coding=("fixed", "fixed"), scales=(0.02, 1.0), value="float16"
     ),

@@ -13,7 +13,7 @@ from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Affine, Transform
 from kvcomp.errors import LimitExceeded
 from kvcomp.kernels.reference import page_bytes
-from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.spec import CodecSpec, Coding, TensorSpec
 from kvcomp.store import KVStore
 from kvcomp.store.attention import attend, attend_tiled
 from kvcomp.store.gpu.copies import to_device, to_main_memory
@@ -144,12 +144,13 @@ def _no_memory(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+@pytest.mark.parametrize("coding", ["huffman", "patched"])
 @pytest.mark.parametrize("units", [("head", "head"), ("channel", "vector")])
-def test_other_units(units: tuple[str, str]) -> None:
+def test_other_units(units: tuple[str, str], coding: Coding) -> None:
     def tensor(unit: str) -> TensorSpec:
         if unit == "head":
-            return TensorSpec("head", None, classes=4, steps=((0.1, 0.15),))
-        return TensorSpec(unit, 0.1)  # type: ignore[arg-type]
+            return TensorSpec("head", None, coding, classes=4, steps=((0.1, 0.15),))
+        return TensorSpec(unit, 0.1, coding)  # type: ignore[arg-type]
 
     pair = Pair(CodecSpec(tensor(units[0]), tensor(units[1]), window=0, sinks=0).layer(0, 1), 1)
     pair.append(64 * 5)

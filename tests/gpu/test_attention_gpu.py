@@ -97,6 +97,8 @@ GRID: list[tuple[int, int, tuple[Unit, Unit], Coding, int, int, torch.dtype, flo
     (256, 2, ("block", "token"), "huffman", 1, 10, torch.bfloat16, 0.0),
     (128, 4, ("block", "token"), "fixed", 1, 12, torch.bfloat16, 0.0),
     (64, 7, ("head", "head"), "fixed", 1, 12, torch.float16, 0.0),
+    (128, 4, ("head", "head"), "patched", 4, 12, torch.bfloat16, 0.0),
+    (80, 5, ("channel", "token"), "patched", 1, 12, torch.float16, 0.0),
 ]
 
 

@@ -23,15 +23,6 @@ def test_tensors_elsewhere_than_on_a_gpu() -> None:
     assert store.tokens == store.batch == 0
 
 
-@pytest.mark.parametrize("kind", ["key", "value"])
-def test_a_coding_that_no_gpu_kernel_reads(kind: str) -> None:
-    packed = CodecSpec.resolve("packed").layer(0, 1)
-    spec = replace(packed, **{kind: replace(getattr(packed, kind), coding="patched")})
-    with pytest.raises(BackendUnavailable, match=r"read the codings huffman and fixed, not patched: use backend='cpu'"):
-        page_build(spec, 64, "bfloat16")
-    page_build(packed, 64, "bfloat16")
-
-
 def test_no_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     gpu._driver.cache_clear()

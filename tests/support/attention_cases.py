@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp.codec import codebook
-from kvcomp.codec.dtypes import DEFAULT_BOOK, DTYPES, OWN_BOOK
+from kvcomp.codec.dtypes import DEFAULT_BOOK, DTYPES, OWN_BOOK, PATCHED
 from kvcomp.codec.page import directory_of
+from kvcomp.codec.patched import head_bytes
 from kvcomp.codec.quantise import Quantised, round_to, to_float32
 from kvcomp.kernels import Books, CacheView, Steps, reference
 from kvcomp.spec import KINDS, PAGE_TOKENS, CodecSpec, Coding, TensorSpec, Unit
@@ -181,7 +182,7 @@ def steps_of(spec: CodecSpec) -> Steps:
 
 def scramble(cache: Cache, rng: np.random.Generator) -> None:
     """Random bits in the first row's pages wherever a reader of foreign bytes does not look (docs/format.md, section
-    5): scales, streams and fixed codes; directories and lengths stay."""
+    5): scales, streams, fixed codes, words of pieces and exceptions; directories, lengths and heads of pieces stay."""
     case, buffer = cache.case, cache.owners[0]
     for page in cache.view.pages[0, : case.pages[0]] - buffer.ctypes.data:
         modes, offsets = directory_of(buffer, page, case.heads)
@@ -189,7 +190,8 @@ def scramble(cache: Cache, rng: np.random.Generator) -> None:
             begin, end, kind = page + offsets[index], page + offsets[index + 1], index // case.heads
             bytes_of = {"block": 8, "channel": 4 * case.channels, "vector": 4 * PAGE_TOKENS}
             codes = begin + bytes_of.get(case.units[kind], 0)
-            after = codes + (4 + 8 * (int(buffer[codes]) & 15) if mode in (DEFAULT_BOOK, OWN_BOOK) else 0)
+            lengths = 4 + 8 * (int(buffer[codes]) & 15) if mode in (DEFAULT_BOOK, OWN_BOOK) else 0
+            after = codes + (head_bytes(case.channels) if mode == PATCHED else lengths)
             for first, last in ((begin, codes), (after, end)):
                 buffer[first:last] = rng.integers(0, 256, last - first, np.uint8)
 

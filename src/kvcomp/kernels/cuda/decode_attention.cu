@@ -22,7 +22,12 @@ struct Softmax {
 };
 
 // The zero of the unit ``head``; of no other.
-INLINE float zero_of_steps(u32 mode) { return mode < FIXED ? -128.f : -(float)(1 << (mode - FIXED ? mode - FIXED - 1 : 7)); }
+INLINE float zero_of_steps(u32 mode) { return mode == PATCHED ? 0.f : mode < FIXED ? -128.f : -(float)(1 << (mode - FIXED ? mode - FIXED - 1 : 7)); }
+
+// What the operands of a coded block are less than its codes; of a block of pieces each piece adds that.
+INLINE float first_code(u32 mode, const Book& book, int its_class) {
+    return mode == PATCHED ? 0.f : mode < FIXED ? (float)(book.first[its_class] - 128) : -128.f;
+}
 
 // The raw values of an item, of a page or beside the pages.
 INLINE RawPairs<VALUE> raw_values(const Item& item, int kind, const RawTensor& sinks, const RawTensor& tail, const Arguments& a, int row,
@@ -32,27 +37,31 @@ INLINE RawPairs<VALUE> raw_values(const Item& item, int kind, const RawTensor& s
     return RawChunk(a, row, item.chunk).of(sinks, tail, row, head, lane);
 }
 
-// Scores of one item, log base 2. staged: the address of what is copied of K.
-INLINE void score_item(const Item& item, const Arguments& a, const Book* books, Queries& queries, const Reading& reading, u32 staged, int row, int head,
+// Scores of one item, log base 2. at_warp: the warp's part of shared memory.
+INLINE void score_item(const Item& item, const Arguments& a, const Book* books, Queries& queries, const Reading& reading, u32 at_warp, int row, int head,
                        int lane, Scores& score) {
-    u32 mode = mode_of(item, K);
+    u32 mode = mode_of(item, K), staged = RESERVED + at_warp + K_STAGED;
     score.scale = 1.f, score.shift = 0.f;
     if (item.chunk >= 0 || mode == RAW) {
         RawPairs<VALUE> raw = raw_values(item, K, a.sinks_k, a.tail_k, a, row, head, lane);
-        if (K_UNIT == CHANNEL) queries.begin(nullptr, lane);
+        if (K_UNIT == CHANNEL || K_PATCHED) queries.begin(nullptr, lane);
         multiply_keys<RawPairs<VALUE>>([&](int t, int part, int, auto& low, auto& high) { raw.keys(t, part * 2 * TAKEN_PAIRS, CHANNELS / 4, low, high); }, queries, score);
         return;
     }
     u32 at = item.k_staged ? staged + scale_stage(K_UNIT) : 0;
     const u8* block = at ? shared_memory + at - RESERVED : block_of(item, K);
     const Book& book = books[mode == OWN_BOOK];
-    if (K_UNIT == CHANNEL) queries.begin(block, lane);
-    read_codes<K>(mode, block, at, book, reading.k, reading.ones, lane, [&](auto& reader) {
-        typedef Bare<decltype(reader)> Pairs;
-        multiply_keys<Pairs>([&](int, int, int taken, auto& low, auto& high) { reader.take(taken, low, high); }, queries, score);
-    });
-    // The operands were 128 + code - first.
-    float first = (float)(mode < FIXED ? book.first[K_CLASSES == 1 ? 0 : lane & 3] - 128 : -128);
+    const u8* of_channels = K_UNIT == CHANNEL ? block : nullptr;
+    if (K_PATCHED && mode == PATCHED) {
+        multiply_keys_of_pieces(block + scale_bytes(K_UNIT, CHANNELS), of_channels, queries, shared_memory + at_warp + OFFSETS, reading.ones, lane, score);
+    } else {
+        if (K_UNIT == CHANNEL || K_PATCHED) queries.begin(of_channels, lane);
+        read_codes<K>(mode, block, at, book, reading.k, reading.ones, lane, [&](auto& reader) {
+            typedef Bare<decltype(reader)> Pairs;
+            multiply_keys<Pairs>([&](int, int, int taken, auto& low, auto& high) { reader.take(taken, low, high); }, queries, score);
+        });
+    }
+    float first = first_code(mode, book, K_CLASSES == 1 ? 0 : lane & 3);
     score.shift = K_CLASSES == 1 && K_UNIT != CHANNEL ? queries.sum * first : sum_of_row(queries.quarter * first + queries.shift);
     if (K_UNIT == BLOCK) {
         score.scale = __uint_as_float(load_word(block));
@@ -176,7 +185,7 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
     float2 parts = both_rows(of_zeros);
     float sum = both_rows(of_weights).x, shift = BY_TOKEN ? 256.f * parts.x + parts.y : zero * sum;
     const Book& book = books[2 + (mode == OWN_BOOK)];
-    auto first_of = [&](int its_class) { return (float)(mode < FIXED ? book.first[its_class] - 128 : -128); };
+    auto first_of = [&](int its_class) { return first_code(mode, book, its_class); };
     if (V_UNIT != CHANNEL) {
 #pragma unroll
         for (int c = 0; c < V_CLASSES; c++) row.rest[c] += shift + sum * first_of(c);
@@ -189,6 +198,15 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
         products.y = (products.y + sum * (first + high_i16(zeros))) * high_bfloat16(both);
         add(tile, products);
     };
+    if (V_PATCHED && mode == PATCHED) {
+        u8 *room = shared_memory + at + OFFSETS;
+        const u8* pieces = block + scale_bytes(V_UNIT, CHANNELS);
+        if constexpr (V_UNIT == CHANNEL)
+            multiply_values_of_pieces(pieces, weights, sum, room, reading.ones, lane, add_channels);
+        else
+            multiply_values_of_pieces(pieces, weights, sum, room, reading.ones, lane, add);
+        return;
+    }
     read_codes<V>(mode, block, staged, book, reading.v, reading.ones, lane, [&](auto& reader) {
         typedef Bare<decltype(reader)> Pairs;
         auto tile = [&](int i, int taken, auto& low, auto& high) {
@@ -248,6 +266,7 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
     const Book* books = reinterpret_cast<const Book*>(shared_memory + BOOKS_AT);
     float2* sums = reinterpret_cast<float2*>(shared_memory + mine + SUMS) + lane;
     for (int tile = 0; tile < CHANNELS / 8; tile++) sums[tile * LANES] = make_float2(0.f, 0.f);
+    for (int i = OFFSETS; i < WARP_BYTES; i += 4 * LANES) reinterpret_cast<u32*>(shared_memory + mine + i)[lane] = 0;
 
     Queries queries;
     if (K_UNIT != CHANNEL) queries.begin(nullptr, lane);
@@ -290,7 +309,7 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
         };
         if (ROOMY) go_on();
         Scores score;
-        score_item(item, a, books, queries, reading, RESERVED + mine + K_STAGED, row, head, lane, score);
+        score_item(item, a, books, queries, reading, mine, row, head, lane, score);
         __syncwarp();  // all have read this K
         if (!ROOMY) go_on();
         stage<K>(next, a, RESERVED + mine + K_STAGED, lane);

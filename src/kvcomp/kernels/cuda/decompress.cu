@@ -2,11 +2,12 @@
 //
 // A warp takes a block: lane (g, j) decodes its two streams, and the values go through shared memory so that they are written in rows.
 #include "fragments.cuh"
-#include "streams.cuh"
+#include "pieces.cuh"
 
 constexpr int CHANNELS = KVC_CHANNELS, VALUE = KVC_VALUE, WARPS = KVC_WARPS;
 constexpr int K_UNIT = KVC_K_UNIT, V_UNIT = KVC_V_UNIT, K_CLASSES = KVC_K_CLASSES, V_CLASSES = KVC_V_CLASSES;
 constexpr int K_BITS = KVC_K_BITS, V_BITS = KVC_V_BITS;
+constexpr bool K_PATCHED = KVC_K_PATCHED, V_PATCHED = KVC_V_PATCHED;
 constexpr int KEY_PAIRS = CHANNELS / 8, VALUE_PAIRS = TOKENS / 8, VALUE_TILES = CHANNELS / 16;
 constexpr int PAIR_BITS = 18;
 typedef typename Value<VALUE>::Bits Bits;
@@ -44,6 +45,33 @@ struct Scales {
         return (float)(code + its_zero) * its_scale;
     }
 };
+
+// Decode a block of pieces to ``codes``, (64 tokens, CHANNELS) bytes: 128 more than each code.
+template <int KIND>
+INLINE void decode_pieces(const u8* block, int lane, u8* codes) {
+    Pieces pieces;
+    pieces.begin<CHANNELS>(block, lane);
+#pragma unroll 1
+    for (int n = 0; n < CHANNELS / 8; n++) {
+        Piece piece = pieces.piece(n);
+        auto code = [&](int position, int of_lane) -> u8& {
+            int its_g = of_lane >> 2, its_j = of_lane & 3, s = n / VALUE_TILES, u = position >> 2, e = position & 3;
+            if (KIND == K) return codes[(8 * (u + 4 * s) + its_g) * CHANNELS + 16 * (n % VALUE_TILES) + 4 * its_j + e];
+            return codes[(16 * u + 2 * its_j + (e & 1) + 8 * (e >> 1)) * CHANNELS + 8 * n + its_g];
+        };
+        u32 pairs[PIECE_PAIRS] = {};
+        if (piece.width) take_fields_of(piece, 0, lane, pairs);
+#pragma unroll
+        for (int i = 0; i < PIECE_PAIRS; i++) {
+            code(2 * i, lane) = (u8)((pairs[i] & 0xffff) + piece.frame + 128);
+            code(2 * i + 1, lane) = (u8)((pairs[i] >> 16) + piece.frame + 128);
+        }
+        __syncwarp();
+        const u16* exceptions = reinterpret_cast<const u16*>(piece.offsets);
+        for (int i = lane; i < piece.exceptions; i += LANES) code(exceptions[i] >> 5 & 15, exceptions[i] & 31) += (exceptions[i] >> 9) - 64;
+        __syncwarp();
+    }
+}
 
 // Decode a block of codes to ``codes`` in shared memory, (64 tokens, CHANNELS) bytes less what its class's codes begin at.
 template <int KIND>
@@ -118,15 +146,18 @@ INLINE void decompress_block(const Arguments& a, int page_index, int head, int l
     }
     const Book& book = a.books[2 * KIND + (mode == OWN_BOOK)];
     __syncwarp();  // all have written the block before
-    decode<KIND>(mode, block, book, a.ones, lane, codes);
+    if ((KIND == K ? K_PATCHED : V_PATCHED) && mode == PATCHED)
+        decode_pieces<KIND>(block + scale_bytes(KIND == K ? K_UNIT : V_UNIT, CHANNELS), lane, codes);
+    else
+        decode<KIND>(mode, block, book, a.ones, lane, codes);
     __syncwarp();
     Scales<KIND == K ? K_UNIT : V_UNIT> scales;
-    i32 fixed_zero = mode < FIXED ? -128 : -(1 << (mode - FIXED ? mode - FIXED - 1 : 7));
+    i32 fixed_zero = mode == PATCHED ? 0 : mode < FIXED ? -128 : -(1 << (mode - FIXED ? mode - FIXED - 1 : 7));
     scales.begin(page, block, a.heads, KIND, KIND == K ? a.k_steps : a.v_steps, head, fixed_zero);
     for (int i = lane; i < TOKENS * CHANNELS; i += LANES) {
         int token = i / CHANNELS, channel = i % CHANNELS;
         int its_class = classes == 1 ? 0 : KIND == K ? channel / (CHANNELS / 4) : class_of_tile<CHANNELS>(channel / 8);
-        i32 first = mode < FIXED ? book.first[its_class] : 0;
+        i32 first = mode == PATCHED ? -128 : mode < FIXED ? book.first[its_class] : 0;
         out[token * step + channel] = Value<VALUE>::narrow(scales.value(codes[i] + first, token, channel));
     }
 }

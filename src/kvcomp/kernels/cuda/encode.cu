@@ -10,7 +10,8 @@
 
 constexpr int QUANTISE_SHARED = MOST_UNITS * sizeof(Parameters) + 8 * WARPS + 16;
 constexpr int COUNT_SHARED = 4 * (K_CLASSES > V_CLASSES ? K_CLASSES : V_CLASSES) * COUNTED * COUNTED;
+constexpr int MEASURE_SHARED = K_PATCHED || V_PATCHED ? 4 * MAX_CODES * WARPS : 0;
 constexpr int PLACE_SHARED = 8 * THREADS, PACK_SHARED = WARPS * SCRATCH_BYTES;
 static_assert(QUANTISE_SHARED == KVC_QUANTISE_SHARED && COUNT_SHARED == KVC_COUNT_SHARED &&
-                  PACK_SHARED == KVC_PACK_SHARED,
+                  MEASURE_SHARED == KVC_MEASURE_SHARED && PACK_SHARED == KVC_PACK_SHARED,
               "the host must reserve as much");

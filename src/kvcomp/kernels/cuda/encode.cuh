@@ -5,6 +5,7 @@
 constexpr int CHANNELS = KVC_CHANNELS, VALUE = KVC_VALUE, WARPS = KVC_WARPS;
 constexpr int K_UNIT = KVC_K_UNIT, V_UNIT = KVC_V_UNIT, K_CLASSES = KVC_K_CLASSES, V_CLASSES = KVC_V_CLASSES;
 constexpr bool K_HUFFMAN = KVC_K_BITS > 0, V_HUFFMAN = KVC_V_BITS > 0;
+constexpr bool K_PATCHED = KVC_K_PATCHED, V_PATCHED = KVC_V_PATCHED;
 constexpr int STREAMS = 64, UNIT_BITS = CHANNELS <= 128 ? 4 : 8, PAIRS = CHANNELS / 2;
 constexpr int MOST_UNITS = CHANNELS > TOKENS ? CHANNELS : TOKENS;  // sets of a scale and a zero in a block
 constexpr int MAX_CODES = 256, MAX_LEVELS = 128, MAX_BASE = 127;
@@ -37,7 +38,7 @@ struct Arguments {
     Tensor tensors[2];  // K, V
     u8* modes;          // (pages, 2, heads)
     u32* sizes;         // (pages, 2, heads): bytes of the blocks, multiples of 16
-    u16* lengths;       // (pages, 2, heads, 64): of the streams in units
+    u16* lengths;       // (pages, 2, heads, 64): of the streams in units; of a patched block its pieces (choose.cuh)
     u64* offsets;       // (pages + 1): of the pages and of the end, from ``out``
     u64* cursor;        // where the first page goes, and afterwards where the next may; the host need not know
     u8* out;
@@ -47,7 +48,7 @@ struct Arguments {
 template <int KIND>
 struct Of {
     static constexpr int UNIT = KIND == K ? K_UNIT : V_UNIT, CLASSES = KIND == K ? K_CLASSES : V_CLASSES;
-    static constexpr bool HUFFMAN = KIND == K ? K_HUFFMAN : V_HUFFMAN;
+    static constexpr bool HUFFMAN = KIND == K ? K_HUFFMAN : V_HUFFMAN, PATCHED = KIND == K ? K_PATCHED : V_PATCHED;
 };
 
 constexpr int THREADS = WARPS * LANES;

@@ -1,10 +1,12 @@
 // What the attention kernel is built with and given, where it keeps what in shared memory, and what its warps take: 64 tokens at a time.
 #pragma once
 #include "fragments.cuh"
+#include "pieces.cuh"
 
 constexpr int CHANNELS = KVC_CHANNELS, VALUE = KVC_VALUE, QUERY_VALUE = KVC_QUERY, WARPS = KVC_WARPS;
 constexpr int K_UNIT = KVC_K_UNIT, V_UNIT = KVC_V_UNIT, K_CLASSES = KVC_K_CLASSES, V_CLASSES = KVC_V_CLASSES;
 constexpr int K_BITS = KVC_K_BITS, V_BITS = KVC_V_BITS;          // index bits of the tables, 0 where the coding is fixed
+constexpr bool K_PATCHED = KVC_K_PATCHED, V_PATCHED = KVC_V_PATCHED;
 constexpr int K_COPIES = KVC_K_COPIES, V_COPIES = KVC_V_COPIES;  // of the own book's table in shared memory, 0 for none
 constexpr int K_STAGE = KVC_K_STAGE, V_STAGE = KVC_V_STAGE;      // bytes of a block that are copied to shared memory; a larger one is read where it is
 constexpr u32 RESERVED = KVC_RESERVED;                           // where shared memory begins in its address space
@@ -66,7 +68,8 @@ constexpr int K_STAGED = 0;  // token scales, then the block
 constexpr int V_STAGED = K_STAGED + scale_stage(K_UNIT) + K_STAGE;
 constexpr int FACTORS = V_STAGED + scale_stage(V_UNIT) + V_STAGE;  // of V, where they differ from token to token
 constexpr int SUMS = FACTORS + (BY_TOKEN ? TOKENS * 8 : 0);     // [tile of 8 channels][lane] pairs of floats
-constexpr int WARP_BYTES = SUMS + CHANNELS / 8 * LANES * 8;
+constexpr int OFFSETS = SUMS + CHANNELS / 8 * LANES * 8;        // of a piece's exceptions
+constexpr int WARP_BYTES = OFFSETS + (K_PATCHED || V_PATCHED ? OFFSET_BYTES : 0);
 constexpr int SHARED_BYTES = WARPS_AT + WARPS * WARP_BYTES;
 static_assert(SHARED_BYTES == KVC_SHARED, "the host must reserve as much");
 constexpr bool holds_stream(int stage) { return stage % 16 == 0 && stage >= CHANNELS * 9 / 8 + 16; }

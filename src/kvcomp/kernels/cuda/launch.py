@@ -98,7 +98,7 @@ def measure(on: Launcher, build: PageBuild, a: EncodeArguments) -> None:
     """Find modes, lengths and sizes of the blocks, and where the pages will lie."""
     threads = LANES * build.warps
     grid = _ctas(on, build, 2 * a.pages * a.heads, MOST_CTAS), 1, 1
-    on.launch(Launch("encode", "measure_blocks", build, grid, threads, 0, a))
+    on.launch(Launch("encode", "measure_blocks", build, grid, threads, build.measure_shared, a))
     on.launch(Launch("encode", "place_pages", build, (1, 1, 1), threads, build.place_shared, a))
 
 

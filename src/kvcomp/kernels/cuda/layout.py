@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from kvcomp.codec.codebook import Codebook
 from kvcomp.codec.dtypes import DTYPES, TOKEN, UNIT_NUMBERS, VECTOR
+from kvcomp.codec.quantise import MAX_CODES
 from kvcomp.errors import BackendUnavailable
 from kvcomp.spec import PAGE_TOKENS, CodecSpec, TensorSpec
 
@@ -23,6 +24,7 @@ SOURCES: Final = Path(__file__).parent
 QUERIES: Final = 8  # of a KV head that one pass takes
 LANES: Final = 32
 BFLOAT16_128: Final = 0x43004300
+OFFSET_BYTES: Final = 1024  # a warp's room for the offsets of a piece's exceptions
 COUNTED: Final = 64  # codes a side whose pairs are counted in shared memory
 BOOKS: Final = 4  # of a row: of K the default and the own, of V the same
 
@@ -206,6 +208,8 @@ class Build:
     v_classes: int
     k_bits: int
     v_bits: int
+    k_patched: bool
+    v_patched: bool
 
     sizes: ClassVar[tuple[str, ...]]
     """Properties that the sources want too."""
@@ -234,7 +238,8 @@ class AttendBuild(Build):
     def warp_bytes(self) -> int:
         scales = sum(4 * PAGE_TOKENS for unit in (self.k_unit, self.v_unit) if unit == TOKEN)
         factors = 8 * PAGE_TOKENS if self.v_unit in (TOKEN, VECTOR) else 0
-        return scales + factors + self.k_stage + self.v_stage + self.channels // 8 * LANES * 8
+        offsets = OFFSET_BYTES if self.k_patched or self.v_patched else 0
+        return scales + factors + self.k_stage + self.v_stage + self.channels // 8 * LANES * 8 + offsets
 
     @cached_property
     def shared(self) -> int:
@@ -250,7 +255,7 @@ class AttendBuild(Build):
 class PageBuild(Build):
     """Constants of the kernels that read or write whole pages: decompress.cu and encode.cu."""
 
-    sizes = ("quantise_shared", "count_shared", "pack_shared")
+    sizes = ("quantise_shared", "count_shared", "measure_shared", "pack_shared")
 
     @property
     def shared(self) -> int:
@@ -271,6 +276,11 @@ class PageBuild(Build):
         return 4 * max(self.k_classes, self.v_classes) * COUNTED**2
 
     @property
+    def measure_shared(self) -> int:
+        """A histogram for each warp, if it chooses widths."""
+        return 4 * MAX_CODES * self.warps if self.k_patched or self.v_patched else 0
+
+    @property
     def place_shared(self) -> int:
         return 8 * LANES * self.warps
 
@@ -282,7 +292,7 @@ class PageBuild(Build):
 
 
 def page_build(spec: CodecSpec, channels: int, value: str) -> PageBuild:
-    """The build for a layer's spec. Raises BackendUnavailable if no kernel is built for its head_dim or coding."""
+    """The build for a layer's spec. Raises BackendUnavailable if no kernel is built for its head_dim."""
     return PageBuild(**_constants(spec, channels, value, PAGE_WARPS))
 
 
@@ -295,28 +305,28 @@ def _constants(spec: CodecSpec, channels: int, value: str, warps: int) -> dict[s
         "warps": warps,
         "k_unit": UNIT_NUMBERS[spec.key.unit],
         "v_unit": UNIT_NUMBERS[spec.value.unit],
-        "k_classes": spec.key.classes,
-        "v_classes": spec.value.classes,
+        "k_classes": classes_of_books(spec.key),
+        "v_classes": classes_of_books(spec.value),
         "k_bits": index_bits(spec.key),
         "v_bits": index_bits(spec.value),
+        "k_patched": spec.key.coding == "patched",
+        "v_patched": spec.value.coding == "patched",
     }
 
 
 def index_bits(tensor: TensorSpec) -> int:
-    """Index bits of a tensor's decode tables, 0 where it is coded at fixed width. Raises BackendUnavailable for a
-    coding that no kernel reads.
-    """
-    if tensor.coding == "patched":
-        raise BackendUnavailable(
-            "the GPU kernels read the codings huffman and fixed, not patched: use backend='cpu', or a spec such as "
-            "kvcomp-klt or packed"
-        )
+    """Index bits of a tensor's decode tables, 0 where it has no codebooks."""
     return tensor.limit if tensor.coding == "huffman" else 0
+
+
+def classes_of_books(tensor: TensorSpec) -> int:
+    """Classes of a tensor's codebooks, 1 where it has none."""
+    return tensor.classes if tensor.coding == "huffman" else 1
 
 
 PAGE_WARPS: Final = 4
 # Bits a value up to which a block is copied to shared memory before it is decoded.
-STAGED_BITS: Final = {"huffman": 4.5, "fixed": 5}
+STAGED_BITS: Final = {"huffman": 4.5, "fixed": 5, "patched": 6}
 WARPS: Final = (16, 12, 8, 6, 4, 3, 2, 1)
 COPIES: Final = (8, 4, 2, 1)
 
@@ -375,7 +385,9 @@ def most_warps(spec: CodecSpec, channels: int, architecture: int) -> int:
     """Warps of a CTA whose registers hold everything. From sm_100 on the compiler takes more of them."""
     if channels > 128 or architecture >= 100:
         return 8
-    if spec.key.classes > 1 or spec.value.classes > 1:
+    several_tables = max(classes_of_books(spec.key), classes_of_books(spec.value)) > 1
+    two_readers = any(of.coding == "patched" and of.unit != "head" for of in (spec.key, spec.value))
+    if several_tables or two_readers:
         return 12 if channels < 128 else 8
     return 16 if channels == 64 else 12
 

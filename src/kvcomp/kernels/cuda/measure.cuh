@@ -1,6 +1,6 @@
 // Modes and sizes of blocks and the places of pages (docs/format.md, section 5).
 #pragma once
-#include "encode.cuh"
+#include "choose.cuh"
 
 // Bits of a pair under a book, or -1 if the book does not have it.
 INLINE int bits_of(const Encoder& book, int its_class, int a, int b) {
@@ -36,7 +36,7 @@ INLINE u32 base_of(u32 head, int s, int lane) {
 }
 
 template <int KIND>
-INLINE void measure_block(const Arguments& a, int page, int head, int lane) {
+INLINE void measure_block(const Arguments& a, int page, int head, int lane, u32* histogram) {
     constexpr int unit = Of<KIND>::UNIT, scales = scale_bytes(unit, CHANNELS);
     const Tensor& x = a.tensors[KIND];
     i64 block = (i64)page * a.heads + head, place = ((i64)page * 2 + KIND) * a.heads + head;
@@ -72,26 +72,33 @@ INLINE void measure_block(const Arguments& a, int page, int head, int lane) {
             if (width < 1) width = 1;
             mode = FIXED + width % 8;
             size = scales + 4 * STREAMS * ((CHANNELS * width + 31) / 32);
+            if (Of<KIND>::PATCHED) {
+                u32 of_pieces = scales + choose_pieces<KIND>(codes, a.lengths + place * STREAMS, histogram, lane);
+                if (of_pieces < size) mode = PATCHED, size = of_pieces;
+            }
         } else {
             u32 width = lengths_head<KIND>(units[0], units[1], lane) & 15, sum = units[0] + units[1];
             for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
             size = scales + 4 + 8 * width + (sum * UNIT_BITS + 7) / 8;
         }
     }
-    a.lengths[place * STREAMS + lane] = (u16)units[0];
-    a.lengths[place * STREAMS + LANES + lane] = (u16)units[1];
+    if (Of<KIND>::HUFFMAN) {
+        a.lengths[place * STREAMS + lane] = (u16)units[0];
+        a.lengths[place * STREAMS + LANES + lane] = (u16)units[1];
+    }
     if (lane == 0) a.modes[place] = (u8)mode, a.sizes[place] = (size + 15) & ~15u;
 }
 
-// One warp a block. Grid: (CTAs).
+// One warp a block. Grid: (CTAs). Dynamic shared memory: MEASURE_SHARED.
 KERNEL void __launch_bounds__(THREADS) measure_blocks(const __grid_constant__ Arguments a) {
-    int lane = threadIdx.x % LANES;
-    for (int i = blockIdx.x * WARPS + threadIdx.x / LANES; i < a.pages * a.heads * 2; i += gridDim.x * WARPS) {
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    u32* histogram = reinterpret_cast<u32*>(shared_memory) + warp * MAX_CODES;  // if any block may have pieces
+    for (int i = blockIdx.x * WARPS + warp; i < a.pages * a.heads * 2; i += gridDim.x * WARPS) {
         int page = i / (2 * a.heads), head = i / 2 % a.heads;
         if (i % 2 == K)
-            measure_block<K>(a, page, head, lane);
+            measure_block<K>(a, page, head, lane, histogram);
         else
-            measure_block<V>(a, page, head, lane);
+            measure_block<V>(a, page, head, lane, histogram);
     }
 }
 

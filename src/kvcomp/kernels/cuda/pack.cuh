@@ -90,6 +90,41 @@ INLINE void write_fixed(const u8* codes, u32* words, int width, int lane) {
     }
 }
 
+// Codes as pieces, which ``choose_pieces`` chose: heads, words, exceptions. to: words that are zero.
+template <int KIND>
+INLINE void write_pieces(const u8* codes, const u16* chosen, u32* to, int lane) {
+    constexpr int pieces = CHANNELS / 8;
+    u8* heads = reinterpret_cast<u8*>(to);
+    u32 rows = 0;
+    for (int n = lane; n < pieces; n += LANES) {
+        heads[n] = (u8)(chosen[n] >> 8), heads[pieces + n] = (u8)(chosen[n] - 128), heads[2 * pieces + n] = (u8)chosen[LANES + n];
+        rows += chosen[n] >> 8;
+    }
+    for (int step = 16; step; step /= 2) rows += __shfl_xor_sync(~0u, rows, step);
+    u8* words = heads + piece_heads(CHANNELS);
+    u16* exceptions = reinterpret_cast<u16*>(words + 2 * LANES * rows);
+    for (int n = 0; n < pieces; n++) {
+        int width = chosen[n] >> 8, frame = (int)(chosen[n] & 255) - 128, end = frame + (1 << width) - 1, bits = 0;
+        u64 pending = 0;
+        u8* row = words;
+        for (int position = 0; position < 16; position++) {
+            int code = code_of_piece<KIND>(codes, n, position, lane), stored = min(max(code, frame), end);
+            pending |= (u64)(stored - frame) << bits;
+            bits += width;
+            if (bits >= 32) {
+                reinterpret_cast<u32*>(row)[lane] = (u32)pending;
+                row += 4 * LANES, pending >>= 32, bits -= 32;
+            }
+            u32 lanes = __ballot_sync(~0u, code != stored);
+            if (code != stored)
+                exceptions[__popc(lanes & ((1u << lane) - 1))] = (u16)(position * LANES + lane | (code - stored + 64) << 9);
+            exceptions += __popc(lanes);
+        }
+        if (bits) reinterpret_cast<u16*>(row)[lane] = (u16)pending;
+        words += 2 * LANES * width;
+    }
+}
+
 template <int KIND>
 INLINE void pack_block(const Arguments& a, int page, int head, int lane, u32* scratch) {
     constexpr int unit = Of<KIND>::UNIT, scales = scale_bytes(unit, CHANNELS);
@@ -135,7 +170,9 @@ INLINE void pack_block(const Arguments& a, int page, int head, int lane, u32* sc
     if (unit != TOKEN)
         write_scales<unit>(reinterpret_cast<u8*>(scratch), x.scale + block * MOST_UNITS,
                            x.zero + block * MOST_UNITS, true, lane);
-    if (Of<KIND>::HUFFMAN)
+    if (mode == PATCHED)
+        write_pieces<KIND>(codes, a.lengths + place * STREAMS, scratch + scales / 4, lane);
+    else if (Of<KIND>::HUFFMAN)
         write_streams<KIND>(x, x.books[mode == OWN_BOOK], codes, a.lengths + place * STREAMS, scratch, 8 * scales,
                             lane);
     __syncwarp();

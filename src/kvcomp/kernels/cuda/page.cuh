@@ -4,7 +4,7 @@
 
 constexpr int TOKENS = 64;  // of a page
 constexpr int LANES = 32;
-constexpr u32 RAW = 0, DEFAULT_BOOK = 1, OWN_BOOK = 2, FIXED = 8;          // modes of a block
+constexpr u32 RAW = 0, DEFAULT_BOOK = 1, OWN_BOOK = 2, PATCHED = 4, FIXED = 8;  // modes of a block
 constexpr int BLOCK = 0, CHANNEL = 1, VECTOR = 2, TOKEN = 3, HEAD = 4;     // units
 constexpr int FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2;                     // dtypes
 constexpr int K = 0, V = 1;
@@ -53,6 +53,9 @@ INLINE u32 token_scales_at(int heads, int kind, int k_unit) {
 // Class of a pair: by the quarter of the channels, of K the lane's, of V the tile's.
 template <int CHANNELS>
 INLINE int class_of_tile(int tile) { return 4 * tile / (CHANNELS / 8); }
+
+// Widths, frames and numbers of exceptions of a patched block's pieces.
+constexpr int piece_heads(int channels) { return (3 * (channels / 8) + 3) & ~3; }
 
 // Bytes of the scales at the head of a block that is not raw.
 constexpr int scale_bytes(int unit, int channels) {

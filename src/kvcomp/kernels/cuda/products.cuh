@@ -15,6 +15,7 @@ struct TwoTokens {
 
 // Where a query's channel lies in shared memory, in floats: step by step the four that each lane takes.
 INLINE int place_of_query(int query, int channel) {
+    if (K_PATCHED) return 4 * (channel / 16 * LANES + 4 * query + channel % 16 / 4) + channel % 4;
     int quarter = channel / (CHANNELS / 4), of_quarter = channel % (CHANNELS / 4);
     return 4 * (of_quarter / 4 * LANES + 4 * query + quarter) + of_quarter % 4;
 }
@@ -26,24 +27,29 @@ struct Queries {
     float sum;      // of row g over all channels
     float shift;    // sum of row g times the channels' zeros, over quarter j, where K has a scale for each channel
 
+    // A of four channels of a query, and what they add to ``shift``. scales: of these, as a block of K stores them, or null for 1.
+    INLINE void take(float4 x, const u8* scales, u32 (&of_four)[4]) {
+        if (scales) {
+            const uint2* channels = reinterpret_cast<const uint2*>(scales);
+            uint2 of_channels = channels[0], zeros = channels[CHANNELS / 4];
+            x.x *= low_bfloat16(of_channels.x), x.y *= high_bfloat16(of_channels.x);
+            x.z *= low_bfloat16(of_channels.y), x.w *= high_bfloat16(of_channels.y);
+            shift += x.x * low_i16(zeros.x) + x.y * high_i16(zeros.x) + x.z * low_i16(zeros.y) + x.w * high_i16(zeros.y);
+        }
+        split_rows(x.x, x.y, of_four[0], of_four[1]);
+        split_rows(x.z, x.w, of_four[2], of_four[3]);
+    }
+
     // scales: of the channels, as a block of K stores them, or null for 1.
     INLINE void begin(const u8* scales, int lane) {
-        const float4* q = reinterpret_cast<const float4*>(shared_memory + QUERIES_AT) + lane;
-        const uint2* channels = reinterpret_cast<const uint2*>(scales + (lane & 3) * (CHANNELS / 2));
+        const float4* q = reinterpret_cast<const float4*>(shared_memory + QUERIES_AT);
         u32 own_quarter = lane >> 3 == (lane & 3) ? ONES : 0;  // of B: both columns that lane j has of C
         float sums[4] = {};
         shift = 0.f;
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            float4 x = q[step * LANES];
-            if (scales) {
-                uint2 of_channels = channels[step], zeros = channels[CHANNELS / 4 + step];
-                x.x *= low_bfloat16(of_channels.x), x.y *= high_bfloat16(of_channels.x);
-                x.z *= low_bfloat16(of_channels.y), x.w *= high_bfloat16(of_channels.y);
-                shift += x.x * low_i16(zeros.x) + x.y * high_i16(zeros.x) + x.z * low_i16(zeros.y) + x.w * high_i16(zeros.y);
-            }
-            split_rows(x.x, x.y, a[step][0], a[step][1]);
-            split_rows(x.z, x.w, a[step][2], a[step][3]);
+            int channel = (lane & 3) * (CHANNELS / 4) + 4 * step, at = K_PATCHED ? place_of_query(lane >> 2, channel) / 4 : step * LANES + lane;
+            take(q[at], scales ? scales + 2 * channel : nullptr, a[step]);
             multiply_add(sums, a[step], own_quarter, own_quarter);
         }
         quarter = keep(both_rows(sums).x);
@@ -118,6 +124,56 @@ INLINE void multiply_values(Tile tile, const u32 (&weights)[4][4], Add add) {
     }
 }
 
+// q.K of a block of pieces, which ``block`` points to. scales: of its channels, or null. room: for the offsets of a piece.
+INLINE void multiply_keys_of_pieces(const u8* block, const u8* scales, Queries& queries, u8* room, u32 ones, int lane, Scores& score) {
+    Pieces pieces;
+    pieces.begin<CHANNELS>(block, lane);
+    const float4* of_lane = reinterpret_cast<const float4*>(shared_memory + QUERIES_AT) + lane;
+    float c[2][4][4] = {}, shift[2] = {};
+    queries.shift = 0.f;
+#pragma unroll 1
+    for (int step = 0; step < STEPS; step++) {
+        u32 q[4];
+        float sums[4] = {};
+        queries.take(of_lane[step * LANES], scales ? scales + 2 * (16 * step + 4 * (lane & 3)) : nullptr, q);
+        multiply_add(sums, q, ONES, ONES);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            Piece piece = pieces.piece(half * STEPS + step);
+            shift[half] += both_rows(sums).x * piece.bias();
+            take_piece(piece, room, ones, lane, [&](u32(&pairs)[PIECE_PAIRS]) {
+#pragma unroll
+                for (int t = 0; t < 4; t++) multiply_add(c[half][t], q, pairs[2 * t], pairs[2 * t + 1]);
+            });
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+        float2 first = both_rows(c[0][t]), second = both_rows(c[1][t]);
+        score.of[t][0] = first.x + shift[0], score.of[t][1] = first.y + shift[0];
+        score.of[t][2] = second.x + shift[1], score.of[t][3] = second.y + shift[1];
+    }
+}
+
+// weights.V of a block of pieces; ``sum`` is that of the weights of row g. add(tile, products) takes the products.
+template <class Add>
+INLINE void multiply_values_of_pieces(const u8* block, const u32 (&weights)[4][4], float sum, u8* room, u32 ones, int lane, Add add) {
+    Pieces pieces;
+    pieces.begin<CHANNELS>(block, lane);
+#pragma unroll 1
+    for (int tile = 0; tile < CHANNELS / 8; tile++) {
+        Piece piece = pieces.piece(tile);
+        if (V_UNIT != CHANNEL && !(piece.width | piece.frame | piece.exceptions)) continue;
+        float c[4] = {}, shift = sum * piece.bias();
+        take_piece(piece, room, ones, lane, [&](u32(&pairs)[PIECE_PAIRS]) {
+#pragma unroll
+            for (int u = 0; u < 4; u++) multiply_add(c, weights[u], pairs[2 * u], pairs[2 * u + 1]);
+        });
+        float2 products = both_rows(c);
+        add(tile, make_float2(products.x + shift, products.y + shift));
+    }
+}
+
 constexpr int MOST_OWN_WIDTH = 7;  // of the widths that may have a reader of their own
 
 // How blocks are read whose book has its table in shared memory: by symbols that are the codes, with low bits behind them, or with so many that one
@@ -168,7 +224,9 @@ INLINE void read_codes(u32 mode, const u8* block, u32 staged, const Book& book, 
     constexpr int turn = KIND == K ? KEY_TILES_A_TURN * KEY_PAIRS : VALUE_TILES_A_TURN * VALUE_PAIRS;
     constexpr u32 place = RESERVED + (KIND == K ? K_TABLE_AT : V_TABLE_AT);
     if (mode >= FIXED) {
-        constexpr int least = bits ? MOST_OWN_WIDTH + 1 : 1;  // with a book few blocks have a fixed width
+        // With a book, or with pieces and steps of heads, few blocks have a fixed width.
+        constexpr bool pieces = (KIND == K ? K_PATCHED && K_UNIT == HEAD : V_PATCHED && V_UNIT == HEAD);
+        constexpr int least = bits || pieces ? MOST_OWN_WIDTH + 1 : 1;
         return read_fixed<least, turn>(mode - FIXED ? mode - FIXED : 8, PlainWords{block + head}, ones, lane, use);
     }
     if constexpr (bits > 0) {

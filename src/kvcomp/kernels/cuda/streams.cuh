@@ -235,10 +235,22 @@ struct Field {
     }
 };
 
+// Pairs of codes of WIDTH bits, which begin at bit ``begin`` of some words.
+template <int WIDTH, int N>
+INLINE void unpack(const u32* words, int begin, u32 ones, u32 (&pairs)[N]) {
+    constexpr int group = 1 + (16 - WIDTH) / (2 * WIDTH);  // pairs whose first codes lie within 16 bits
+#pragma unroll
+    for (int i = 0; i < N; i += group) {
+        int at = begin + 2 * WIDTH * i, pairs_here = min(group, N - i), bits = WIDTH * (2 * pairs_here - 1);
+        u32 both = Field(words, at, bits).beside(Field(words, at + WIDTH, bits));  // first codes below, second codes above
+#pragma unroll
+        for (int e = 0; e < pairs_here; e++) pairs[i + e] = both >> 2 * WIDTH * e & ((1u << WIDTH) - 1) * 0x10001u | ones;
+    }
+}
+
 // Two streams of codes of WIDTH bits, at most 7, where those of a turn fill whole words, so that every shift is a constant.
 template <int WIDTH>
 struct FixedPairs : CodedPairs<false> {
-    static constexpr int GROUP = 1 + (16 - WIDTH) / (2 * WIDTH);  // pairs whose first codes lie within 16 bits
     PlainWords low, high;
     u32 last_low, last_high;  // words of which the next tile may need the rest
     u32 ones;
@@ -262,13 +274,7 @@ struct FixedPairs : CodedPairs<false> {
             }
         }
         last = words[(end - 1) / 32];
-#pragma unroll
-        for (int i = 0; i < N; i += GROUP) {
-            int at = begin + 2 * WIDTH * i, pairs_here = min(GROUP, N - i), bits = WIDTH * (2 * pairs_here - 1);
-            u32 both = Field(words, at, bits).beside(Field(words, at + WIDTH, bits));  // first codes below, second codes above
-#pragma unroll
-            for (int e = 0; e < pairs_here; e++) pairs[i + e] = both >> 2 * WIDTH * e & ((1u << WIDTH) - 1) * 0x10001u | ones;
-        }
+        unpack<WIDTH>(words, begin, ones, pairs);
     }
 
     template <int N>
