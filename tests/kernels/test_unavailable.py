@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from kvcomp.errors import BackendUnavailable
 from kvcomp.kernels.cuda import compile as gpu_compile
 from kvcomp.kernels.cuda import device as gpu
-from kvcomp.kernels.cuda.layout import check_channels, machine, page_build
+from kvcomp.kernels.cuda.layout import check_channels, machine
 from kvcomp.spec import CodecSpec
 from kvcomp.store.gpu.store import GPUStore, gpu_of
 

@@ -208,8 +208,8 @@ class Build:
     v_classes: int
     k_bits: int
     v_bits: int
-    k_patched: bool
-    v_patched: bool
+    k_patched: int
+    v_patched: int
 
     sizes: ClassVar[tuple[str, ...]]
     """Properties that the sources want too."""
@@ -309,8 +309,8 @@ def _constants(spec: CodecSpec, channels: int, value: str, warps: int) -> dict[s
         "v_classes": classes_of_books(spec.value),
         "k_bits": index_bits(spec.key),
         "v_bits": index_bits(spec.value),
-        "k_patched": spec.key.coding == "patched",
-        "v_patched": spec.value.coding == "patched",
+        "k_patched": int(spec.key.coding == "patched"),
+        "v_patched": int(spec.value.coding == "patched"),
     }
 
 
