@@ -202,6 +202,16 @@ u32 load_shared(u32 address) {
     note(OFFSET ? LOOK_UP : READ, shared_memory + (address + OFFSET - KVC_RESERVED), 4, true);  // only tables have an offset
     return read_shared(address + OFFSET);
 }
+template <class T>
+UNSEEN T read_shared_part(u32 address) {
+    T part;
+    if (address % sizeof(T) || address - KVC_RESERVED + sizeof(T) > launched_shared) raise_out_of_range();
+    note(READ, shared_memory + (address - KVC_RESERVED), sizeof(T), true);
+    memcpy(&part, shared_memory + (address - KVC_RESERVED), sizeof(T));
+    return part;
+}
+inline u32 load_shared_half(u32 address) { return read_shared_part<u16>(address); }
+inline u32 load_shared_byte(u32 address) { return read_shared_part<u8>(address); }
 inline void shift_in(u32& low, u32& high, u32& next, u32 due) {
     note(REFILL, shared_memory + (next - KVC_RESERVED), 4, due);
     if (due) low = high, high = read_shared(next), next += 4;

@@ -12,6 +12,7 @@ from attention_cases import NUMPY, Case, build, scramble
 from emulated_attention import attend
 from emulated_decompression import decompress
 from emulator import COMPILER, Array
+from kvcomp.codec.dtypes import PATCHED as MODE_PATCHED
 from kvcomp.codec.page import directory_of, width_of
 from kvcomp.codec.quantise import round_to, to_float32
 from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, describe_book, machine
@@ -186,6 +187,36 @@ def test_every_fixed_width(width: int, channels: int, monkeypatch: pytest.Monkey
     cache = build(case)
     modes, _ = directory_of(cache.owners[0], 0, case.heads)
     assert [width_of(int(mode)) for mode in modes[:-1]] == 2 * case.heads * [width]
+    assert cache.expected().error_of(attend(cache, build_for(case)).out) < TOLERANCE
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("exceptions", [0.0, 0.03, 0.045])
+@pytest.mark.parametrize("channels", [64, 80])
+@pytest.mark.parametrize("width", range(1, 9))
+def test_every_width_of_a_piece(width: int, channels: int, exceptions: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of so many bits around 0, in steps of 1, and some that have more, up to 46 in two pieces."""
+    half = 2**width // 2
+
+    def some_outside(rng: np.random.Generator, heads: int, tokens: int, channels: int, value: str) -> Array:
+        shape = heads, tokens, channels
+        x = rng.integers(-half, max(1, half), shape)
+        further = rng.integers(1, 30, shape)
+        outside = rng.random(shape) < exceptions
+        x = np.where(outside, np.where(rng.random(shape) < 0.5, half - 1 + further, -half - further), x)
+        return round_to(np.clip(x, -128, 127).astype(np.float32), NUMPY[value])
+
+    monkeypatch.setattr(attention_cases, "values_like", some_outside)
+    case = Case(channels=channels, heads=1, pages=(2,), units=("head", "head"), coding=PATCHED, scales=(0.25, 0.25))
+    cache = build(case)
+    modes, offsets = directory_of(cache.owners[0], 0, 1)
+    for mode, begin in zip(modes[:-1], offsets[:-1], strict=True):
+        if int(mode) != MODE_PATCHED:  # without exceptions a fixed width is smaller
+            assert not exceptions or width == 8
+            continue
+        widths, _, counts = np.split(cache.owners[0][begin : begin + 3 * channels // 8], 3)
+        assert np.median(widths) == width
+        assert counts.any() == (exceptions > 0)
     assert cache.expected().error_of(attend(cache, build_for(case)).out) < TOLERANCE
 
 

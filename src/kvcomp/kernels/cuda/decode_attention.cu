@@ -53,7 +53,9 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
     const Book& book = books[mode == OWN_BOOK];
     const u8* of_channels = K_UNIT == CHANNEL ? block : nullptr;
     if (K_PATCHED && mode == PATCHED) {
-        multiply_keys_of_pieces(block + scale_bytes(K_UNIT, CHANNELS), of_channels, queries, shared_memory + at_warp + OFFSETS, reading.ones, lane, score);
+        read_pieces(block, at, scale_bytes(K_UNIT, CHANNELS), [&](auto words) {
+            multiply_keys_of_pieces(words, of_channels, queries, shared_memory + at_warp + OFFSETS, reading.ones, lane, score);
+        });
     } else {
         if (K_UNIT == CHANNEL || K_PATCHED) queries.begin(of_channels, lane);
         read_codes<K>(mode, block, at, book, reading.k, reading.ones, lane, [&](auto& reader) {
@@ -199,12 +201,13 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
         add(tile, products);
     };
     if (V_PATCHED && mode == PATCHED) {
-        u8 *room = shared_memory + at + OFFSETS;
-        const u8* pieces = block + scale_bytes(V_UNIT, CHANNELS);
-        if constexpr (V_UNIT == CHANNEL)
-            multiply_values_of_pieces(pieces, weights, sum, room, reading.ones, lane, add_channels);
-        else
-            multiply_values_of_pieces(pieces, weights, sum, room, reading.ones, lane, add);
+        read_pieces(block, staged, scale_bytes(V_UNIT, CHANNELS), [&](auto words) {
+            u8* room = shared_memory + at + OFFSETS;
+            if constexpr (V_UNIT == CHANNEL)
+                multiply_values_of_pieces(words, weights, sum, room, reading.ones, lane, add_channels);
+            else
+                multiply_values_of_pieces(words, weights, sum, room, reading.ones, lane, add);
+        });
         return;
     }
     read_codes<V>(mode, block, staged, book, reading.v, reading.ones, lane, [&](auto& reader) {
@@ -255,6 +258,15 @@ INLINE void fill_shared(const Arguments& a, int row, int head, int first_query) 
         int query = i / CHANNELS;
         float x = first_query + query < a.queries ? Value<QUERY_VALUE>::widen(q[i]) * (SOFTCAP ? a.scaling : a.scaling * LOG2_E) : 0.f;
         queries[place_of_query(query, i % CHANNELS)] = x;
+    }
+    if (!SPLIT_QUERIES) return;
+    __syncthreads();
+    for (int i = thread; i < QUERIES * CHANNELS / 4; i += threads) {
+        float4 x = reinterpret_cast<const float4*>(queries)[i];
+        uint4 split;
+        split_rows(x.x, x.y, split.x, split.y);
+        split_rows(x.z, x.w, split.z, split.w);
+        reinterpret_cast<uint4*>(queries)[i] = split;
     }
 }
 

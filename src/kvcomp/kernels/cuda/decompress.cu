@@ -49,8 +49,8 @@ struct Scales {
 // Decode a block of pieces to ``codes``, (64 tokens, CHANNELS) bytes: 128 more than each code.
 template <int KIND>
 INLINE void decode_pieces(const u8* block, int lane, u8* codes) {
-    Pieces pieces;
-    pieces.begin<CHANNELS>(block, lane);
+    Pieces<PlainWords> pieces;
+    pieces.begin<CHANNELS>(PlainWords{block}, lane);
 #pragma unroll 1
     for (int n = 0; n < CHANNELS / 8; n++) {
         Piece piece = pieces.piece(n);
@@ -60,15 +60,20 @@ INLINE void decode_pieces(const u8* block, int lane, u8* codes) {
             return codes[(16 * u + 2 * its_j + (e & 1) + 8 * (e >> 1)) * CHANNELS + 8 * n + its_g];
         };
         u32 pairs[PIECE_PAIRS] = {};
-        if (piece.width) take_fields_of(piece, 0, lane, pairs);
+        if (piece.width) take_fields_of(piece.width, pieces.words, 0, lane, pairs);
+        pieces.words = pieces.words + 2 * LANES * piece.width;
+        int frame = (int)piece.bias + (piece.width ? 256 : 128);  // 128 more
 #pragma unroll
         for (int i = 0; i < PIECE_PAIRS; i++) {
-            code(2 * i, lane) = (u8)((pairs[i] & 0xffff) + piece.frame + 128);
-            code(2 * i + 1, lane) = (u8)((pairs[i] >> 16) + piece.frame + 128);
+            code(2 * i, lane) = (u8)((pairs[i] & 0xffff) + frame);
+            code(2 * i + 1, lane) = (u8)((pairs[i] >> 16) + frame);
         }
         __syncwarp();
-        const u16* exceptions = reinterpret_cast<const u16*>(piece.offsets);
-        for (int i = lane; i < piece.exceptions; i += LANES) code(exceptions[i] >> 5 & 15, exceptions[i] & 31) += (exceptions[i] >> 9) - 64;
+        for (int i = lane; i < piece.exceptions; i += LANES) {
+            u32 exception = pieces.exceptions.half(2 * (i - lane));
+            code(exception >> 5 & 15, exception & 31) += (exception >> 9) - 64;
+        }
+        pieces.exceptions = pieces.exceptions + 2 * piece.exceptions;
         __syncwarp();
     }
 }

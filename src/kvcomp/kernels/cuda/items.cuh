@@ -68,8 +68,8 @@ constexpr int K_STAGED = 0;  // token scales, then the block
 constexpr int V_STAGED = K_STAGED + scale_stage(K_UNIT) + K_STAGE;
 constexpr int FACTORS = V_STAGED + scale_stage(V_UNIT) + V_STAGE;  // of V, where they differ from token to token
 constexpr int SUMS = FACTORS + (BY_TOKEN ? TOKENS * 8 : 0);     // [tile of 8 channels][lane] pairs of floats
-constexpr int OFFSETS = SUMS + CHANNELS / 8 * LANES * 8;        // of a piece's exceptions
-constexpr int WARP_BYTES = OFFSETS + (K_PATCHED || V_PATCHED ? OFFSET_BYTES : 0);
+constexpr int OFFSETS = SUMS + CHANNELS / 8 * LANES * 8;        // of the exceptions of two pieces
+constexpr int WARP_BYTES = OFFSETS + (K_PATCHED || V_PATCHED ? 2 * OFFSET_BYTES : 0);
 constexpr int SHARED_BYTES = WARPS_AT + WARPS * WARP_BYTES;
 static_assert(SHARED_BYTES == KVC_SHARED, "the host must reserve as much");
 constexpr bool holds_stream(int stage) { return stage % 16 == 0 && stage >= CHANNELS * 9 / 8 + 16; }

@@ -238,7 +238,7 @@ class AttendBuild(Build):
     def warp_bytes(self) -> int:
         scales = sum(4 * PAGE_TOKENS for unit in (self.k_unit, self.v_unit) if unit == TOKEN)
         factors = 8 * PAGE_TOKENS if self.v_unit in (TOKEN, VECTOR) else 0
-        offsets = OFFSET_BYTES if self.k_patched or self.v_patched else 0
+        offsets = 2 * OFFSET_BYTES if self.k_patched or self.v_patched else 0
         return scales + factors + self.k_stage + self.v_stage + self.channels // 8 * LANES * 8 + offsets
 
     @cached_property

@@ -66,6 +66,18 @@ INLINE u32 load_shared(u32 address) {
     return word;
 }
 
+INLINE u32 load_shared_half(u32 address) {
+    u16 half;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(address));
+    return half;
+}
+
+INLINE u32 load_shared_byte(u32 address) {
+    u32 byte;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(address));
+    return byte;
+}
+
 // If ``due`` is not 0: ``high`` becomes ``low``, the word at ``next`` becomes ``high``, ``next`` goes on. In place, which the compiler would not do.
 INLINE void shift_in(u32& low, u32& high, u32& next, u32 due) {
     asm volatile(

@@ -9,100 +9,132 @@ constexpr int PIECE_PAIRS = 8;
 constexpr int OFFSET_BYTES = 2 * 16 * LANES;  // a warp's room for the offsets of a piece
 
 struct Piece {
-    int width, frame, exceptions;
-    const u8 *words, *offsets;
-
-    // What the operands of the fields are off by.
-    INLINE float bias() const { return (float)(width ? frame - 128 : frame); }
+    int width, exceptions;
+    float bias;  // what the operands of the fields are off by
 };
 
-// The pieces of a block. Lane n knows those numbers of piece n.
+// The pieces of a block, one after the other.
+template <class Words>
 struct Pieces {
-    u32 head;    // width | frame << 8 | exceptions << 16
-    u32 before;  // of the pieces before it: widths | exceptions << 16
-    const u8 *words, *exceptions;
+    u32 heads;   // of piece ``lane``: width | exceptions << 16
+    float bias;  // of piece ``lane``
+    Words words, exceptions;  // of this lane and the next piece
 
     // block: what follows the scales.
     template <int CHANNELS>
-    INLINE void begin(const u8* block, int lane) {
+    INLINE void begin(Words block, int lane) {
         constexpr int count = CHANNELS / 8;
         static_assert(count <= LANES, "each piece has a lane");
-        head = lane < count ? block[lane] | block[count + lane] << 8 | block[2 * count + lane] << 16 : 0;
-        u32 mine = head & 0xff00ff;
-        before = mine;
-        add_from_below<1>(before);
-        add_from_below<2>(before);
-        add_from_below<4>(before);
-        add_from_below<8>(before);
-        add_from_below<16>(before);
-        u32 all = __shfl_sync(~0u, before, LANES - 1);
-        before -= mine;
-        words = block + piece_heads(CHANNELS);
-        exceptions = words + 2 * LANES * (all & 0xffff);
+        u32 width = 0, frame = 0, outside = 0;
+        if (lane < count) width = block.byte(lane), frame = block.byte(count + lane), outside = block.byte(2 * count + lane);
+        heads = width | outside << 16;
+        bias = (float)(((i32)(frame << 24) >> 24) - (width ? 128 : 0));
+        u32 all = width;
+        for (int step = 16; step; step /= 2) all += __shfl_xor_sync(~0u, all, step);
+        words = block + (piece_heads(CHANNELS) + 4 * lane);
+        exceptions = block + (piece_heads(CHANNELS) + 2 * LANES * all + 2 * lane);
     }
 
     INLINE Piece piece(int n) const {
-        u32 its_head = __shfl_sync(~0u, head, n), others = __shfl_sync(~0u, before, n);
-        return {(int)(its_head & 255), (int)(its_head << 16) >> 24, (int)(its_head >> 16), words + 2 * LANES * (others & 0xffff),
-                exceptions + 2 * (others >> 16)};
+        u32 head = __shfl_sync(~0u, heads, n);
+        return {(int)(head & 0xffff), (int)(head >> 16), __shfl_sync(~0u, bias, n)};
     }
 };
 
 // A lane's fields of WIDTH bits: whole words, and half a one if there is an odd number of bits.
-template <int WIDTH>
-INLINE void take_fields(const u8* words, u32 ones, int lane, u32 (&pairs)[PIECE_PAIRS]) {
+template <int WIDTH, class Words>
+INLINE void take_fields(Words words, u32 ones, int lane, u32 (&pairs)[PIECE_PAIRS]) {
     u32 of_lane[WIDTH / 2 + 1];
 #pragma unroll
-    for (int i = 0; i < WIDTH / 2; i++) of_lane[i] = load_word(words + 4 * (LANES * i + lane));
-    if (WIDTH % 2) of_lane[WIDTH / 2] = *reinterpret_cast<const u16*>(words + 4 * LANES * (WIDTH / 2) + 2 * lane);
+    for (int i = 0; i < WIDTH / 2; i++) of_lane[i] = words.word(4 * LANES * i);
+    if (WIDTH % 2) of_lane[WIDTH / 2] = (words + -2 * lane).half(4 * LANES * (WIDTH / 2));
     unpack<WIDTH>(of_lane, 0, ones, pairs);
+#pragma unroll
+    for (int i = 0; i < PIECE_PAIRS; i++) pairs[i] = keep(pairs[i]);  // or the compiler takes ``ones`` behind all widths
 }
 
-template <int WIDTH = 1>
-INLINE void take_fields_of(const Piece& piece, u32 ones, int lane, u32 (&pairs)[PIECE_PAIRS]) {
+template <int WIDTH = 1, class Words>
+INLINE void take_fields_of(int width, Words words, u32 ones, int lane, u32 (&pairs)[PIECE_PAIRS]) {
     if constexpr (WIDTH == 8) {
-        take_fields<8>(piece.words, ones, lane, pairs);
+        take_fields<8>(words, ones, lane, pairs);
     } else {
-        if (piece.width == WIDTH) return take_fields<WIDTH>(piece.words, ones, lane, pairs);
-        take_fields_of<WIDTH + 1>(piece, ones, lane, pairs);
+        if (width == WIDTH) return take_fields<WIDTH>(words, ones, lane, pairs);
+        take_fields_of<WIDTH + 1>(width, words, ones, lane, pairs);
     }
 }
 
-// How far the codes of a lane are off, as two bfloat16. room: OFFSET_BYTES of the warp, which are zero and shall be so afterwards: of each lane 16
-// bytes for the first eight positions, then as many for the others.
-INLINE void take_offsets(const Piece& piece, u8* room, int lane, u32 (&pairs)[PIECE_PAIRS]) {
-    const u16* exceptions = reinterpret_cast<const u16*>(piece.offsets);
-    auto place = [&](u32 exception) {
-        return reinterpret_cast<u16*>(room + ((exception & 31) << 4 | (exception >> 4 & 14) | (exception & 256) << 1));
-    };
-    for (int i = lane; i < piece.exceptions; i += LANES)
-        *place(exceptions[i]) = (u16)(__float_as_uint((float)((int)(exceptions[i] >> 9) - 64)) >> 16);
-    __syncwarp();
-    const uint4* mine = reinterpret_cast<const uint4*>(room) + lane;
-    uint4 first = mine[0], second = mine[LANES];
-    pairs[0] = first.x, pairs[1] = first.y, pairs[2] = first.z, pairs[3] = first.w;
-    pairs[4] = second.x, pairs[5] = second.y, pairs[6] = second.z, pairs[7] = second.w;
-    __syncwarp();
-    for (int i = lane; i < piece.exceptions; i += LANES) *place(exceptions[i]) = 0;
-    __syncwarp();
-}
+// How far the codes of N pieces are off, as pairs of bfloat16. room: N OFFSET_BYTES of the warp, which are zero and shall be so afterwards: of each
+// lane 16 bytes for the first eight positions, then as many for the others.
+template <int N, class Words>
+struct Offsets {
+    u8* room;
+    Words exceptions;  // of this lane
+    int first, all;    // exceptions of the first piece, and of all
 
-// Gives multiply(pairs) the operands of a piece: those of the fields, then of what these lack.
-template <class Multiply>
-INLINE void take_piece(const Piece& piece, u8* room, u32 ones, int lane, Multiply multiply) {
-    u32 pairs[PIECE_PAIRS], rest[PIECE_PAIRS];
-    bool wide = piece.width == 8;  // which leaves no exceptions
-    if (piece.width) {
-        take_fields_of(piece, ones, lane, pairs);
-        if (wide) {
+    // The offset of an exception to its place, which is returned.
+    INLINE u16* put(int i, int lane) const {
+        u32 exception = exceptions.half(2 * (i - lane)), within = (exception & 31) << 4 | (exception >> 4 & 14) | (exception & 256) << 1;
+        u16* place = reinterpret_cast<u16*>(room + (N > 1 && i >= first ? within + OFFSET_BYTES : within));
+        *place = (u16)(__float_as_uint((float)((int)(exception >> 9) - 64)) >> 16);
+        return place;
+    }
+
+    // All of them to their places; returns the first's of the lane.
+    INLINE u16* scatter(int lane) const {
+        u16* mine = lane < all ? put(lane, lane) : nullptr;
+#pragma unroll 1
+        for (int i = lane + LANES; i < all; i += LANES) put(i, lane);
+        return mine;
+    }
+
+    INLINE void take(int piece, int lane, u32 (&pairs)[PIECE_PAIRS]) const {
+        const uint4* mine = reinterpret_cast<const uint4*>(room + piece * OFFSET_BYTES) + lane;
+        uint4 low = mine[0], high = mine[LANES];
+        pairs[0] = low.x, pairs[1] = low.y, pairs[2] = low.z, pairs[3] = low.w;
+        pairs[4] = high.x, pairs[5] = high.y, pairs[6] = high.z, pairs[7] = high.w;
+    }
+
+    INLINE void clear(u16* mine, int lane) const {
+        if (mine) *mine = 0;
+#pragma unroll 1
+        for (int i = lane + LANES; i < all; i += LANES) *put(i, lane) = 0;
+    }
+};
+
+// Gives multiply(e, pairs) the operands of each of the next N pieces: those of the fields, then of what these lack.
+template <int N, class Words, class Multiply>
+INLINE void take_pieces(Pieces<Words>& pieces, const Piece (&next)[N], u8* room, u32 ones, int lane, Multiply multiply) {
+    int all = 0;
+#pragma unroll
+    for (int e = 0; e < N; e++) all += next[e].exceptions;
+    Offsets<N, Words> offsets = {room, pieces.exceptions, next[0].exceptions, all};
+    u16* mine = all ? offsets.scatter(lane) : nullptr;
+    pieces.exceptions = pieces.exceptions + 2 * all;
+#pragma unroll
+    for (int e = 0; e < N; e++) {
+        if (!next[e].width) continue;
+        u32 pairs[PIECE_PAIRS];
+        take_fields_of(next[e].width, pieces.words, ones, lane, pairs);
+        pieces.words = pieces.words + 2 * LANES * next[e].width;
+        if (next[e].width == 8) {  // 128 + 128 and more are two operands
+            u32 rest[PIECE_PAIRS];
 #pragma unroll
             for (int i = 0; i < PIECE_PAIRS; i++) {
                 rest[i] = (pairs[i] & 0x00800080u) * (0x4300u / 0x80u);  // 128 or 0
                 pairs[i] &= ~0x00800080u;
             }
+            multiply(e, rest);
         }
-        multiply(pairs);
+        multiply(e, pairs);
     }
-    if (piece.exceptions) take_offsets(piece, room, lane, rest);
-    if (piece.exceptions || wide) multiply(rest);
+    if (!all) return;
+    __syncwarp();
+    u32 pairs[N][PIECE_PAIRS];
+#pragma unroll
+    for (int e = 0; e < N; e++) offsets.take(e, lane, pairs[e]);
+    __syncwarp();
+    offsets.clear(mine, lane);
+#pragma unroll
+    for (int e = 0; e < N; e++) multiply(e, pairs[e]);
+    __syncwarp();
 }

@@ -20,6 +20,9 @@ INLINE int place_of_query(int query, int channel) {
     return 4 * (of_quarter / 4 * LANES + 4 * query + quarter) + of_quarter % 4;
 }
 
+// Whether queries lie in shared memory as A of the tensor cores has them.
+constexpr bool SPLIT_QUERIES = K_PATCHED && K_UNIT != CHANNEL;
+
 // The queries of a warp as A, times what is common to a channel of K, and the sums that zeros are folded into.
 struct Queries {
     u32 a[STEPS][4];
@@ -27,29 +30,35 @@ struct Queries {
     float sum;      // of row g over all channels
     float shift;    // sum of row g times the channels' zeros, over quarter j, where K has a scale for each channel
 
-    // A of four channels of a query, and what they add to ``shift``. scales: of these, as a block of K stores them, or null for 1.
-    INLINE void take(float4 x, const u8* scales, u32 (&of_four)[4]) {
-        if (scales) {
-            const uint2* channels = reinterpret_cast<const uint2*>(scales);
-            uint2 of_channels = channels[0], zeros = channels[CHANNELS / 4];
-            x.x *= low_bfloat16(of_channels.x), x.y *= high_bfloat16(of_channels.x);
-            x.z *= low_bfloat16(of_channels.y), x.w *= high_bfloat16(of_channels.y);
-            shift += x.x * low_i16(zeros.x) + x.y * high_i16(zeros.x) + x.z * low_i16(zeros.y) + x.w * high_i16(zeros.y);
+    // A of the four channels of a query that lie at ``at``, and what they add to ``shift``. scales: of these channels, as a block of K stores them, or
+    // null for 1.
+    INLINE void take(int at, const u8* scales, u32 (&of_four)[4]) {
+        if constexpr (SPLIT_QUERIES) {
+            uint4 x = reinterpret_cast<const uint4*>(shared_memory + QUERIES_AT)[at];
+            of_four[0] = x.x, of_four[1] = x.y, of_four[2] = x.z, of_four[3] = x.w;
+        } else {
+            float4 x = reinterpret_cast<const float4*>(shared_memory + QUERIES_AT)[at];
+            if (scales) {
+                const uint2* channels = reinterpret_cast<const uint2*>(scales);
+                uint2 of_channels = channels[0], zeros = channels[CHANNELS / 4];
+                x.x *= low_bfloat16(of_channels.x), x.y *= high_bfloat16(of_channels.x);
+                x.z *= low_bfloat16(of_channels.y), x.w *= high_bfloat16(of_channels.y);
+                shift += x.x * low_i16(zeros.x) + x.y * high_i16(zeros.x) + x.z * low_i16(zeros.y) + x.w * high_i16(zeros.y);
+            }
+            split_rows(x.x, x.y, of_four[0], of_four[1]);
+            split_rows(x.z, x.w, of_four[2], of_four[3]);
         }
-        split_rows(x.x, x.y, of_four[0], of_four[1]);
-        split_rows(x.z, x.w, of_four[2], of_four[3]);
     }
 
     // scales: of the channels, as a block of K stores them, or null for 1.
     INLINE void begin(const u8* scales, int lane) {
-        const float4* q = reinterpret_cast<const float4*>(shared_memory + QUERIES_AT);
         u32 own_quarter = lane >> 3 == (lane & 3) ? ONES : 0;  // of B: both columns that lane j has of C
         float sums[4] = {};
         shift = 0.f;
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             int channel = (lane & 3) * (CHANNELS / 4) + 4 * step, at = K_PATCHED ? place_of_query(lane >> 2, channel) / 4 : step * LANES + lane;
-            take(q[at], scales ? scales + 2 * channel : nullptr, a[step]);
+            take(at, scales ? scales + 2 * channel : nullptr, a[step]);
             multiply_add(sums, a[step], own_quarter, own_quarter);
         }
         quarter = keep(both_rows(sums).x);
@@ -124,54 +133,74 @@ INLINE void multiply_values(Tile tile, const u32 (&weights)[4][4], Add add) {
     }
 }
 
-// q.K of a block of pieces, which ``block`` points to. scales: of its channels, or null. room: for the offsets of a piece.
-INLINE void multiply_keys_of_pieces(const u8* block, const u8* scales, Queries& queries, u8* room, u32 ones, int lane, Scores& score) {
-    Pieces pieces;
-    pieces.begin<CHANNELS>(block, lane);
-    const float4* of_lane = reinterpret_cast<const float4*>(shared_memory + QUERIES_AT) + lane;
-    float c[2][4][4] = {}, shift[2] = {};
-    queries.shift = 0.f;
+constexpr int STEPS_AT_ONCE = STEPS % 2 ? 1 : 2, VALUE_PIECES_AT_ONCE = 2;
+
+// q.K of a block of pieces. scales: of its channels, or null. room: for offsets.
+template <class Words>
+INLINE void multiply_keys_of_pieces(Words block, const u8* scales, Queries& queries, u8* room, u32 ones, int lane, Scores& score) {
+    Pieces<Words> pieces;
+    pieces.template begin<CHANNELS>(block, lane);
 #pragma unroll 1
-    for (int step = 0; step < STEPS; step++) {
-        u32 q[4];
-        float sums[4] = {};
-        queries.take(of_lane[step * LANES], scales ? scales + 2 * (16 * step + 4 * (lane & 3)) : nullptr, q);
-        multiply_add(sums, q, ONES, ONES);
+    for (int half = 0; half < 2; half++) {
+        float c[4][4] = {}, shift = 0.f;
+        queries.shift = 0.f;
+#pragma unroll 1
+        for (int step = 0; step < STEPS; step += STEPS_AT_ONCE) {
+            u32 q[STEPS_AT_ONCE][4];
+            Piece next[STEPS_AT_ONCE];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            Piece piece = pieces.piece(half * STEPS + step);
-            shift[half] += both_rows(sums).x * piece.bias();
-            take_piece(piece, room, ones, lane, [&](u32(&pairs)[PIECE_PAIRS]) {
+            for (int e = 0; e < STEPS_AT_ONCE; e++) {
+                float sums[4] = {};
+                queries.take((step + e) * LANES + lane, scales ? scales + 2 * (16 * (step + e) + 4 * (lane & 3)) : nullptr, q[e]);
+                multiply_add(sums, q[e], ONES, ONES);
+                next[e] = pieces.piece(half * STEPS + step + e);
+                shift += both_rows(sums).x * next[e].bias;
+            }
+            take_pieces(pieces, next, room, ones, lane, [&](int e, u32(&pairs)[PIECE_PAIRS]) {
 #pragma unroll
-                for (int t = 0; t < 4; t++) multiply_add(c[half][t], q, pairs[2 * t], pairs[2 * t + 1]);
+                for (int t = 0; t < 4; t++) multiply_add(c[t], q[e], pairs[2 * t], pairs[2 * t + 1]);
             });
         }
-    }
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-        float2 first = both_rows(c[0][t]), second = both_rows(c[1][t]);
-        score.of[t][0] = first.x + shift[0], score.of[t][1] = first.y + shift[0];
-        score.of[t][2] = second.x + shift[1], score.of[t][3] = second.y + shift[1];
+        for (int t = 0; t < 4; t++) {
+            float2 products = both_rows(c[t]);
+            score.of[t][0] = score.of[t][2], score.of[t][1] = score.of[t][3];  // as registers cannot be numbered by ``half``
+            score.of[t][2] = products.x + shift, score.of[t][3] = products.y + shift;
+        }
     }
 }
 
 // weights.V of a block of pieces; ``sum`` is that of the weights of row g. add(tile, products) takes the products.
-template <class Add>
-INLINE void multiply_values_of_pieces(const u8* block, const u32 (&weights)[4][4], float sum, u8* room, u32 ones, int lane, Add add) {
-    Pieces pieces;
-    pieces.begin<CHANNELS>(block, lane);
+template <class Words, class Add>
+INLINE void multiply_values_of_pieces(Words block, const u32 (&weights)[4][4], float sum, u8* room, u32 ones, int lane, Add add) {
+    constexpr int at_once = VALUE_PIECES_AT_ONCE;
+    Pieces<Words> pieces;
+    pieces.template begin<CHANNELS>(block, lane);
 #pragma unroll 1
-    for (int tile = 0; tile < CHANNELS / 8; tile++) {
-        Piece piece = pieces.piece(tile);
-        if (V_UNIT != CHANNEL && !(piece.width | piece.frame | piece.exceptions)) continue;
-        float c[4] = {}, shift = sum * piece.bias();
-        take_piece(piece, room, ones, lane, [&](u32(&pairs)[PIECE_PAIRS]) {
+    for (int tile = 0; tile < CHANNELS / 8; tile += at_once) {
+        Piece next[at_once];
+        float c[at_once][4] = {};
 #pragma unroll
-            for (int u = 0; u < 4; u++) multiply_add(c, weights[u], pairs[2 * u], pairs[2 * u + 1]);
+        for (int e = 0; e < at_once; e++) next[e] = pieces.piece(tile + e);
+        take_pieces(pieces, next, room, ones, lane, [&](int e, u32(&pairs)[PIECE_PAIRS]) {
+#pragma unroll
+            for (int u = 0; u < 4; u++) multiply_add(c[e], weights[u], pairs[2 * u], pairs[2 * u + 1]);
         });
-        float2 products = both_rows(c);
-        add(tile, make_float2(products.x + shift, products.y + shift));
+#pragma unroll
+        for (int e = 0; e < at_once; e++) {
+            float2 products = both_rows(c[e]);
+            add(tile + e, make_float2(products.x + sum * next[e].bias, products.y + sum * next[e].bias));
+        }
     }
+}
+
+// Gives use(words) a block of pieces where it is.
+template <class Use>
+INLINE void read_pieces(const u8* block, u32 staged, int head, Use use) {
+    if (staged)
+        use(SharedWords{staged + head});
+    else
+        use(PlainWords{block + head});
 }
 
 constexpr int MOST_OWN_WIDTH = 7;  // of the widths that may have a reader of their own

@@ -11,12 +11,16 @@ constexpr u32 BFLOAT16_128 = 0x43004300u;
 struct SharedWords {
     u32 at;
     INLINE u32 word(u32 bytes) const { return load_shared(at + bytes); }
+    INLINE u32 half(u32 bytes) const { return load_shared_half(at + bytes); }
+    INLINE u32 byte(u32 bytes) const { return load_shared_byte(at + bytes); }
 };
 
 // Words of a block anywhere.
 struct PlainWords {
     const u8* at;
     INLINE u32 word(u32 bytes) const { return load_word(at + bytes); }
+    INLINE u32 half(u32 bytes) const { return *reinterpret_cast<const u16*>(at + bytes); }
+    INLINE u32 byte(u32 bytes) const { return at[bytes]; }
 };
 
 // The words of one stream, of which ``left`` lie behind the next: the last is taken again rather than read over.
@@ -26,8 +30,8 @@ struct BoundedWords {
     INLINE u32 word(u32) const { return words.word(0); }
 };
 
-INLINE SharedWords operator+(SharedWords words, u32 bytes) { return {words.at + bytes}; }
-INLINE PlainWords operator+(PlainWords words, u32 bytes) { return {words.at + bytes}; }
+INLINE SharedWords operator+(SharedWords words, i32 bytes) { return {words.at + bytes}; }
+INLINE PlainWords operator+(PlainWords words, i32 bytes) { return {words.at + bytes}; }
 INLINE BoundedWords operator+(BoundedWords words, u32 bytes) {
     return words.left ? BoundedWords{words.words + bytes, words.left - 1} : words;
 }
