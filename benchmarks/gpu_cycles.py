@@ -27,9 +27,9 @@ import torch
 from transformers import DynamicCache
 
 import real_models
-from gpu_instructions import SOURCE, compiled, functions, page_of
+from gpu_instructions import SOURCE, Page, Turn, compiled, functions, page_of, page_of_pieces
 from kvcomp.calibration import Calibration
-from kvcomp.codec.dtypes import DEFAULT_BOOK, FIXED, OWN_BOOK, RAW
+from kvcomp.codec.dtypes import DEFAULT_BOOK, FIXED, OWN_BOOK, PATCHED, RAW
 from kvcomp.codec.page import directory_of, width_of
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.kernels import Books, CacheView, reference
@@ -49,9 +49,12 @@ MODEL = "smollm2-135m"
 ARCHITECTURES = (80, 90, 100)
 PINNED = (80, 90)  # sm_100 has the shared memory of sm_90
 UNCALIBRATED = ("packed", "kvcomp", "kvcomp:paper")
+CODINGS = (CALIBRATED, "packed-klt")
 LAYERS = (0, 7, 15, 22, 29)
 TOKENS, SEED = 700, 20261129
 QUERIES = 4
+PIECES = "pieces"
+SAMPLE = 24  # pages of pieces that are modelled, each as it is
 # An H200: multiprocessors, its clock under such load, and what reading bfloat16 reaches of its 4.8 TB/s.
 PROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 4.0e12
 CONTEXT, HEADS = 32768, 8
@@ -90,7 +93,8 @@ def pages_of_model() -> Iterator[Pages]:
     kept: list[Any] = dense.layers
     layers = [(layer.keys.bfloat16(), layer.values.bfloat16()) for layer in kept]
     calibration = Calibration.read(HERE.parent / "examples" / "calibrations" / f"{MODEL}.kvcal")
-    specs = [(name, None) for name in UNCALIBRATED] + [(f"{CALIBRATED}:{level}", calibration) for level in LEVELS]
+    specs = [(name, None) for name in UNCALIBRATED]
+    specs += [(f"{name}:{level}", calibration) for name in CODINGS for level in LEVELS]
     for name, its_calibration in specs:
         held: Any = KVCompCache(model.config, name, calibration=its_calibration)
         for index, (k, v) in enumerate(layers):
@@ -103,31 +107,57 @@ def pages_of_model() -> Iterator[Pages]:
         yield Pages(name, stores[0].spec, stores)
 
 
+def directories(pages: Pages) -> Iterator[tuple[CacheView, list[tuple[bytes, list[int], list[int]]]]]:
+    """The views, and of each the bytes, modes and offsets of its pages."""
+    for view in pages.views:
+        content = (reference.page_bytes(x, pages.heads) for x in view.pages[0, : view.count[0]].tolist())
+        of_pages = ((page, *directory_of(page, 0, pages.heads)) for page in content)
+        yield view, [(page, modes.tolist(), offsets.tolist()) for page, modes, offsets in of_pages]
+
+
+def turns_of(page: bytes, begin: int, channels: int, at_once: int) -> list[Turn]:
+    """What the loops over the pieces of a block take at once. begin: where the widths are."""
+    count = channels // 8
+    heads = np.frombuffer(page, np.uint8, 3 * count, begin).astype(int)
+    widths, exceptions = heads[:count].reshape(-1, at_once), heads[2 * count :].reshape(-1, at_once)
+    return [Turn(tuple(w), int(e)) for w, e in zip(widths.tolist(), exceptions.sum(axis=1), strict=True)]
+
+
+def some_of_pieces(pages: Pages, lines: list[str | Instruction], build: AttendBuild) -> tuple[list[Page], int]:
+    """The traces of some pages and heads of pieces that are staged, drawn at random, and of how many they are."""
+    at_once = (1 if pages.channels // 16 % 2 else 2), 2
+    stages = build.k_stage, build.v_stage
+    blocks = [
+        (content, [offsets[i] for i in both])
+        for _, of_pages in directories(pages)
+        for content, modes, offsets in of_pages
+        for both in zip(range(pages.heads), range(pages.heads, 2 * pages.heads), strict=True)
+        if all(
+            modes[i] == PATCHED and offsets[i + 1] - offsets[i] <= stage for i, stage in zip(both, stages, strict=True)
+        )
+    ]
+    drawn = np.random.default_rng(SEED).choice(len(blocks), min(SAMPLE, len(blocks)), replace=False)
+    chosen = []
+    for page, both in (blocks[i] for i in drawn.tolist()):
+        of_both = (turns_of(page, at, pages.channels, count) for at, count in zip(both, at_once, strict=True))
+        chosen.append(page_of_pieces(lines, build, *of_both))
+    return chosen, len(blocks)
+
+
 def forms_of(pages: Pages, build: AttendBuild) -> Counter[tuple[str, str]]:
     """How the kernel reads the blocks of K and V of each page and head (``read_codes`` of products.cuh)."""
     found = Counter[tuple[str, str]]()
     heads = pages.heads
     units = pages.spec.key.unit, pages.spec.value.unit
-    for view in pages.views:
-        of_pages = [
-            directory_of(reference.page_bytes(address, heads), 0, heads)
-            for address in view.pages[0, : view.count[0]].tolist()
-        ]
-        middle = of_pages[len(of_pages) // 2][0]
+    for view, of_pages in directories(pages):
+        middle = of_pages[len(of_pages) // 2][1]
         kept = [
             DEFAULT_BOOK if units[i // heads] == "head" and middle[i] == DEFAULT_BOOK else OWN_BOOK
             for i in range(2 * heads)
         ]
-        for modes, offsets in of_pages:
+        for _, modes, offsets in of_pages:
             forms = [
-                form_of(
-                    int(modes[i]),
-                    int(offsets[i + 1] - offsets[i]),
-                    kept[i],
-                    view.books[0][i // heads],
-                    i // heads,
-                    build,
-                )
+                form_of(modes[i], offsets[i + 1] - offsets[i], kept[i], view.books[0][i // heads], i // heads, build)
                 for i in range(2 * heads)
             ]
             found.update(zip(forms[:heads], forms[heads:], strict=True))
@@ -140,8 +170,8 @@ def form_of(mode: int, size: int, kept: int, books: Books, kind: int, build: Att
     """
     bits, copies = ((build.k_bits, build.k_copies), (build.v_bits, build.v_copies))[kind]
     stage = (build.k_stage, build.v_stage)[kind]
-    if mode == RAW:
-        return "raw"
+    if mode in (RAW, PATCHED):
+        return "raw" if mode == RAW else PIECES
     if mode >= FIXED:
         width = width_of(mode)
         return (
@@ -215,14 +245,19 @@ def modelled(pages: Pages, architecture: int) -> dict[str, Any]:
     wavefronts = taken(counts)
     codes = 4 * pages.channels  # of a lane and page
     rows: list[dict[str, Any]] = []
-    for (key, value), count in sorted(forms.items()):
-        page = None if "raw" in (key, value) else page_of(lines, build, key, value)
-        if page is None:
-            continue
-        memory = [float(wavefronts(one).mean()) if pipe_of(one) == MEMORY else 0.0 for one in page.trace]
-        of_page = {"cycles": cycles(page.trace, wavefronts, build.warps, architecture)}
-        of_page |= floors(page.trace, memory, architecture)
-        rows.append({"k": key, "v": value, "pages": count, **{x: round(y / codes, 2) for x, y in of_page.items()}})
+    traces = [
+        (key, value, count, [page_of(lines, build, key, value)])
+        for (key, value), count in sorted(forms.items())
+        if not {"raw", PIECES} & {key, value}
+    ]
+    if forms[PIECES, PIECES]:
+        sampled, count = some_of_pieces(pages, lines, build)
+        traces.append((PIECES, PIECES, count, list(sampled)))
+    for key, value, count, alike in traces:
+        of_pages = [of_one(page, wavefronts, build.warps, architecture) for page in alike if page]
+        if of_pages:
+            means = {name: round(float(np.mean([x[name] for x in of_pages])) / codes, 2) for name in of_pages[0]}
+            rows.append({"k": key, "v": value, "pages": count, **means})
     return {
         "spec": pages.name,
         "channels": pages.channels,
@@ -238,6 +273,15 @@ def modelled(pages: Pages, architecture: int) -> dict[str, Any]:
             if of.any()
         },
     }
+
+
+def of_one(
+    page: Page, wavefronts: Callable[[Instruction], Histogram], warps: int, architecture: int
+) -> dict[str, float]:
+    """Cycles of a page, and their floors."""
+    memory = [float(wavefronts(one).mean()) if pipe_of(one) == MEMORY else 0.0 for one in page.trace]
+    found = {"cycles": cycles(page.trace, wavefronts, warps, architecture)}
+    return found | floors(page.trace, memory, architecture)
 
 
 def against_bfloat16(cycles_a_code: float, bits: float, channels: int) -> dict[str, float]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby, islice, product
@@ -26,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from kvcomp.kernels.cuda.compile import compile_now, nvrtc_version, options_for, sources_hash
-from kvcomp.kernels.cuda.layout import SOURCES, AttendBuild, attend_build, machine
-from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.kernels.cuda.layout import LANES, SOURCES, AttendBuild, attend_build, machine
+from kvcomp.spec import CodecSpec, Coding, TensorSpec
 from sass import Block, Instruction, blocks, listing, longest, loops
 
 RESULTS = Path(__file__).parent / "results" / "gpu_instructions.json"
@@ -39,8 +40,8 @@ FIRST_COPIES = 4096  # bytes of a block that ``stage`` copies without a question
 RARE = {"weigh_some", "scale_down", "RawChunk", "raw_values"}
 
 
-def _klt(limit: int) -> CodecSpec:
-    of_both = TensorSpec("head", None, limit=limit, classes=4, steps=((0.1,),))
+def _klt(limit: int, coding: Coding = "huffman") -> CodecSpec:
+    of_both = TensorSpec("head", None, coding, limit=limit, classes=4, steps=((0.1,),))
     return CodecSpec(of_both, of_both).layer(0, 1)
 
 
@@ -50,6 +51,7 @@ SPECS = {
     "fixed width": CodecSpec(TensorSpec("block", 1 / 14, "fixed"), TensorSpec("token", 1 / 14, "fixed")),
     "kvcomp-klt, limit 10": _klt(10),
     "kvcomp-klt, limit 12": _klt(12),
+    "packed-klt": _klt(12, "patched"),
 }
 # Loads for each product of the readers of a fixed width, at least and at most.
 WIDTHS = {f"{width} bits": (width / 8, width / 8) for width in range(1, 8)}
@@ -59,6 +61,19 @@ FORMS = ("symbols", "split", "long", "global tables", *WIDTHS)
 # The same of all that do not read shared memory alone.
 LOADS = {"global tables": (1.5, 3), "any width": (0.9, 1.25), **WIDTHS}
 WIDE = ("long", "global tables", "any width")  # codes up to 255
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the loop over the pieces of a block takes at once: the widths of its pieces, and their exceptions."""
+
+    widths: tuple[int, ...]
+    exceptions: int
+
+    @property
+    def rounds(self) -> int:
+        """In how many the lanes of a warp put the exceptions to their places."""
+        return -(-self.exceptions // LANES)
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,7 @@ def _inside(instruction: Instruction, names: set[str]) -> bool:
 
 def _off_the_path(block: Block, behind: bool) -> bool:
     """Whether a block is there for what a page seldom is. behind: leave out what copies the end of a long block."""
-    work = [x for x in block.instructions if x.name not in ("BRA", "BSSY", "BSYNC", "NOP", "WARPSYNC")]
+    work = _work(block)
     copies = [x for x in work if x.name == "LDGSTS"]
     few = behind and 0 < len(copies) < FIRST_COPIES // 512 and all(_inside(x, {"copy_lane"}) for x in copies)
     return few or (bool(work) and all(_inside(x, RARE) for x in work))
@@ -164,6 +179,109 @@ def page_of(lines: list[str | Instruction], build: AttendBuild, form: str, of_va
         raise ValueError("the path calls what is not counted")
     read = (sum(len(made[i].instructions) * times[i] for i in path if i in x) for x in (keys, values))
     return Page(tuple(trace), *read)
+
+
+def page_of_pieces(
+    lines: list[str | Instruction],
+    build: AttendBuild,
+    keys: Sequence[Turn],
+    values: Sequence[Turn],
+) -> Page:
+    """What a page costs whose blocks of K and V are such pieces, and lie in shared memory."""
+    made = blocks(lines)
+    of_loops = loops(made)
+
+    def count(of: frozenset[int], name: str) -> int:
+        return sum(made[i].count(name) for i in of)
+
+    header, page = max((x for x in of_loops.items() if count(x[1], "HMMA")), key=lambda x: len(x[1]))
+
+    def reader(function: str) -> frozenset[int]:
+        """The innermost loop of a function that multiplies, and reads shared memory."""
+
+        def share(of: frozenset[int]) -> float:
+            inside = [_inside(x, {function}) for i in of for x in made[i].instructions if x.name == "HMMA"]
+            return sum(inside) / max(1, len(inside))
+
+        found = [x for x in of_loops.values() if x < page and not count(x, "LD") and share(x) > 0.9]
+        return min(found, key=len)
+
+    of_keys, of_values = reader("multiply_keys_of_pieces"), reader("multiply_values_of_pieces")
+    halves = min((x for x in of_loops.values() if of_keys < x < page), key=len)
+    readers = [x for x in of_loops.values() if x < page and count(x, "HMMA")]
+    kept = halves | of_values
+    others = frozenset().union(*readers) - kept
+    behind = build.channels * 64 * BITS / 8 <= FIRST_COPIES
+    within = frozenset(i for i in page - others if i in kept or not _off_the_path(made[i], behind))
+    through = [max(x, key=lambda i: made[i].count("HMMA")) for x in (of_keys, of_values)]
+    paths = [longest(made, header, i, within, {}, through) for i in within if header in made[i].after]
+    path = max((x for x in paths if x), key=len)
+    trace, read = list[Instruction](), [0, 0]
+    turns_of = {
+        kind: [_turn(made, of_loops, x, turn) for turn in turns]
+        for kind, (x, turns) in enumerate(((of_keys, keys), (of_values, values)))
+    }
+
+    def of_blocks(numbers: Iterable[int]) -> list[Instruction]:
+        return [one for i in numbers for one in made[i].instructions]
+
+    for where, group in groupby(path, key=lambda i: 0 if i in halves else 1 if i in of_values else None):
+        numbers = list(group)
+        begin = len(trace)
+        if where == 0:
+            before = [i for i in numbers if i not in of_keys and i < min(of_keys)]
+            after = [i for i in numbers if i not in of_keys and i not in before]
+            half = len(keys) // 2
+            for turns in (turns_of[0][:half], turns_of[0][half:]):
+                trace += of_blocks(before)
+                trace += [one for turn in turns for one in of_blocks(turn)]
+                trace += of_blocks(after)
+        elif where == 1:
+            trace += [one for turn in turns_of[1] for one in of_blocks(turn)]
+        else:
+            trace += of_blocks(numbers)
+        if where is not None:
+            read[where] += len(trace) - begin
+    return Page(tuple(trace), *read)
+
+
+def _turn(made: list[Block], of_loops: Mapping[int, frozenset[int]], loop: frozenset[int], turn: Turn) -> list[int]:
+    """The path of a turn through the loop over pieces."""
+    header = next(number for number, of in of_loops.items() if of == loop)
+    fields = [i for i in sorted(loop) if _words(made[i]) and all(_inside(x, {"take_fields"}) for x in _work(made[i]))]
+    copies = [fields[i : i + 8] for i in range(0, len(fields), 8)]
+    if len(copies) != len(turn.widths) or len(copies[-1]) != 8:
+        raise ValueError(f"there are {len(fields)} readers of widths for {len(turn.widths)} pieces")
+    # The compiler puts them in any order: a width has so many words, and half a one if it is odd.
+    of_width = [{_words(made[i]): i for i in copy} for copy in copies]
+    not_taken = {i for of, width in zip(of_width, turn.widths, strict=True) for w, i in of.items() if w != width}
+    inner = frozenset().union(*(of for of in of_loops.values() if of < loop))
+    of_exceptions = {i for i in loop if any(_inside(x, {"put", "clear"}) for x in _work(made[i]))}
+    if not turn.rounds:
+        not_taken |= of_exceptions
+    if turn.rounds < 2:
+        not_taken |= inner
+    wide = {i for i in loop if made[i].count("HMMA") and made[i].count("LOP3") >= 8}
+    if 8 not in turn.widths:
+        not_taken |= wide
+    within = loop - not_taken
+    through = [of[width] for of, width in zip(of_width, turn.widths, strict=True) if width]
+    through += [i for i in of_exceptions - inner if turn.rounds and made[i].count("STS") and _words(made[i])]
+    ends = [i for i in loop if header in made[i].after]
+    paths = [longest(made, header, end, within, {}, through) for end in ends if end in within]
+    path = max((x for x in paths if x), key=lambda x: sum(len(made[i].instructions) for i in x))
+    again = max(0, turn.rounds - 2)
+    return [i for i in path for _ in range(1 + again if i in inner else 1)]
+
+
+def _words(block: Block) -> int:
+    """Halves of words that a block loads of its lane's."""
+    loads = [x.operation for x in block.instructions if x.name == "LDS" and ".128" not in x.operation]
+    return sum(1 if ".U16" in load else 2 for load in loads)
+
+
+def _work(block: Block) -> list[Instruction]:
+    return [x for x in block.instructions if x.name not in ("BRA", "BSSY", "BSYNC", "NOP", "WARPSYNC")]
 
 
 def compiled(build: AttendBuild, architecture: int) -> tuple[list[str | Instruction], int, int]:
