@@ -60,7 +60,7 @@ INLINE void decode_pieces(const u8* block, int lane, u8* codes) {
             return codes[(16 * u + 2 * its_j + (e & 1) + 8 * (e >> 1)) * CHANNELS + 8 * n + its_g];
         };
         u32 pairs[PIECE_PAIRS] = {};
-        if (piece.width) take_fields_of(piece.width, pieces.words, 0, lane, pairs);
+        if (piece.width) take_fields_of<1, 2, 3, 4, 5, 6, 7, 8>(piece.width, pieces.words, 0, lane, pairs);
         pieces.words = pieces.words + 2 * LANES * piece.width;
         int frame = (int)piece.bias + (piece.width ? 256 : 128);  // 128 more
 #pragma unroll

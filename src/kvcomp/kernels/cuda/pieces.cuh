@@ -53,14 +53,12 @@ INLINE void take_fields(Words words, u32 ones, int lane, u32 (&pairs)[PIECE_PAIR
     for (int i = 0; i < PIECE_PAIRS; i++) pairs[i] = keep(pairs[i]);  // or the compiler takes ``ones`` behind all widths
 }
 
-template <int WIDTH = 1, class Words>
+// Fields of any of these widths; the last one without a question.
+template <int WIDTH, int... OTHERS, class Words>
 INLINE void take_fields_of(int width, Words words, u32 ones, int lane, u32 (&pairs)[PIECE_PAIRS]) {
-    if constexpr (WIDTH == 8) {
-        take_fields<8>(words, ones, lane, pairs);
-    } else {
-        if (width == WIDTH) return take_fields<WIDTH>(words, ones, lane, pairs);
-        take_fields_of<WIDTH + 1>(width, words, ones, lane, pairs);
-    }
+    if (width == WIDTH) return take_fields<WIDTH>(words, ones, lane, pairs);
+    if constexpr (sizeof...(OTHERS) > 1) take_fields_of<OTHERS...>(width, words, ones, lane, pairs);
+    else take_fields<OTHERS...>(words, ones, lane, pairs);
 }
 
 // How far the codes of N pieces are off, as pairs of bfloat16. room: N OFFSET_BYTES of the warp, which are zero and shall be so afterwards: of each
@@ -114,7 +112,7 @@ INLINE void take_pieces(Pieces<Words>& pieces, const Piece (&next)[N], u8* room,
     for (int e = 0; e < N; e++) {
         if (!next[e].width) continue;
         u32 pairs[PIECE_PAIRS];
-        take_fields_of(next[e].width, pieces.words, ones, lane, pairs);
+        take_fields_of<3, 2, 4, 5, 1, 6, 7, 8>(next[e].width, pieces.words, ones, lane, pairs);
         pieces.words = pieces.words + 2 * LANES * next[e].width;
         if (next[e].width == 8) {  // 128 + 128 and more are two operands
             u32 rest[PIECE_PAIRS];

@@ -179,17 +179,18 @@ INLINE void multiply_values_of_pieces(Words block, const u32 (&weights)[4][4], f
 #pragma unroll 1
     for (int tile = 0; tile < CHANNELS / 8; tile += at_once) {
         Piece next[at_once];
-        float c[at_once][4] = {};
+        float c[at_once][2][4] = {};  // two sums, as each waits for its last product
 #pragma unroll
         for (int e = 0; e < at_once; e++) next[e] = pieces.piece(tile + e);
         take_pieces(pieces, next, room, ones, lane, [&](int e, u32(&pairs)[PIECE_PAIRS]) {
 #pragma unroll
-            for (int u = 0; u < 4; u++) multiply_add(c[e], weights[u], pairs[2 * u], pairs[2 * u + 1]);
+            for (int u = 0; u < 4; u++) multiply_add(c[e][u & 1], weights[u], pairs[2 * u], pairs[2 * u + 1]);
         });
 #pragma unroll
         for (int e = 0; e < at_once; e++) {
-            float2 products = both_rows(c[e]);
-            add(tile + e, make_float2(products.x + sum * next[e].bias, products.y + sum * next[e].bias));
+            float2 even = both_rows(c[e][0]), odd = both_rows(c[e][1]);
+            float shift = sum * next[e].bias;
+            add(tile + e, make_float2(even.x + odd.x + shift, even.y + odd.y + shift));
         }
     }
 }
