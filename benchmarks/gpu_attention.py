@@ -159,7 +159,7 @@ def right(store: GPUStore, q: Tensor, out: Tensor) -> bool:
 
 def builds(store: GPUStore) -> Iterator[tuple[str, AttendBuild]]:
     """The build that a store takes, and the same with fewer warps if it has more."""
-    build = store.kernels.attend_build(torch.bfloat16, False)
+    build = store.kernels.attend_build(torch.bfloat16, False, False)
     yield "", build
     if build.warps > FEWER:
         yield f", {FEWER} warps", replace(build, warps=FEWER)

@@ -93,7 +93,7 @@ def pages_of_model() -> Iterator[Pages]:
     kept: list[Any] = dense.layers
     layers = [(layer.keys.bfloat16(), layer.values.bfloat16()) for layer in kept]
     calibration = Calibration.read(HERE.parent / "examples" / "calibrations" / f"{MODEL}.kvcal")
-    specs = [(name, None) for name in UNCALIBRATED]
+    specs: list[tuple[str, Calibration | None]] = [(name, None) for name in UNCALIBRATED]
     specs += [(f"{name}:{level}", calibration) for name in CODINGS for level in LEVELS]
     for name, its_calibration in specs:
         held: Any = KVCompCache(model.config, name, calibration=its_calibration)

@@ -15,7 +15,7 @@ from kvcomp.errors import LimitExceeded
 from kvcomp.kernels.reference import page_bytes
 from kvcomp.spec import CodecSpec, Coding, TensorSpec
 from kvcomp.store import KVStore
-from kvcomp.store.attention import attend, attend_tiled
+from kvcomp.store.attention import attend
 from kvcomp.store.gpu.copies import to_device, to_main_memory
 from kvcomp.store.gpu.store import GPUStore
 from stores import page_bytes as page_bytes_of
@@ -51,7 +51,8 @@ class Pair:
             assert torch.equal(mine, theirs)
         q = torch.randn((self.batch, HEADS * GROUP, queries, CHANNELS), generator=self.random)
         out, expected = self.gpu.attend(q, 0.125), attend(self.cpu, q, 0.125)
-        assert (out - expected).abs().max() < TOLERANCE * expected.abs().max()
+        size = self.cpu.dense()[1].abs().mean()  # of values, as outputs may average to nothing
+        assert (out - expected).abs().max() < TOLERANCE * size
 
     def check_pages(self) -> None:
         self.gpu.sync()
@@ -161,7 +162,6 @@ def test_other_units(units: tuple[str, str], coding: Coding) -> None:
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_means_that_turn_are_those_of_the_cpu(queries: int) -> None:
-    """No fused kernel knows them: attention goes tile by tile."""
     pair = Pair(SPEC, 2)
     rotation = Rotation.of(np.array([[0, 32], [3, 7]]), np.array([0.5, 1e-3]), CHANNELS)
     matrix = torch.linalg.qr(torch.randn((HEADS, CHANNELS, CHANNELS), generator=pair.random))[0]
@@ -176,8 +176,10 @@ def test_means_that_turn_are_those_of_the_cpu(queries: int) -> None:
     pair.append(70)
     pair.append(queries)
     pair.check_pages()
-    for mine, theirs in zip(pair.gpu.dense(), pair.cpu.dense(), strict=True):
-        assert torch.equal(mine, theirs)
-    q = torch.randn((2, HEADS * GROUP, queries, CHANNELS), generator=pair.random)
-    out, expected = attend(pair.gpu, q, 0.125), attend_tiled(pair.cpu, q, 0.125)
-    assert (out - expected).abs().max() < TOLERANCE * expected.abs().max()
+    pair.check(queries)
+    for store in (pair.gpu, pair.cpu):
+        store.crop(100)  # in the middle of a page
+    pair.append(150)
+    pair.append(queries, seal=False)
+    assert pair.gpu.can_attend(queries)
+    pair.check(queries)

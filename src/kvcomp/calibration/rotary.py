@@ -105,6 +105,20 @@ class Rotation:
         found = _of_places(self.speed, tuple(places.flatten().tolist()), places.device)
         return found.view(*places.shape, -1)
 
+    def first_waves(self, count: int, device: torch.device) -> Tensor:
+        """``waves`` of the places 0 to ``count`` - 1, float32 (count, 2 pairs)."""
+        return _of_places(self.speed, tuple(range(count)), device)
+
+    def ahead(self, z: Tensor, places: Tensor) -> Tensor:
+        """z exp(i w t), whose products with ``waves`` of a place p are those of z with waves of t + p.
+
+        z: (batch, heads, queries, 2 pairs). places: whole numbers (batch, t). Returns (.., queries, t, 2 pairs).
+        """
+        angle = places[..., None].double() * _speeds(self.speed, places.device)
+        cos, sin = (of.to(torch.float32)[:, None, None] for of in (angle.cos(), angle.sin()))
+        real, imaginary = z[..., None, 0::2], z[..., None, 1::2]
+        return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2)
+
 
 def _cos_sin(speed: tuple[float, ...], places: Tensor) -> tuple[Tensor, Tensor]:
     """cos w t and sin w t, float64 (.., tokens, pairs)."""
@@ -116,6 +130,11 @@ def _waves(speed: tuple[float, ...], places: Tensor) -> Tensor:
     """Real parts of exp(i w t) and of i exp(i w t), as a pair of floats each."""
     cos, sin = _cos_sin(speed, places)
     return torch.stack([cos, -sin], -1).flatten(-2).to(torch.float32)
+
+
+@lru_cache(maxsize=64)
+def _speeds(speed: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(speed, dtype=torch.float64, device=device)
 
 
 @lru_cache(maxsize=64)

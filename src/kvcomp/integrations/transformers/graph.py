@@ -59,8 +59,8 @@ class DecodeGraph:
             raise InvalidInput('only a cache with backend="gpu" that holds a prompt can be recorded')
         if any(turns(store) for store in self._stores):
             raise UnsupportedModel(
-                "under this calibration the means of K turn, which no kernel for a GPU reads: use the model's forward "
-                "pass, or the preset kvcomp"
+                "under this calibration the means of K turn with the place of a token, which a recorded step does not "
+                "know: use the model's forward pass, or the preset kvcomp"
             )
         if len({store.device for store in self._stores}) > 1:
             raise InvalidInput("a model on several GPUs cannot be recorded: use its forward pass")

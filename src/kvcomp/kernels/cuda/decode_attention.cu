@@ -83,6 +83,19 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
     }
 }
 
+// Add what scores lack, of the query of row g. of_query: (slots, 64).
+INLINE void add_turned(Scores& score, const float* of_query, const Arguments& a, const Item& item, int index, int lane) {
+    const float* turned = of_query + (i64)TOKENS * (item.chunk == IN_PAGE ? index : a.capacity + item.chunk) + 2 * (lane & 3);
+    float factor = SOFTCAP ? a.scaling : a.scaling * LOG2_E;
+#pragma unroll
+    for (int t = 0; t < 8; t++) {
+        float2 two = *reinterpret_cast<const float2*>(turned + 8 * t);
+        score.at(t, 0) = score.at(t, 0) * score.scale + score.shift + two.x * factor;
+        score.at(t, 1) = score.at(t, 1) * score.scale + score.shift + two.y * factor;
+    }
+    score.scale = 1.f, score.shift = 0.f;
+}
+
 // Scores become weights relative to ``row.peak``; returns the factor for what was summed before. seen: tokens that row g sees.
 template <bool ALL>
 INLINE float weigh(Scores& score, const Arguments& a, int seen, int lane, Softmax& row) {
@@ -294,6 +307,8 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
     const i32* valid = a.valid + (i64)row * a.capacity;
     if (ROOMY) addresses = keep(addresses), valid = keep(valid);
 
+    const float* of_query = a.turned + ((i64)(row * a.heads + head) * a.queries + min(query, a.queries - 1)) * a.slots * TOKENS;  // if TURNED
+
     int index = blockIdx.x * WARPS + warp;
     u64 address = index < pages ? addresses[index] : 0;
     i32 tokens = index < pages ? valid[index] : 0;
@@ -322,6 +337,7 @@ INLINE void attend_items(const Arguments& a, int row, int head, int first_query)
         if (ROOMY) go_on();
         Scores score;
         score_item(item, a, books, queries, reading, mine, row, head, lane, score);
+        if constexpr (TURNED) add_turned(score, of_query, a, item, index, lane);
         __syncwarp();  // all have read this K
         if (!ROOMY) go_on();
         stage<K>(next, a, RESERVED + mine + K_STAGED, lane);

@@ -11,6 +11,7 @@ constexpr int K_COPIES = KVC_K_COPIES, V_COPIES = KVC_V_COPIES;  // of the own b
 constexpr int K_STAGE = KVC_K_STAGE, V_STAGE = KVC_V_STAGE;      // bytes of a block that are copied to shared memory; a larger one is read where it is
 constexpr u32 RESERVED = KVC_RESERVED;                           // where shared memory begins in its address space
 constexpr bool SOFTCAP = KVC_SOFTCAP;
+constexpr bool TURNED = KVC_TURNED;  // whether scores lack what means of K that turn add
 
 constexpr int STEPS = CHANNELS / 16, KEY_PAIRS = CHANNELS / 8, VALUE_TILES = CHANNELS / 16, VALUE_PAIRS = TOKENS / 8;
 // The parts in which a tile of many channels is taken: the fewest of whole steps that registers hold.
@@ -47,7 +48,8 @@ struct Arguments {
     const i32* sink_count;  // (rows,)
     const i32* tail_begin;  // (rows,): the first token of the tail that a row sees
     const i32* tail_tokens;  // one number: the tokens in the tail, new ones included
-    i32 rows, heads, queries, new_tokens, capacity;
+    const float* turned;     // (rows, heads, queries, slots, 64): what scores lack; slots are pages, then from ``capacity`` on raw chunks
+    i32 rows, heads, queries, new_tokens, capacity, slots;
     float scaling, softcap;
     u32 ones;  // BFLOAT16_128
 };

@@ -51,8 +51,8 @@ class AttendArguments(ctypes.Structure):
         *((name, pointer) for name in ("q", "out", "lse", "partial_out", "partial_peak", "partial_total")),
         *((name, pointer) for name in ("pages", "valid", "count", "books", "k_steps", "v_steps")),
         *((name, RawTensor) for name in ("sinks_k", "sinks_v", "tail_k", "tail_v")),
-        *((name, pointer) for name in ("sink_count", "tail_begin", "tail_tokens")),
-        *((name, i32) for name in ("rows", "heads", "queries", "new_tokens", "capacity")),
+        *((name, pointer) for name in ("sink_count", "tail_begin", "tail_tokens", "turned")),
+        *((name, i32) for name in ("rows", "heads", "queries", "new_tokens", "capacity", "slots")),
         ("scaling", f32),
         ("softcap", f32),
         ("ones", u32),
@@ -230,6 +230,7 @@ class AttendBuild(Build):
     k_stage: int
     v_stage: int
     softcap: bool
+    turned: bool
     reserved: int
 
     sizes = ("shared",)
@@ -331,7 +332,9 @@ WARPS: Final = (16, 12, 8, 6, 4, 3, 2, 1)
 COPIES: Final = (8, 4, 2, 1)
 
 
-def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap: bool, on: Machine) -> AttendBuild:
+def attend_build(
+    spec: CodecSpec, channels: int, value: str, query: str, softcap: bool, on: Machine, turned: bool = False
+) -> AttendBuild:
     """Choose the attention kernel for a machine: as many warps as fit with the decode tables in shared memory.
 
     Parameters
@@ -346,6 +349,8 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
         Whether scores are capped.
     on
         The machine.
+    turned
+        Whether scores lack what means of K that turn add.
 
     Raises
     ------
@@ -362,6 +367,7 @@ def attend_build(spec: CodecSpec, channels: int, value: str, query: str, softcap
             k_stage=stage_bytes(channels, spec.key),
             v_stage=stage_bytes(channels, spec.value),
             softcap=softcap,
+            turned=turned,
             reserved=on.reserved,
         )
 

@@ -36,18 +36,18 @@ class LayerKernels:
         block = PAGE_TOKENS * channels * k.dtype.itemsize + 4 * max(channels, PAGE_TOKENS)
         self.largest_page = layout.first_block + 2 * heads * ceil16(block)  # bytes
         self._layer = spec, channels, NAMES[k.dtype]
-        self._builds: dict[tuple[str, bool], AttendBuild] = {}
+        self._builds: dict[tuple[str, bool, bool], AttendBuild] = {}
 
     @property
     def step_addresses(self) -> list[int]:
         """Of ``steps`` of K and of V; 0 where there are none."""
         return [0 if steps is None else steps.data_ptr() for steps in self.steps]
 
-    def attend_build(self, query: torch.dtype, softcap: bool) -> AttendBuild:
-        """The attention kernel for queries of this dtype."""
-        key = NAMES[query], softcap
+    def attend_build(self, query: torch.dtype, softcap: bool, turned: bool) -> AttendBuild:
+        """The attention kernel for queries of this dtype. turned: whether scores lack what means that turn add."""
+        key = NAMES[query], softcap, turned
         if key not in self._builds:
-            self._builds[key] = attend_build(*self._layer, *key, self.on.machine)
+            self._builds[key] = attend_build(*self._layer, *key[:2], self.on.machine, turned)
         return self._builds[key]
 
     def arena(self, channels: int, device: torch.device) -> Arena:

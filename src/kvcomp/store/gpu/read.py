@@ -37,7 +37,8 @@ def attend(store: GPUStore, q: Tensor, scaling: float, softcap: float, sink_logi
         raise InvalidInput(
             f"queries must be float32, float16 or bfloat16 on {store.device}, not {q.dtype} on {q.device}"
         )
-    build = store.kernels.attend_build(inner.dtype, bool(softcap))
+    turned = turned_scores(store, q)
+    build = store.kernels.attend_build(inner.dtype, bool(softcap), turned is not None)
     queries = heads // store.heads * new
     most = PAGE_TOKENS * store.table.capacity + store.tail.room  # changes only when the table or the tail moves
     splits = launch.splits_for(store.kernels.on, build, rows, store.heads, queries, most)
@@ -49,6 +50,8 @@ def attend(store: GPUStore, q: Tensor, scaling: float, softcap: float, sink_logi
     a = _view(store, AttendArguments(rows=rows, heads=store.heads, queries=queries, new_tokens=new))
     a.scaling, a.softcap = scaling, softcap
     a.q, a.out, a.lse, a.partial_out = inner.data_ptr(), out.data_ptr(), lse.data_ptr(), partial.data_ptr()
+    if turned is not None:
+        a.turned, a.slots = turned.data_ptr(), turned.shape[3]
     if parts:
         a.partial_peak, a.partial_total = peaks[0].data_ptr(), peaks[1].data_ptr()
     launch.attend(store.kernels.on, build, a, splits)
@@ -57,6 +60,28 @@ def attend(store: GPUStore, q: Tensor, scaling: float, softcap: float, sink_logi
     if sink_logits is not None:
         out = take_share(out.view(q.shape), lse.view(q.shape[:3]), sink_logits, q, scaling, store.transform)
     return out.to(q.dtype).view(q.shape)
+
+
+def turned_scores(store: GPUStore, q: Tensor) -> Tensor | None:
+    """What scores of K' lack because means turn, float32 (rows, heads, queries, slots, 64); None if none does.
+
+    Slots are the pages for which the table has room, and then the raw tokens, 64 at a time: sinks, then the tail.
+    """
+    turning = store.transform.turning(q) if store.transform is not None else None
+    if turning is None:
+        return None
+    z, rotation = turning
+    _, sinks, valid = store.table.content
+    ends = sinks[:, None] + valid.cumsum(1)  # places behind pages
+    sink_chunks, chunks = (
+        -(-sinks // PAGE_TOKENS),
+        -(-store.spec.sinks // PAGE_TOKENS) - (-store.tail.room // PAGE_TOKENS),
+    )
+    chunk = torch.arange(chunks, device=store.device)
+    of_tail = ends[:, -1:] + PAGE_TOKENS * (chunk - sink_chunks[:, None])
+    raw = torch.where(chunk < sink_chunks[:, None], PAGE_TOKENS * chunk, of_tail)
+    ahead = rotation.ahead(z, torch.cat([ends - valid, raw], 1))
+    return ahead @ rotation.first_waves(PAGE_TOKENS, store.device).mT
 
 
 def _view(store: GPUStore, a: AttendArguments) -> AttendArguments:

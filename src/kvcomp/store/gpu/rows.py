@@ -88,6 +88,12 @@ class Table:
         return at + 3 * step, at, at + step, at + 2 * step
 
     @property
+    def content(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of ``numbers``: the counts of pages and of sinks, (rows,) each, and valid tokens, (rows, capacity)."""
+        rows = len(self.pages)
+        return self.numbers[:rows], self.numbers[rows : 2 * rows], self.numbers[3 * rows :].view(rows, -1)
+
+    @property
     def nbytes(self) -> int:
         return self.pages.nbytes + self.numbers.nbytes
 

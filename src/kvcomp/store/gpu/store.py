@@ -293,9 +293,9 @@ class GPUStore:
 
     def can_attend(self, queries: int) -> bool:
         """Whether all of the last ``queries`` tokens lie in the tail, as ``attend`` needs: a crop may leave some in
-        pages. The kernel knows no means of K that turn.
+        pages.
         """
-        return not places.turns(self) and queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
+        return queries <= self.tokens - max(row.tail_begin for row in self.rows) + 1
 
     def attend(self, q: Tensor, scaling: float, softcap: float = 0.0, sink_logits: Tensor | None = None) -> Tensor:
         """Fused attention of the last tokens, decoding the sealed pages; q: (batch, heads, queries, head_dim)."""
