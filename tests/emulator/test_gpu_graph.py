@@ -7,10 +7,12 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from emulator import COMPILER
+from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Affine, Transform
 from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.spec import CodecSpec, TensorSpec
@@ -27,12 +29,16 @@ pytestmark = [pytest.mark.skipif(COMPILER is None, reason="the emulator needs g+
 SPEC = CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=16, sinks=4)
 
 
-@pytest.mark.parametrize("transformed", [False, True])
-def test_a_store_repeats_a_step_while_pages_are_sealed(transformed: bool) -> None:
+@pytest.mark.parametrize("coordinates", ["as they are", "transformed", "with means that turn"])
+def test_a_store_repeats_a_step_while_pages_are_sealed(coordinates: str) -> None:
     on = RecordingEmulator(processors=8)
     random = torch.Generator().manual_seed(3)
     key, value = (Affine.of(torch.randn((2, 64, 64), generator=random) / 8, torch.zeros(2, 64)) for _ in "KV")
-    one = GPUStore(SPEC, transform=Transform(key, value) if transformed else None, launcher=lambda device: on)
+    if coordinates == "with means that turn":
+        rotation = Rotation.of(np.array([[0, 32], [3, 7]]), np.array([0.5, 1e-3]), 64)
+        key = Affine.of(key.matrix, torch.randn((2, 64), generator=random), rotation)
+    transform = None if coordinates == "as they are" else Transform(key, value)
+    one = GPUStore(SPEC, transform=transform, launcher=lambda device: on)
 
     def values(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random).to(torch.bfloat16)
@@ -42,12 +48,13 @@ def test_a_store_repeats_a_step_while_pages_are_sealed(transformed: bool) -> Non
     one.prepare(1)
     other = deepcopy(one)
     k, v, q = values(2, 2, 1, 64), values(2, 2, 1, 64), values(2, 4, 1, 64).float()
+    one.attend(q, 0.125)  # as the first step is an ordinary one
     recorder = Recorder(on)
     places = one.places
     with recorder:
         one.append(k, v)
         out = one.attend(q, 0.125)
-    if not transformed:
+    if transform is None:
         assert recorder.names == ["index_copy_", "index_copy_", "add_", "attend", "merge"]
     sealed = sum(len(row.valid) for row in one.rows)
     for step in range(200):
@@ -64,6 +71,10 @@ def test_a_store_repeats_a_step_while_pages_are_sealed(transformed: bool) -> Non
         other.seal()
     assert sum(len(row.valid) for row in one.rows) == sealed + 6
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(one.dense(), other.dense(), strict=True))
+    again = deepcopy(one)
+    again.crop(again.tokens - 1)  # the last token, added by the host
+    again.append(k, v)
+    assert torch.equal(out, again.attend(q, 0.125))
 
 
 @pytest.fixture

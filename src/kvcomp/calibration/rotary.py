@@ -101,38 +101,41 @@ class Rotation:
     def waves(self, places: Tensor) -> Tensor:
         """W with R(t) m = still + F W and q.(F W) = z W: int64 (.., tokens) -> float32 (.., tokens, 2 pairs)."""
         if places.numel() > FEW:
-            return _waves(self.speed, places)
+            return self.waves_on_device(places)
         found = _of_places(self.speed, tuple(places.flatten().tolist()), places.device)
         return found.view(*places.shape, -1)
 
     def first_waves(self, count: int, device: torch.device) -> Tensor:
         """``waves`` of the places 0 to ``count`` - 1, float32 (count, 2 pairs)."""
-        return _of_places(self.speed, tuple(range(count)), device)
+        return _first_waves(self.speed, count, device)
+
+    def waves_on_device(self, places: Tensor) -> Tensor:
+        """``waves`` of places that the host need not know."""
+        cos, sin = _cos_sin(self.speed, places)
+        return torch.stack([cos, -sin], -1).flatten(-2).to(torch.float32)
 
     def ahead(self, z: Tensor, places: Tensor) -> Tensor:
         """z exp(i w t), whose products with ``waves`` of a place p are those of z with waves of t + p.
 
         z: (batch, heads, queries, 2 pairs). places: whole numbers (batch, t). Returns (.., queries, t, 2 pairs).
         """
-        angle = places[..., None].double() * _speeds(self.speed, places.device)
-        cos, sin = (of.to(torch.float32)[:, None, None] for of in (angle.cos(), angle.sin()))
+        cos, sin = (of.to(torch.float32)[:, None, None] for of in _cos_sin(self.speed, places))
         real, imaginary = z[..., None, 0::2], z[..., None, 1::2]
         return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2)
 
 
 def _cos_sin(speed: tuple[float, ...], places: Tensor) -> tuple[Tensor, Tensor]:
     """cos w t and sin w t, float64 (.., tokens, pairs)."""
-    angle = places[..., None].double() * torch.tensor(speed, dtype=torch.float64, device=places.device)
+    angle = places[..., None].double() * _speeds(speed, places.device)
     return angle.cos(), angle.sin()
 
 
-def _waves(speed: tuple[float, ...], places: Tensor) -> Tensor:
-    """Real parts of exp(i w t) and of i exp(i w t), as a pair of floats each."""
-    cos, sin = _cos_sin(speed, places)
-    return torch.stack([cos, -sin], -1).flatten(-2).to(torch.float32)
+@lru_cache(maxsize=256)
+def _first_waves(speed: tuple[float, ...], count: int, device: torch.device) -> Tensor:
+    return _of_places(speed, tuple(range(count)), device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _speeds(speed: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(speed, dtype=torch.float64, device=device)
 

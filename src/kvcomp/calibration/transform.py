@@ -105,9 +105,12 @@ class Affine:
 
         places: of the tokens, int64 (tokens,) or (batch, tokens); needed where the mean turns.
         """
+        return self.apply_waves(x, None if self.rotation is None else self.rotation.waves(self._known(places)))
+
+    def apply_waves(self, x: Tensor, waves: Tensor | None) -> Tensor:
+        """``apply`` where the ``Rotation.waves`` of the places are known; None where the mean stays."""
         found = torch.bmm(_by_head(x.detach()) - self.still[:, None], self.matrix.mT)
-        if self.rotation is not None:
-            waves = self.rotation.waves(self._known(places))
+        if waves is not None:
             every = waves.expand(*x.shape[:-3], *waves.shape[-2:]).reshape(1, -1, waves.shape[-1])
             found.baddbmm_(every.expand(len(found), -1, -1), self._waving, alpha=-1)
         return _as_before(found, x).to(x.dtype)

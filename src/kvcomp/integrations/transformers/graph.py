@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.attention import NAME
-from kvcomp.store.places import turns
 from kvcomp.store.tensors import to_pinned
 
 
@@ -57,11 +56,6 @@ class DecodeGraph:
             layer.upload(model.device)
         if not all(layer.backend == "gpu" and layer.store.tokens for layer in self._layers):
             raise InvalidInput('only a cache with backend="gpu" that holds a prompt can be recorded')
-        if any(turns(store) for store in self._stores):
-            raise UnsupportedModel(
-                "under this calibration the means of K turn with the place of a token, which a recorded step does not "
-                "know: use the model's forward pass, or the preset kvcomp"
-            )
         if len({store.device for store in self._stores}) > 1:
             raise InvalidInput("a model on several GPUs cannot be recorded: use its forward pass")
         self._ids = torch.empty((0, 1), dtype=torch.int64)

@@ -62,6 +62,18 @@ def attend(store: GPUStore, q: Tensor, scaling: float, softcap: float, sink_logi
     return out.to(q.dtype).view(q.shape)
 
 
+def next_waves(store: GPUStore, new: int) -> Tensor | None:
+    """``Rotation.waves`` of the next tokens, (rows, new, 2 pairs); None where no mean turns.
+
+    They follow from what the device knows, so that a recorded step can be repeated.
+    """
+    rotation = store.transform.key.rotation if store.transform is not None else None
+    if rotation is None:
+        return None
+    after = torch.arange(new, device=store.device)
+    return rotation.waves_on_device(store.table.tail_places[:, None] + store.tail.held + after)
+
+
 def turned_scores(store: GPUStore, q: Tensor) -> Tensor | None:
     """What scores of K' lack because means turn, float32 (rows, heads, queries, slots, 64); None if none does.
 
@@ -71,7 +83,7 @@ def turned_scores(store: GPUStore, q: Tensor) -> Tensor | None:
     if turning is None:
         return None
     z, rotation = turning
-    _, sinks, valid = store.table.content
+    sinks, valid = store.table.sinks, store.table.valid
     ends = sinks[:, None] + valid.cumsum(1)  # places behind pages
     sink_chunks, chunks = (
         -(-sinks // PAGE_TOKENS),

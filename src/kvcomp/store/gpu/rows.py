@@ -63,14 +63,15 @@ class Row:
 class Table:
     """Rows and pages as the attention kernel reads them.
 
-    ``pages``, int64 (rows, capacity), holds addresses. ``numbers``, int32, holds three numbers for each row: the count
-    of its pages, its sinks, where its tail begins. Then come (rows, capacity) numbers of valid tokens of a page.
+    ``pages``, int64 (rows, capacity), holds addresses. ``numbers``, int32, holds four numbers for each row: the count
+    of its pages, its sinks, where its tail begins, the place (``kvcomp.store.places``) of the tail's first token. Then
+    come (rows, capacity) numbers of valid tokens of a page.
     Both stay where they are until the table grows.
     """
 
     def __init__(self, pages: Tensor) -> None:
         self.pages = pages
-        self.numbers = torch.zeros(pages.numel() + 3 * pages.shape[0], dtype=torch.int32, device=pages.device)
+        self.numbers = torch.zeros(pages.numel() + 4 * pages.shape[0], dtype=torch.int32, device=pages.device)
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> Table:
@@ -85,13 +86,22 @@ class Table:
     def addresses(self) -> tuple[int, int, int, int]:
         """Addresses of ``valid``, ``count``, ``sink_count`` and ``tail_begin`` for the kernel."""
         at, step = self.numbers.data_ptr(), 4 * self.pages.shape[0]
-        return at + 3 * step, at, at + step, at + 2 * step
+        return at + 4 * step, at, at + step, at + 2 * step
 
     @property
-    def content(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of ``numbers``: the counts of pages and of sinks, (rows,) each, and valid tokens, (rows, capacity)."""
-        rows = len(self.pages)
-        return self.numbers[:rows], self.numbers[rows : 2 * rows], self.numbers[3 * rows :].view(rows, -1)
+    def sinks(self) -> Tensor:
+        """Of the rows, a view."""
+        return self.numbers[len(self.pages) : 2 * len(self.pages)]
+
+    @property
+    def tail_places(self) -> Tensor:
+        """Of the tail's first token in each row, a view."""
+        return self.numbers[3 * len(self.pages) : 4 * len(self.pages)]
+
+    @property
+    def valid(self) -> Tensor:
+        """Tokens of each page that count, (rows, capacity), a view."""
+        return self.numbers[4 * len(self.pages) :].view(len(self.pages), -1)
 
     @property
     def nbytes(self) -> int:
@@ -113,9 +123,9 @@ class Table:
 
     def publish(self, rows: Sequence[Row], tail_base: int) -> None:
         """Tell the device what the host knows of the rows."""
-        host = np.zeros((len(rows), 3 + self.capacity), np.int32)
+        host = np.zeros((len(rows), 4 + self.capacity), np.int32)
         for numbers, row in zip(host, rows, strict=True):
-            numbers[:3] = len(row.valid), row.sinks, row.tail_begin - tail_base
-            numbers[3 : 3 + len(row.valid)] = row.valid
-        content = np.concatenate([host[:, :3].T.ravel(), host[:, 3:].ravel()])
+            numbers[:4] = len(row.valid), row.sinks, row.tail_begin - tail_base, tail_base - row.start
+            numbers[4 : 4 + len(row.valid)] = row.valid
+        content = np.concatenate([host[:, :4].T.ravel(), host[:, 4:].ravel()])
         self.numbers.copy_(to_pinned(content, self.numbers.device), non_blocking=True)

@@ -144,8 +144,8 @@ class GPUStore:
                 if new:
                     self.allocate(k)
                 if self.transform is not None:
-                    at = places.places(self, self.tokens, k.shape[2])
-                    k, v = self.transform.key.apply(k, at), self.transform.value.apply(v)
+                    waves = read.next_waves(self, k.shape[2])
+                    k, v = self.transform.key.apply_waves(k, waves), self.transform.value.apply(v)
             self.prepare(k.shape[2])
         except (BackendUnavailable, LimitExceeded):
             self.batch = 0 if new else self.batch
