@@ -58,6 +58,8 @@ WIDTHS = {f"{width} bits": (width / 8, width / 8) for width in range(1, 8)}
 # How the codes of a block are read: by symbols that are the codes, with low bits behind them, with more of them
 # than two pairs of a window have, out of tables in global memory, at a fixed width.
 FORMS = ("symbols", "split", "long", "global tables", *WIDTHS)
+# Pieces of so many bits, with as many exceptions in two of them as lanes put to their places in one round.
+PIECES = {f"pieces, {width} bits": width for width in (2, 3, 4)}
 # The same of all that do not read shared memory alone.
 LOADS = {"global tables": (1.5, 3), "any width": (0.9, 1.25), **WIDTHS}
 WIDE = ("long", "global tables", "any width")  # codes up to 255
@@ -299,6 +301,11 @@ def measure(spec: str, channels: int, architecture: int) -> dict[str, Any]:
     build = attend_build(SPECS[spec], channels, "bfloat16", "bfloat16", False, machine(architecture))
     lines, registers, spills = compiled(build, architecture)
     pages = {form: page_of(lines, build, form) for form in FORMS}
+    if build.k_patched and build.v_patched:
+        at_once = 1 if channels // 16 % 2 else 2
+        for form, width in PIECES.items():
+            keys = [Turn((width,) * at_once, LANES)] * (channels // 8 // at_once)
+            pages[form] = page_of_pieces(lines, build, keys, [Turn((width,) * 2, LANES)] * (channels // 16))
     return {
         "spec": spec,
         "architecture": architecture,
@@ -337,12 +344,12 @@ def main() -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: registers, spills, and instructions a code by form."""
     lines = [
-        "| build | D | sm | warps | copies | registers | spilled | shared KB | " + " | ".join(FORMS) + " |",
-        "|" + "---|" * (8 + len(FORMS)),
+        "| build | D | sm | warps | copies | registers | spilled | shared KB | " + " | ".join((*FORMS, *PIECES)) + " |",
+        "|" + "---|" * (8 + len(FORMS) + len(PIECES)),
     ]
     for row in sorted(rows, key=lambda row: (row["spec"], row["channels"], row["architecture"])):
         names = ("spec", "channels", "architecture", "warps", "k_copies", "registers", "spill_bytes")
-        forms = (row["forms"].get(form) for form in FORMS)
+        forms = (row["forms"].get(form) for form in (*FORMS, *PIECES))
         cells = [str(row[name]) for name in names] + [f"{row['shared'] / 1024:.0f}"]
         cells += [f"{form['instructions_a_code']:.2f}" if form else "" for form in forms]
         lines.append("| " + " | ".join(cells) + " |")
