@@ -250,12 +250,17 @@ def page_of_pieces(
 def _turn(made: list[Block], of_loops: Mapping[int, frozenset[int]], loop: frozenset[int], turn: Turn) -> list[int]:
     """The path of a turn through the loop over pieces."""
     header = next(number for number, of in of_loops.items() if of == loop)
-    fields = [i for i in sorted(loop) if _words(made[i]) and all(_inside(x, {"take_fields"}) for x in _work(made[i]))]
-    copies = [fields[i : i + 8] for i in range(0, len(fields), 8)]
-    if len(copies) != len(turn.widths) or len(copies[-1]) != 8:
-        raise ValueError(f"there are {len(fields)} readers of widths for {len(turn.widths)} pieces")
+    fields = [
+        i
+        for i in sorted(loop)
+        if _words(made[i]) and all(_inside(x, {"take_fields", "take_fields_of"}) for x in _work(made[i]))
+    ]
+    each = len(fields) // len(turn.widths)
+    copies = [fields[i : i + each] for i in range(0, each * len(turn.widths), each)]
     # The compiler puts them in any order: a width has so many words, and half a one if it is odd.
     of_width = [{_words(made[i]): i for i in copy} for copy in copies]
+    if not all(width in of for of, width in zip(of_width, turn.widths, strict=True) if width):
+        raise ValueError(f"no reader of each of {turn.widths} bits is there")
     not_taken = {i for of, width in zip(of_width, turn.widths, strict=True) for w, i in of.items() if w != width}
     inner = frozenset().union(*(of for of in of_loops.values() if of < loop))
     of_exceptions = {i for i in loop if any(_inside(x, {"put", "clear"}) for x in _work(made[i]))}
