@@ -21,12 +21,17 @@ struct Softmax {
     float rest[V_CLASSES] = {};        // what every channel of a class gets besides its products
 };
 
+template <int KIND>
+INLINE bool is_patched(u32 mode) { return (KIND == K ? K_PATCHED : V_PATCHED) && mode == PATCHED; }
+
 // The zero of the unit ``head``; of no other.
-INLINE float zero_of_steps(u32 mode) { return mode == PATCHED ? 0.f : mode < FIXED ? -128.f : -(float)(1 << (mode - FIXED ? mode - FIXED - 1 : 7)); }
+template <int KIND>
+INLINE float zero_of_steps(u32 mode) { return is_patched<KIND>(mode) ? 0.f : mode < FIXED ? -128.f : -(float)(1 << (mode - FIXED ? mode - FIXED - 1 : 7)); }
 
 // What the operands of a coded block are less than its codes; of a block of pieces each piece adds that.
+template <int KIND>
 INLINE float first_code(u32 mode, const Book& book, int its_class) {
-    return mode == PATCHED ? 0.f : mode < FIXED ? (float)(book.first[its_class] - 128) : -128.f;
+    return is_patched<KIND>(mode) ? 0.f : mode < FIXED ? (float)(book.first[its_class] - 128) : -128.f;
 }
 
 // The raw values of an item, of a page or beside the pages.
@@ -52,7 +57,7 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
     const u8* block = at ? shared_memory + at - RESERVED : block_of(item, K);
     const Book& book = books[mode == OWN_BOOK];
     const u8* of_channels = K_UNIT == CHANNEL ? block : nullptr;
-    if (K_PATCHED && mode == PATCHED) {
+    if (is_patched<K>(mode)) {
         read_pieces(block, at, scale_bytes(K_UNIT, CHANNELS), [&](auto words) {
             multiply_keys_of_pieces(words, of_channels, queries, shared_memory + at_warp + OFFSETS, reading.ones, lane, score);
         });
@@ -63,14 +68,14 @@ INLINE void score_item(const Item& item, const Arguments& a, const Book* books, 
             multiply_keys<Pairs>([&](int, int, int taken, auto& low, auto& high) { reader.take(taken, low, high); }, queries, score);
         });
     }
-    float first = first_code(mode, book, K_CLASSES == 1 ? 0 : lane & 3);
+    float first = first_code<K>(mode, book, K_CLASSES == 1 ? 0 : lane & 3);
     score.shift = K_CLASSES == 1 && K_UNIT != CHANNEL ? queries.sum * first : sum_of_row(queries.quarter * first + queries.shift);
     if (K_UNIT == BLOCK) {
         score.scale = __uint_as_float(load_word(block));
         score.shift = (score.shift + (float)(i32)load_word(block + 4) * queries.sum) * score.scale;
     } else if (K_UNIT == HEAD) {
         score.scale = a.k_steps[head];
-        score.shift = (score.shift + zero_of_steps(mode) * queries.sum) * score.scale;
+        score.shift = (score.shift + zero_of_steps<K>(mode) * queries.sum) * score.scale;
     } else if (K_UNIT == TOKEN || K_UNIT == VECTOR) {
         const u8* scales = K_UNIT == TOKEN ? shared_memory + staged - RESERVED : block;
 #pragma unroll
@@ -165,7 +170,7 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
     const u8* block = staged ? shared_memory + staged - RESERVED : block_of(item, V);
     float scale = 1.f, zero = 0.f;
     if (V_UNIT == BLOCK && !raw) scale = __uint_as_float(load_word(block)), zero = (float)(i32)load_word(block + 4);
-    if (V_UNIT == HEAD && !raw) scale = a.v_steps[head], zero = zero_of_steps(mode);
+    if (V_UNIT == HEAD && !raw) scale = a.v_steps[head], zero = zero_of_steps<V>(mode);
     if (BY_TOKEN) {
         const u8* scales = V_UNIT == TOKEN ? shared_memory + at + V_STAGED : block;
         spread_factors(raw ? ONES : load_word(scales + 4 * lane), raw ? 0 : load_word(scales + 2 * TOKENS + 4 * lane), at + FACTORS, lane);
@@ -200,7 +205,7 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
     float2 parts = both_rows(of_zeros);
     float sum = both_rows(of_weights).x, shift = BY_TOKEN ? 256.f * parts.x + parts.y : zero * sum;
     const Book& book = books[2 + (mode == OWN_BOOK)];
-    auto first_of = [&](int its_class) { return first_code(mode, book, its_class); };
+    auto first_of = [&](int its_class) { return first_code<V>(mode, book, its_class); };
     if (V_UNIT != CHANNEL) {
 #pragma unroll
         for (int c = 0; c < V_CLASSES; c++) row.rest[c] += shift + sum * first_of(c);
@@ -213,7 +218,7 @@ INLINE void add_item(const Item& item, const Arguments& a, const Book* books, Sc
         products.y = (products.y + sum * (first + high_i16(zeros))) * high_bfloat16(both);
         add(tile, products);
     };
-    if (V_PATCHED && mode == PATCHED) {
+    if (is_patched<V>(mode)) {
         read_pieces(block, staged, scale_bytes(V_UNIT, CHANNELS), [&](auto words) {
             u8* room = shared_memory + at + OFFSETS;
             if constexpr (V_UNIT == CHANNEL)
