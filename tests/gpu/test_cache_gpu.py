@@ -7,10 +7,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from batching import Batch
+from kvcomp.calibration.rotary import Rotation
+from kvcomp.calibration.transform import Affine, Transform
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store.gpu.copies import to_device, to_main_memory
 from kvcomp.store.gpu.join import join
@@ -50,6 +53,24 @@ def test_to_main_memory_and_back() -> None:
     assert page_bytes(to_main_memory(back)) == page_bytes(host)
     q = torch.randn((3, 4, 1, 64), device=DEVICE)
     assert torch.equal(back.attend(q, 0.125), store.attend(q, 0.125))
+
+
+def test_means_that_turn_and_pieces_are_those_of_main_memory() -> None:
+    random = torch.Generator().manual_seed(4)
+    matrix = torch.linalg.qr(torch.randn((2, 128, 128), generator=random))[0]
+    rotation = Rotation.of(np.array([[0, 64], [3, 7]]), np.array([0.5, 1e-3]), 128)
+    mean = torch.randn((2, 128), generator=random)
+    transform = Transform(Affine.of(matrix, mean, rotation), Affine.of(matrix, mean))
+    of_heads = TensorSpec("head", None, "patched", steps=((0.2, 0.3),))
+    store = GPUStore(CodecSpec(of_heads, of_heads, window=16).layer(0, 1), transform=transform)
+    for tokens in (300, 70, 1):
+        store.append(*torch.randn(2, 2, 2, tokens, 128, generator=random).to(DEVICE, torch.bfloat16))
+        if tokens == 300:
+            store.set_starts([0, 9])
+        store.seal()
+    q = torch.randn((2, 8, 1, 128), generator=random)
+    out, expected = store.attend(q.to(DEVICE), 0.1).cpu(), to_main_memory(store).attend(q, 0.1)
+    assert (out - expected).abs().max() < TOLERANCE * store.dense()[1].abs().mean()
 
 
 def small_model(layers: int) -> Any:
