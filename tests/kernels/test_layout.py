@@ -6,13 +6,13 @@ import re
 
 import pytest
 
-from kvcomp.codec import block, dtypes, quantise
+from kvcomp.codec import block, dtypes, patched, quantise
 from kvcomp.kernels.cuda import layout
 from kvcomp.spec import KINDS, PAGE_TOKENS
 
 OF_PYTHON = {
     "page.cuh": {
-        **{name: getattr(dtypes, name) for name in ("RAW", "DEFAULT_BOOK", "OWN_BOOK", "FIXED")},
+        **{name: getattr(dtypes, name) for name in ("RAW", "DEFAULT_BOOK", "OWN_BOOK", "PATCHED", "FIXED")},
         **{unit.upper(): number for unit, number in dtypes.UNIT_NUMBERS.items()},
         **{name.upper(): dtype.number for name, dtype in dtypes.DTYPES.items()},
         **{kind: index for index, kind in enumerate(KINDS)},
@@ -25,6 +25,7 @@ OF_PYTHON = {
         **{name: getattr(quantise, name) for name in ("MAX_CODES", "MAX_LEVELS", "MAX_ZERO", "LARGEST_FLOAT16")},
         "COUNTED": layout.COUNTED,
     },
+    "choose.cuh": {name: getattr(patched, name) for name in ("EXCEPTION_BITS", "MOST_EXCEPTIONS", "MOST_OFFSET")},
 }
 
 
