@@ -145,7 +145,7 @@ def measure(
 
 def main(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts in all, of every kind of text")] = 9,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each")] = 1024,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each")] = 2048,
     output: Annotated[Path, typer.Option(help="Where the results go")] = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped")] = False,
 ) -> None:
