@@ -29,6 +29,7 @@ def test_generate_compares_with_the_uncompressed_cache_and_writes_the_figures(tm
     shown = " ".join(result.output.split())
     assert shown.index("same likeliest token") < shown.index("cache, MiB")  # what it kept comes before what it saved
     assert len(result.output.splitlines()) < 60
+    assert "x smaller)" in shown
     figures = json.loads(output.read_text())
     assert figures["prompt_tokens"] == 1800
     assert len(figures["new_tokens"]) == 12
@@ -51,6 +52,7 @@ def test_generate_continues_a_prompt_of_the_user_and_sampling_repeats_with_its_s
         options = ("-n", "8", "--temperature", "1.0", "--seed", "3", "--spec", "packed", "--json", str(output))
         result = run("generate", "--prompt-file", str(prompt), *options)
         assert result.exit_code == 0, result.output
+        assert "x larger)" in result.output  # a few tokens cost more than they save
     first, second = (json.loads(output.read_text())["new_tokens"] for output in outputs)
     assert first == second
 

@@ -77,6 +77,11 @@ def say_error(message: str) -> None:
     errors.print(Text.assemble(("error: ", "bold red"), message), highlight=False, soft_wrap=True)
 
 
+def in_times(ratio: float) -> str:
+    """How much smaller something is than something ``ratio`` times as large or, of few tokens, how much larger."""
+    return f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
+
+
 def check_spec(name: str | None) -> None:
     """Refuse a name that is no spec as a wrong use of the command, before anything is loaded."""
     if name is None or is_calibrated(name):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self
 import typer
 from rich.table import Table
 
-from kvcomp.cli.common import SPEC_NAMES, CalibrationFile, check_spec, plain_errors, say, screen
+from kvcomp.cli.common import SPEC_NAMES, CalibrationFile, check_spec, in_times, plain_errors, say, screen
 from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.spec import TensorSpec
 
@@ -55,7 +55,7 @@ def compress(
         files.save(output, stores, chosen, len(stores))
         memory = reduce(add, (store.memory() for store in stores.values()))
         size = output.stat().st_size
-        say(f"{output}: {size} bytes, {memory.dense / size:.2f}x smaller than {memory.dense} bytes of values")
+        say(f"{output}: {size} bytes, {in_times(memory.dense / size)} than {memory.dense} bytes of values")
 
 
 def decompress(

@@ -25,6 +25,7 @@ from kvcomp.cli.common import (
     Model,
     check_spec,
     errors,
+    in_times,
     plain_errors,
     quiet_loading,
     screen,
@@ -207,7 +208,7 @@ class _Shown:
         memory = self.cache.memory()
         return Text(
             f"\n{len(self.tokens)} tokens in {now - self.begin:.1f} s; cache {memory.total / MIB:.2f} MiB, "
-            f"{memory.ratio:.2f}x smaller than dense\n",
+            f"{in_times(memory.ratio)} than dense\n",
             style="dim",
         )
 
@@ -236,7 +237,7 @@ def _table(run: Generation, against: Agreement | None, prefixes: Prefixes | None
         table.add_row("same likeliest token", f"{100 * against.top1:.1f} %", "100 %")
         table.add_row("mean KL, nats a token", f"{against.kl:.1e}", "0")
     dense = against.dense if against else memory.dense
-    table.add_row("cache, MiB", f"{memory.total / MIB:.2f}  ({memory.ratio:.2f}x smaller)", f"{dense / MIB:.2f}")
+    table.add_row("cache, MiB", f"{memory.total / MIB:.2f}  ({in_times(memory.ratio)})", f"{dense / MIB:.2f}")
     values = max(1, memory.values)
     table.add_row("total bits per value", f"{memory.total_bits:.2f}", f"{8 * memory.dense / values:.2f}")
     table.add_row("first token, s", f"{run.timing.first:.2f}", f"{timing.first:.2f}" if timing else "")
