@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
@@ -81,10 +83,11 @@ def sliding_bytes(
     itemsize: bytes of a raw value. Their heads count as those of calibrated layers.
     """
     spec = calibration.spec(level)
-    coded = coded_windows(config, spec, backend)
+    layers: list[Any] = DynamicCache(config=config).layers
+    coded = coded_windows(layers, config, spec, backend)
     transform = next(iter(calibration.layers.values()))[0]
     size = 0.0
-    for index, layer in enumerate(DynamicCache(config=config).layers):
+    for index, layer in enumerate(layers):
         window = getattr(layer, "sliding_window", None)
         if isinstance(window, int):
             sealed, raw = 0, min(tokens, window)

@@ -25,7 +25,7 @@ def cache_layers(
 ) -> list[Any]:
     """A layer for each of the model's. spec: of the whole model. Raises UnsupportedModel for what cannot be held."""
     layers: list[Any] = DynamicCache(config=config).layers
-    coded = coded_windows(config, spec, backend)
+    coded = coded_windows(layers, config, spec, backend)
     for index, layer in enumerate(layers):
         of_layer = spec.layer(index, len(layers))
         if type(layer) is DynamicLayer:
@@ -40,13 +40,12 @@ def cache_layers(
     return layers
 
 
-def coded_windows(config: PreTrainedConfig, spec: CodecSpec, backend: str) -> dict[int, int]:
-    """The layers whose sliding windows are compressed, and the tokens of each window.
+def coded_windows(layers: list[Any], config: PreTrainedConfig, spec: CodecSpec, backend: str) -> dict[int, int]:
+    """Those of transformers' layers whose sliding windows are compressed, and the tokens of each window.
 
     There is no kernel for them on a GPU. A calibration has none of these layers: its spec says how they are coded. One
     that later layers read too stays raw: they read it after it has compressed and dropped what they still see.
     """
-    layers: list[Any] = DynamicCache(config=config).layers
     shared, of_layer = shared_window(config, layers), [spec.layer(index, len(layers)) for index in range(len(layers))]
     return {
         index: layer.sliding_window
