@@ -18,7 +18,6 @@ from typing import Any
 
 BURST = 0.002
 PIECE = 1 << 17
-BUFFER = 1 << 22
 
 
 class Bucket:

@@ -349,7 +349,8 @@ def about(found: Any) -> str:
     given = found["setting"]
     versions = ", ".join(f"{name} {given[name]}" for name in ("python", "torch", "numba", "transformers"))
     load = f"load average {given['load_average']:.1f}" if "load_average" in given else "load not recorded"
-    machine = f"{given['device']}, {given['cores']} cores, {versions}"
+    vectors = f", {given['torch_capability']}" if "torch_capability" in given else ""
+    machine = f"{given['device']}, {given['cores']} cores{vectors}, {versions}"
     return f"{machine}, commit {given['commit']}, {given['date'][:10]}, {load}."
 
 
@@ -606,12 +607,14 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
         for name in (
             "quality",
             "klt",
+            "klt_timings",
             "real",
             "real_rates",
             "real_tasks",
             "llama_cpp",
             "memory",
             "attention_cpu",
+            "attention_avx512_kvcomp",
             "attention_avx512_packed",
             "codec",
             "generate",

@@ -132,7 +132,7 @@ class CompressedKV:
     def _certified(self) -> Transform:
         """The transform. Raises InvalidInput if there is none."""
         if not isinstance(self._store.transform, Transform):
-            raise InvalidInput("certificates need a calibration: compress with the spec kvcomp-klt and calibration=")
+            raise InvalidInput("certificates need a calibration: compress with kvcomp-klt or packed-klt, and one")
         return self._store.transform
 
     def memory(self) -> Memory:
@@ -165,7 +165,7 @@ def compress(
     backend
         ``cpu``, or ``reference`` to check against it.
     calibration
-        Of the model, for the preset ``kvcomp-klt``.
+        Of the model, for the presets ``kvcomp-klt`` and ``packed-klt``.
     layer
         With a calibration: which layer of the model K and V are of.
 

@@ -41,7 +41,7 @@ class TensorSpec:
     relative_scale: quantisation step over the unit's range (max - min), in (0, 1); one number, or one for each layer.
         None for the unit ``head``.
     coding: ``huffman`` (pairs of codes, variable length), ``fixed`` (fixed width, chosen for each block) or ``patched``
-        (a width for each 512 codes of a block, and exceptions; read on the CPU alone).
+        (a width for each 512 codes of a block, and exceptions).
     limit: longest Huffman code in bits, 10 to 12.
     classes: codebooks for each quarter of the channels (4) or one for all (1).
     steps: for the unit ``head`` the step of each KV head, layer after layer, from 2^-100 to 2^100; rounded to 16

@@ -78,14 +78,15 @@ def test_a_prompt_and_what_follows() -> None:
     assert pair.gpu.memory().sealed_values == pair.cpu.memory().sealed_values
 
 
-def test_decoding_launches_two_kernels_a_layer() -> None:
+@pytest.mark.parametrize(("processors", "kernels"), [(8, ["attend", "merge"]), (1, ["attend"])])
+def test_decoding_launches_a_kernel_a_layer_and_one_for_its_parts(processors: int, kernels: list[str]) -> None:
     pair = Pair(SPEC, 1)
     pair.append(340)
     pair.gpu.sync()
-    pair.on.machine = type(pair.on.machine)(90, pair.on.machine.shared, 8)
+    pair.on.machine = type(pair.on.machine)(90, pair.on.machine.shared, processors)
     pair.on.launches.clear()
     pair.gpu.attend(pair.values(1, HEADS * GROUP, 1, CHANNELS).float(), 0.125)
-    assert pair.on.launches == ["attend"] or pair.on.launches == ["attend", "merge"]
+    assert pair.on.launches == kernels
 
 
 def test_rows_with_padding_leave_repeat_and_are_cropped() -> None:

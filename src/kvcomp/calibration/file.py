@@ -1,4 +1,4 @@
-"""Calibrations: what the preset ``kvcomp-klt`` must know of a model, and the .kvcal file that holds it.
+"""Calibrations: what ``kvcomp-klt`` and ``packed-klt`` must know of a model, and the .kvcal file that holds it.
 
 A calibration has a transform of K and of V for each full-attention layer of a model. For each quality level it has the
 steps of the heads, and two codebooks each for K and V: a narrow one for almost every block, a wide one for the rest.
@@ -96,7 +96,7 @@ class LayerCalibration(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What the preset ``kvcomp-klt`` must know of one model: transforms, steps and codebooks.
+    """What ``kvcomp-klt`` and ``packed-klt`` must know of one model: transforms, steps and codebooks.
 
     ``Calibration.read`` gives one from a .kvcal file, which ``kvcomp calibrate`` makes.
     """

@@ -59,7 +59,7 @@ class KVCompL2Adapter(L2AdapterInterface):
     channels. It may have
 
     - ``spec``: a preset's name or a JSON file (kvcomp);
-    - ``calibration``: a .kvcal file, for the preset ``kvcomp-klt``;
+    - ``calibration``: a .kvcal file, for the presets ``kvcomp-klt`` and ``packed-klt``;
     - ``timeout``: seconds that one call to the store may take;
     - ``workers``: threads that compress (2);
     - ``limit``: bytes a folder may hold;

@@ -62,7 +62,8 @@ class KVCompCache(Cache):
     spec
         A CodecSpec, a preset's name or the path of a spec.json. ``kvcomp-klt:balanced`` names a level of a calibration.
     calibration
-        Of the model, for ``kvcomp-klt``: a .kvcal file, which ``kvcomp calibrate`` makes, or what was read from it.
+        Of the model, for ``kvcomp-klt`` and ``packed-klt``: a .kvcal file, which ``kvcomp calibrate`` makes, or what
+        was read from it.
     budget
         Bytes of the cache, or a size such as ``2GiB``, in place of a level: each layer takes one, so that a sequence of
         ``context`` tokens fits. ``plan`` then says which, and the KL to expect.

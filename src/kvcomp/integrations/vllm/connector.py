@@ -103,7 +103,7 @@ class KVCompConnector(KVConnectorBase_V1):
     ``kv_connector_extra_config`` needs ``url``, that of the store. It may have
 
     - ``spec``: a preset's name or a JSON file (kvcomp);
-    - ``calibration``: a .kvcal file, for the preset ``kvcomp-klt``;
+    - ``calibration``: a .kvcal file, for the presets ``kvcomp-klt`` and ``packed-klt``;
     - ``chunk_tokens``: a multiple of vLLM's block (256);
     - ``timeout``: seconds that one call to the store may take;
     - ``limit``: bytes a folder may hold;

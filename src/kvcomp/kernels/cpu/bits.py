@@ -152,9 +152,7 @@ def _storer(given: types.Type) -> Any:
 
 # Arrays on memory that somebody else keeps alive: (address, shape).
 # They cost no reference counting, an array argument does.
-floats_at, integers_at, halves_at, words_at = (
-    _viewer(element) for element in (types.float32, types.int64, types.uint16, types.uint32)
-)
+floats_at, integers_at, halves_at = (_viewer(element) for element in (types.float32, types.int64, types.uint16))
 
 load_u8, load_u16, load_u32 = _loader(types.uint8, I8), _loader(types.uint16, I16), _loader(types.uint32, I32)
 load_i8, load_i16, load_i32, load_f32 = (
@@ -162,7 +160,7 @@ load_i8, load_i16, load_i32, load_f32 = (
 )
 load_u64 = _loader(types.uint64, I64)
 store_u8, store_u16, store_u32 = _storer(types.uint8), _storer(types.uint16), _storer(types.uint32)
-store_u64, store_f32 = _storer(types.uint64), _storer(types.float32)
+store_u64 = _storer(types.uint64)
 
 
 def _copy_bytes(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:

@@ -39,7 +39,6 @@ from kvcomp.kernels.cpu.decode import (
 from kvcomp.spec import PAGE_TOKENS as TOKENS
 
 f32, i64 = np.float32, np.int64
-NO_BOOK = i64(4)  # slot of codes of fixed width, behind the four books
 
 
 @compiled
