@@ -6,6 +6,7 @@ the disk.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -66,6 +67,8 @@ def write(path: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
     target = Path(os.path.realpath(place(path)))  # a link stays a link
     if target.exists() and not target.is_file():
         raise InvalidInput(f"{path} is a folder, a pipe or a device, which no file replaces: give another path")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder: make it first", str(target.parent))
     remove_abandoned(target.parent, _mark(target))
     descriptor, temporary = _create(target)
     try:

@@ -262,3 +262,23 @@ def test_a_method_that_cannot_hold_a_model_is_said_to_have_failed(tmp_path: Path
         assert not found[name]["fidelity"]
     assert "kvcomp failed" in result.output
     assert found["fp8"]["memory"]["teacher_forced"]["coded_bits"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (("evaluate", *SMALL, "--lengths", "10"), 1, "at least 64 tokens"),
+        (("evaluate", *SMALL, "--seed", "-1"), 2, "--seed"),
+        (("evaluate", *SMALL, "--json", "."), 2, "is a folder"),
+        (("tune", "--spec", "kvcomp-klt:balanced"), 2, "has its own levels"),
+        (("tune", "-o", "none/kvcomp.json"), 2, "no folder none"),
+        (("generate", "-n", "5000"), 1, "positions of the model"),
+        (("generate", "--seed", "99999999999999999999999"), 2, "--seed"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_it_begins(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, word: str
+) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, word in " ".join(result.output.split())) == (code, True), result.output
+    assert not list(tmp_path.iterdir())

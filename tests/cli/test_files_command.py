@@ -217,14 +217,42 @@ def test_tensors_that_cannot_be_compressed(tmp_path: Path, content: Any, word: s
 
 def test_usage(tmp_path: Path, single: Path) -> None:
     (tmp_path / "no.safetensors").write_bytes(b"hello")
-    assert run("compress", tmp_path / "no.safetensors", "-o", tmp_path / "out.kvc")[0] == 1
-    assert run("compress", single, "-o", tmp_path / "none" / "out.kvc")[0] == 1
+    code, text = run("compress", tmp_path / "no.safetensors", "-o", tmp_path / "out.kvc")
+    assert (code, "no.safetensors is no safetensors file" in text) == (1, True)
+    assert run("compress", single, "-o", tmp_path / "none" / "out.kvc")[0] == 2
+    assert run("compress", single, "-o", tmp_path)[0] == 2
+    assert run("compress", single, "-o", "~nobody-of-this-name/out.kvc")[0] == 2
+    before = single.read_bytes()
+    assert run("compress", single, "-o", single)[0] == 2
+    assert single.read_bytes() == before
     assert run("compress", single)[0] == 2
     assert run("compress", tmp_path / "none", "-o", tmp_path / "out.kvc")[0] == 2
     code, text = run("compress", single, "-o", tmp_path / "out.kvc", "--spec", "zip")
     assert (code, "no preset" in text) == (2, True)
     assert run("verify")[0] == 2
     assert run("inspect", tmp_path)[0] == 2
+
+
+@pytest.mark.parametrize("channels", [8, 24, 40])
+def test_heads_that_are_held_wider_come_back(tmp_path: Path, channels: int) -> None:
+    save_file({kind: torch.randn(1, 2, 200, channels) for kind in "kv"}, tmp_path / "in.safetensors")
+    assert run("compress", tmp_path / "in.safetensors", "-o", tmp_path / "a.kvc")[0] == 0
+    code, text = run("decompress", tmp_path / "a.kvc", "-o", tmp_path / "back.safetensors")
+    assert code == 0, text
+    assert all(x.shape == (1, 2, 200, channels) for x in load_file(tmp_path / "back.safetensors").values())
+    back = kvcomp.load(tmp_path / "a.kvc").decompress()
+    assert all(x.is_contiguous() for x in back)
+
+
+def test_the_home_folder_and_names_with_brackets(tmp_path: Path, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, text = run("compress", single, "--output=~/x[bold].kvc")
+    assert code == 0, text
+    assert (tmp_path / "x[bold].kvc").exists()
+    code, text = run("inspect", tmp_path / "x[bold].kvc")
+    assert (code, "x[bold].kvc: 1 rows" in text) == (0, True)
+    code, text = run("inspect", tmp_path / "x[bold].kvc", "--plot", tmp_path / "p.xyz")
+    assert (code, "end in .png" in text) == (1, True)
 
 
 def test_a_file_of_padding_is_not_decompressed(tmp_path: Path) -> None:

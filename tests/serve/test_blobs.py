@@ -281,6 +281,18 @@ def test_a_process_that_holds_the_folder_is_not_waited_for(tmp_path: Path) -> No
     store.put([(KEYS[0], [b"x"])])
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    store = open_blobs(tmp_path)
+    store.put([(KEYS[0], [b"old"])])
+
+    def failing(*args: Any, **options: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "utime", failing)
+    assert values(store, KEYS[:1]) == [b"old"]
+
+
 @pytest.mark.parametrize("call", ["write", "fsync", "replace", "utime"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_folder_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:

@@ -19,6 +19,7 @@ from kvcomp.cli.common import (
     quiet_loading,
     resumable,
     screen,
+    writable,
 )
 from kvcomp.cli.tables import show_bench
 
@@ -46,9 +47,9 @@ def bench(
     prompt_tokens: Annotated[Numbers, typer.Option(help="Prompt tokens of generate; may be repeated")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate", min=2)] = None,
     rounds: Annotated[int | None, typer.Option(help="Most rounds of a measurement", min=5)] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the results go; the plots beside it")] = Path(
-        "kvcomp-bench.json"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the results go; the plots beside it", callback=writable)
+    ] = Path("kvcomp-bench.json"),
     resume: Resume = False,
 ) -> None:
     """Time decode attention, encoding, decompression and generation, with and without compression.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcomp.cli.common import MODEL_HELP, Resume, bar, plain_errors, quiet_loading, resumable, say
+from kvcomp.cli.common import MODEL_HELP, Resume, bar, plain_errors, quiet_loading, resumable, say, writable
 from kvcomp.cli.tables import show_calibration
 from kvcomp.spec import is_calibrated
 
@@ -22,7 +22,12 @@ def calibrate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The .kvcal file to write [default: one in the user's cache folder]"),
+        typer.Option(
+            "--output",
+            "-o",
+            help="The .kvcal file to write [default: one in the user's cache folder]",
+            callback=writable,
+        ),
     ] = None,
     text: Annotated[
         Path | None,

@@ -42,7 +42,7 @@ CalibrationFile = Annotated[
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run with the same options was stopped")]
-Seed = Annotated[int, typer.Option(help="Seed of the look-ups")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the look-ups")]
 
 screen, errors = Console(), Console(stderr=True)
 
@@ -75,6 +75,23 @@ def say(message: str) -> None:
 def say_error(message: str) -> None:
     """Print what went wrong to stderr."""
     errors.print(Text.assemble(("error: ", "bold red"), message), highlight=False, soft_wrap=True)
+
+
+def writable(path: Path | None) -> Path | None:
+    """Where a command will write, refused before any work if it cannot be written; ``~`` is the home folder."""
+    if path is None:
+        return None
+    from kvcomp.disk import place  # NumPy is not loaded for --help
+
+    try:
+        target = place(path)
+    except KVCompError as error:
+        raise typer.BadParameter(str(error)) from None
+    if target.is_dir():
+        raise typer.BadParameter(f"{path} is a folder: name a file in it")
+    if not target.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {target.parent}: make it first")
+    return target
 
 
 def in_times(ratio: float) -> str:

@@ -23,6 +23,7 @@ from kvcomp.cli.common import (
     quiet_loading,
     resumable,
     screen,
+    writable,
 )
 from kvcomp.cli.tables import show_evaluation
 from kvcomp.errors import InvalidInput
@@ -56,7 +57,9 @@ def evaluate(
     ] = None,
     task_limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task [default: all]")] = None,
     seed: Seed = 0,
-    output: Annotated[Path, typer.Option("--json", help="Where the results go")] = Path("kvcomp-evaluate.json"),
+    output: Annotated[Path, typer.Option("--json", help="Where the results go", callback=writable)] = Path(
+        "kvcomp-evaluate.json"
+    ),
     resume: Resume = False,
 ) -> None:
     """Measure what compression costs a model: fidelity, look-ups, tasks, bits and errors, against other methods.

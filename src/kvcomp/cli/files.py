@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self
 import typer
 from rich.table import Table
 
-from kvcomp.cli.common import SPEC_NAMES, CalibrationFile, check_spec, in_times, plain_errors, say, screen
+from kvcomp.cli.common import SPEC_NAMES, CalibrationFile, check_spec, in_times, plain_errors, say, screen, writable
 from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.spec import TensorSpec
 
@@ -30,7 +30,7 @@ Compressed = Annotated[Path, typer.Argument(help="A .kvc file", exists=True, dir
 
 def compress(
     source: Tensors,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .kvc file to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .kvc file to write", callback=writable)],
     spec: Annotated[str, typer.Option(help=SPEC_NAMES)] = "kvcomp",
     calibration: CalibrationFile = None,
 ) -> None:
@@ -39,6 +39,7 @@ def compress(
     Every whole page of 64 tokens is compressed; what is left at the end stays as it is.
     """
     check_spec(spec)
+    _check_other(source, output)
     with plain_errors():
         from kvcomp import files
         from kvcomp.calibration import resolve
@@ -60,10 +61,11 @@ def compress(
 
 def decompress(
     source: Compressed,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write", callback=writable)],
     calibration: CalibrationFile = None,
 ) -> None:
     """Write K and V of a .kvc file to a safetensors file, under the names that compress reads."""
+    _check_other(source, output)
     with plain_errors():
         from safetensors.torch import save
 
@@ -95,7 +97,9 @@ def decompress(
 def inspect(
     source: Compressed,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON instead")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the bits of every layer and head to this file")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the bits of every layer and head to this file", callback=writable)
+    ] = None,
     calibration: CalibrationFile = None,
 ) -> None:
     """Say what a .kvc file holds: its spec, its size by part, and the bits of each layer and head."""
@@ -157,13 +161,22 @@ def _read(calibration: Path | None) -> Any:
     return None if calibration is None else Calibration.read(calibration)
 
 
+def _check_other(source: Path, output: Path) -> None:
+    """Refuse to write in the place of what is read."""
+    if output.exists() and output.samefile(source):
+        raise typer.BadParameter(f"{output} is what is read: give another file", param_hint="--output")
+
+
 class _Source:
     """K and V in a safetensors file: ``k`` and ``v``, or ``layers.N.k`` and ``layers.N.v`` for N from 0."""
 
     def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        opened: Any = safe_open(path, framework="pt")
+        try:
+            opened: Any = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise InvalidInput(f"{path} is no safetensors file: {error}") from None
         self.file = opened
         names = set(opened.keys())
         self.single = names == {"k", "v"}
@@ -238,9 +251,7 @@ def _show(source: Path, container: Any, memory: dict[int, Any], bits: dict[int, 
         f"{kind}: {tensor.unit} units, {_scales(tensor)}, {tensor.coding}"
         for kind, tensor in (("K", header.spec.key), ("V", header.spec.value))
     )
-    screen.print(
-        f"{source}: {header.rows} rows of {header.tokens} tokens, {len(header.layers)} of {header.model_layers} layers"
-    )
+    say(f"{source}: {header.rows} rows of {header.tokens} tokens, {len(header.layers)} of {header.model_layers} layers")
     say(f"{tensors}; window {header.spec.window}, sinks {header.spec.sinks}")
     if header.model is not None:
         about = header.model.get("configuration")
@@ -273,6 +284,8 @@ def _draw(path: Path, bits: dict[int, Any]) -> None:
         from kvcomp.results import plots
     except ImportError:
         raise InvalidInput("--plot needs matplotlib: pip install 'kvcomp[plots]'") from None
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise InvalidInput(f"--plot draws to files that end in .png, .svg or .pdf, not {path.name}")
     width = max(x.shape[1] for x in bits.values())
     rows = [[*of, *[float("nan")] * (width - len(of))] for x in bits.values() for of in x.tolist()]
     names = [f"{layer} {kind}" for layer in bits for kind in "KV"]

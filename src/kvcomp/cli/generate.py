@@ -29,9 +29,10 @@ from kvcomp.cli.common import (
     plain_errors,
     quiet_loading,
     screen,
+    writable,
 )
 from kvcomp.cli.prefix import Prefixes
-from kvcomp.errors import InvalidInput
+from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.spec import CALIBRATED, CodecSpec
 
 if TYPE_CHECKING:
@@ -65,11 +66,13 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sample at this temperature; 0 takes the likeliest token")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the sampling")] = 0,
     prefix_store: Annotated[
         str | None, typer.Option(help="Folder or redis:// URL: load what the prompt begins with, and store it")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures to this file", callback=writable)
+    ] = None,
 ) -> None:
     """Generate text from a compressed KV cache and say what it cost.
 
@@ -85,6 +88,7 @@ def generate(
         if prompt_file is not None:
             prompt = _read_text(prompt_file) + (prompt or "")
         ids = _own_prompt(loaded.tokenizer) if prompt is None else _prompt_ids(loaded.tokenizer, prompt, raw)
+        _check_positions(loaded.model.config, len(ids), max_new_tokens)
         if budget is not None:
             loaded = _within(loaded, budget, len(ids) + max_new_tokens)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
@@ -126,6 +130,18 @@ def _within(loaded: Loaded, budget: str, tokens: int) -> Loaded:
     plan = plan_for(text_config(loaded.model.config), CALIBRATED, loaded.calibration, budget, tokens)
     screen.print(str(plan), style="dim")
     return loaded._replace(spec=plan.spec)
+
+
+def _check_positions(config: Any, prompt: int, new: int) -> None:
+    """Raise LimitExceeded before any work if the model's positions end in it."""
+    from kvcomp.integrations.transformers.models import position_limit, text_config
+
+    limit = position_limit(text_config(config))
+    if limit is not None and prompt + new > limit:
+        raise LimitExceeded(
+            f"{prompt} tokens of the prompt and {new} new ones are more than the {limit} positions of the model: "
+            "give a shorter prompt, or a smaller --max-new-tokens"
+        )
 
 
 def _prompt_ids(tokenizer: Any, text: str, raw: bool) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvcomp.cli.common import plain_errors, screen
+from kvcomp.cli.common import plain_errors, screen, writable
 from kvcomp.errors import InvalidInput
 
 DEFAULT_RESULTS = "kvcomp-evaluate.json", "kvcomp-tune.json", "kvcomp-bench.json"
@@ -18,7 +18,9 @@ def report(
         list[Path] | None,
         typer.Argument(help=f"Results files [default: {', '.join(DEFAULT_RESULTS)}, as far as they are here]"),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write", callback=writable)] = Path(
+        "report.html"
+    ),
 ) -> None:
     """Write one HTML page with all numbers, pictures and settings, that needs no network and no other file."""
     with plain_errors():

@@ -21,10 +21,11 @@ from kvcomp.cli.common import (
     quiet_loading,
     resumable,
     screen,
+    writable,
 )
 from kvcomp.cli.tables import show_tuning
 from kvcomp.errors import InvalidInput
-from kvcomp.spec import PRESETS
+from kvcomp.spec import PRESETS, is_calibrated
 
 
 def tune(
@@ -46,8 +47,12 @@ def tune(
     scored_tokens: Annotated[int, typer.Option(min=2, help="Tokens scored after each")] = 256,
     lists: Annotated[int, typer.Option(min=0, help="Look-up lists that --keep looks at too")] = 4,
     seed: Seed = 7,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The spec file to write")] = Path("kvcomp.json"),
-    figures: Annotated[Path | None, typer.Option("--json", help="Write what was measured to this file")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The spec file to write", callback=writable)] = Path(
+        "kvcomp.json"
+    ),
+    figures: Annotated[
+        Path | None, typer.Option("--json", help="Write what was measured to this file", callback=writable)
+    ] = None,
     resume: Resume = False,
 ) -> None:
     """Find the spec of fewest bits that keeps a model's quality, and say when not to compress it.
@@ -56,6 +61,10 @@ def tune(
     """
     if sum(goal is not None for goal in (keep, max_kl, like)) > 1:
         raise typer.BadParameter("give one of --keep, --max-kl and --like")
+    if is_calibrated(spec):
+        raise typer.BadParameter(
+            "a calibration has its own levels: start from a preset or a spec.json", param_hint="--spec"
+        )
     if max_kl is not None and not max_kl > 0:
         raise typer.BadParameter("--max-kl must be above 0: nothing lossy has no KL")
     goal: dict[str, Any] = {"keep": keep, "max_kl": max_kl, "like": like if keep or max_kl or like else "kivi-4"}

@@ -17,6 +17,7 @@ from kvcomp.evaluate.models import attends_to_all
 from kvcomp.evaluate.retrieval import (
     DEPTHS,
     LEAST_KEYS,
+    LEAST_LENGTH,
     Quiz,
     answered,
     lengths_up_to,
@@ -73,6 +74,8 @@ class Plan:
             options["lengths"] = tuple(lengths_up_to(min(limit, 4 * plan.prompt)))
         plan = cls(**options)
         longest = max(plan.prompt + plan.scored, plan.streaming_prompt + plan.streamed, *plan.lengths)
+        if min(plan.lengths, default=LEAST_LENGTH) < LEAST_LENGTH:
+            raise InvalidInput(f"look-ups need contexts of at least {LEAST_LENGTH} tokens, not {min(plan.lengths)}")
         if plan.prompt < 1 or longest > limit:
             raise InvalidInput(
                 f"the model has {limit} positions and {longest} tokens are asked for: "

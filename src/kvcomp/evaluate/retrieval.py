@@ -16,6 +16,7 @@ from torch import Tensor
 from kvcomp.evaluate.fidelity import Sample, sample
 from kvcomp.evaluate.text import LookupLists, Tokenizer, encode, start_ids
 
+LEAST_LENGTH = 64  # tokens that hold a look-up or a passkey and what is asked
 LEAST_KEYS = 64  # words of one token that a tokenizer must have for look-ups
 DEPTHS = 5  # bins of a context, from its first token to its last
 FILLER = "# The grass is green and the sky is blue.\n"

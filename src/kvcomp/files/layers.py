@@ -88,7 +88,8 @@ def pack_stores(
     shapes = {(store.batch, store.tokens) for store in stores.values()}
     if len(shapes) != 1 or (0, 0) in shapes:
         raise InvalidInput(
-            "only layers that hold the same rows and tokens, at least one, can be saved: fill the cache first"
+            f"only layers that hold the same rows and tokens, at least one, go into a file, not {sorted(shapes)}: "
+            "fill the cache first"
         )
     ((batch, tokens),) = shapes
     parts = [parts_of(store, layer) for layer, store in sorted(stores.items())]

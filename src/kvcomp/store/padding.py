@@ -27,8 +27,8 @@ class Widen:
         return torch.nn.functional.pad(x.detach(), (0, self.held - self.channels))
 
     def undo(self, x: Tensor, places: Tensor | None = None) -> Tensor:
-        """Undo ``apply``."""
-        return x[..., : self.channels]
+        """Undo ``apply``; contiguous, as what has other channels than are held is given away."""
+        return x[..., : self.channels].contiguous()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -114,7 +115,16 @@ def _read(place: Path) -> Buffer | None:
     """A value; what is no file, or an empty one, is no value."""
     try:
         data = disk.read(place)
-        os.utime(place)
+        _touch(place)
     except (FileNotFoundError, CorruptData, InvalidInput):
         return None
     return data.data
+
+
+def _touch(place: Path) -> None:
+    """Say that a value was read. Who may only read says nothing."""
+    try:
+        os.utime(place)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise

@@ -39,7 +39,7 @@ class RedisBlobs:
     def __init__(self, url: str, timeout: float) -> None:
         self.url, self.timeout = url, timeout
         parts = urlsplit(url)
-        self.name = parts.hostname or parts.path  # not the URL, which may hold a password
+        self.name = parts.hostname or parts.path or "localhost"  # not the URL, which may hold a password
         self.lock = threading.Lock()
         self.process, self.checked = 0, False
         try:
