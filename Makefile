@@ -20,7 +20,7 @@ BASELINES := $(VENV)/baselines
 MODELS := $(VENV)/models
 ADAPTERS := $(VENV)/adapters
 # Some processes, each with one thread: workers of OpenMP that spin beside each other are many times slower.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test check test-oldest test-lmcache test-vllm check-vllm test-adapters fuzz lint types layers emulate gpu-compile gpu-model gpu-check slow models bench-quality bench-real bench-rates bench-tasks bench-lmcache bench-vllm bench-llama bench-latents bench-attention bench-codec bench-generate tables docs clean
 
