@@ -137,7 +137,7 @@ def _check_positions(config: Any, prompt: int, new: int) -> None:
     from kvcomp.integrations.transformers.models import position_limit, text_config
 
     limit = position_limit(text_config(config))
-    if limit is not None and prompt + new > limit:
+    if limit is not None and prompt + new - 1 > limit:  # the last token is not read
         raise LimitExceeded(
             f"{prompt} tokens of the prompt and {new} new ones are more than the {limit} positions of the model: "
             "give a shorter prompt, or a smaller --max-new-tokens"

@@ -27,7 +27,7 @@ class Widen:
         return torch.nn.functional.pad(x.detach(), (0, self.held - self.channels))
 
     def undo(self, x: Tensor, places: Tensor | None = None) -> Tensor:
-        """Undo ``apply``; contiguous, as what has other channels than are held is given away."""
+        """Undo ``apply``; contiguous."""
         return x[..., : self.channels].contiguous()
 
 
