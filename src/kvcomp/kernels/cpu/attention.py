@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcomp.codec.dtypes import FLOAT32, PATCHED, RAW
+from kvcomp.codec.dtypes import FLOAT32, RAW
 from kvcomp.kernels.cpu.bits import (
     address_of,
     compiled,
@@ -35,16 +35,12 @@ from kvcomp.kernels.cpu.page import (
 from kvcomp.kernels.cpu.products import add_raw_values, score_raw_keys
 from kvcomp.kernels.cpu.scores import (
     add_coded_values,
-    add_fixed_values,
     score_coded_keys,
-    score_fixed_keys,
 )
 from kvcomp.kernels.cpu.scratch import (
-    KEY_SLOTS,
     lay_out,
     prepare,
     take_books,
-    take_pairs,
     take_scales,
 )
 from kvcomp.kernels.cpu.softmax import LOG2_E, LOWEST, soften, weigh
@@ -130,10 +126,7 @@ def attend_page(
         score_raw(block, s.key_channels * value_bytes, tokens, dtype, s)
     else:
         codes = take_scales(page, block, mode, K, head, heads, k_unit, v_unit, steps, s)
-        if mode >= PATCHED:
-            score_fixed_keys(codes, k_unit, mode, words, s)
-        else:
-            score_coded_keys(k_unit, take_pairs(codes, mode, K, k_unit, books, s), books, s)
+        score_coded_keys(codes, k_unit, mode, words, books, s)
     if bias:
         add_bias(bias, bias_step, tokens, s)
 
@@ -148,10 +141,7 @@ def attend_page(
         add_raw(block, s.value_channels * value_bytes, tokens, dtype, s, out)
     else:
         codes = take_scales(page, block, mode, V, head, heads, k_unit, v_unit, steps, s)
-        if mode >= PATCHED:
-            add_fixed_values(codes, v_unit, mode, words, s, out)
-        else:
-            add_coded_values(v_unit, take_pairs(codes, mode, V, v_unit, books, s), books, s, out)
+        add_coded_values(codes, v_unit, mode, words, books, s, out)
 
 
 @compiled
@@ -238,7 +228,7 @@ def attend_tasks(
     memory = np.empty(lay_out(i64(0), queries, channels, value_channels, table_bytes).end + 64, np.uint8)
     s = lay_out(address_of(memory), queries, channels, value_channels, table_bytes)
     prepare(s)
-    scaled, q_sum, rest = floats_at(s.q, (queries, s.padded)), floats_at(s.q_sum, queries), floats_at(s.rest, queries)
+    scaled, rest = floats_at(s.q, (queries, s.padded)), floats_at(s.rest, queries)
     factor = f32(scaling) if softcap else f32(scaling) * LOG2_E
     bias_step = i64(4) * bias.shape[3]
     k_unit, v_unit, steps_at = units[0], units[1], row_address(steps, 0)
@@ -257,8 +247,6 @@ def attend_tasks(
         for g in range(queries):
             for c in range(channels):
                 scaled[g, c] = q[row, head, g, c] * factor
-            q_sum[g] = scaled[g].sum()
-        integers_at(s.key_ready, KEY_SLOTS)[:] = 0
         sums = partial_out[number, head]
         sums[:], rest[:] = f32(0), f32(0)
         partial_peak[number, head], partial_total[number, head] = LOWEST, f32(0)

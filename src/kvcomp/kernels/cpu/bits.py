@@ -86,22 +86,23 @@ def emitted(result: types.Type, arguments: Sequence[types.Type], emit: Emit) -> 
     return intrinsic(typing)
 
 
-def alone(name: str, emit: Emit) -> Emit:
-    """The same as a function of its own that is not inlined.
+def alone(name: str, emit: Emit, result: ir.Type | None = None) -> Emit:
+    """The same as a function of its own that is not inlined; its result has this type.
 
-    Where it is called in a loop, LLVM would load the constants of all its cases before each turn.
+    Where it is called in a loop, LLVM would load the constants of all its cases before each turn, or keep what its
+    caller needs in registers.
     """
 
-    def call(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    def call(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
+        kind = ir.FunctionType(result or ir.VoidType(), [arg.type for arg in args])
         if name not in builder.module.globals:
             function = ir.Function(builder.module, kind, name)
             function.linkage = "internal"
             function.attributes.add("noinline")
             body = ir.IRBuilder(function.append_basic_block("entry"))
-            emit(context, body, function.args)
-            body.ret_void()
-        builder.call(builder.module.globals[name], args)
+            value = emit(context, body, function.args)
+            body.ret_void() if value is None else body.ret(value)
+        return builder.call(builder.module.globals[name], args)
 
     return call
 
@@ -201,10 +202,11 @@ float_of = emitted(
 def _prefetch(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
     kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(prefetch, [at(builder, args[0]), I32(0), I32(3), I32(1)])  # to read, keep near, data
+    builder.call(prefetch, [at(builder, args[0]), I32(0), I32(2), I32(1)])  # to read, in the second cache, data
 
 
-prefetch = emitted(types.void, [types.int64], _prefetch)  # the cache line at an address
+# prefetch(address): ask for a cache line. A block at once has more of them than the first cache can wait for.
+prefetch = emitted(types.void, [types.int64], _prefetch)
 
 
 def _fetch_add(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
 """Blocks -> pairs of codes (docs/format.md, sections 4 and 5), the innermost loop of every reader.
 
-Decoded pairs lie where the products want them: K as [channel pair][token], V as [token pair][channel].
-A pair has 16 bits in one of two forms: *narrow* ``bits : 6 | a : 5 | b : 5``, an entry of a decode table as it is, or
+Decoded pairs lie in the order of their streams, [s][j][pair][g] (section 4), so that a store's place is known early. A
+pair has 16 bits in one of two forms: *narrow* ``bits : 6 | a : 5 | b : 5``, an entry of a decode table as it is, or
 *wide* ``a : 8 | b : 8``.
 """
 
@@ -23,6 +23,8 @@ from kvcomp.kernels.cpu.bits import (
     I16,
     I32,
     I64,
+    LANES,
+    alone,
     at,
     compiled,
     emitted,
@@ -32,7 +34,6 @@ from kvcomp.kernels.cpu.bits import (
     splat,
     vector,
 )
-from kvcomp.spec import PAGE_TOKENS as TOKENS
 
 K, V = np.int64(0), np.int64(1)  # not int: Numba would compile for each of the two numbers
 NARROW_A, NARROW_B = 6, 11  # first bits of a and b
@@ -46,6 +47,7 @@ WIDE, NARROW, EMPTY = 0, 1, 2  # forms; of a class of a single code, which takes
 
 TOGETHER = 8  # TOGETHER streams are decoded at the same time: lanes j, j + 4, .. j + 28 of one s
 STREAM_STEP = 4 * 8  # bytes between their positions
+PAIR_STEP = 2 * TOGETHER  # bytes from the pairs that they begin with to those that follow
 
 
 @compiled
@@ -84,7 +86,7 @@ def build_table(lengths, symbols, bits, table):
     """Build the decode table of a class whose longest code has so many bits: 2^bits narrow entries.
 
     Where codes are split, the entries are of the high parts. The codes of a length are entered when the table has just
-    one place for each, then the table is doubled.
+    one place for each, then the table is doubled. The place of a word is its complement: see ``_pair_decoder``.
     """
     begin = np.zeros(18, np.int64)
     for symbol in range(symbols * symbols):
@@ -105,112 +107,112 @@ def build_table(lengths, symbols, bits, table):
             table[size + i] = table[i]
         size *= 2
         for index in range(begin[length], begin[length + 1]):
-            table[_reversed(code << (64 - length))] = ordered[index]
+            table[size - 1 - _reversed(code << (64 - length))] = ordered[index]
             code += 1
         code <<= 1
 
 
 def _pair_decoder(*window_pairs: int, checked: bool = False, split: bool = False) -> Any:
-    """``decode(positions, table, table_bits, k, offsets, out, low, pairs)``: the next pairs of eight streams.
+    """``decode(positions, table, table_bits, k, out, low, pairs)``: the next pairs of eight streams, g = 0 to 7.
 
     The streams are interleaved. All but table_bits, k and pairs are addresses. Returns how many pairs there were.
-    positions: int64, the absolute bit positions of the streams, which move on; three lie between two of these streams.
-    offsets: int64, where each pair lies in the output, in bytes; the eight streams lie side by side.
+    positions: int64, one before the absolute bit positions of the streams, which move on; three lie between two.
     pairs: a multiple of all window_pairs.
-    checked: stop before a window whose pairs do not fit the 57 bits that are sure.
-    split: k low bits of a, then of b follow each code word. For ``join`` what follows goes to ``low``, at the same
-    place.
+    checked: stop before a window whose pairs do not fit the 56 bits that are sure.
+    split: k low bits of a, then of b follow each code word. For ``join`` they go to ``low``, at the same place, with a
+    bit before them.
 
-    A stream's window is 64 bits from its position, ended by a sentinel 1: its leading zeros count what was taken.
-    Positions stay in memory: registers are for the windows.
+    A stream's window is 64 bits from its position, ended by a sentinel 1: its leading zeros count what was taken. Its
+    first bit is not the stream's, so that the next word stands where a byte offset in the table needs it. The
+    complement of that word needs no copy of the window (``andn``). Positions stay in memory: registers are for windows.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-        positions, table, table_bits, k, offsets, out, low, pairs = args
-        mask = builder.not_(builder.shl(I64(-1), table_bits))
-        done = cgutils.alloca_once_value(builder, I64(0))
-        head, body, end = (builder.append_basic_block(name) for name in ("head", "body", "end"))
+        positions, table, table_bits, k, out, low, pairs = args
+        mask = builder.shl(builder.not_(builder.shl(I64(-1), table_bits)), I64(1))
+        end, of_low = builder.add(out, builder.mul(pairs, I64(PAIR_STEP))), builder.sub(low, out)
+        place = cgutils.alloca_once_value(builder, out)
+        slots = [at(builder, positions, STREAM_STEP * stream) for stream in range(TOGETHER)]
+        local = [cgutils.alloca_once_value(builder, builder.load(slot, typ=I64)) for slot in slots]
+        head, body, done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
         builder.branch(head)
 
         builder.position_at_end(head)
-        pair = builder.load(done, typ=I64)
-        builder.cbranch(builder.icmp_signed("<", pair, pairs), body, end)
+        to = builder.load(place, typ=I64)
+        builder.cbranch(builder.icmp_unsigned("<", to, end), body, done)
 
         builder.position_at_end(body)
         for first, count in zip(accumulate((0, *window_pairs)), window_pairs, strict=False):
             windows = []
-            for stream in range(TOGETHER):
-                position = builder.load(at(builder, positions, STREAM_STEP * stream), typ=I64)
+            for moving in local:
+                position = builder.load(moving, typ=I64)
                 bits = builder.load(at(builder, builder.lshr(position, I64(3))), align=1, typ=I64)
-                windows.append(builder.or_(builder.lshr(bits, builder.and_(position, I64(7))), I64(-(1 << 63))))
+                windows.append(builder.lshr(bits, builder.and_(position, I64(7))))
             for i in range(first, first + count):
-                offset = builder.load(at(builder, builder.add(offsets, builder.shl(pair, I64(3))), 8 * i), typ=I64)
-                target, of_low = builder.add(out, offset), builder.add(low, offset)
-                for stream in range(TOGETHER):
-                    index = builder.shl(builder.and_(windows[stream], mask), I64(1))
+                for stream, window in enumerate(windows):
+                    offset = PAIR_STEP * i + 2 * stream
+                    index = builder.and_(builder.not_(window), mask)
                     found = builder.load(at(builder, builder.add(table, index)), typ=I16)
-                    builder.store(found, at(builder, target, 2 * stream), align=2)
-                    rest = builder.lshr(windows[stream], builder.and_(builder.zext(found, I64), I64(63)))
+                    builder.store(found, at(builder, to, offset), align=2)
+                    rest = window if i > first else builder.or_(window, I64(-(1 << 63)))
+                    rest = builder.lshr(rest, builder.and_(builder.zext(found, I64), I64(63)))
                     if split:
-                        builder.store(builder.trunc(rest, I16), at(builder, of_low, 2 * stream), align=2)
+                        builder.store(builder.trunc(rest, I16), at(builder, builder.add(to, of_low), offset), align=2)
                         rest = builder.lshr(rest, builder.shl(k, I64(1)))
                     windows[stream] = rest
             if checked:
-                over = I64(0)  # negative once the sentinel has come down to the lowest six bits of a window
+                over = I64(0)  # negative once the sentinel has come down to the lowest seven bits of a window
                 for window in windows:
-                    over = builder.or_(over, builder.sub(window, I64(64)))
+                    over = builder.or_(over, builder.sub(window, I64(128)))
                 go_on = builder.append_basic_block("go_on")
-                builder.cbranch(builder.icmp_signed("<", over, I64(0)), end, go_on)
+                builder.cbranch(builder.icmp_signed("<", over, I64(0)), done, go_on)
                 builder.position_at_end(go_on)
-            for stream in range(TOGETHER):
-                slot = at(builder, positions, STREAM_STEP * stream)
-                taken = builder.ctlz(windows[stream], I1(1))
-                builder.store(builder.add(builder.load(slot, typ=I64), taken), slot)
-            builder.store(builder.add(pair, I64(first + count)), done)
+            for window, moving in zip(windows, local, strict=True):
+                taken = builder.ctlz(window, I1(1))
+                builder.store(builder.add(builder.load(moving, typ=I64), taken), moving)
+            builder.store(builder.add(to, I64(PAIR_STEP * (first + count))), place)
         builder.branch(head)
 
-        builder.position_at_end(end)
-        return builder.load(done, typ=I64)
+        builder.position_at_end(done)
+        for slot, moving in zip(slots, local, strict=True):
+            builder.store(builder.load(moving, typ=I64), slot)
+        return builder.sdiv(builder.sub(builder.load(place, typ=I64), out), I64(PAIR_STEP))
 
-    return emitted(types.int64, [types.int64] * 8, emit)
+    name = f"decode_{'_'.join(map(str, window_pairs))}{'_checked' * checked}{'_split' * split}"
+    return emitted(types.int64, [types.int64] * 7, alone(name, emit, I64))
 
 
-def _joiner(lanes: int) -> Any:
-    """``join(pairs, low, k, count)``: narrow pairs and the low bits of each to wide pairs, in place.
+def _join(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
+    pairs, low, k, count = args
+    k, words_of = builder.trunc(k, I16), vector(I16)
+    of_one = builder.not_(builder.shl(I16(-1), k))
+    high = builder.shl(I16(31), k)
+    masks = [high, builder.shl(high, I16(8)), of_one, builder.shl(of_one, I16(8))]
+    shifts = [builder.sub(I16(amount), k) for amount in (NARROW_A, NARROW_B - 8, 7)]
+    high_a, high_b, low_a, low_b = (splat(builder, mask) for mask in masks)
+    down_a, down_b, up_b = (splat(builder, shift) for shift in shifts)
+    with cgutils.for_range_slice(builder, I64(0), count, I64(LANES), I64) as (i, _):
+        place, of_low = (at(builder, builder.add(x, builder.shl(i, I64(1)))) for x in (pairs, low))
+        words, rest = (builder.load(x, align=2, typ=words_of) for x in (place, of_low))
+        a = builder.and_(builder.lshr(words, down_a), high_a)
+        a = builder.or_(a, builder.and_(builder.lshr(rest, splat(builder, I16(1))), low_a))
+        b = builder.and_(builder.lshr(words, down_b), high_b)
+        b = builder.or_(b, builder.and_(builder.shl(rest, up_b), low_b))
+        builder.store(builder.or_(a, b), place, align=2)
 
-    The low bits are k of a and then k of b; ``count`` is a multiple of lanes.
-    """
-    words_of = vector(I16, lanes)
 
-    def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
-        pairs, low, k, count = args
-        k = builder.trunc(k, I16)
-        of_one = builder.not_(builder.shl(I16(-1), k))
-        high = builder.shl(I16(31), k)
-        masks = [high, builder.shl(high, I16(8)), of_one, builder.shl(of_one, I16(8))]
-        shifts = [builder.sub(I16(NARROW_A), k), builder.sub(I16(NARROW_B - 8), k), builder.sub(I16(8), k)]
-        high_a, high_b, low_a, low_b = (splat(builder, mask, lanes) for mask in masks)
-        down_a, down_b, up_b = (splat(builder, shift, lanes) for shift in shifts)
-        with cgutils.for_range_slice(builder, I64(0), count, I64(lanes), I64) as (i, _):
-            place, of_low = (at(builder, builder.add(x, builder.shl(i, I64(1)))) for x in (pairs, low))
-            words, rest = (builder.load(x, align=2, typ=words_of) for x in (place, of_low))
-            a = builder.or_(builder.and_(builder.lshr(words, down_a), high_a), builder.and_(rest, low_a))
-            b = builder.and_(builder.lshr(words, down_b), high_b)
-            b = builder.or_(b, builder.and_(builder.shl(rest, up_b), low_b))
-            builder.store(builder.or_(a, b), place, align=2)
-
-    return emitted(types.void, [types.int64] * 4, emit)
-
+# join(pairs, low, k, count): narrow pairs and the low bits of each to wide pairs, in place. Low bits are a bit of no
+# meaning, k of a and then k of b; ``count`` is a multiple of 16.
+join = emitted(types.void, [types.int64] * 4, _join)
 
 _narrow_4, _narrow_8 = _pair_decoder(4), _pair_decoder(8, checked=True)
 _split_4, _split_8 = _pair_decoder(4, checked=True, split=True), _pair_decoder(3, 3, 2, split=True)
 _split_2 = _pair_decoder(2, split=True)
-_join_8, _join_16 = _joiner(8), _joiner(16)
 
 
 @compiled
-def decode_pairs(book, index, positions, table, offsets, out, low, pairs):
-    """Decode the pairs of a class, a multiple of 8.
+def decode_pairs(book, index, positions, table, out, low, pairs):
+    """Decode the pairs of a class, a multiple of 8 for each of eight streams, to the form of that class.
 
     A window has as many as always fit or, where such mostly do, twice as many.
     """
@@ -218,45 +220,23 @@ def decode_pairs(book, index, positions, table, offsets, out, low, pairs):
     fast = of_class(book, index, FAST)
     done = pairs if form == EMPTY else 0
     while done < pairs:
+        to, low_to = out + PAIR_STEP * done, low + PAIR_STEP * done
         if form == NARROW:
             if fast:
-                done += _narrow_8(positions, table, bits, split, offsets + 8 * done, out, low, pairs - done)
+                done += _narrow_8(positions, table, bits, split, to, low_to, pairs - done)
+                to = out + PAIR_STEP * done
             if done < pairs:
-                some = 8 if fast else pairs
-                done += _narrow_4(positions, table, bits, split, offsets + 8 * done, out, low, some)
+                done += _narrow_4(positions, table, bits, split, to, low_to, 8 if fast else pairs)
         else:
             if not fast:
-                done += _split_8(positions, table, bits, split, offsets, out, low, pairs)
+                done += _split_8(positions, table, bits, split, to, low_to, pairs)
             else:
-                done += _split_4(positions, table, bits, split, offsets + 8 * done, out, low, pairs - done)
+                done += _split_4(positions, table, bits, split, to, low_to, pairs - done)
                 if done < pairs:
-                    done += _split_2(positions, table, bits, split, offsets + 8 * done, out, low, 4)
-
-
-@compiled
-def join(book, index, rows, columns, row_bytes, pairs, low):
-    """Make the pairs of a class wide by their low bits, if that is its form.
-
-    The rows have so many columns, a multiple of 8.
-    """
-    split = of_class(book, index, SPLIT)
-    if of_class(book, index, FORM) == WIDE:
-        for row in range(rows):
-            if columns % 16:
-                _join_8(pairs + row * row_bytes, low + row * row_bytes, split, columns)
-            else:
-                _join_16(pairs + row * row_bytes, low + row * row_bytes, split, columns)
-
-
-@compiled
-def pair_offsets(kind, channels, offsets):
-    """Byte offset of each of a stream's D/2 pairs in the decoded block, without that of the stream (section 4)."""
-    run = channels // 8
-    for pair in range(channels // 2):
-        if kind == K:  # [channel pair][64 tokens]
-            offsets[pair] = pair % run * 128 + pair // run * 16
-        else:  # [token pair][D channels]
-            offsets[pair] = (8 * (pair >> 1 & 3) + 4 * (pair & 1)) * 2 * channels + 16 * (pair >> 3)
+                    to, low_to = out + PAIR_STEP * done, low + PAIR_STEP * done
+                    done += _split_2(positions, table, bits, split, to, low_to, 4)
+    if form == WIDE:
+        join(out, low, split, TOGETHER * pairs)
 
 
 @compiled
@@ -273,14 +253,6 @@ def unit_bits(channels):
     return 2 if channels <= 128 else 3 if channels <= 256 else 4
 
 
-@compiled
-def stream_offset(kind, channels, s, j):
-    """Byte offset of the streams (s, j, g = 0 .. 7), which lie side by side."""
-    if kind == K:
-        return j * (channels // 8) * 128 + s * 64
-    return j * 2 * channels + s * channels
-
-
 def _begin(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
     codes, kind, unit_bits, positions = args
     four = vector(I64, 4)
@@ -295,7 +267,7 @@ def _begin(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> Non
     shifts = integers(I64, range(4, 4 + 4 * 7, 7))
     bases = builder.and_(builder.lshr(splat(builder, head, 4), shifts), integers(I64, [127] * 4))
     differences = builder.add(codes, I64(4))
-    first = builder.add(builder.shl(differences, I64(3)), builder.shl(width, I64(6)))
+    first = builder.sub(builder.add(builder.shl(differences, I64(3)), builder.shl(width, I64(6))), I64(1))
     so_far = splat(builder, first, 4)
     is_key = builder.icmp_signed("==", kind, I64(K))
     for four_streams in range(STREAMS // 4):
@@ -313,37 +285,30 @@ def _begin(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> Non
         so_far = builder.add(so_far, builder.shuffle_vector(sums, sums, integers(I32, [3] * 4)))
 
 
-# begin_streams(codes, kind, unit_bits, positions): where the streams of a block begin, in bits from address 0.
-# It goes by the lengths at ``codes``, in units of 2^unit_bits bits.
+# begin_streams(codes, kind, unit_bits, positions): the bits before those that the streams of a block begin with, from
+# address 0. It goes by the lengths at ``codes``, in units of 2^unit_bits bits.
 begin_streams = emitted(types.void, [types.int64] * 4, _begin)
 
 
 @compiled
-def decode_huffman(codes, kind, channels, book, tables, offsets, positions, out, low):
+def decode_huffman(codes, kind, channels, book, tables, positions, out, low):
     """Decode the lengths of 64 streams, and the streams behind them, to pairs; all are addresses but ``book``.
 
     tables: int64 [classes], addresses. positions: scratch, int64 [64]. low: scratch, as large as ``out``.
     """
     table_of, classes = integers_at(tables, MOST_CLASSES), book[CLASSES]
     begin_streams(codes, kind, unit_bits(channels), positions)
-    for s in range(2):
-        first, last = s * (channels // 16), (s + 1) * (channels // 16)  # tiles of eight channels of V, eight pairs each
-        tile = first
-        while tile < last:
-            index, end = 0, last
-            if kind == V and classes > 1:
-                index = class_of(V, channels, classes, 8 * tile)
-                end = min(last, (channels // 8 * (index + 1) + 3) // 4)
-            for j in range(4):
-                if kind == K and classes > 1:
-                    index = j
-                streams, place = positions + (STREAMS // 2 * s + j) * 8, stream_offset(kind, channels, s, j)
-                places, pairs = offsets + 64 * (tile - first), 8 * (end - tile)
-                decode_pairs(book, index, streams, table_of[index], places, out + place, low + place, pairs)
-            if kind == V:
-                join(book, index, TOKENS // 2, 8 * (end - tile), 2 * channels, out + 16 * tile, low + 16 * tile)
+    half = channels // 16  # tiles of eight channels of V, eight pairs each, of a half s
+    for stream in range(8):
+        s, j = stream // 4, stream % 4
+        streams, place = positions + 8 * (STREAMS // 2 * s + j), PAIR_STEP * 8 * half * stream
+        tile = 0
+        while tile < half:
+            index, end = 0, half
+            if classes > 1:
+                index = j if kind == K else class_of(V, channels, classes, 8 * (s * half + tile))
+                if kind == V:
+                    end = min(half, (channels // 8 * (index + 1) + 3) // 4 - s * half)
+            to = place + PAIR_STEP * 8 * tile
+            decode_pairs(book, index, streams, table_of[index], out + to, low + to, 8 * (end - tile))
             tile = end
-    if kind == K:
-        for j in range(4):
-            place = stream_offset(kind, channels, 0, j)
-            join(book, j if classes > 1 else 0, 1, TOKENS * channels // 8, 0, out + place, low + place)

@@ -41,6 +41,7 @@ from kvcomp.kernels.cpu.decode import (
     NARROW,
     NARROW_A,
     NARROW_B,
+    PAIR_STEP,
     WIDE,
     K,
     V,
@@ -59,7 +60,6 @@ from kvcomp.kernels.cpu.page import (
 from kvcomp.kernels.cpu.patched import decode_patched
 from kvcomp.kernels.cpu.scratch import (
     lay_out,
-    offsets_of,
     prepare,
     run_of_form,
     take_books,
@@ -195,10 +195,30 @@ def widen(form, pairs, count, first):
 
 
 @compiled
-def widen_pairs(kind, slot, books, channels, pairs, first):
-    """Widen the pairs of a block to codes of eight bits each, in place.
+def to_rows(kind, channels, pairs, rows):
+    """Bring pairs from the order of their streams to rows, address to address: [channel pair][token] of K, [token
+    pair][channel] of V.
+    """
+    of_j = channels // 8
+    for stream in range(8):
+        s, j = stream // 4, stream % 4
+        if kind == K:
+            for t in range(4):
+                for row in range(j * of_j, (j + 1) * of_j):
+                    copy_bytes(pairs, rows + 2 * (TOKENS * row + TILE * (t + 4 * s)), PAIR_STEP)
+                    pairs += PAIR_STEP
+        else:
+            for tile in range(s * channels // 16, (s + 1) * channels // 16):
+                for row in range(j, TOKENS // 2, 4):
+                    copy_bytes(pairs, rows + 2 * (channels * row + TILE * tile), PAIR_STEP)
+                    pairs += PAIR_STEP
 
-    books, pairs and first are addresses; ``first`` is scratch, uint16 [channels or tokens].
+
+@compiled
+def widen_pairs(kind, slot, books, channels, rows, first):
+    """Widen rows of pairs of a block to codes of eight bits each, in place.
+
+    books, rows and first are addresses; ``first`` is scratch, uint16 [channels or tokens].
     """
     book = book_at(books, slot)
     if kind == K:
@@ -206,7 +226,7 @@ def widen_pairs(kind, slot, books, channels, pairs, first):
         for index in range(MOST_CLASSES):
             twice[:] = of_class(book, index, FIRST) * 0x0101
             for row in range(channels // 8 * index, channels // 8 * (index + 1)):
-                widen(of_class(book, index, FORM), pairs + 2 * TOKENS * row, TOKENS, first)
+                widen(of_class(book, index, FORM), rows + 2 * TOKENS * row, TOKENS, first)
         return
     twice = halves_at(first, channels)
     for c in range(channels):
@@ -214,20 +234,20 @@ def widen_pairs(kind, slot, books, channels, pairs, first):
     for index in range(MOST_CLASSES):
         begin, end, form = run_of_form(index, slot, books, channels)
         for i in range(TOKENS // 2):
-            widen(form, pairs + 2 * (channels * i + begin), end - begin, first + 2 * begin)
+            widen(form, rows + 2 * (channels * i + begin), end - begin, first + 2 * begin)
 
 
 @compiled
-def restore(kind, pairs, by_channel, scale, zero, turned, channels, values):
-    """Restore pairs of codes of eight bits each to float32 values [token, channel].
+def restore(kind, rows, by_channel, scale, zero, turned, channels, values):
+    """Restore rows of pairs of codes of eight bits each to float32 values [token, channel].
 
-    pairs, scale, zero, turned and values are addresses; ``turned`` is scratch for the pairs of K, token by token.
+    rows, scale, zero, turned and values are addresses; ``turned`` is scratch for the pairs of K, token by token.
     """
     half, row_bytes = channels // 2, 4 * channels
     if kind == K:
         for i in range(0, half, TILE):
             for t in range(0, TOKENS, TILE):
-                transpose_tile(pairs + 2 * (TOKENS * i + t), 2 * TOKENS, turned + 2 * (half * t + i), 2 * half)
+                transpose_tile(rows + 2 * (TOKENS * i + t), 2 * TOKENS, turned + 2 * (half * t + i), 2 * half)
         for t in range(TOKENS):
             words, out = turned + 2 * half * t, values + row_bytes * t
             if by_channel:
@@ -236,7 +256,7 @@ def restore(kind, pairs, by_channel, scale, zero, turned, channels, values):
                 _keys_by_token(words, half, scale + 4 * t, zero + 4 * t, out, out)
         return
     for i in range(TOKENS // 2):
-        words, out = pairs + 2 * channels * i, values + 2 * row_bytes * i
+        words, out = rows + 2 * channels * i, values + 2 * row_bytes * i
         if by_channel:
             _values_by_channel(words, channels, scale, zero, out, out + row_bytes)
         else:
@@ -257,7 +277,8 @@ def decompress_pages(pages, units, books, steps, heads, channels, dtype, out, st
     prepare(s)
     take_books(address_of(books), s)
     first = np.empty(MAX_CHANNELS, np.uint16)
-    turned = np.empty(TOKENS * channels[0] // 2, np.uint16)
+    pair_rows = np.empty(TOKENS * max(channels[0], channels[1]) // 2, np.uint16)
+    of_pairs = address_of(pair_rows)
     for index in range(pages.size):
         page = pages[index]
         for number in range(2 * heads):
@@ -272,19 +293,20 @@ def decompress_pages(pages, units, books, steps, heads, channels, dtype, out, st
                     copy_bytes(block + t * width * size, rows + t * strides[kind, 1], width * size)
                 continue
             codes = take_scales(page, block, mode, kind, head, heads, units[0], units[1], address_of(steps), s)
-            if mode >= FIXED:
-                decode_fixed(codes, kind, width, fixed_width(mode), offsets_of(kind, s), s.values, s.pairs)
-            elif mode == PATCHED:
-                decode_patched(codes, kind, width, offsets_of(kind, s), s.values, s.pairs)
+            if mode == PATCHED:
+                decode_patched(codes, kind, width, s.values, of_pairs)
                 zeros = floats_at(s.zero, max(width, TOKENS))
                 zeros += f32(HEAD_ZERO)
+            elif mode >= FIXED:
+                decode_fixed(codes, kind, width, fixed_width(mode), s.values, s.pairs)
+                to_rows(kind, width, s.pairs, of_pairs)
             else:
                 slot = take_pairs(codes, mode, kind, units[kind], address_of(books), s)
-                widen_pairs(kind, slot, address_of(books), width, s.pairs, address_of(first))
+                to_rows(kind, width, s.pairs, of_pairs)
+                widen_pairs(kind, slot, address_of(books), width, of_pairs, address_of(first))
                 if units[kind] == HEAD:
                     floats_at(s.zero, TOKENS)[:] = f32(HEAD_ZERO)
-            by_channel = units[kind] == CHANNEL
-            restore(kind, s.pairs, by_channel, s.scale, s.zero, address_of(turned), width, s.values)
+            restore(kind, of_pairs, units[kind] == CHANNEL, s.scale, s.zero, s.pairs, width, s.values)
             for t in range(TOKENS):
                 narrow(dtype, s.values + 4 * t * width, rows + t * strides[kind, 1], width)
-    return memory.size  # mentioned here, so that Numba keeps it until here
+    return memory.size + pair_rows.size  # mentioned here, so that Numba keeps them until here

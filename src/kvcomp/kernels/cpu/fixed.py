@@ -35,12 +35,11 @@ from kvcomp.kernels.cpu.bits import (
     compiled,
     emitted,
     integers,
-    integers_at,
     products_of_pairs,
     splat,
     vector,
 )
-from kvcomp.kernels.cpu.decode import V, stream_offset
+from kvcomp.kernels.cpu.decode import PAIR_STEP, V
 
 HALF = STREAMS // 2  # streams of a half, which a row of codes is of
 GROUPS, PARTS = 8, 4  # values of g and j
@@ -174,8 +173,13 @@ def _neighbours(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return builder.fadd(*(builder.shuffle_vector(x, y, integers(I32, chosen)) for chosen in of))
 
 
-def _by_queries(name: str, arguments: int, emit: Callable[[int, Any, ir.IRBuilder, Sequence[ir.Value]], None]) -> Any:
-    """A function of so many integers and the number of queries, which is up to ``TOGETHER``; a body for each."""
+def by_queries(
+    name: str,
+    arguments: int,
+    emit: Callable[[int, Any, ir.IRBuilder, Sequence[ir.Value]], None],
+    most: int = TOGETHER,
+) -> Any:
+    """A function of so many integers and the number of queries; a body for each number up to ``most``."""
 
     def call(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
         *of_all, queries = args
@@ -183,7 +187,7 @@ def _by_queries(name: str, arguments: int, emit: Callable[[int, Any, ir.IRBuilde
         def of_count(count: int) -> None:
             alone(f"{name}_{count}", partial(emit, count))(context, builder, of_all)
 
-        each_case(builder, queries, range(1, TOGETHER + 1), of_count)
+        each_case(builder, queries, range(1, most + 1), of_count)
 
     return emitted(types.void, [types.int64] * (arguments + 1), call)
 
@@ -232,12 +236,12 @@ def _pairs(queries: int, context: Any, builder: ir.IRBuilder, args: Sequence[ir.
 
 # some_words(codes, width, run, runs, factors, factor_bytes, steps, out, out_bytes, queries): ``some_pairs`` of both
 # halves of a block, whose codes stay in registers. A run is of so many positions, whole pieces.
-some_words = _by_queries("some_words", 9, _words)
+some_words = by_queries("some_words", 9, _words)
 # some_pairs(pairs, fours, four_bytes, runs, run_bytes, factors, factor_bytes, steps, out, out_bytes, queries):
 # out[query, n, g] += steps[query] * sum over positions r and parts j of factors[query, r, j] * codes[n, r, g, j]
 # factors: int16 [query][pair][j][2]. Codes are int16 [pair][g, j][2] of four positions after one another; fours and
 # runs n are so many bytes apart.
-some_pairs = _by_queries("some_pairs", 10, _pairs)
+some_pairs = by_queries("some_pairs", 10, _pairs)
 
 
 @compiled
@@ -283,11 +287,10 @@ pair_up = emitted(types.void, [types.int64] * 3, _pair)  # a row of pairs of cod
 
 
 @compiled
-def decode_fixed(codes, kind, channels, width, offsets, unpacked, out):
+def decode_fixed(codes, kind, channels, width, unpacked, out):
     """Decode codes of a fixed width to wide pairs, address to address; ``unpacked`` is scratch as in ``multiply``."""
-    step, place_of = stream_offset(kind, channels, 0, 1), integers_at(offsets, channels // 2)
+    step = PAIR_STEP * (channels // 2)
     for s in range(2):
         unpack(codes + 4 * HALF * s, width, channels, unpacked)
         for pair in range(channels // 2):
-            target = out + stream_offset(kind, channels, s, 0) + place_of[pair]
-            pair_up(unpacked + ROW * pair, target, step)
+            pair_up(unpacked + ROW * pair, out + PARTS * step * s + PAIR_STEP * pair, step)

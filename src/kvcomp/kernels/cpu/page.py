@@ -26,9 +26,6 @@ from kvcomp.kernels.cpu.decode import (
     FORM,
     LENGTHS,
     MOST_CLASSES,
-    NARROW,
-    NARROW_A,
-    NARROW_B,
     SYMBOLS,
     K,
     V,
@@ -123,7 +120,7 @@ def build_tables(book, places):
 
 
 @compiled
-def decode_words(codes, mode, kind, channels, books, begin, built, offsets, streams, pairs, low):
+def decode_words(codes, mode, kind, channels, books, begin, built, streams, pairs, low):
     """Decode the words of a Huffman block to pairs; all but mode, kind and channels are addresses.
 
     begin: int64 [4, 4], where the tables of each book's classes lie.
@@ -136,7 +133,7 @@ def decode_words(codes, mode, kind, channels, books, begin, built, offsets, stre
     if not is_built[slot]:
         is_built[slot] = 1
         build_tables(book, integers_at(tables, MOST_CLASSES))
-    decode_huffman(codes, kind, channels, book, tables, offsets, streams, pairs, low)
+    decode_huffman(codes, kind, channels, book, tables, streams, pairs, low)
     return slot
 
 
@@ -144,11 +141,3 @@ def decode_words(codes, mode, kind, channels, books, begin, built, offsets, stre
 def fixed_width(mode):
     """Bits of a code in a block of fixed width."""
     return mode - FIXED if mode > FIXED else 8
-
-
-@compiled
-def code_masks(form):
-    """Masks of a and b in a pair, and what brings the masked values back to codes."""
-    if form == NARROW:
-        return 31 << NARROW_A, 31 << NARROW_B, f32(1 / (1 << NARROW_A)), f32(1 / (1 << NARROW_B))
-    return 0xFF, 0xFF00, f32(1), f32(1 / 256)

@@ -26,7 +26,6 @@ from kvcomp.kernels.cpu.bits import (
     at,
     compiled,
     emitted,
-    integers_at,
     load_i8,
     load_i16,
     load_u8,
@@ -35,7 +34,7 @@ from kvcomp.kernels.cpu.bits import (
     store_u16,
     vector,
 )
-from kvcomp.kernels.cpu.decode import K, V, stream_offset
+from kvcomp.kernels.cpu.decode import K, V
 from kvcomp.kernels.cpu.fixed import (
     GROUPS,
     ROW,
@@ -148,15 +147,19 @@ def multiply_patched(block, kind, channels, factors, factor_bytes, steps, querie
 
 
 @compiled
-def decode_patched(block, kind, channels, offsets, unpacked, out):
-    """Decode pieces to wide pairs of codes plus 128, address to address; ``unpacked`` is scratch as in ``multiply``."""
+def decode_patched(block, kind, channels, unpacked, out):
+    """Decode pieces to rows of wide pairs of codes plus 128, see ``decompress.to_rows``.
+
+    block, out and unpacked are addresses; the last is scratch as in ``multiply``.
+    """
     words, exceptions = block + head_bytes(channels), begin_exceptions(block, channels)
-    count, place_of = channels // PIECE, integers_at(offsets, channels // 2)
+    count = channels // PIECE
     for half in range(2):
         words, exceptions = unpack_half(block, channels, half, count, i64(128), words, exceptions, unpacked)
         for pair in range(channels // 2):
+            piece, of_piece = pair >> 3, pair & 7
             if kind == V:
-                target, step = stream_offset(V, channels, half, 0) + place_of[pair], 2 * channels
-            else:  # [channel pair][64 tokens]; a piece has eight pairs, two of each lane & 3
-                target, step = 128 * (8 * (pair >> 3) + (pair & 1)) + 16 * ((pair >> 1 & 3) + 4 * half), 256
+                target, step = 8 * channels * of_piece + 16 * (piece + count * half), 2 * channels
+            else:
+                target, step = 128 * (8 * piece + (of_piece & 1)) + 16 * ((of_piece >> 1) + 4 * half), 256
             pair_up(unpacked + ROW * pair, out + target, step)

@@ -22,18 +22,14 @@ from kvcomp.kernels.cpu.decode import (
     FIRST,
     FORM,
     MOST_CLASSES,
-    NARROW,
-    WIDE,
     K,
     V,
     class_of,
     of_class,
-    pair_offsets,
 )
 from kvcomp.kernels.cpu.page import (
     TOKENS,
     book_at,
-    code_masks,
     decode_words,
     fixed_width,
     load_scales,
@@ -41,8 +37,7 @@ from kvcomp.kernels.cpu.page import (
     token_scales_at,
 )
 
-FACTORS = MAX_CHANNELS // 2  # room for the factors of a query's pairs
-SLOTS, KEY_SLOTS = 4, 2
+SLOTS = 4
 
 f32, i64 = np.float32, np.int64
 
@@ -50,8 +45,7 @@ f32, i64 = np.float32, np.int64
 class Scratch(NamedTuple):
     """What a task runner works in, by address; float32 where nothing is said.
 
-    It holds addresses, as passing arrays on counts references. A *slot* is one of a row's four books. For K there are
-    two: 0 is the default, 1 the own book.
+    It holds addresses, as passing arrays on counts references. A *slot* is one of a row's four books.
     """
 
     queries: int
@@ -59,16 +53,9 @@ class Scratch(NamedTuple):
     value_channels: int
     padded: int  # floats of a row of q: at least the channels of K and of V and the tokens, a multiple of 32
     q: int  # [queries, padded], scaled
-    q_sum: int  # [queries]
     factors: int  # int16 [queries, padded]: those of a block of fixed width
     steps: int  # [queries]: of the factors
     sums: int  # [queries]: of scaled factors times zeros
-    key_a: int  # [slots of K, queries, FACTORS]: q for the first code of each pair, where no channel has its own scale
-    key_b: int  # and for the second
-    key_bias: int  # [slots of K, queries]: what the first codes of the classes add to every score
-    key_ready: int  # int64 [slots of K]
-    of_a: int  # [queries, FACTORS]: the factors for a block
-    of_b: int
     score: int  # [queries, tokens], then weights
     part: int  # [queries, channels of V], or those of K
     rest: int  # [queries]: what every channel of the output gets
@@ -77,16 +64,12 @@ class Scratch(NamedTuple):
     scale: int  # [units of a block]
     zero: int
     ones: int
-    unit: int  # [slots, channels]: what brings masked codes of K back, see ``code_masks``
-    narrow_unit: int  # [channels]: the same for a class, by the parity of channel or token
-    wide_unit: int
     first: int  # [slots, channels]: the first code of the class of each channel, plus a zero that is always the same
-    form: int  # int64 [slots]: whether the two are there, and (2) whether any ``first`` is not 0
+    form: int  # int64 [slots]: whether it is there, and (2) whether any ``first`` is not 0
     values: int  # [tokens, channels]: raw values, or int16 [channels, half the streams]: codes of fixed width
     pairs: int  # uint16 [tokens * channels / 2]: decoded codes
     low: int  # uint16 [tokens * channels / 2]: their low bits, where these are apart
     streams: int  # int64 [streams]
-    offsets: int  # int64 [K or V, pairs of a stream]
     begin: int  # int64 [books, classes]: where the tables lie
     built: int  # int64 [books]
     tables: int
@@ -100,17 +83,10 @@ def lay_out(base, queries, key_channels, value_channels, table_bytes):
     padded = max((channels + 31) & ~31, TOKENS)
     line = 64
     q = (base + line - 1) & ~i64(line - 1)
-    q_sum = q + 4 * queries * padded
-    factors = q_sum + 4 * ((queries + 15) & ~15)
+    factors = q + 4 * queries * padded
     steps = factors + 2 * queries * padded
     sums = steps + 4 * ((queries + 15) & ~15)
-    key_a = sums + 4 * ((queries + 15) & ~15)
-    key_b = key_a + 4 * KEY_SLOTS * queries * FACTORS
-    key_bias = key_b + 4 * KEY_SLOTS * queries * FACTORS
-    key_ready = key_bias + 4 * KEY_SLOTS * ((queries + 15) & ~15)
-    of_a = key_ready + line
-    of_b = of_a + 4 * queries * FACTORS
-    score = of_b + 4 * queries * FACTORS
+    score = sums + 4 * ((queries + 15) & ~15)
     part = score + 4 * queries * TOKENS
     rest = part + 4 * queries * padded
     seen = rest + 4 * ((queries + 15) & ~15)
@@ -118,24 +94,19 @@ def lay_out(base, queries, key_channels, value_channels, table_bytes):
     scale = hidden + 8 * ((queries + 7) & ~7)
     zero = scale + 4 * MAX_CHANNELS
     ones = zero + 4 * MAX_CHANNELS
-    unit = ones + 4 * MAX_CHANNELS
-    narrow_unit = unit + 4 * SLOTS * MAX_CHANNELS
-    wide_unit = narrow_unit + 4 * MAX_CHANNELS
-    first = wide_unit + 4 * MAX_CHANNELS
+    first = ones + 4 * MAX_CHANNELS
     form = first + 4 * SLOTS * MAX_CHANNELS
     values = form + line
     pairs = values + 4 * TOKENS * channels
     low = pairs + TOKENS * channels
     streams = low + TOKENS * channels
-    offsets = streams + 8 * STREAMS
-    begin = offsets + 8 * channels
+    begin = streams + 8 * STREAMS
     built = begin + 2 * line
     tables = built + line
     end = tables + table_bytes
     return Scratch(
-        queries, key_channels, value_channels, padded, q, q_sum, factors, steps, sums,
-        key_a, key_b, key_bias, key_ready, of_a, of_b, score, part, rest, seen, hidden, scale, zero, ones, unit,
-        narrow_unit, wide_unit, first, form, values, pairs, low, streams, offsets, begin, built, tables, end,
+        queries, key_channels, value_channels, padded, q, factors, steps, sums, score, part, rest, seen, hidden, scale,
+        zero, ones, first, form, values, pairs, low, streams, begin, built, tables, end,
     )  # fmt: skip
 
 
@@ -144,26 +115,14 @@ def prepare(s):
     """Fill what does not change."""
     floats_at(s.q, (s.queries, s.padded))[:] = f32(0)
     floats_at(s.ones, MAX_CHANNELS)[:] = f32(1)
-    for form, place in ((NARROW, s.narrow_unit), (WIDE, s.wide_unit)):
-        units = floats_at(place, MAX_CHANNELS)
-        _, _, units[::2], units[1::2] = code_masks(form)
     floats_at(s.scale, MAX_CHANNELS)[:] = f32(1)
     floats_at(s.zero, MAX_CHANNELS)[:] = f32(0)
-    for kind in (K, V):
-        channels = channels_of(kind, s)
-        pair_offsets(kind, channels, integers_at(offsets_of(kind, s), channels // 2))
 
 
 @compiled
 def channels_of(kind, s):
     """Channels of K or of V."""
     return s.value_channels if kind == V else s.key_channels
-
-
-@compiled
-def offsets_of(kind, s):
-    """Address of the offsets of a stream's pairs, for K or V."""
-    return s.offsets + kind * 4 * max(s.key_channels, s.value_channels)
 
 
 @compiled
@@ -180,7 +139,7 @@ def take_books(books, s):
 
 @compiled
 def set_form(kind, value_unit, slot, books, s):
-    """Fill ``unit`` and ``first`` of a slot.
+    """Fill ``first`` of a slot.
 
     For the unit ``head``, whose zero is always the same, ``first`` takes in the zero.
     """
@@ -189,15 +148,13 @@ def set_form(kind, value_unit, slot, books, s):
         return
     form[slot] = 1
     channels = channels_of(kind, s)
-    unit, first = floats_at(s.unit, (SLOTS, MAX_CHANNELS))[slot], floats_at(s.first, (SLOTS, MAX_CHANNELS))[slot]
-    narrow_unit, wide_unit = floats_at(s.narrow_unit, MAX_CHANNELS), floats_at(s.wide_unit, MAX_CHANNELS)
+    first = floats_at(s.first, (SLOTS, MAX_CHANNELS))[slot]
     book = book_at(books, slot)
     for c in range(MAX_CHANNELS):
         index = class_of(kind, channels, book[CLASSES], min(c, channels - 1))
-        form_of_class, lowest = of_class(book, index, FORM), of_class(book, index, FIRST)
+        lowest = of_class(book, index, FIRST)
         if value_unit == HEAD:
             lowest += HEAD_ZERO
-        unit[c] = wide_unit[c] if form_of_class == WIDE else narrow_unit[c]
         first[c] = f32(lowest)
         if lowest:
             form[slot] = 2
@@ -205,7 +162,7 @@ def set_form(kind, value_unit, slot, books, s):
 
 @compiled
 def run_of_form(index, slot, books, count):
-    """Find the channels, or channel pairs, of the classes from one on that have pairs of the same form.
+    """Find the channels, or other parts of a block, of the classes from one on that have pairs of the same form.
 
     Returns (begin, end, form) among ``count`` of them; none for a class that the run from an earlier one takes in.
     """
@@ -216,7 +173,7 @@ def run_of_form(index, slot, books, count):
     end = index + 1
     while end < MOST_CLASSES and of_class(book, end, FORM) == form:
         end += 1
-    return count // 4 * index, count // 4 * end, form
+    return count * index // 4, count * end // 4, form
 
 
 @compiled
@@ -240,8 +197,6 @@ def take_scales(page, block, mode, kind, head, heads, k_unit, v_unit, steps, s):
 @compiled
 def take_pairs(codes, mode, kind, unit, books, s):
     """Decode a Huffman block to pairs in scratch. Returns the slot of its book."""
-    slot = decode_words(
-        codes, mode, kind, channels_of(kind, s), books, s.begin, s.built, offsets_of(kind, s), s.streams, s.pairs, s.low
-    )
+    slot = decode_words(codes, mode, kind, channels_of(kind, s), books, s.begin, s.built, s.streams, s.pairs, s.low)
     set_form(kind, unit, slot, books, s)
     return slot
