@@ -51,7 +51,7 @@ def test_times_come_with_their_setting_their_spread_and_the_error(tmp_path: Path
     assert {"device", "torch", "commit", "date", "GOMP_SPINCOUNT"} <= set(found["setting"])
     assert [row["threads"] for row in found["attention"]] == [1, 2]
     for row in found["attention"]:
-        assert row["error"] < checks.TOLERANCE
+        assert row["error"] < checks.SHORT_TOLERANCE  # the small model is timed in bfloat16
         assert row["rounds"] == 5
         assert set(row["time_over"]) == {"sdpa_gqa", "sdpa_folded", "sdpa_repeated", "matmul"}
         for spread in (*row["time_over"].values(), *row["milliseconds"].values()):
@@ -81,7 +81,7 @@ def test_generation_is_timed_whole_with_both_caches(tmp_path: Path, spec: str) -
     assert result.exit_code == 0, result.output
     (row,) = written(output)["generate"]
     assert (row["prompt_tokens"], row["new_tokens"], row["batch"]) == (448, 4, 2)
-    assert row["error"] < checks.TOLERANCE
+    assert row["error"] < checks.SHORT_TOLERANCE  # the small model is timed in bfloat16
     assert row["total_bits"] < 16
     for times in (row["first_token_seconds"], row["milliseconds_per_token"]):
         assert set(times) == {"kvcomp", "uncompressed"}
