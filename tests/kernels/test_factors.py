@@ -47,14 +47,28 @@ def test_pairs_are_multiplied_exactly(register_bits: int | None) -> None:
 
 
 @njit
-def round_at(x, count, out):  # type: ignore[no-untyped-def]
-    return factors.round_factors(x, count, out)
+def round_at(source, scale, zero, other, count, left, out, sums):  # type: ignore[no-untyped-def]
+    return factors.round_factors(source, scale, zero, other, count, left, out, sums, sums + 4)
 
 
-def rounded(x: Any) -> tuple[np.float32, Any, Any]:
-    """Step, integers, and what rounding leaves."""
-    left, out = x.copy(), np.empty(x.size, np.int16)
-    return np.float32(round_at(left.ctypes.data, x.size, out.ctypes.data)), out, left
+def rounded(x: Any, scale: Any = None) -> tuple[np.float32, Any, Any]:
+    """Step, integers, and what rounding leaves of x times its scales. Sums are checked here."""
+    scale = np.ones_like(x) if scale is None else scale
+    left, out, sums = np.empty_like(x), np.empty(x.size, np.int16), np.array([3, 4], np.float32)
+    zero, other = np.random.default_rng(x.size).standard_normal((2, x.size)).astype(np.float32)
+    addresses = [of.ctypes.data for of in (x, scale, zero, other)]
+    step = np.float32(round_at(*addresses, x.size, left.ctypes.data, out.ctypes.data, sums.ctypes.data))
+    if np.isfinite(x).all():
+        parts = out * np.float64(step) * (zero, other)
+        np.testing.assert_allclose(sums - [3, 4], parts.sum(1), rtol=1e-4, atol=1e-5 * np.abs(parts).sum() + 1e-5)
+    return step, out, left
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_what_is_rounded_is_scaled(seed: int) -> None:
+    x, scale = np.random.default_rng(seed).standard_normal((2, 48)).astype(np.float32)
+    for ours, expected in zip(rounded(x, scale), rounded(x * scale), strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 @given(st.integers(1, 20), st.integers(0, 2**32 - 1), st.floats(-30, 30))

@@ -33,42 +33,25 @@ from kvcomp.kernels.cpu.fixed import FLOATS, PARTS, WORDS
 LARGEST = 32767
 
 
-def _scale(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-    source, scale, zero, count, out = args
-    total = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * LANES))
-    with cgutils.for_range_slice(builder, I64(0), builder.shl(count, I64(2)), I64(4 * LANES), I64) as (offset, _):
-        x, s, z = (
-            builder.load(at(builder, builder.add(address, offset)), align=4, typ=FLOATS)
-            for address in (source, scale, zero)
-        )
-        x = builder.fmul(x, s)
-        builder.store(x, at(builder, builder.add(out, offset)), align=4)
-        part = builder.fmul(x, z, flags=("contract",))
-        builder.store(builder.fadd(builder.load(total, typ=FLOATS), part, flags=("contract",)), total)
-    return sum_of_lanes(builder, builder.load(total, typ=FLOATS))
-
-
-# scale_factors(source, scale, zero, count, out): x = source * scale, of so many floats, a multiple of 16. Returns the
-# sum of x * zero.
-scale_factors = emitted(types.float32, [types.int64] * 5, _scale)
-
-
 def _round(order: Sequence[int]) -> Any:
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-        source, count, out = args
+        source, scale, zero, other, count, left, out, of_zero, of_other = args
         largest = cgutils.alloca_once_value(builder, integers(I32, [0] * LANES))
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * LANES)) for _ in range(2)]
 
         def each() -> Any:
             return cgutils.for_range_slice(builder, I64(0), count, I64(LANES), I64)
 
-        def load(i: ir.Value, kind: ir.Type) -> ir.Value:
-            return builder.load(at(builder, builder.add(source, builder.shl(i, I64(2)))), align=4, typ=kind)
+        def of(address: ir.Value, i: ir.Value) -> ir.Value:
+            return at(builder, builder.add(address, builder.shl(i, I64(2))))
 
         def larger(x: ir.Value, y: ir.Value) -> ir.Value:
             return builder.select(builder.icmp_unsigned(">", x, y), x, y)
 
         with each() as (i, _):  # magnitudes are ordered as their bits are, and NaN is above all
-            size = builder.and_(load(i, WORDS), integers(I32, [0x7FFFFFFF] * LANES))
+            x = builder.fmul(*(builder.load(of(address, i), align=4, typ=FLOATS) for address in (source, scale)))
+            builder.store(x, of(left, i), align=4)
+            size = builder.and_(builder.bitcast(x, WORDS), integers(I32, [0x7FFFFFFF] * LANES))
             builder.store(larger(size, builder.load(largest, typ=WORDS)), largest)
         most = builder.bitcast(fold_lanes(builder, builder.load(largest, typ=WORDS), larger), F32)
         step = builder.fmul(most, ir.Constant(F32, 1 / LARGEST))
@@ -78,21 +61,30 @@ def _round(order: Sequence[int]) -> Any:
         inverse, steps = splat(builder, inverse), splat(builder, step)
         whole = ir.Constant(FLOATS, [1.5 * 2**23] * LANES)  # what is added to it is rounded to the lowest bits
         with each() as (i, _):
-            x = load(i, FLOATS)
+            x = builder.load(of(left, i), align=4, typ=FLOATS)
             product = builder.fadd(builder.fmul(x, inverse, flags=("contract",)), whole, flags=("contract",))
-            rounded = builder.fmul(builder.fsub(product, whole), steps, flags=("contract",))
-            left = builder.fsub(x, rounded, flags=("contract",))
-            builder.store(left, at(builder, builder.add(source, builder.shl(i, I64(2)))), align=4)
+            number = builder.fsub(product, whole)
+            taken = builder.fmul(number, steps, flags=("contract",))
+            builder.store(builder.fsub(x, taken, flags=("contract",)), of(left, i), align=4)
+            for address, so_far in zip((zero, other), sums, strict=True):
+                part = builder.fmul(number, builder.load(of(address, i), align=4, typ=FLOATS), flags=("contract",))
+                builder.store(builder.fadd(builder.load(so_far, typ=FLOATS), part, flags=("contract",)), so_far)
             shorts = builder.trunc(builder.bitcast(product, WORDS), vector(I16))
             ordered = builder.shuffle_vector(shorts, shorts, integers(I32, order))
             builder.store(ordered, at(builder, builder.add(out, builder.shl(i, I64(1)))), align=2)
+        for address, so_far in zip((of_zero, of_other), sums, strict=True):
+            total = builder.fmul(sum_of_lanes(builder, builder.load(so_far, typ=FLOATS)), step)
+            place = at(builder, address)
+            builder.store(builder.fadd(builder.load(place, align=4, typ=F32), total), place, align=4)
         return step
 
-    return emitted(types.float32, [types.int64] * 3, emit)
+    return emitted(types.float32, [types.int64] * 9, emit)
 
 
-# round_factors(source, count, out): floats, a multiple of 16, to int16 times the step that is returned. What it leaves
-# of them stays in ``source``. The step is 0 where all are, and NaN or infinity where any is.
+# round_factors(source, scale, zero, other, count, left, out, of_zero, of_other): floats, a multiple of 16, times their
+# scales, to int16 times the step that is returned. What that leaves of them goes to ``left``, which may be the source.
+# The sums of what it takes times ``zero`` and times ``other`` are added to the two floats of_zero and of_other.
+# The step is 0 where all are, and NaN or infinity where any is.
 round_factors = _round(range(LANES))
 # The same for factors of K by channel, four of each j after one another, in the order of pieces (section 5).
 round_factors_of_pieces = _round(

@@ -13,7 +13,7 @@ from kvcomp.codec.block import MAX_CHANNELS
 from kvcomp.codec.dtypes import CHANNEL, PATCHED
 from kvcomp.kernels.cpu.bits import compiled, fill, floats_at, integers_at
 from kvcomp.kernels.cpu.decode import K, V
-from kvcomp.kernels.cpu.factors import round_factors, round_factors_of_pieces, scale_factors, turn_factors
+from kvcomp.kernels.cpu.factors import round_factors, round_factors_of_pieces, turn_factors
 from kvcomp.kernels.cpu.fixed import multiply
 from kvcomp.kernels.cpu.huffman import multiply_huffman, turn_pairs
 from kvcomp.kernels.cpu.page import TOKENS, fixed_width
@@ -60,37 +60,38 @@ def multiply_codes(codes, kind, mode, slot, books, channels, s, out, step):
 def score_coded_keys(codes, unit, mode, words, books, s):
     """score[g, t] = sum over channels of q * (code + zero) * scale, from the codes of a block at an address.
 
-    words: integers that a factor takes, one or two. What rounding leaves of the factors is in ``part``, and the zeros
-    do without it too: so an error counts from the middle of the codes and not from the first.
+    words: integers that a factor takes, one or two. Zeros are multiplied by the rounded factors too: so an error counts
+    from the middle of the codes and not from the first.
     """
-    channels, steps, sums = s.key_channels, floats_at(s.steps, s.queries), floats_at(s.sums, s.queries)
+    channels, steps = s.key_channels, floats_at(s.steps, s.queries)
+    of_zero, of_first = floats_at(s.of_zero, s.queries), floats_at(s.of_first, s.queries)
     slot, first = take_first(codes, K, unit, mode, books, s)
     scales, zeros = (s.scale, s.zero) if unit == CHANNEL else (s.ones, s.ones)
+    other = first if first else s.ones
+    of_zero[:], of_first[:] = f32(0), f32(0)
     for g in range(s.queries):
-        sums[g] = scale_factors(s.q + 4 * g * s.padded, scales, zeros, channels, s.part + 4 * g * s.padded)
         fill(s.score + 4 * TOKENS * g, f32(0), TOKENS)
-    for _ in range(words):
+    for word in range(words):
         for g in range(s.queries):
             left, factors = s.part + 4 * g * s.padded, s.factors + 2 * g * s.padded
+            source, scale = (left, s.ones) if word else (s.q + 4 * g * s.padded, scales)
+            sums, others = s.of_zero + 4 * g, s.of_first + 4 * g
             if mode < PATCHED:
-                steps[g] = round_factors(left, channels, factors)
+                steps[g] = round_factors(source, scale, zeros, other, channels, left, factors, sums, others)
             elif mode == PATCHED:
-                steps[g] = round_factors_of_pieces(left, channels, factors)
+                steps[g] = round_factors_of_pieces(source, scale, zeros, other, channels, left, factors, sums, others)
             else:
-                steps[g] = round_factors(left, channels, s.low)
+                steps[g] = round_factors(source, scale, zeros, other, channels, left, s.low, sums, others)
                 turn_factors(s.low, channels // 8, factors)
         multiply_codes(codes, K, mode, slot, books, channels, s, s.score, 4 * TOKENS)
     for g in range(s.queries):
-        left, score = s.part + 4 * g * s.padded, s.score + 4 * TOKENS * g
-        total = sums[g] - scale_factors(left, s.ones, zeros, channels, left)
+        score = s.score + 4 * TOKENS * g
         if unit == CHANNEL:
-            add_multiple(score, s.ones, total, TOKENS)
+            add_multiple(score, s.ones, of_zero[g], TOKENS)
         else:
             if first:
-                less = scale_factors(left, s.ones, first, channels, left)
-                of_first = scale_factors(s.q + 4 * g * s.padded, s.ones, first, channels, left) - less
-                add_multiple(score, s.ones, of_first, TOKENS)
-            rescale(score, s.scale, s.zero, total, TOKENS)
+                add_multiple(score, s.ones, of_first[g], TOKENS)
+            rescale(score, s.scale, s.zero, of_zero[g], TOKENS)
 
 
 @compiled
@@ -100,38 +101,33 @@ def add_coded_values(codes, unit, mode, words, books, s, out):
     What every channel gets goes to ``rest``. words: as for ``score_coded_keys``. Weights are lost.
     """
     channels, step = s.value_channels, 4 * s.value_channels
-    sums, steps, rest = floats_at(s.sums, s.queries), floats_at(s.steps, s.queries), floats_at(s.rest, s.queries)
+    steps, rest = floats_at(s.steps, s.queries), floats_at(s.rest, s.queries)
+    of_zero, of_first = floats_at(s.of_zero, s.queries), floats_at(s.of_first, s.queries)
     part, zero = floats_at(s.part, (s.queries, channels)), floats_at(s.zero, channels)
     slot, first = take_first(codes, V, unit, mode, books, s)
     to = s.part if unit == CHANNEL else out
     scales, zeros = (s.ones, s.ones) if unit == CHANNEL else (s.scale, s.zero)
-    for g in range(s.queries):
-        weights = s.score + 4 * g * TOKENS
-        sums[g] = scale_factors(weights, scales, zeros, TOKENS, weights)
-        if first:
-            of_first = scale_factors(weights, s.ones, s.ones, TOKENS, weights)
-            add_multiple(out + g * step, first, of_first, channels)
-        if unit == CHANNEL:
+    of_zero[:], of_first[:] = f32(0), f32(0)
+    if unit == CHANNEL:
+        for g in range(s.queries):
             for c in range(channels):
                 part[g, c] = f32(0)
-    for _ in range(words):
+    for word in range(words):
         for g in range(s.queries):
-            factors = s.factors + 2 * g * s.padded
-            steps[g] = round_factors(s.score + 4 * g * TOKENS, TOKENS, factors)
+            weights, factors, scale = s.score + 4 * g * TOKENS, s.factors + 2 * g * s.padded, s.ones if word else scales
+            sums, others = s.of_zero + 4 * g, s.of_first + 4 * g
+            steps[g] = round_factors(weights, scale, zeros, s.ones, TOKENS, weights, factors, sums, others)
             if mode < PATCHED:
                 turn_pairs(factors)
         multiply_codes(codes, V, mode, slot, books, channels, s, to, step)
     for g in range(s.queries):
-        left = s.score + 4 * g * TOKENS
-        total = sums[g] - scale_factors(left, s.ones, zeros, TOKENS, left)
         if first:
-            less = scale_factors(left, s.ones, s.ones, TOKENS, left)
-            add_multiple(out + g * step, first, -less, channels)
+            add_multiple(out + g * step, first, of_first[g], channels)
         if unit == CHANNEL:
             for c in range(channels):
-                part[g, c] += total * zero[c]
+                part[g, c] += of_zero[g] * zero[c]
         else:
-            rest[g] += total
+            rest[g] += of_zero[g]
     if unit == CHANNEL:
         add_part(s, out)
 

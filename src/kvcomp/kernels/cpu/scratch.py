@@ -55,7 +55,8 @@ class Scratch(NamedTuple):
     q: int  # [queries, padded], scaled
     factors: int  # int16 [queries, padded]: those of a block of fixed width
     steps: int  # [queries]: of the factors
-    sums: int  # [queries]: of scaled factors times zeros
+    of_zero: int  # [queries]: sums of factors times zeros
+    of_first: int  # and times first codes
     score: int  # [queries, tokens], then weights
     part: int  # [queries, channels of V], or those of K
     rest: int  # [queries]: what every channel of the output gets
@@ -85,8 +86,9 @@ def lay_out(base, queries, key_channels, value_channels, table_bytes):
     q = (base + line - 1) & ~i64(line - 1)
     factors = q + 4 * queries * padded
     steps = factors + 2 * queries * padded
-    sums = steps + 4 * ((queries + 15) & ~15)
-    score = sums + 4 * ((queries + 15) & ~15)
+    of_zero = steps + 4 * ((queries + 15) & ~15)
+    of_first = of_zero + 4 * ((queries + 15) & ~15)
+    score = of_first + 4 * ((queries + 15) & ~15)
     part = score + 4 * queries * TOKENS
     rest = part + 4 * queries * padded
     seen = rest + 4 * ((queries + 15) & ~15)
@@ -105,8 +107,8 @@ def lay_out(base, queries, key_channels, value_channels, table_bytes):
     tables = built + line
     end = tables + table_bytes
     return Scratch(
-        queries, key_channels, value_channels, padded, q, factors, steps, sums, score, part, rest, seen, hidden, scale,
-        zero, ones, first, form, values, pairs, low, streams, begin, built, tables, end,
+        queries, key_channels, value_channels, padded, q, factors, steps, of_zero, of_first, score, part, rest, seen,
+        hidden, scale, zero, ones, first, form, values, pairs, low, streams, begin, built, tables, end,
     )  # fmt: skip
 
 
