@@ -124,7 +124,8 @@ def _pair_decoder(*window_pairs: int, checked: bool = False, split: bool = False
 
     A stream's window is 64 bits from its position, ended by a sentinel 1: its leading zeros count what was taken. Its
     first bit is not the stream's, so that the next word stands where a byte offset in the table needs it. The
-    complement of that word needs no copy of the window (``andn``). Positions stay in memory: registers are for windows.
+    complement of that word needs no copy of the window (``andn``). Positions are locals: stores to ``out`` would make
+    LLVM load them anew.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
