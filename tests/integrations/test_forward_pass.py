@@ -119,8 +119,8 @@ def test_a_window_that_cannot_go_back_makes_the_cache_refuse_until_it_is_reset()
     cache = filled(model)
     expected = step(model, filled(model))
     interrupted(model, cache)  # behind the sliding window
-    for match in ("did not end", "sliding windows and linear attention cannot go back"):
-        with pytest.raises(InvalidInput, match=match):
+    for _ in range(2):
+        with pytest.raises(InvalidInput, match="sliding windows and linear attention cannot go back"):
             step(model, cache)
     cache.reset()
     with torch.inference_mode():

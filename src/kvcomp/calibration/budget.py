@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kvcomp.calibration.file import Calibration
 from kvcomp.errors import InvalidInput, LimitExceeded
@@ -13,6 +13,7 @@ from kvcomp.spec import PAGE_TOKENS, CodecSpec
 UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 MIB, GIB = 1 << 20, 1 << 30
+MOST_BYTES = 1 << 60
 
 
 class Plan(NamedTuple):
@@ -37,9 +38,10 @@ def parse_bytes(text: str | int) -> int:
     if isinstance(text, int) and not isinstance(text, bool) and text > 0:
         return text
     match = SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None or not (size := int(float(match[1]) * (1024 if match[3] else 1000) ** UNITS[match[2].lower()])):
-        raise InvalidInput(f"a budget must be a size such as 2GiB or 500MB, not {text!r}")
-    return size
+    size = 0.0 if match is None else float(match[1]) * (1024 if match[3] else 1000) ** UNITS[match[2].lower()]
+    if not 1 <= size <= MOST_BYTES:
+        raise InvalidInput(f"a budget must be a size such as 2GiB or 500MB, not {str(text)[:64]!r}")
+    return int(size)
 
 
 def readable(nbytes: float) -> str:
@@ -139,10 +141,7 @@ def _finer(
 
 def _prices(calibration: Calibration, index: int) -> dict[str, dict[str, float]]:
     """Bits a value and KL of a layer at each level. Raises InvalidInput if they have not been measured."""
-    found: dict[str, dict[str, float]] = {}
-    for level, about in calibration.about.levels.items():
-        price: Any = about.get("layers", {}).get(str(index))
-        if not isinstance(price, dict) or not all(isinstance(price.get(name), float) for name in ("bits", "kl")):
-            raise InvalidInput("this calibration has no prices of layers, which a budget needs: make it anew")
-        found[level] = price
+    found = {level: about.get("layers", {}).get(str(index)) for level, about in calibration.about.levels.items()}
+    if None in found.values():
+        raise InvalidInput("this calibration has no prices of layers, which a budget needs: make it anew")
     return found

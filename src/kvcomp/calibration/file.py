@@ -106,6 +106,10 @@ class Calibration:
     """Transform and levels of each calibrated layer, by its index in the model."""
     content: bytes
     """The .kvcal file."""
+    _last: list[tuple[CodecSpec | None, dict[int, str]]] = field(
+        default_factory=lambda: [(None, {})], init=False, repr=False
+    )
+    """The last spec that was asked for, and its levels: layer after layer asks for the same."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -197,6 +201,9 @@ class Calibration:
 
     def levels_of(self, spec: CodecSpec) -> dict[int, str]:
         """The level that a spec has in each layer. Raises InvalidInput if it is of no level of this calibration."""
+        last, levels_of_last = self._last[0]
+        if spec is last:
+            return levels_of_last
         if spec.calibration != self.fingerprint:
             raise InvalidInput(
                 f"this spec belongs to the calibration {spec.calibration}, and the one given is {self.fingerprint}: "
@@ -214,6 +221,7 @@ class Calibration:
             raise InvalidInput("the steps of this spec are those of no level of the calibration")
         if spec.windows is not None and not {*spec.windows.layers} <= {*self.lacking}:
             raise InvalidInput(f"windows are in {spec.windows.layers}, and this calibration lacks {self.lacking}")
+        self._last[0] = spec, found
         return found
 
     def check_model(self, fingerprint: Mapping[str, Any]) -> None:
@@ -337,7 +345,17 @@ def _about(fields: dict[str, Any]) -> About:
     for name, level in about.levels.items():
         if not re.fullmatch(LEVEL_NAME, name) or name in ("key", "value") or not isinstance(level, dict):
             raise CorruptData(f"the calibration has a level with the name {name!r}")
+        _check_prices(name, level.get("layers", {}))
     return about
+
+
+def _check_prices(name: str, layers: Any) -> None:
+    """Raise CorruptData unless these are bits and KL of layers."""
+    prices = layers.values() if isinstance(layers, dict) else [None]
+    for price in prices:
+        both = [price.get(what) for what in ("bits", "kl")] if isinstance(price, dict) else [None]
+        if not all(isinstance(x, float) and 0 <= x < np.inf for x in both):
+            raise CorruptData(f"the calibration has prices of the level {name!r} that are no bits and KL of layers")
 
 
 def _layer_of(name: str, layers: int) -> int:

@@ -32,7 +32,7 @@ from kvcomp.cli.common import (
     writable,
 )
 from kvcomp.cli.prefix import Prefixes
-from kvcomp.errors import InvalidInput, LimitExceeded
+from kvcomp.errors import InvalidInput, KVCompError, LimitExceeded
 from kvcomp.spec import CALIBRATED, CodecSpec
 
 if TYPE_CHECKING:
@@ -195,11 +195,17 @@ def _generate(
     if compare:
         with screen.status("the same tokens from the uncompressed cache"):
             against = generation.compare(model, prompt, run)
+    failed: KVCompError | None = None
     if prefixes:
-        prefixes.keep(run.tokens)
+        try:
+            prefixes.keep(run.tokens)
+        except KVCompError as error:  # once there are results, they come first
+            failed = error
     screen.print(_table(run, against, prefixes))
     if output is not None:
         output.write_text(json.dumps(_figures(loaded.spec, run, against, prefixes), indent=2) + "\n", encoding="utf-8")
+    if failed is not None:
+        raise failed
 
 
 class _Shown:

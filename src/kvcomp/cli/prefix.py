@@ -34,8 +34,8 @@ class Prefixes:
         """Store the prompt and what followed it; then compute the prompt from its beginning, for the time
         that takes.
         """
-        self.stored = self.store.save([*self.ids[0].tolist(), *new], self.cache, self.model)
-        self.store.close()
+        with self.store:
+            self.stored = self.store.save([*self.ids[0].tolist(), *new], self.cache, self.model)
         if self.loaded:
             self.without = self._first_token(self.ids)
 

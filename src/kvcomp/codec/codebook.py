@@ -93,7 +93,7 @@ class Codebook:
     @property
     def nbytes(self) -> int:
         """Bytes of the lengths, and of what kernels made of them."""
-        return self.lengths.nbytes + sum(x.nbytes for x in self.derived.values() if isinstance(x, np.ndarray))
+        return self.lengths.nbytes + sum(x.nbytes for x in list(self.derived.values()) if isinstance(x, np.ndarray))
 
     @property
     def classes(self) -> int:

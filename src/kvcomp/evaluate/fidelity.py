@@ -13,7 +13,8 @@ All attend in the same way, with sdpa, so a lossless method has a KL of 0.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,18 @@ def attend_plainly(model: Any) -> None:
         model.set_attn_implementation("sdpa")
     except ValueError:
         model.set_attn_implementation("eager")
+
+
+@contextmanager
+def attention_setting_restored() -> Iterator[None]:
+    """Afterwards the environment has what ``attend_plainly`` sets as it was: all models of the process read it."""
+    before = os.environ.get(GROUPED)
+    try:
+        yield
+    finally:
+        os.environ.pop(GROUPED, None)
+        if before is not None:
+            os.environ[GROUPED] = before
 
 
 class _Recorder(DynamicCache):

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvcomp.calibration import Calibration
 from kvcomp.errors import CorruptData, InvalidInput, UnsupportedModel, UnsupportedVersion
+from kvcomp.evaluate.fidelity import attention_setting_restored
 from kvcomp.fit.calibrate import METHOD, Calibrator
 from kvcomp.fit.windows import Settings, Tell
 from kvcomp.integrations.transformers.identity import weights_id
@@ -63,7 +64,8 @@ def calibrate(model: PreTrainedModel, settings: Settings | None = None, tell: Te
             journal = Journal(pieces(path), identity, resume=True)
         except (InvalidInput, CorruptData):
             journal = Journal(pieces(path), identity, resume=False)
-        made = Calibrator(deepcopy(model).float().eval(), None, settings, journal, tell).run("written by the model")
+        with attention_setting_restored():
+            made = Calibrator(deepcopy(model).float().eval(), None, settings, journal, tell).run("written by the model")
         made.write(path)
         journal.close()
         return made

@@ -156,6 +156,7 @@ def observe(
         model(ids, past_key_values=cache, logits_to_keep=1, **(told or {}))
     finally:
         attend_plainly(model)
+        AttentionInterface.register(NAME, kvcomp_attention)  # which keeps no sums alive
     if seen != wanted:
         raise UnsupportedModel(
             f"{model.config.model_type} cannot be calibrated: "

@@ -293,6 +293,7 @@ def _check(cache: KVCompCache, model: Any) -> None:
     check_text_only(model)
     if not isinstance(cache, KVCompCache):
         raise InvalidInput(f"only a KVCompCache can be stored, not a {type(cache).__name__}")
+    cache.session.check_ended()
     _check_layers(cache)
 
 

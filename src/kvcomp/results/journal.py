@@ -37,10 +37,14 @@ class Journal:
             lines = self.path.read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise InvalidInput(f"there is nothing to resume: {error}; run once without --resume") from None
+        except UnicodeDecodeError:
+            lines = []
         try:
             first = json.loads(lines[0])
         except (IndexError, ValueError):
-            raise CorruptData(f"{self.path} is not what an interrupted run left: run again without --resume") from None
+            first = None
+        if not isinstance(first, dict):
+            raise CorruptData(f"{self.path} is not what an interrupted run left: run again without --resume")
         if first != head:
             other = sorted(name for name in {*first, *head} if first.get(name) != head.get(name))
             raise InvalidInput(
@@ -50,7 +54,7 @@ class Journal:
         for line in lines[1:]:
             try:
                 key, value = json.loads(line)
-            except ValueError:
+            except (TypeError, ValueError):
                 break  # the line that was being written
             self.pieces[key] = value
         kept = [json.dumps(head), *(json.dumps([key, value]) for key, value in self.pieces.items())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Lock
 from typing import TypeVar
 
 from kvcomp.errors import CorruptData, StoreUnavailable
@@ -22,7 +23,7 @@ class CircuitBreaker:
     """
 
     def __init__(self) -> None:
-        self._until, self._pause = 0.0, PAUSE
+        self._until, self._pause, self._lock = 0.0, PAUSE, Lock()
 
     @property
     def open(self) -> bool:
@@ -31,12 +32,15 @@ class CircuitBreaker:
 
     def ask(self, call: Callable[[], T]) -> T:
         """The result of a call. Raises StoreUnavailable, also without a call."""
+        before = self._until
         if self.open:
             raise StoreUnavailable("the store did not answer just now, so it is not asked")
         try:
             result = call()
         except StoreUnavailable:
-            self._until, self._pause = time.monotonic() + self._pause, min(2 * self._pause, MOST_PAUSE)
+            with self._lock:
+                if self._until == before:  # of calls that fail together the first counts
+                    self._until, self._pause = time.monotonic() + self._pause, min(2 * self._pause, MOST_PAUSE)
             raise
         self._pause = PAUSE
         return result

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,18 @@ def chunk_key(spec: CodecSpec, about: Mapping[str, Any]) -> str:
 
     about: plain JSON that says whose it is: model, tokens and all before them, part of the heads, tenant.
     """
-    fields = {name: x for name, x in asdict(chunk_spec(spec)).items() if name != "windows" or x is not None}
-    content = json.dumps({"spec": fields, "about": about}, sort_keys=True, separators=(",", ":"))
+    content = f'{{"about":{_plain(about)},"spec":{_plain_spec(spec)}}}'
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _plain_spec(spec: CodecSpec) -> str:
+    """A spec as keys have it: with a calibration that is as much text as all steps, for each chunk of a prompt."""
+    return _plain({name: x for name, x in asdict(chunk_spec(spec)).items() if name != "windows" or x is not None})
+
+
+def _plain(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
 def pack_chunk(

@@ -20,7 +20,6 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import reduce
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,7 +42,7 @@ from kvcomp.integrations.transformers.masks import kvcomp_mask
 from kvcomp.integrations.transformers.models import fingerprint_of, spec_for_latents, text_config
 from kvcomp.integrations.transformers.session import ForwardPass, Session
 from kvcomp.integrations.transformers.sliding import SlidingLayer
-from kvcomp.integrations.transformers.stock import has_state, stock_memory
+from kvcomp.integrations.transformers.stock import has_state, is_linear, stock_memory
 from kvcomp.kernels import host_backend, load_backend
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Memory
@@ -113,6 +112,7 @@ class KVCompCache(Cache):
         self.spec = self.plan.spec if self.plan else spec_for_latents(config, resolved)
         layers = cache_layers(config, self.spec, self.calibration, backend, self.session)
         self.first = next((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)
+        self.session.linear = frozenset(index for index, layer in enumerate(layers) if is_linear(layer))
         super().__init__(layers=layers)
 
     def save(
@@ -145,16 +145,16 @@ class KVCompCache(Cache):
         OSError
             If the file cannot be written; what was there is then as it was.
         """
+        self.session.check_ended()
         self.session.check_lengths(self.session.longest, self.get_seq_length())
         stores = transformers_files.stores_of(self.layers, self.spec)
-        session = self.session
         chosen = sorted(stores) if layers is None else layers
         if not isinstance(chosen, Sequence) or not chosen or not set(chosen) <= set(stores):
             raise InvalidInput(f"layers must be some of the {len(stores)} that the cache has, not {chosen}")
         model = {
             "id": weights_id(model_id),
-            "configuration": session.configuration,
-            "not_from_ids": session.not_from_ids,
+            "configuration": self.session.configuration,
+            "not_from_ids": self.session.not_from_ids,
         }
         states = transformers_files.linear_states(self.layers) if layers is None else None
         files.save(path, {index: stores[index] for index in chosen}, self.spec, len(self.layers), model, rows, states)
@@ -214,8 +214,7 @@ class KVCompCache(Cache):
             cache.session.check_limit(max(1, kept), 0)
             cache.session.check_lengths(header.tokens, kept, containers[0].header.tokens)
             cache.session.longest = header.tokens
-            unknown = "it is of a file that does not say how it was filled"
-            cache.session.not_from_ids = (header.model or {}).get("not_from_ids", unknown)
+            cache.session.not_from_ids = cache.session.not_from_ids or transformers_files.not_from_ids(header)
         host = host_backend(backend)
         read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
         for index, first in read[0].items():
@@ -229,11 +228,9 @@ class KVCompCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def memory(self) -> Memory:
-        """Bytes by part, over all layers. Those that are not compressed count as ``other``, and as ``dense``; the repr
-        names them.
-        """
+        """Bytes by part, over all layers. Those that are not compressed count as ``other`` and ``dense``."""
         parts = [x.store.memory() if isinstance(x, CompressedLayer) else stock_memory(x) for x in self.layers]
-        return reduce(operator.add, parts, Memory())
+        return sum(parts, Memory())
 
     @uncompiled
     def update(
@@ -268,22 +265,26 @@ class KVCompCache(Cache):
         with session.forward or nullcontext():
             if not isinstance(layer_idx, int) or not 0 <= layer_idx < len(self.layers):
                 raise InvalidInput(
-                    f"this cache was made for a model of {len(self.layers)} layers: none is number {layer_idx!r}"
+                    f"the model of this cache has {len(self.layers)} layers: none is number {layer_idx!r}"
                 )
             layer: Any = self.layers[layer_idx]
             check_rows(layer, key_states.shape[0])
             both: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
-            return both
+        return both
+
+    @uncompiled
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        self.session.moved.add(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    @uncompiled
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        self.session.moved.add(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     def _begin(self, new: int) -> None:
-        """Begin a forward pass with so many new tokens. Raises InvalidInput if the one before did not come
-        to its end.
-        """
-        self.session.check_whole()
-        before = self.session.forward
-        if before is not None and not before.ended:
-            with before:
-                raise InvalidInput("the last forward pass did not end; its tokens are taken back: run this one again")
+        """Begin a forward pass with so many new tokens. Raises InvalidInput if the one before did not end."""
+        self.session.check_lengths_agree()
         seen = self.get_seq_length(self.first)
         self.session.check_limit(new, seen)
         self.session.begin(ForwardPass(self), seen, new)
@@ -293,6 +294,7 @@ class KVCompCache(Cache):
         self.session.check_whole()
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         self.session.check_limit(query_length, length + offset - query_length)
+        self.session.announce(layer_idx)
         return length, offset
 
     def reset(self) -> None:
@@ -315,19 +317,17 @@ class KVCompCache(Cache):
         except TypeError:
             raise InvalidInput(f"tokens must be a whole number, not {tokens_to_remove!r}") from None
         if tokens_to_remove and any(has_state(layer) for layer in self.layers):
-            raise UnsupportedModel(
-                "the state of a linear-attention layer cannot go back: compute the shorter text anew"
-            )
+            raise UnsupportedModel("the state of linear attention cannot go back: compute the shorter text anew")
         for layer in self.layers:
             if isinstance(layer, SlidingLayer):
                 layer.check_crop(tokens_to_remove)
-        layers: list[Any] = list(self.layers)
-        layers.sort(key=lambda layer: isinstance(layer, CompressedLayer))  # those that may refuse go first
-        for layer in layers:
+        stock_first: list[Any] = sorted(self.layers, key=lambda layer: isinstance(layer, CompressedLayer))
+        for layer in stock_first:  # which may refuse
             layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make the rows those of these indices, which may repeat; compressed pages are shared."""
+        self.session.check_ended()
         rows = row_index(beam_idx, self._batch())
         if rows.tolist() != list(range(self._batch())):
             super().reorder_cache(torch.as_tensor(rows))  # type: ignore[arg-type]
@@ -367,6 +367,8 @@ class KVCompCache(Cache):
         """
         if not isinstance(other, KVCompCache):
             raise InvalidInput(f"only another KVCompCache can join, not a {type(other).__name__}")
+        for session in (self.session, other.session):
+            session.check_ended()
         self.session.check_configuration(other.session.configuration)
         self.session.check_lengths(self.session.longest, other.session.longest)
         self.layers[:] = joined_layers(self.layers, other.layers)
@@ -380,9 +382,8 @@ class KVCompCache(Cache):
         store = next((layer.store for layer in self.compressed_layers if layer.store.batch), None)
         if store is None or not isinstance(new, int) or new < 0:
             raise InvalidInput(f"there is no mask of {new!r} new tokens for a cache that holds {self._batch()} rows")
-        start = torch.from_numpy(store.starts).to(store.device)
-        position = torch.arange(store.tokens + new, device=store.device)
-        return (position >= start[:, None]).to(torch.int64)
+        position = torch.arange(store.tokens + new)
+        return (position >= torch.from_numpy(store.starts)[:, None]).to(store.device, torch.int64)
 
     def __repr__(self) -> str:
         compressed = self.compressed_layers

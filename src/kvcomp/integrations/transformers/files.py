@@ -89,6 +89,12 @@ def shapes_of(filled: list[Any]) -> Shapes:
     )
 
 
+def not_from_ids(header: Header) -> str | None:
+    """Why a file's K and V may be others than a causal pass over the token ids gives; None if nothing says so."""
+    found: str | None = (header.model or {}).get("not_from_ids", "it is of a file that does not say how it was filled")
+    return found
+
+
 def check_header(header: Header, layers: list[Any], spec: CodecSpec, filled: list[Any] | None) -> None:
     """Raise InvalidInput if a file holds other layers than are needed, or under another spec, or other K, V and states
     than the model's, if that is known.

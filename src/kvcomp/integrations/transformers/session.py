@@ -32,9 +32,8 @@ class ForwardPass:
 
     It begins with the update of the first layer. Each update, and each attention of "kvcomp", runs inside ``with``. If
     one fails before all layers have the new tokens and have compressed what they must, all go back to where they were.
-    A failure between two layers shows when the next pass begins: that one is refused. Sliding windows and linear
-    attention
-    cannot go back: the cache then refuses everything until it is reset.
+    A failure between two layers shows when the cache is used next: that use is refused. Sliding windows and linear
+    attention cannot go back: the cache then refuses everything until it is reset.
     """
 
     def __init__(self, cache: KVCompCache) -> None:
@@ -94,6 +93,8 @@ class Session:
         self.limit = position_limit(config)
         self.calibrated_tokens: int | None = None
         """Of the windows that a calibration was measured on."""
+        self.linear: frozenset[int] = frozenset()
+        """Numbers of the layers of linear attention."""
         self.reset()
 
     def reset(self) -> None:
@@ -106,6 +107,10 @@ class Session:
         self.sealing: Store | None = None
         self.recording = False
         """A CUDA graph is recorded: what depends on the number of the step is done outside it."""
+        self.announced: set[int] = set()
+        """Layers that the present pass made a mask for, until the first one with K and V has the new tokens."""
+        self.moved: set[int] = set()
+        """Layers of linear attention that gave the new tokens of the present pass to their states."""
         self.longest = 0
         """Tokens at the end of the longest forward pass."""
         self.lost = False
@@ -127,6 +132,7 @@ class Session:
     def begin(self, forward: ForwardPass, before: int, new: int) -> None:
         """A forward pass over so many new tokens begins, after those before."""
         self.forward = forward
+        self.announced.clear()
         self.plans.clear()
         self.positions = None
         self.longest = max(self.longest if before else 0, before + new)
@@ -168,6 +174,38 @@ class Session:
         if other:
             raise InvalidInput(f"this cache is of {other}: make a KVCompCache for each model")
 
+    def announce(self, layer: int) -> None:
+        """A forward pass makes its mask for a layer, before any layer has the new tokens.
+
+        Raises InvalidInput if the states of linear attention are not all where the K and V are.
+        """
+        if self.linear:
+            self.lost |= layer in self.announced or not self._states_agree
+            self.check_whole()
+            if not self.announced:
+                self.moved.clear()
+            self.announced.add(layer)
+
+    @property
+    def _states_agree(self) -> bool:
+        """Some models change states in place without a word, at single tokens: then nothing has moved."""
+        return not self.moved or self.linear <= self.moved
+
+    def check_ended(self) -> None:
+        """Raise InvalidInput if the last forward pass did not come to its end; its tokens are taken back."""
+        self.lost |= bool(self.announced) or not self._states_agree
+        self.check_lengths_agree()
+
+    def check_lengths_agree(self) -> None:
+        """The same, by the tokens of the layers with K and V alone."""
+        before = self.forward
+        if before is not None and not before.ended:
+            with before:
+                before.roll_back()
+            self.check_whole()
+            raise InvalidInput("the last forward pass did not end; its tokens are taken back: run this one again")
+        self.check_whole()
+
     def check_whole(self) -> None:
         """Raise InvalidInput if a forward pass failed and could not be taken back."""
         if self.lost:
@@ -206,16 +244,17 @@ class Session:
         last = positions[:, -1].cpu().numpy()
         if (last < expected).any():
             raise InvalidInput(
-                f"the new tokens end at the positions {last.tolist()}, in the cache they end at "
-                f"{expected.tolist()}: give "
-                "generate ids that go beyond those in the cache (crop takes the last ones out), and their whole "
+                f"the new tokens end at the positions {last.tolist()}, in the cache they end at {expected.tolist()}: "
+                "give generate ids that go beyond those in the cache (crop takes the last ones out), and their whole "
                 "attention mask"
             )
         self.positions = positions
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        self.check_ended()
         twin = Session.__new__(Session)
         vars(twin).update(vars(self), forward=None, plans={}, positions=None, sealing=None)
+        twin.announced, twin.moved = set(), set(self.moved)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -248,6 +248,9 @@ class KVCompConnector(KVConnectorBase_V1):
         except KVCompError as error:
             self._errors.say(f"kvcomp: {error}")
             return 0
+        except Exception:  # the scheduler goes on without the store
+            logger.exception("kvcomp: the store could not be asked")
+            return 0
         there = [None not in sizes[first : first + self._ranks] for first in range(0, len(sizes), self._ranks)]
         return (*there, False).index(False)
 
@@ -338,8 +341,12 @@ class KVCompConnector(KVConnectorBase_V1):
             if not self._waiting.acquire(blocking=False):
                 self._warnings.say(f"kvcomp: the store is slower than the model: the chunk {store.key} is not stored")
                 continue
-            taken = [layer[torch.tensor(store.blocks, device=layer.device)].cpu() for layer in self._layers]
-            self._sender.submit(self._send, self._name(store.key, self._rank), taken)
+            try:
+                taken = [layer[torch.tensor(store.blocks, device=layer.device)].cpu() for layer in self._layers]
+                self._sender.submit(self._send, self._name(store.key, self._rank), taken)
+            except BaseException:
+                self._waiting.release()
+                raise
 
     def _send(self, name: str, taken: Sequence[Tensor]) -> None:
         try:

@@ -30,16 +30,17 @@ def book_addresses(books: Sequence[Books], value_channels: int) -> npt.NDArray[n
 
 
 def _described(books: Sequence[Books], value_channels: int) -> list[tuple[Codebook | None, Any]]:
-    """Each book and what its description is kept under, made once: it takes longer than the attention over some
-    pages.
+    """Each book and what its description is kept under, made once: it takes longer than the attention over some pages.
+
+    Threads share books, and kernels read descriptions by address: the first one that is kept stays.
     """
     found = []
     for kind, of_kind in enumerate(books):
         key = "cpu", kind % 2 == 0 or value_channels % 64 == 0
         for book in of_kind:
-            if book is not None and key not in book.derived:
-                book.derived[key] = np.array(_describe(book, key[1]), np.int64)
-                book.derived[key, "address"] = book.derived[key].ctypes.data
+            if book is not None and (key, "address") not in book.derived:
+                kept = book.derived.setdefault(key, np.array(_describe(book, key[1]), np.int64))
+                book.derived.setdefault((key, "address"), kept.ctypes.data)
             found.append((book, key))
     return found
 

@@ -9,12 +9,12 @@ import hashlib
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from kvcomp import disk
 from kvcomp.errors import BackendUnavailable
 from kvcomp.kernels.cuda.layout import SOURCES
 
@@ -55,9 +55,7 @@ def compile_kernel(source: str, defines: Mapping[str, int], architecture: int) -
     cubin, _ = compile_now(source, options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        Path(file.name).replace(path)
+        disk.write(path, [cubin])
     except OSError as error:  # a cache that cannot be written costs time, not results
         logging.getLogger("kvcomp").warning("cannot keep compiled kernels in %s: %s", path.parent, error)
     return cubin
