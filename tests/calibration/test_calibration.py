@@ -18,7 +18,8 @@ from safetensors.numpy import load, save
 import kvcomp
 from calibrating import STEPS, calibrated, like_keys
 from kvcomp.calibration import MAX_SHIFT, Calibration, quantise_matrix, resolve
-from kvcomp.calibration.file import MAX_BYTES, METADATA
+from kvcomp.calibration.content import METADATA
+from kvcomp.calibration.file import MAX_BYTES
 from kvcomp.calibration.transform import Affine
 from kvcomp.errors import CorruptData, InvalidInput, KVCompError, LimitExceeded, UnsupportedVersion
 from kvcomp.spec import LEVELS, CodecSpec
@@ -181,6 +182,28 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, str]], None]:
     return change
 
 
+def priced(layers: Any) -> dict[str, Any]:
+    """Levels of which one has these prices of layers."""
+    return {**MADE.about.levels, "balanced": {"kl": 0.0, "layers": layers}}
+
+
+PRICES = {"bits": 2.5, "kl": 0.01}
+WRONG_PRICES = [
+    [],
+    None,
+    5,
+    {"0": []},
+    {"0": {"bits": 2.5}},
+    *({"0": PRICES, "1": {**PRICES, name: x}} for name in PRICES for x in (float("nan"), float("inf"), -0.1, "1", None)),
+]
+
+
+def test_prices_of_layers_are_given_back() -> None:
+    layers = {"0": PRICES, "1": {"bits": 0.0, "kl": 0.0}}
+    read = Calibration.from_bytes(rewritten(say(levels=priced(layers))))
+    assert read.about.levels["balanced"]["layers"] == layers
+
+
 MATRIX = load(MADE.content)["0.key.matrix"]
 BOOKS = load(MADE.content)["1.balanced.books"]
 
@@ -219,6 +242,7 @@ BOOKS = load(MADE.content)["1.balanced.books"]
         (say(levels={}), LimitExceeded),
         (say(levels={"Balanced!": {}}), CorruptData),
         (say(levels={"fine": {}}), CorruptData),
+        *((say(levels=priced(layers)), CorruptData) for layers in WRONG_PRICES),
         (say(model=None), CorruptData),
         (say(other=1), CorruptData),
         (say(version=2), UnsupportedVersion),
