@@ -4,13 +4,18 @@ or an error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
+from families import FAMILIES
+from kvcomp import PrefixStore
 from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers import attention as transformers_attention
@@ -52,11 +57,11 @@ def no_room(*_: object) -> None:
     raise LimitExceeded("no room")
 
 
-def interrupted(model: PreTrainedModel, cache: KVCompCache) -> None:
-    """A pass that ends between the first layer and the second."""
-    stop = model.model.layers[0].register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        step(model, cache)
+def interrupted(model: PreTrainedModel, cache: KVCompCache, before: int = 1, ids: torch.Tensor = STEP) -> None:
+    """A pass that ends before the layer of this number."""
+    stop = model.model.layers[before].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), torch.inference_mode():
+        model(ids, past_key_values=cache)
     stop.remove()
 
 
@@ -126,6 +131,93 @@ def test_a_window_that_cannot_go_back_makes_the_cache_refuse_until_it_is_reset()
     with torch.inference_mode():
         model(IDS, past_key_values=cache)
     assert torch.equal(step(model, cache), expected)
+
+
+USES: dict[str, Callable[[PreTrainedModel, KVCompCache, Path], object]] = {
+    "the next pass": lambda model, cache, folder: step(model, cache),
+    "a file": lambda model, cache, folder: cache.save(folder / "a.kvc"),
+    "join": lambda model, cache, folder: cache.join(filled(model)),
+    "being joined": lambda model, cache, folder: filled(model).join(cache),
+    "a copy": lambda model, cache, folder: deepcopy(cache),
+    "other rows": lambda model, cache, folder: cache.reorder_cache(torch.tensor([0, 0])),
+    "a prefix store": lambda model, cache, folder: PrefixStore(folder / "store").save(IDS, cache, model),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_whatever_comes_after_a_stopped_pass_takes_it_back(llama: PreTrainedModel, tmp_path: Path, use: str) -> None:
+    cache, twin = filled(llama), filled(llama)
+    interrupted(llama, cache)
+    with pytest.raises(InvalidInput, match="did not end; its tokens are taken back"):
+        USES[use](llama, cache, tmp_path)
+    assert [layer.store.tokens for layer in cache.compressed_layers] == [120, 120]
+    assert not list(tmp_path.rglob("*.kvc"))
+    assert torch.equal(step(llama, cache), step(llama, twin))
+
+
+# Linear attention, whose states cannot go back
+
+LINEAR = {"Qwen3-Next": "linear_attention", "Granite 4 hybrid": "mamba", "LFM2": "conv"}
+STOPS = {
+    "before the first attention": (1, 1),
+    "between two attentions": (2, 1),
+    "between two attentions, many tokens": (3, 20),
+    "behind the last attention": (4, 20),
+}
+
+
+@pytest.fixture(scope="module", params=LINEAR)
+def hybrid(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Five layers: linear attention, and after it full attention, in turns."""
+    kind, settings = FAMILIES[request.param]
+    full = "attention" if kind == "granitemoehybrid" else "full_attention"
+    linear = LINEAR[request.param]
+    layers = {"num_hidden_layers": 5, "layer_types": [linear, full, linear, full, linear]}
+    return model_of(AutoConfig.for_model(kind, **{**TINY, **settings, **layers}))
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_states_that_moved_on_alone_make_the_cache_refuse_until_it_is_reset(
+    hybrid: PreTrainedModel, tmp_path: Path, stop: str
+) -> None:
+    before, tokens = STOPS[stop]
+    expected = step(hybrid, filled(hybrid))
+    for use in USES.values():
+        cache = filled(hybrid)
+        interrupted(hybrid, cache, before, IDS[:, :tokens])
+        for again in (use, *USES.values()):
+            with pytest.raises(InvalidInput, match="linear attention cannot go back: reset the cache"):
+                again(hybrid, cache, tmp_path)
+        assert not list(tmp_path.rglob("*.kvc"))
+        with torch.inference_mode():
+            cache.reset()
+            hybrid(IDS, past_key_values=cache)
+        assert torch.equal(step(hybrid, cache), expected)
+
+
+def test_states_that_all_moved_on_are_used_by_everything(hybrid: PreTrainedModel, tmp_path: Path) -> None:
+    """After many tokens and after one, after a reset, after a file, and after a failure behind the last layer."""
+    cache = filled(hybrid)
+    step(hybrid, cache)
+    with torch.inference_mode():
+        cache.reset()
+    for tokens in (1, 30, 1, 1, 30):
+        with torch.inference_mode():
+            hybrid(IDS[:, :tokens], past_key_values=cache)
+        twin = deepcopy(cache)
+        cache.save(tmp_path / "a.kvc")
+        cache = KVCompCache.load(tmp_path / "a.kvc", hybrid.config)
+        assert torch.equal(step(hybrid, deepcopy(cache)), step(hybrid, twin))
+    norm = hybrid.get_decoder().norm if hasattr(hybrid.get_decoder(), "norm") else hybrid.get_decoder().embedding_norm
+    stop = norm.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), torch.inference_mode():
+        hybrid(IDS[:, :20], past_key_values=cache)
+    stop.remove()
+    assert cache.get_seq_length() == 83
+    step(hybrid, cache)
+    cache.join(deepcopy(cache))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.save(tmp_path / "b.kvc")
 
 
 # Caches from outside
