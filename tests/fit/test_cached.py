@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import kvcomp
 from kvcomp.errors import UnsupportedModel
+from kvcomp.evaluate.fidelity import GROUPED
 from kvcomp.fit.cached import cached_path, calibrate, fitting
 from kvcomp.fit.calibrate import Calibrator
+from kvcomp.fit.statistics import Statistics
 from kvcomp.fit.windows import Settings
 from kvcomp.integrations.transformers import KVCompCache
 
@@ -72,6 +77,34 @@ def test_a_stopped_one_goes_on(model: PreTrainedModel, monkeypatch: pytest.Monke
         patched.setattr(Calibrator, "_gradients", never)  # it is among the pieces
         calibrate(model, SETTINGS)
     assert sorted(path.suffix for path in place.parent.iterdir()) == [".kvcal", ".lock"]
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"])
+def test_the_process_stays_as_it_was(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """What other models read from the environment, whether it ends well or not; and no sums stay in memory."""
+    monkeypatch.delenv(GROUPED, raising=False)
+    if before is not None:
+        monkeypatch.setenv(GROUPED, before)
+    made: list[ref[Statistics]] = []
+    begin = Statistics.__init__
+
+    def noted(self: Statistics, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        made.append(ref(self))
+
+    monkeypatch.setattr(Statistics, "__init__", noted)
+    with monkeypatch.context() as patched:
+        patched.setattr(Calibrator, "level", never)
+        with pytest.raises(AssertionError):
+            calibrate(model, SETTINGS)
+    assert os.environ.get(GROUPED) == before
+    calibrate(model, SETTINGS)
+    assert os.environ.get(GROUPED) == before
+    gc.collect()
+    assert made
+    assert not [one for one in made if one() is not None]
 
 
 def test_short_positions_take_shorter_prompts() -> None:

@@ -122,6 +122,18 @@ def test_what_does_not_follow_from_the_ids_is_not_stored(tmp_path: Path, fill: s
     assert not list((tmp_path / "store").rglob("*.kvc"))
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_batch_of_files_was_filled_like_the_worst_of_them(tmp_path: Path, order: tuple[int, int]) -> None:
+    model: Any = random_model(LLAMA)
+    for name, inputs in (("0", {"attention_mask": with_hole()}), ("1", {})):
+        forward(model, KVCompCache(LLAMA, LOSSY), input_ids=ids_of(), **inputs).save(tmp_path / f"{name}.kvc", model)
+    cache = KVCompCache.load([tmp_path / f"{number}.kvc" for number in order], LLAMA, model)
+    cache.batch_select_indices(torch.tensor([order.index(0)]))
+    with pytest.raises(InvalidInput, match="mask"):
+        PrefixStore(tmp_path / "store").save(ids_of(), cache, model)
+    assert not list((tmp_path / "store").rglob("*.kvc"))
+
+
 FROM_IDS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "ids": lambda model: {"input_ids": ids_of()},
     "ids and their mask": lambda model: {"input_ids": ids_of(), "attention_mask": torch.ones_like(ids_of())},
