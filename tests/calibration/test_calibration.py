@@ -194,7 +194,7 @@ WRONG_PRICES = [
     5,
     {"0": []},
     {"0": {"bits": 2.5}},
-    *({"0": PRICES, "1": {**PRICES, name: x}} for name in PRICES for x in (float("nan"), float("inf"), -0.1, "1", None)),
+    *({"0": PRICES, "1": {**PRICES, name: x}} for name in PRICES for x in (np.nan, np.inf, -0.1, "1", None)),
 ]
 
 

@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvcomp.cli import app
+from kvcomp.errors import StoreUnavailable
 from kvcomp.evaluate.models import load_model, shipped_model
+from kvcomp.serve.blobs.folder import FolderBlobs
 from redis_server import free_port
 
 
@@ -93,6 +95,24 @@ def test_generate_skips_the_prefill_of_a_system_prompt_the_second_time(tmp_path:
     assert "first token without it" in result.output
     assert second["first_token_seconds"] > second["loading_seconds"] > 0
     assert second["first_token_seconds_without"] > second["first_token_seconds"]
+
+
+def test_figures_are_written_before_a_store_that_fails_at_the_end_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StoreUnavailable("no space left")
+
+    monkeypatch.setattr(FolderBlobs, "put", full)
+    output = tmp_path / "figures.json"
+    result = run("generate", "-n", "4", "--prefix-store", str(tmp_path / "store"), "--json", str(output))
+    shown = " ".join(result.output.split())
+    assert result.exit_code == 1
+    assert shown.index("tokens in it now") < shown.index("no space left")
+    assert "Traceback" not in shown
+    figures = json.loads(output.read_text())
+    assert len(figures["new_tokens"]) == 4
+    assert figures["prefix_store"]["stored_tokens"] == 0
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,25 @@ def test_pieces_of_another_measurement_are_refused(tmp_path: Path) -> None:
         Journal(path, {"seed": 2}, resume=True)
     with pytest.raises(InvalidInput, match="nothing to resume"):
         Journal(tmp_path / "none.partial", {}, resume=True)
-    path.write_text("noise")
+
+
+@pytest.mark.parametrize("content", [b"", b"noise", b"\xff\xfe\0", b"[1]\n", b"5\n", b'{}\n["a", 1]\n\xff\n'])
+def test_what_is_no_journal_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.partial"
+    path.write_bytes(content)
     with pytest.raises(CorruptData, match="without --resume"):
         Journal(path, {}, resume=True)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("line", ["5", "[1]", "null", "[1, 2, 3]", '["c", '])
+def test_pieces_end_where_a_line_is_none(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.partial"
+    path.write_text(f'{{}}\n["a", 1]\n{line}\n["b", 2]\n')
+    journal = Journal(path, {}, resume=True)
+    assert journal.pieces == {"a": 1}
+    assert journal.piece("b", lambda: 3) == 3
+    assert Journal(path, {}, resume=True).pieces == {"a": 1, "b": 3}
 
 
 def test_results_come_back_with_their_setting(tmp_path: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvcomp import PRESETS, compress
 from kvcomp.calibration import Calibration
 from kvcomp.errors import CorruptData, InvalidInput, KVCompError, UnsupportedVersion
-from kvcomp.serve.chunks import ChunkShape, chunk_key, open_chunk, pack_chunk, unpack
-from kvcomp.spec import CodecSpec
+from kvcomp.serve.chunks import ChunkShape, chunk_key, chunk_spec, open_chunk, pack_chunk, unpack
+from kvcomp.spec import CodecSpec, TensorSpec
 from sealing import seal, unseal
 
 CALIBRATION = Path(__file__).parents[2] / "examples" / "tiny-lm" / "model.kvcal"
@@ -110,6 +115,22 @@ def test_keys_stay_what_they_were() -> None:
     """Those of chunks that are stored already, from before specs had windows."""
     expected = "0231ea15d0693a479ae62ad02764edcdd175eace38ef6a68bbb1c4ad4bb411cb"
     assert chunk_key(PRESETS["kvcomp:paper"], {"model": "m", "tokens": "00"}) == expected
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False)
+JSON = st.recursive(PLAIN, lambda of: st.lists(of, max_size=3) | st.dictionaries(st.text(), of, max_size=3))
+HEADS = st.lists(st.floats(0.01, 2), min_size=2, max_size=2).map(tuple)
+STEPS = st.lists(HEADS, min_size=3, max_size=3).map(tuple)
+CODED = st.builds(CodecSpec, *[st.builds(TensorSpec, st.just("head"), steps=STEPS, classes=st.just(4))] * 2)
+
+
+@given(CODED | st.sampled_from(list(PRESETS.values())), st.dictionaries(st.text(), JSON, max_size=5))
+def test_a_key_is_the_hash_of_the_spec_and_what_it_is_about_as_sorted_json(
+    spec: CodecSpec, about: dict[str, Any]
+) -> None:
+    fields = {name: x for name, x in asdict(chunk_spec(spec)).items() if name != "windows" or x is not None}
+    content = json.dumps({"spec": fields, "about": about}, sort_keys=True, separators=(",", ":"))
+    assert chunk_key(spec, about) == hashlib.sha256(content.encode()).hexdigest()
 
 
 def test_layers_of_different_tokens_are_refused() -> None:
