@@ -122,7 +122,10 @@ def test_tokens_one_by_one_are_coded_as_in_one_go(name: str, kv: list[tuple[torc
     assert method.memory(at_once) == method.memory(one_by_one)
     for first, second in zip(method.values(at_once), method.values(one_by_one), strict=True):
         for x, y in zip(first, second, strict=True):
-            assert torch.allclose(x.float(), y.float(), atol=0.02)  # sums of a rotation may differ in the last place
+            if name.startswith("turboquant"):  # sums of its rotation may differ in the last place
+                torch.testing.assert_close(x.float(), y.float(), atol=5e-3, rtol=0)
+            else:
+                assert torch.equal(x, y)
 
 
 def test_kivi_counts_scales_and_keeps_its_residual(kv: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
