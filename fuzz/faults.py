@@ -63,6 +63,9 @@ class Values(dict[str, bytes]):
     def put(self, items: Sequence[tuple[str, Sequence[Buffer]]]) -> None:
         self.update((key, b"".join(pieces)) for key, pieces in items)
 
+    def put_new(self, key: str, value: Sequence[Buffer]) -> bool:
+        return self.setdefault(key, b"".join(value)) == b"".join(value)
+
     def touch(self, keys: Sequence[str]) -> None: ...
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -90,6 +93,9 @@ class Recorded:
 
     def put(self, items: Sequence[tuple[str, Sequence[Buffer]]]) -> None:
         self.inner.put(items)
+
+    def put_new(self, key: str, value: Sequence[Buffer]) -> bool:
+        return self.inner.put_new(key, value)
 
     def touch(self, keys: Sequence[str]) -> None:
         self.inner.touch(keys)

@@ -81,6 +81,24 @@ def test_what_is_put_is_there_until_it_is_deleted(blobs: Blobs) -> None:
     blobs.delete([])
 
 
+def test_of_several_that_put_a_new_value_one_does(blobs: Blobs, url: str) -> None:
+    others = [open_blobs(url, timeout=30) for _ in range(4)]
+    begin = threading.Barrier(len(others))
+
+    def put(number: int) -> bool:
+        begin.wait()
+        return others[number].put_new(KEYS[0], [b"value ", b"%d" % number])
+
+    with ThreadPoolExecutor(len(others)) as pool:
+        stored = list(pool.map(put, range(len(others))))
+    assert sum(stored) == 1
+    assert values(blobs, KEYS[:1]) == [b"value %d" % stored.index(True)]
+    blobs.delete(KEYS[:1])
+    assert blobs.put_new(KEYS[0], [b"again"])
+    for store in others:
+        store.close()
+
+
 def test_a_value_that_was_read_outlives_its_key(blobs: Blobs) -> None:
     data = random.Random(1).randbytes(300_000)
     blobs.put([(KEYS[0], [data])])
@@ -106,6 +124,7 @@ def test_keys_that_are_none(blobs: Blobs, key: Any) -> None:
         lambda: blobs.get([key]),
         lambda: blobs.sizes([key]),
         lambda: blobs.put([(key, [b""])]),
+        lambda: blobs.put_new(key, [b""]),
         lambda: blobs.touch([key]),
         lambda: blobs.delete([key]),
     ):

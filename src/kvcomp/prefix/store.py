@@ -45,6 +45,7 @@ from kvcomp.store.tensors import NAMES
 if TYPE_CHECKING:
     from kvcomp.integrations.transformers import KVCompCache
 
+OTHER_BOOKS = "another process has stored this beginning first: nothing is added to it"
 BY_LENGTH = (
     "no prefix of so long a prompt is stored or loaded: the rotary frequencies (dynamic, longrope) depend on its length"
 )
@@ -240,9 +241,14 @@ class PrefixStore:
         value = pack(origin, stores, 0, first_key)
         books = books_of(header_of(value))
         host = host_backend(cache.compressed_layers[0].backend)
-        there = open_chunk(self.blobs, origin, first_key, self.blobs.get([first_key])[0], 0, host)
-        if there is not None and books_of(there[0]) != books:
-            logger.info("another process has stored this beginning first: nothing is added to it")
+
+        def books_there() -> bytes | None:
+            there = open_chunk(self.blobs, origin, first_key, self.blobs.get([first_key])[0], 0, host)
+            return None if there is None else books_of(there[0])
+
+        there = books_there()
+        if there not in (None, books):
+            logger.info(OTHER_BOOKS)
             return 0
         keys = [key_of(x, books) for x in hashes[1:count]]
         missing = [chunk for chunk, size in enumerate(self.blobs.sizes(keys), 1) if size is None]
@@ -250,8 +256,13 @@ class PrefixStore:
         state = with_state and self.blobs.sizes([state_key]) == [None]
         if there is None or missing or state:
             check_recomputed(stores, model, tokens, None if state else count * CHUNK_PAGES)
-        if there is None:
-            self.blobs.put([(first_key, value)])
+        if there is None and not self.blobs.put_new(first_key, value):
+            there = books_there()
+            if there is None:  # what is there is of no use
+                self.blobs.put([(first_key, value)])
+            elif there != books:
+                logger.info(OTHER_BOOKS)
+                return 0
         step = max(1, CALL_BYTES // sum(len(piece) for piece in value))
         for begin in range(0, len(missing), step):
             some = missing[begin : begin + step]

@@ -17,7 +17,7 @@ from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, StoreUnavail
 from kvcomp.serve.blobs.values import Buffer, check_keys
 
 SUFFIX = ".kvc"
-LOCK = "lock"
+LOCK, NEW_LOCK = "lock", "lock.new"  # of who makes room, and of who stores what is not there yet
 
 
 class FolderBlobs:
@@ -63,6 +63,16 @@ class FolderBlobs:
             for place, pieces in values:
                 place.parent.mkdir(exist_ok=True)
                 disk.write(place, pieces)
+
+    def put_new(self, key: str, value: Sequence[Buffer]) -> bool:
+        check_keys([key])
+        with _typed(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path / NEW_LOCK, timeout=self.timeout):
+                new = self.sizes([key]) in ([None], [0])
+                if new:
+                    self.put([(key, value)])
+        return new
 
     def delete(self, keys: Sequence[str]) -> None:
         check_keys(keys)

@@ -84,6 +84,10 @@ class RedisBlobs:
 
         self._call(action, len(values))
 
+    def put_new(self, key: str, value: Sequence[Buffer]) -> bool:
+        check_keys([key])
+        return bool(self._call(lambda client: client.set(key, b"".join(value), nx=True)))
+
     def delete(self, keys: Sequence[str]) -> None:
         check_keys(keys)
         if keys:

@@ -36,6 +36,10 @@ class Blobs(Protocol):
         """
         ...
 
+    def put_new(self, key: str, value: Sequence[Buffer]) -> bool:
+        """Store a value unless there is one. Says whether it was stored: of several at the same time only one is."""
+        ...
+
     def delete(self, keys: Sequence[str]) -> None:
         """Remove values; a key that has none is no error."""
         ...
