@@ -19,7 +19,6 @@ from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.spec import TensorSpec
 
 FREE_VALUES, MAX_EXPANSION = 1 << 28, 1 << 12  # bytes to decompress to: always allowed, and for each byte of a file
-PAGE_PARTS = "codes", "lengths", "scales", "directories", "raw_blocks"
 
 
 Tensors = Annotated[
@@ -235,6 +234,8 @@ def _figures(source: Path, container: Any, memory: dict[int, Any], bits: dict[in
 
 def _parts(container: Any, total: Any) -> dict[str, int]:
     """Bytes of the file by part; they add up to its size."""
+    from kvcomp.store.memory import PAGE_PARTS
+
     parts = {part: getattr(total, part) for part in PAGE_PARTS}
     sections = container.header.layers[0].sections
     for name in sections:

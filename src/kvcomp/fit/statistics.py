@@ -23,11 +23,11 @@ from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.evaluate.fidelity import attend_plainly
 from kvcomp.fit.rotation import worth_it
 from kvcomp.integrations.transformers.attention import kvcomp_attention
+from kvcomp.integrations.transformers.identity import follows_length, rope_parts
 from kvcomp.integrations.transformers.models import setting
 
 NAME = "kvcomp_observe"
 OUTPUT_PROJECTIONS = "o_proj", "out_proj", "dense", "c_proj", "wo"
-CHANGING_ROPE = "dynamic", "longrope"
 
 
 @dataclass
@@ -91,10 +91,9 @@ class Statistics:
 
 def check_rope(config: PreTrainedConfig) -> None:
     """Raise UnsupportedModel if the model's rotary frequencies change with the length of the sequence."""
-    rope = setting(config, "rope_parameters") or {}
-    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+    for part in rope_parts(setting(config, "rope_parameters")):
         kind = part.get("rope_type")
-        if kind in CHANGING_ROPE:
+        if follows_length(kind):
             raise UnsupportedModel(
                 f"{config.model_type} with rotary positions of the type {kind!r} cannot be calibrated: their "
                 "frequencies change with the length of the sequence, and with them the keys; use the preset kvcomp"

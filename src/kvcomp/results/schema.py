@@ -40,7 +40,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,10 +51,10 @@ import torch
 from kvcomp import disk
 from kvcomp.errors import CorruptData, InvalidInput, UnsupportedVersion
 from kvcomp.store import Memory
+from kvcomp.store.memory import PARTS
 
 VERSION: Final = 1
 PACKAGES = "kvcomp", "torch", "numpy", "numba", "transformers"
-PARTS = [f.name for f in fields(Memory) if f.name not in ("table_entries", "sealed_values", "values", "dense")]
 
 
 def environment(**parameters: Any) -> dict[str, Any]:

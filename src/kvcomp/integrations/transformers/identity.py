@@ -90,14 +90,18 @@ def check_origin(model: Mapping[str, Any] | None, configuration: Mapping[str, An
         )
 
 
+def follows_length(rope_type: Any) -> bool:
+    """Whether rotary frequencies of this type change with the length of the sequence."""
+    return rope_type == "longrope" or "dynamic" in str(rope_type)
+
+
 def rope_switch(config: PreTrainedConfig) -> int | None:
     """The length from which on rotary frequencies depend on the length of the whole; None if they never do."""
     found = []
     for part in rope_parts(getattr(config, "rope_parameters", None)):
-        if part.get("rope_type") == "longrope":
-            found.append(part.get("original_max_position_embeddings"))
-        elif "dynamic" in str(part.get("rope_type")):
-            found.append(config.max_position_embeddings)
+        kind, long = part.get("rope_type"), part.get("original_max_position_embeddings")
+        if follows_length(kind):
+            found.append(long if kind == "longrope" else config.max_position_embeddings)
     return min((int(length) for length in found if length), default=0 if found else None)
 
 
@@ -209,7 +213,8 @@ _OF_MODELS = int | float | PreTrainedConfig  # the rest of what a whole model ha
 
 def _parts(module: nn.Module) -> dict[str, Any]:
     """All that a module holds and K and V may depend on, by name."""
-    changing = _changes_with_length(module)
+    kinds = getattr(module, "rope_type", "")
+    changing = any(map(follows_length, kinds.values() if isinstance(kinds, Mapping) else [kinds]))
     found: dict[str, Any] = {**module._parameters, **module._buffers, **module._modules}
     for name, value in vars(module).items():
         if name == "padding_idx" and isinstance(module, nn.Embedding | PreTrainedModel):
@@ -220,12 +225,6 @@ def _parts(module: nn.Module) -> dict[str, Any]:
         if name not in OF_EVERY_MODULE and (setting or isinstance(value, Tensor | nn.Module | torch.ScriptObject)):
             found[name] = value
     return {name: found[name] for name in sorted(found) if not (changing and _is_state(name))}
-
-
-def _changes_with_length(module: nn.Module) -> bool:
-    kinds = getattr(module, "rope_type", "")
-    kinds = kinds.values() if isinstance(kinds, Mapping) else [kinds]
-    return any("dynamic" in str(kind) or kind == "longrope" for kind in kinds)
 
 
 def _is_state(name: str) -> bool:
