@@ -40,7 +40,7 @@ from klt_methods import (
 )
 from kvcomp.calibration import Calibration
 from kvcomp.evaluate import fidelity
-from kvcomp.evaluate.fidelity import Sample, bits_at
+from kvcomp.evaluate.fidelity import Sample
 from kvcomp.evaluate.methods import Method
 from kvcomp.evaluate.models import CALIBRATION, held_out_ids, load_model, shipped_model
 from kvcomp.evaluate.retrieval import Quiz, answered, quiz_sample, quizzes
@@ -52,6 +52,7 @@ from kvcomp.results.journal import Journal, pieces
 from kvcomp.spec import LEVELS
 from kvcomp.store import KVStore, Memory
 from kvcomp.store.pages import bits_by_head
+from rates import bits_at
 
 OUTPUT = Path(__file__).parent / "results" / "klt.json"
 LONG = 4032

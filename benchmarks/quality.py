@@ -21,13 +21,13 @@ from kvcomp.cli.common import bar
 from kvcomp.cli.tables import show_evaluation
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.evaluation import Evaluation, Plan
-from kvcomp.evaluate.fidelity import bits_at
 from kvcomp.evaluate.methods import BASELINES, KVComp, Method, baseline, default_specs, named_spec
 from kvcomp.evaluate.models import CALIBRATION, load_model, shipped_model, text_ids
 from kvcomp.results import plots
 from kvcomp.results import schema as results
 from kvcomp.results.journal import Journal, pieces
 from kvcomp.spec import CALIBRATED, CodecSpec, TensorSpec
+from rates import bits_at
 
 OUTPUT = Path(__file__).parent / "results" / "quality.json"
 KEY_SCALES = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2)

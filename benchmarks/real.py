@@ -26,12 +26,13 @@ from kvcomp.calibration import Calibration
 from kvcomp.cli.common import bar, plain_errors, resumable
 from kvcomp.errors import InvalidInput, KVCompError
 from kvcomp.evaluate.evaluation import FAILED, Evaluation, Plan
-from kvcomp.evaluate.fidelity import Sample, bits_at, sample
+from kvcomp.evaluate.fidelity import Sample, sample
 from kvcomp.evaluate.methods import KVComp, Method, baseline
 from kvcomp.results import schema as results
 from kvcomp.results.journal import Journal
 from kvcomp.spec import CALIBRATED, CodecSpec, TensorSpec
 from kvcomp.store import Memory
+from rates import bits_at
 from real_models import REAL_MODELS, load
 from real_texts import KINDS, sequences
 

@@ -11,7 +11,6 @@ import torch
 from kvcomp.evaluate import sensitivity as evaluate_sensitivity
 from kvcomp.evaluate.fidelity import (
     Sample,
-    bits_at,
     compare,
     fill,
     measure,
@@ -164,11 +163,6 @@ def test_a_passkey_stands_at_its_depth(model_and_tokenizer: tuple[Any, Any]) -> 
         assert len(found) == 1
         assert abs(found[0] / 700 - (depth + 0.5) / 5) < 0.05
         assert str(tokenizer.decode(answer)).strip().isdigit()
-
-
-def test_bits_are_interpolated_in_log_kl_and_not_beyond_what_was_measured() -> None:
-    assert bits_at(1e-3, [4.0, 2.0], [1e-4, 1e-2]) == pytest.approx(3.0)
-    assert bits_at(1e-5, [4.0, 2.0], [1e-4, 1e-2]) == float("inf")
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -192,10 +191,3 @@ def predict_from(model: Any, each: Sample, values: Sequence[Pair]) -> Tensor:
         cache.update(k, v, layer)
     log_probs: Tensor = model(each.text, past_key_values=cache).logits[0].float().log_softmax(-1)
     return log_probs
-
-
-def bits_at(kl: float, bits: Sequence[float], kls: Sequence[float]) -> float:
-    """Bits at which a method reaches ``kl``, by log KL between its rates; infinite beyond what was measured."""
-    order = np.argsort(kls)
-    x, y = np.log(np.asarray(kls, float)[order]), np.asarray(bits, float)[order]
-    return float(np.interp(np.log(kl), x, y)) if x[0] <= np.log(kl) <= x[-1] else float("inf")
