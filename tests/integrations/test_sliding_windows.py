@@ -176,6 +176,23 @@ def test_recorded_tokens_can_go_and_others_cannot(gemma: PreTrainedModel) -> Non
     assert layer.store.rows.dropped[0] > dropped
 
 
+def test_tokens_are_recorded_until_a_reset(gemma: PreTrainedModel) -> None:
+    ids = prompt(900)["input_ids"]
+    cache = KVCompCache(gemma.config, EXACT)
+    cache.activate_past_recording()
+    pieces(gemma, cache, ids[:, :800], [600, 200])
+    (rows,) = (layer.store.rows for layer in windows(cache))
+    assert rows.dropped[0] == 0
+    cache.crop(0)
+    dropped = rows.dropped[0]
+    assert dropped > 0
+    pieces(gemma, cache, ids[:, 800:], [100])
+    assert rows.dropped[0] == dropped
+    cache.reset()
+    pieces(gemma, cache, ids[:, :800], [600, 200])
+    assert windows(cache)[0].store.rows.dropped[0] == dropped
+
+
 def test_a_short_crop_needs_no_recording(gemma: PreTrainedModel) -> None:
     ids = prompt(720)["input_ids"]
     cache = KVCompCache(gemma.config, EXACT)

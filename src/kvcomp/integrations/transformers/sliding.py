@@ -27,10 +27,11 @@ class SlidingLayer(CompressedLayer):
 
     def reset(self) -> None:
         super().reset()
+        self.record_past = False
         self.store = KVStore(self.spec, self.backend, sliding_window=self.sliding_window)
 
     def activate_past_recording(self) -> None:
-        """Drop nothing before the next ``crop``."""
+        """From now on and until a ``reset``, tokens that the window has left are dropped by ``crop`` alone."""
         self.record_past = True
 
     def seen(self, new: int) -> int:
