@@ -2,7 +2,7 @@
 
     python examples/vllm_store.py [MODEL]
 
-Needs vLLM 0.32, ``kvcomp[serve]``, and redis-server or valkey-server. Prints the seconds to the first token of a
+Needs vLLM 0.32, the extra ``[serve]``, and redis-server or valkey-server. Prints the seconds to the first token of a
 prompt, computed and loaded, and how many of its tokens came from the store. The first run compiles the kernels.
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kvcomp[eval]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
 
 import real_tasks
 from kvcomp.errors import InvalidInput

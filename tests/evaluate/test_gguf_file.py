@@ -129,7 +129,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(
     made: Path, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf_file, "find_spec", lambda name: None if name == package else object())
-    with pytest.raises(InvalidInput, match=rf"needs {package}: pip install 'kvcomp\[gguf\]'"):
+    with pytest.raises(InvalidInput, match=rf"needs {package}: pip install '\.\[gguf\]'"):
         load_model(made)
 
 

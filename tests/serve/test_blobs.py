@@ -254,7 +254,7 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_redis_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "kvcomp.serve.blobs.redis", raising=False)
     monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(InvalidInput, match=r"pip install 'kvcomp\[serve\]'"):
+    with pytest.raises(InvalidInput, match=r"pip install '\.\[serve\]'"):
         open_blobs("redis://127.0.0.1")
 
 

@@ -127,7 +127,7 @@ def _draw(output: Path, found: dict[str, Any]) -> None:
     try:
         from kvcomp.results import plots
     except ImportError:
-        screen.print(f"the results are in {output}; for pictures: pip install 'kvcomp[plots]'", markup=False)
+        screen.print(f"the results are in {output}; for pictures: pip install '.[plots]'", markup=False)
         return
     pictures = []
     if found.get("attention"):

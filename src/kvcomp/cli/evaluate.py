@@ -133,7 +133,7 @@ def _harness(names: list[str]) -> Any:
     try:
         from kvcomp.evaluate.tasks import Tasks
     except ImportError as error:
-        raise InvalidInput(f"--tasks needs lm-evaluation-harness: pip install 'kvcomp[eval]' ({error})") from None
+        raise InvalidInput(f"--tasks needs lm-evaluation-harness: pip install '.[eval]' ({error})") from None
     return Tasks(names)
 
 

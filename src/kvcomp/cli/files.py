@@ -284,7 +284,7 @@ def _draw(path: Path, bits: dict[int, Any]) -> None:
     try:
         from kvcomp.results import plots
     except ImportError:
-        raise InvalidInput("--plot needs matplotlib: pip install 'kvcomp[plots]'") from None
+        raise InvalidInput("--plot needs matplotlib: pip install '.[plots]'") from None
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise InvalidInput(f"--plot draws to files that end in .png, .svg or .pdf, not {path.name}")
     width = max(x.shape[1] for x in bits.values())

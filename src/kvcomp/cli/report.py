@@ -27,7 +27,7 @@ def report(
         try:
             from kvcomp.results.page import render
         except ImportError:
-            raise InvalidInput("a report needs matplotlib and jinja2: pip install 'kvcomp[plots]'") from None
+            raise InvalidInput("a report needs matplotlib and jinja2: pip install '.[plots]'") from None
         from kvcomp import disk
 
         paths = found if found is not None else [path for name in DEFAULT_RESULTS if (path := Path(name)).is_file()]

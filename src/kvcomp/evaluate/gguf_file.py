@@ -130,7 +130,7 @@ def load(files: Sequence[Path], dtype: torch.dtype | None = None) -> tuple[Any, 
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise InvalidInput(f"{files[0].name} needs {' and '.join(missing)}: pip install 'kvcomp[gguf]'")
+        raise InvalidInput(f"{files[0].name} needs {' and '.join(missing)}: pip install '.[gguf]'")
     with _in_one_piece(files) as path:
         header = read_header(path, str(files[0]))
         check(header, str(files[0]))

@@ -33,7 +33,7 @@ class Quantized(Method):
             self.version = version(PACKAGES[backend])
         except PackageNotFoundError:
             raise InvalidInput(
-                f"{self.name} needs {PACKAGES[backend]}: pip install 'kvcomp[baselines]', or leave it out"
+                f"{self.name} needs {PACKAGES[backend]}: pip install '.[baselines]', or leave it out"
             ) from None
 
     def cache(self, config: PreTrainedConfig) -> Cache:

@@ -59,7 +59,7 @@ def open_blobs(url: str | Path, *, limit: int | None = None, timeout: float = TI
     try:
         from kvcomp.serve.blobs.redis import RedisBlobs
     except ImportError:
-        raise InvalidInput(f"{parts.scheme}:// needs redis-py: pip install 'kvcomp[serve]'") from None
+        raise InvalidInput(f"{parts.scheme}:// needs redis-py: pip install '.[serve]'") from None
     return RedisBlobs(REDIS_SCHEMES[parts.scheme] + str(url)[len(parts.scheme) :], timeout)
 
 
