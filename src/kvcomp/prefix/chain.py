@@ -2,10 +2,10 @@
 what it is.
 
 The first chunk holds the sinks and ``CHUNK_PAGES`` pages, every later one as many pages. The key of a chunk is a hash
-of the model, the spec, and all tokens up to its end, so prompts that begin alike share the chunks of what they share. A
-page can only be read with the
-codebooks it was written with: each chunk has them with it, and the keys after the first chunk are also a hash of its
-codebooks, so that a chain never mixes pages of two.
+of the model, the spec, and all tokens up to its end, so prompts that begin alike share the chunks of what they share.
+
+A page can only be read with the codebooks it was written with. Each chunk has them with it, and the keys after the
+first chunk are also a hash of its codebooks, so that a chain never mixes pages of two.
 """
 
 from __future__ import annotations

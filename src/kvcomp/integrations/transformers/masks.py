@@ -94,8 +94,7 @@ def kvcomp_mask(
     if given not in (None, kv_length + kv_offset) and kv_length + kv_offset == q_offset + q_length:
         raise InvalidInput(
             f"the attention mask has {given} entries, and there are {int(q_offset)} tokens in the cache and "
-            f"{q_length} new "
-            "ones: give the mask of all of them, and ids that go beyond those in the cache"
+            f"{q_length} new ones: give the mask of all of them, and ids that go beyond those in the cache"
         )
     mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **kwargs
