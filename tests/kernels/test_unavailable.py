@@ -26,9 +26,9 @@ def test_no_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     gpu._driver.cache_clear()
     gpu_compile._nvrtc.cache_clear()
-    with pytest.raises(BackendUnavailable, match=r"pip install 'kvcomp\[cuda\]'"):
+    with pytest.raises(BackendUnavailable, match=r"pip install '\.\[cuda\]'"):
         gpu.Gpu(0, lambda: 0)
-    with pytest.raises(BackendUnavailable, match=r"NVRTC, which is not there .* pip install 'kvcomp\[cuda\]'"):
+    with pytest.raises(BackendUnavailable, match=r"NVRTC, which is not there .* pip install '\.\[cuda\]'"):
         gpu_compile.nvrtc_version()
     gpu._driver.cache_clear()
     gpu_compile._nvrtc.cache_clear()

@@ -215,8 +215,7 @@ class KVCompCache(Cache):
             cache.session.check_lengths(header.tokens, kept, containers[0].header.tokens)
             cache.session.longest = header.tokens
             cache.session.not_from_ids = cache.session.not_from_ids or transformers_files.not_from_ids(header)
-        host = host_backend(backend)
-        read = [files.load(container, host, None, rows, tokens, cache.calibration) for container in containers]
+        read = [files.load(x, host_backend(backend), None, rows, tokens, cache.calibration) for x in containers]
         for index, first in read[0].items():
             store = first.join([stores[index] for stores in read[1:]]) if len(read) > 1 else first
             transformers_files.give(cache.layers, index, store, filled and filled[index])
@@ -297,6 +296,7 @@ class KVCompCache(Cache):
         self.session.announce(layer_idx)
         return length, offset
 
+    @torch.inference_mode()  # in which the states of linear attention may have been made
     def reset(self) -> None:
         """Forget everything; the next tokens may be of another batch size."""
         for layer in self.layers:

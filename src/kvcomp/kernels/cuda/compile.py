@@ -121,7 +121,7 @@ def _nvrtc() -> Any:
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
         raise BackendUnavailable(
-            f"the GPU kernels are compiled by NVRTC, which is not there ({error}): pip install 'kvcomp[cuda]'"
+            f"the GPU kernels are compiled by NVRTC, which is not there ({error}): pip install '.[cuda]'"
         ) from None
     return nvrtc
 

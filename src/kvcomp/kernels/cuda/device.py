@@ -107,7 +107,7 @@ def _driver() -> Any:
 
         (result,) = driver.cuInit(0)
     except ImportError:
-        raise BackendUnavailable("the GPU backend needs cuda-bindings: pip install 'kvcomp[cuda]'") from None
+        raise BackendUnavailable("the GPU backend needs cuda-bindings: pip install '.[cuda]'") from None
     except RuntimeError as error:
         raise BackendUnavailable(f"there is no NVIDIA driver on this machine ({error}): use backend='cpu'") from None
     if result != driver.CUresult.CUDA_SUCCESS:
