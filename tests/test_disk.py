@@ -118,6 +118,37 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path, through: str) -> None:
     assert {"folder", "pipe"} <= set(names(tmp_path))
 
 
+PIPED = """
+from kvcomp import disk
+from kvcomp.errors import InvalidInput
+
+try:
+    disk.write("/dev/stdout", [b"refused"])
+except InvalidInput as error:
+    assert "a folder, a pipe or a device" in str(error)
+    disk.put("/dev/stdout", b"figures")
+"""
+
+
+def test_a_pipe_behind_the_standard_output_is_no_file_and_takes_what_may_go_there() -> None:
+    done = subprocess.run([sys.executable, "-c", PIPED], capture_output=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, b"figures"), done.stderr
+
+
+def test_what_may_go_anywhere_replaces_a_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "figures.json"
+    disk.put(path, OLD)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        disk.put(path, WHOLE)
+    assert path.read_bytes() == OLD
+    assert names(tmp_path) == ["figures.json"]
+
+
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,25 @@ def test_inspect(tmp_path: Path, single: Path, layers: Path) -> None:
     assert "<svg" in (tmp_path / "heat.svg").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])
+def test_a_picture_that_does_not_fit_the_disk_leaves_the_old_one(
+    tmp_path: Path, single: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    out, picture = tmp_path / "out.kvc", tmp_path / f"heat.{suffix}"
+    run("compress", single, "-o", out)
+    assert run("inspect", out, "--plot", picture)[0] == 0
+    old = picture.read_bytes()
+    assert len(old) > 1000
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    code, text = run("inspect", out, "--plot", picture)
+    assert (code, "No space left" in text) == (1, True)
+    assert picture.read_bytes() == old
+
+
 def test_inspect_a_cache_of_a_model_without_pages(tmp_path: Path) -> None:
     store = KVStore(PRESETS["kvcomp"])
     store.append(*torch.randn(2, 1, 2, 30, 16))
@@ -186,6 +207,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, single: Path) -> None
             assert code == 1
             assert text.startswith("error: ")
             assert word in text
+            assert str(tmp_path / "bad.kvc") in text
     assert not (tmp_path / "back.safetensors").exists()
 
 
@@ -231,6 +253,14 @@ def test_usage(tmp_path: Path, single: Path) -> None:
     assert (code, "no preset" in text) == (2, True)
     assert run("verify")[0] == 2
     assert run("inspect", tmp_path)[0] == 2
+
+
+def test_a_dash_names_no_file(tmp_path: Path, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (("compress", single, "-o", "-"), ("generate", "--json", "-")):
+        code, text = run(*command)
+        assert (code, "name a file" in text) == (2, True)
+    assert not (tmp_path / "-").exists()
 
 
 @pytest.mark.parametrize("channels", [8, 24, 40])

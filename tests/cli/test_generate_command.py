@@ -1,7 +1,11 @@
 """The command line as a user types it."""
 
+import errno
 import json
 import logging.handlers
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,6 +132,7 @@ def test_a_prefix_store_that_is_none(url: str, message: str) -> None:
     ("arguments", "message"),
     [
         (("generate", "some/model"), "needs --prompt"),
+        (("generate", "--prompt", "caf\udce9"), "the prompt is no UTF-8 text"),  # as Python gives a byte of Latin-1
         (("generate", "--spec", "none-such"), "no preset"),
         (("generate", "--prompt", ""), "empty"),
         (("generate", "-n", "0"), "max-new-tokens"),
@@ -157,3 +162,49 @@ def test_a_prompt_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     result = run("generate", "--prompt-file", str(noise))
     assert result.exit_code == 2
     assert "UTF-8" in result.output
+
+
+def test_what_is_no_model_is_named_as_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.kvc").write_bytes(b"KVC")
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("none", "the path does not exist"),
+        ("folder", "no config.json and no GGUF"),
+        ("a.kvc", "this file is no model"),
+    ):
+        result = run("generate", str(tmp_path / name), "--prompt", "a")
+        assert (result.exit_code, message in " ".join(result.output.split())) == (1, True), result.output
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    counts = []
+    for number, mark in enumerate((b"", b"\xef\xbb\xbf")):
+        prompt, output = tmp_path / "prompt.txt", tmp_path / f"{number}.json"
+        prompt.write_bytes(mark + b"def add")
+        result = run("generate", "--prompt-file", str(prompt), "-n", "1", "--json", str(output))
+        assert result.exit_code == 0, result.output
+        counts.append(json.loads(output.read_text())["prompt_tokens"])
+    assert counts[0] == counts[1]
+
+
+def test_figures_that_do_not_fit_the_disk_leave_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "figures.json"
+    output.write_text("old", encoding="utf-8")
+    plain, limit = os.write, 100
+
+    def full(descriptor: int, data: bytes | memoryview) -> int:
+        if len(data) > limit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(descriptor, data)
+
+    monkeypatch.setattr(os, "write", full)
+    result = run("generate", "--prompt", "def add", "-n", "1", "--json", str(output))
+    assert (result.exit_code, "No space left" in result.output) == (1, True)
+    assert output.read_text() == "old"
+
+
+def test_an_output_that_is_full_is_an_error_without_a_traceback() -> None:
+    command = [sys.executable, "-c", "from kvcomp.cli import main; main()", "--help"]
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "error: OSError: [Errno 28] No space left on device\n")

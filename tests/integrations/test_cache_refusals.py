@@ -127,3 +127,26 @@ def test_attention_parameters_it_does_not_know(llama: PreTrainedModel) -> None:
                 module, torch.zeros(1, 4, 1, 16), key, value, None, position_bias=torch.zeros(4)
             )
     assert_unchanged(cache, before)
+
+
+def test_flex_attention_is_refused_with_what_to_call_instead() -> None:
+    model = tiny_model()
+    cache = filled(model)
+    before = state(cache)
+    with pytest.raises(UnsupportedModel, match=r'set_attn_implementation\("kvcomp"\)'):
+        forward(model, cache, "flex_attention", input_ids=torch.full((1, 1), 5))
+    assert_unchanged(cache, before)
+
+
+def test_repeats_that_are_no_numbers(llama: PreTrainedModel) -> None:
+    cache = filled(llama)
+    for repeats in (True, 0, 1.0, "2"):
+        with pytest.raises(InvalidInput, match="repeats must be a whole number"):
+            cache.batch_repeat_interleave(repeats)  # type: ignore[arg-type]
+
+
+def test_a_cache_that_generate_shall_not_use_is_named(llama: PreTrainedModel) -> None:
+    llama.set_attn_implementation("kvcomp")
+    options: dict[str, Any] = {"max_new_tokens": 3, "use_cache": False, "past_key_values": KVCompCache(llama.config)}
+    with pytest.raises(InvalidInput, match="no use_cache=False"):
+        llama.generate(**prompt(20), **options)

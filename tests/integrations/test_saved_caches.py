@@ -289,6 +289,30 @@ def test_rows_of_models_with_sliding_windows_are_joined(tmp_path: Path) -> None:
         token = found.argmax(-1, keepdim=True)
 
 
+@pytest.mark.parametrize("longer", [177, 700])
+@pytest.mark.parametrize("chosen", ["when loaded", "when saved", "before"])
+def test_a_short_row_of_joined_windows_goes_on_from_a_file(tmp_path: Path, longer: int, chosen: str) -> None:
+    """Its padding is no prefix that was dropped: alone it stays compressed, and goes on as it would have."""
+    config = deepcopy(HYBRIDS["gemma3"])
+    config.sliding_window = 600
+    model = random_model(config)
+    joined, alone = (KVCompCache(config, LOSSY) for _ in range(2))
+    run(model, joined, prompt(1, longer))
+    token = run(model, alone, prompt(1, 76, seed=1)).argmax(-1, keepdim=True)
+    joined.join(alone)
+    if chosen == "before":
+        joined.batch_select_indices(torch.tensor([1]))
+    joined.save(tmp_path / "a.kvc", rows=[1] if chosen == "when saved" else None)
+    again = KVCompCache.load(tmp_path / "a.kvc", config, rows=[1] if chosen == "when loaded" else None)
+    assert [type(layer) for layer in again.layers] == [type(layer) for layer in alone.layers]
+    for _ in range(90):
+        expected, found = run(model, alone, token), run(model, again, token, again.attention_mask())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+        assert torch.equal(found.argmax(-1), expected.argmax(-1))
+        token = expected.argmax(-1, keepdim=True)
+    assert all(layer.store.compressed for layer in again.compressed_layers)
+
+
 def test_a_prefix_past_a_sliding_window_cannot_be_cut(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(HYBRIDS["gemma3"]).eval()
     ids = prompt(1, 100)
@@ -410,3 +434,19 @@ def test_the_memory_of_a_loaded_cache_is_that_of_the_saved_one(
         run(llama, one, torch.full((1, 1), 5))  # after which kernels have made of the books what they need
     assert again.memory() == cache.memory()
     assert (tmp_path / "a.kvc").stat().st_size < 1.1 * cache.memory().total
+
+
+def test_a_damaged_file_of_several_is_named(llama: PreTrainedModel, tmp_path: Path) -> None:
+    paths = [tmp_path / "a.kvc", tmp_path / "b.kvc"]
+    for path in paths:
+        cache = KVCompCache(llama.config, LOSSY)
+        run(llama, cache, prompt(1, 200))
+        cache.save(path)
+    data = paths[1].read_bytes()
+    for content, message in (
+        (b"x" * 100, "b.kvc: this is no .kvc file"),
+        (data[:-1] + bytes([data[-1] ^ 1]), "b.kvc: the checksum of the section"),
+    ):
+        paths[1].write_bytes(content)
+        with pytest.raises(CorruptData, match=message):
+            KVCompCache.load(paths, llama.config)

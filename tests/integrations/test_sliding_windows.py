@@ -279,6 +279,8 @@ def test_raw_windows_of_older_files_stay_raw(
     monkeypatch.undo()
     again = KVCompCache.load(tmp_path / "a.kvc", model.config, model)
     assert not windows(again)
+    with pytest.raises(InvalidInput, match="no prefix can be cut"):
+        KVCompCache.load(tmp_path / "a.kvc", model.config, model, tokens=699)
     token = prompt(1, seed=3)["input_ids"]
     assert torch.equal(forward(model, again, input_ids=token), forward(model, old, input_ids=token))
     fresh = KVCompCache(model.config, LOSSY)

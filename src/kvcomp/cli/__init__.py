@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import typer
 
 from kvcomp.cli import bench, calibrate, evaluate, files, generate, report, tune
+from kvcomp.cli.common import say_error
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,4 +34,9 @@ for _command in (
 
 def main() -> None:
     """Entry point of the command ``kvcomp``."""
-    app()
+    try:
+        app()
+    except OSError as error:  # the standard output takes no more: Python must not try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        say_error(f"{type(error).__name__}: {error}")
+        sys.exit(1)

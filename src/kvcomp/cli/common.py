@@ -81,6 +81,8 @@ def writable(path: Path | None) -> Path | None:
     """Where a command will write, refused before any work if it cannot be written; ``~`` is the home folder."""
     if path is None:
         return None
+    if str(path) == "-":
+        raise typer.BadParameter("- does not stand for the standard output here: name a file")
     from kvcomp.disk import place  # NumPy is not loaded for --help
 
     try:

@@ -80,6 +80,7 @@ def generate(
     """
     if model is not None and prompt is None and prompt_file is None:
         raise typer.BadParameter("a model of your own needs --prompt or --prompt-file")
+    _check_text(prompt or "")
     check_spec(spec)
     if budget is not None and spec not in (None, CALIBRATED):
         raise typer.BadParameter(f"it chooses the levels of {CALIBRATED}: leave out --spec", param_hint="--budget")
@@ -177,6 +178,7 @@ def _generate(
 ) -> None:
     import torch
 
+    from kvcomp import disk
     from kvcomp.evaluate import generation
     from kvcomp.integrations.transformers import KVCompCache
 
@@ -203,7 +205,7 @@ def _generate(
             failed = error
     screen.print(_table(run, against, prefixes))
     if output is not None:
-        output.write_text(json.dumps(_figures(loaded.spec, run, against, prefixes), indent=2) + "\n", encoding="utf-8")
+        disk.put(output, json.dumps(_figures(loaded.spec, run, against, prefixes), indent=2).encode() + b"\n")
     if failed is not None:
         raise failed
 
@@ -240,9 +242,17 @@ class _ToScreen(logging.Handler):
         errors.print(record.getMessage(), style="dim")
 
 
+def _check_text(prompt: str) -> None:
+    """Refuse bytes on the command line that are no UTF-8, which Python gives as halves of characters."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter(f"the prompt is no UTF-8 text: {error}", param_hint="--prompt") from None
+
+
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{path} is no UTF-8 text: {error}") from None
 

@@ -19,6 +19,8 @@ from kvcomp.spec import CodecSpec, is_calibrated
 TUNED_SPEC = "kvcomp.json"
 FITTING_CHARACTERS = 2_000_000
 CALIBRATION = "model.kvcal"
+CONFIGS = "config.json", "adapter_config.json"
+HUB_PARTS = 2  # owner/name
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,7 +50,7 @@ def load_model(name: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
     Raises
     ------
     InvalidInput
-        If transformers cannot load them, or the type is not float32, float16 or bfloat16.
+        If nothing is there, transformers cannot load it, or the type is not float32, float16 or bfloat16.
     CorruptData, UnsupportedModel
         For a GGUF that is damaged or of another kind of model.
     """
@@ -57,6 +59,7 @@ def load_model(name: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
     if files := gguf_file.find(name):
         model, tokenizer = gguf_file.load(files, DTYPES[dtype] if dtype else None)
         return model.eval(), tokenizer
+    _check_place(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
@@ -65,6 +68,21 @@ def load_model(name: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
     if model.dtype not in DTYPES.values():
         raise InvalidInput(f"{name} has weights of {model.dtype}: {', '.join(DTYPES)} are possible")
     return model.eval(), tokenizer
+
+
+def _check_place(name: str | Path) -> None:
+    """Raise InvalidInput for a path that is no model's. transformers would look for each one on the hub."""
+    path = Path(name)
+    if path.is_dir():
+        wrong = not any((path / config).is_file() for config in CONFIGS)
+        why = "the folder holds no config.json and no GGUF file: name the one that does"
+    elif path.is_file():
+        wrong, why = True, "this file is no model: name a model's folder or a GGUF file"
+    else:
+        wrong = path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) > HUB_PARTS
+        why = "the path does not exist: name a model's folder, a GGUF file or a hub name"
+    if wrong:
+        raise InvalidInput(f"cannot load a model from {name}: {why}")
 
 
 def calibration_beside(model: str | Path) -> Path | None:
@@ -106,7 +124,7 @@ def text_ids(tokenizer: Any, model: str | Path, text: Path | None) -> tuple[np.n
     """
     if text is not None:
         try:
-            content = text.read_text(encoding="utf-8")
+            content = text.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidInput(f"cannot read the text {text}: {error}; give a UTF-8 file") from None
         return join(tokenizer, [(text.name, content)]), str(text)

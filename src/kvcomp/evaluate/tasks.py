@@ -127,7 +127,7 @@ class Tasks:
 
 def _task_of(path: Path) -> str:
     try:
-        match = re.search(r"^task:\s*([\w.-]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        match = re.search(r"^task:\s*([\w.-]+)", path.read_text(encoding="utf-8-sig"), re.MULTILINE)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot read the task {path}: {error}") from None
     if match is None:

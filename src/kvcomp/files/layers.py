@@ -6,7 +6,8 @@ cache lives; kvcomp never does, it puts a new file in its place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kvcomp.calibration import Calibration, LayerCalibration, resolve
 from kvcomp.codec.codebook import Codebook
 from kvcomp.codec.page import size_of
 from kvcomp.disk import read, write
-from kvcomp.errors import InvalidInput
+from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedVersion
 from kvcomp.files.container import Container, LayerParts, State, pack
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
@@ -98,7 +99,32 @@ def pack_stores(
 
 def open_container(path: str | Path) -> Container:
     """Map a file and read its header. Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError."""
-    return Container(read(path))
+    return _File(path)
+
+
+class _File(Container):
+    """A container whose errors begin with the path of its file."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        data = read(path)
+        with self._named():
+            super().__init__(data)
+
+    def layer(self, index: int) -> LayerParts:
+        with self._named():
+            return super().layer(index)
+
+    def states(self) -> Iterator[State]:
+        with self._named():
+            yield from super().states()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (CorruptData, LimitExceeded, UnsupportedVersion) as error:
+            raise type(error)(f"{self.path}: {error}") from None
 
 
 def load(

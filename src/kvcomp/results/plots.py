@@ -16,6 +16,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from kvcomp import disk
+
 INK, PAPER, GRID = "#24292f", "#fefefe", "#c9ced6"  # each stands for one role, and is replaced by the dark one
 DARK = {INK: "#e6edf3", PAPER: "#161b22", GRID: "#434b57"}
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c7ae6", "#7f8790"
@@ -50,11 +52,13 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 def write(figure: Figure, path: Path) -> None:
-    """Write a picture in the format of the path's suffix."""
+    """Write a picture in the format of the path's suffix, whole or not at all. Raises OSError."""
     if path.suffix == ".svg":
-        path.write_text(svg(figure), encoding="utf-8")
+        disk.put(path, svg(figure).encode())
     else:
-        figure.savefig(path, dpi=160)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=160)
+        disk.put(path, buffer.getvalue())
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

@@ -215,10 +215,11 @@ class KVCompCache(Cache):
             cache.session.check_lengths(header.tokens, kept, containers[0].header.tokens)
             cache.session.longest = header.tokens
             cache.session.not_from_ids = cache.session.not_from_ids or transformers_files.not_from_ids(header)
-        read = [files.load(x, host_backend(backend), None, rows, tokens, cache.calibration) for x in containers]
+        read = [files.load(one, host_backend(backend), None, rows, tokens, cache.calibration) for one in containers]
+        whole = all(tokens in (None, one.header.tokens) for one in containers)
         for index, first in read[0].items():
             store = first.join([stores[index] for stores in read[1:]]) if len(read) > 1 else first
-            transformers_files.give(cache.layers, index, store, filled and filled[index])
+            transformers_files.give(cache.layers, index, store, filled and filled[index], whole)
         transformers_files.give_linear(cache.layers, containers, rows, tokens, filled)
         return cache
 
@@ -301,8 +302,7 @@ class KVCompCache(Cache):
         """Forget everything; the next tokens may be of another batch size."""
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):  # of which transformers before 5.15 keeps zeros that count as tokens
-                layer.keys = layer.values = None
-                layer.is_initialized = False
+                layer.keys, layer.values, layer.is_initialized = None, None, False
         super().reset()  # type: ignore[no-untyped-call]
         self.session.reset()
 
@@ -339,7 +339,7 @@ class KVCompCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have each row so many times."""
-        if not isinstance(repeats, int) or repeats < 1:
+        if type(repeats) is not int or repeats < 1:
             raise InvalidInput(f"repeats must be a whole number from 1, not {repeats!r}")
         if self._batch():
             self.reorder_cache(torch.arange(self._batch()).repeat_interleave(repeats))  # type: ignore[arg-type]

@@ -111,11 +111,11 @@ def check_header(header: Header, layers: list[Any], spec: CodecSpec, filled: lis
         )
 
 
-def give(layers: list[Any], index: int, store: KVStore, like: Any = None) -> None:
+def give(layers: list[Any], index: int, store: KVStore, like: Any = None, whole: bool = False) -> None:
     """Give a layer what was read from a file, where a layer of the model has its own; a compressed one finds out.
 
-    A window that lies in the file raw stays so; one that is compressed there and not here is decompressed. Raises
-    InvalidInput if a sliding window lacks tokens that were cut off.
+    A window that lies in the file raw stays so; one that is compressed there and not here is decompressed. whole: all
+    tokens of the file were taken. Raises InvalidInput if a sliding window lacks tokens that were cut off.
     """
     layer = layers[index]
     if type(layer) is CompressedLayer:
@@ -126,12 +126,16 @@ def give(layers: list[Any], index: int, store: KVStore, like: Any = None) -> Non
         return
     first = store.tokens - _held(layer, store.tokens)
     raw = bool((store.rows.tail_begin == store.starts).all())
-    if ((store.rows.dropped > 0) & (store.rows.begins > first)).any() or (raw and store.tail_base > first):
+    # Before the tail of a raw row there is padding, or what its window had left when the file was written: no file
+    # says which. The next token sees none of the latter, unless the file's last tokens were cut off.
+    either = raw and bool((store.starts == store.tail_base).any())
+    lacking = either and store.tail_base > first and not whole
+    if ((store.rows.dropped > 0) & (store.rows.begins > first)).any() or lacking:
         raise InvalidInput(
             "a layer with a sliding window holds its last tokens only, so no prefix can be cut from this file: "
             "take all of its tokens"
         )
-    if isinstance(layer, SlidingLayer) and not (raw and store.tail_base):
+    if isinstance(layer, SlidingLayer) and not (either and 0 < store.tail_base <= first):
         store.slide(layer.sliding_window)
         layer.store = store
         layer.is_initialized = True

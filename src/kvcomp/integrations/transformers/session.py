@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from kvcomp.errors import InvalidInput, LimitExceeded
+from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
 from kvcomp.integrations.transformers.identity import configuration_of, difference, rope_switch
 from kvcomp.integrations.transformers.masks import MaskPlan, read_mask
 from kvcomp.integrations.transformers.models import identity_of, position_limit
@@ -177,8 +177,14 @@ class Session:
     def announce(self, layer: int) -> None:
         """A forward pass makes its mask for a layer, before any layer has the new tokens.
 
-        Raises InvalidInput if the states of linear attention are not all where the K and V are.
+        Raises InvalidInput if the states of linear attention are not all where the K and V are, UnsupportedModel for an
+        attention that fails on a compressed cache.
         """
+        if getattr(self.config(), "_attn_implementation", None) == "flex_attention":
+            raise UnsupportedModel(
+                "flex_attention compiles its own reading of K and V, which no compressed cache can be part of: "
+                'call model.set_attn_implementation("kvcomp")'
+            )
         if self.linear:
             self.lost |= layer in self.announced or not self._states_agree
             self.check_whole()
@@ -245,8 +251,8 @@ class Session:
         if (last < expected).any():
             raise InvalidInput(
                 f"the new tokens end at the positions {last.tolist()}, in the cache they end at {expected.tolist()}: "
-                "give generate ids that go beyond those in the cache (crop takes the last ones out), and their whole "
-                "attention mask"
+                "give generate ids that go beyond those in the cache (crop takes the last ones out), their whole "
+                "attention mask, and no use_cache=False"
             )
         self.positions = positions
 
