@@ -65,7 +65,7 @@ def write(path: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
     Raises OSError, and InvalidInput if something other than a file is there.
     """
     target = Path(os.path.realpath(place(path)))  # a link stays a link
-    if _is_other(path):
+    if is_other(path):
         raise InvalidInput(f"{path} is a folder, a pipe or a device, which no file replaces: give another path")
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder: make it first", str(target.parent))
@@ -94,13 +94,13 @@ def put(path: str | Path, data: bytes) -> None:
 
     Raises InvalidInput for a path that is none, and OSError.
     """
-    if _is_other(path):
+    if is_other(path):
         place(path).write_bytes(data)
     else:
         write(path, [data])
 
 
-def _is_other(path: str | Path) -> bool:
+def is_other(path: str | Path) -> bool:
     """Whether something other than a file is there. A pipe behind /dev/stdout has a name that does not exist."""
     given = place(path)
     return given.exists() and not given.is_file()

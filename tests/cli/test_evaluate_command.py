@@ -272,6 +272,7 @@ def test_a_method_that_cannot_hold_a_model_is_said_to_have_failed(tmp_path: Path
         (("evaluate", *SMALL, "--json", "."), 2, "is a folder"),
         (("tune", "--spec", "kvcomp-klt:balanced"), 2, "has its own levels"),
         (("tune", "-o", "none/kvcomp.json"), 2, "no folder none"),
+        (("tune", "-o", "/dev/full"), 2, "a pipe or a device"),
         (("generate", "-n", "5000"), 1, "positions of the model"),
         (("generate", "--seed", "99999999999999999999999"), 2, "--seed"),
     ],

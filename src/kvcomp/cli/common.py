@@ -78,7 +78,19 @@ def say_error(message: str) -> None:
 
 
 def writable(path: Path | None) -> Path | None:
-    """Where a command will write, refused before any work if it cannot be written; ``~`` is the home folder."""
+    """Where a command will write a file, refused before any work if it cannot be written; ``~`` is the home folder."""
+    target = anywhere(path)
+    if target is None:
+        return None
+    from kvcomp.disk import is_other
+
+    if is_other(target):
+        raise typer.BadParameter(f"{path} is a pipe or a device: name a file")
+    return target
+
+
+def anywhere(path: Path | None) -> Path | None:
+    """The same for what is written at once, which may go to a pipe or a device such as /dev/stdout."""
     if path is None:
         return None
     if str(path) == "-":

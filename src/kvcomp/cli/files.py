@@ -14,7 +14,17 @@ from typing import Annotated, Any, Self
 import typer
 from rich.table import Table
 
-from kvcomp.cli.common import SPEC_NAMES, CalibrationFile, check_spec, in_times, plain_errors, say, screen, writable
+from kvcomp.cli.common import (
+    SPEC_NAMES,
+    CalibrationFile,
+    anywhere,
+    check_spec,
+    in_times,
+    plain_errors,
+    say,
+    screen,
+    writable,
+)
 from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.spec import TensorSpec
 
@@ -97,7 +107,7 @@ def inspect(
     source: Compressed,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON instead")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the bits of every layer and head to this file", callback=writable)
+        Path | None, typer.Option(help="Draw the bits of every layer and head to this file", callback=anywhere)
     ] = None,
     calibration: CalibrationFile = None,
 ) -> None:

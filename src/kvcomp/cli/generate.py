@@ -23,13 +23,13 @@ from kvcomp.cli.common import (
     CalibrationFile,
     Dtype,
     Model,
+    anywhere,
     check_spec,
     errors,
     in_times,
     plain_errors,
     quiet_loading,
     screen,
-    writable,
 )
 from kvcomp.cli.prefix import Prefixes
 from kvcomp.errors import InvalidInput, KVCompError, LimitExceeded
@@ -71,7 +71,7 @@ def generate(
         str | None, typer.Option(help="Folder or redis:// URL: load what the prompt begins with, and store it")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--json", help="Write all figures to this file", callback=writable)
+        Path | None, typer.Option("--json", help="Write all figures to this file", callback=anywhere)
     ] = None,
 ) -> None:
     """Generate text from a compressed KV cache and say what it cost.
