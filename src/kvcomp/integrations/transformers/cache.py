@@ -382,8 +382,8 @@ class KVCompCache(Cache):
         store = next((layer.store for layer in self.compressed_layers if layer.store.batch), None)
         if store is None or not isinstance(new, int) or new < 0:
             raise InvalidInput(f"there is no mask of {new!r} new tokens for a cache that holds {self._batch()} rows")
-        position = torch.arange(store.tokens + new)
-        return (position >= torch.from_numpy(store.starts)[:, None]).to(store.device, torch.int64)
+        start = torch.from_numpy(store.starts).to(store.device)[:, None]
+        return (torch.arange(store.tokens + new, device=store.device) >= start).to(torch.int64)
 
     def __repr__(self) -> str:
         compressed = self.compressed_layers
