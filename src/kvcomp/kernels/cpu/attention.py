@@ -91,7 +91,7 @@ def hide(first, place, tokens, s):
         hidden[g] = max(0, min(tokens, first[g] - place))
 
 
-@compiled
+@compiled(inline=True)
 def attend_page(
     page,
     following,

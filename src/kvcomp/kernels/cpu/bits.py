@@ -37,7 +37,11 @@ _cacheable = True
 
 
 def compiled(
-    function: Callable[..., Any] | None = None, *, entry: bool = False, fastmath: set[str] | bool = False
+    function: Callable[..., Any] | None = None,
+    *,
+    entry: bool = False,
+    inline: bool = False,
+    fastmath: set[str] | bool = False,
 ) -> Any:
     """Compile with Numba, without the GIL, and cache on disk.
 
@@ -49,14 +53,17 @@ def compiled(
         What to compile; without it, a decorator is returned.
     entry
         Whether Python calls it. Others are called from compiled code only and get no wrapper, which saves compile time.
+    inline
+        Whether it is compiled as a part of its caller only: LLVM compiles all that a function calls with it, so a chain
+        of calls would be compiled anew at each link.
     fastmath
         What LLVM may rearrange, as Numba takes it.
     """
     global _cacheable
     if function is None:
-        return lambda f: compiled(f, entry=entry, fastmath=fastmath)
+        return lambda f: compiled(f, entry=entry, inline=inline, fastmath=fastmath)
     options: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": fastmath}
-    options |= {"no_cfunc_wrapper": True, "no_cpython_wrapper": not entry}
+    options |= {"no_cfunc_wrapper": True, "no_cpython_wrapper": not entry, "inline": "always" if inline else "never"}
     if _cacheable:
         try:
             return njit(cache=True, **options)(function)

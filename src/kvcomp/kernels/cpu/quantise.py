@@ -252,7 +252,8 @@ def set_unit(lo, hi, relative_scale, scale_bits, dtype, parameters, bounds, unit
 @compiled
 def channel_extremes(values, lo, hi):
     """Least and greatest of each channel of [64, D]; a NaN is passed over and fails later."""
-    lo[:], hi[:] = values[0], values[0]
+    for c in range(values.shape[1]):
+        lo[c] = hi[c] = values[0, c]
     for t in range(1, TOKENS):
         for c in range(values.shape[1]):
             x = values[t, c]

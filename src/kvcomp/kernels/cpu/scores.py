@@ -43,7 +43,7 @@ def take_first(codes, kind, unit, mode, books, s):
     return slot, first
 
 
-@compiled
+@compiled(inline=True)
 def multiply_codes(codes, kind, mode, slot, books, channels, s, out, step):
     """Products of a block of this mode at an address with ``factors``; ``slot`` is that of a Huffman block's book."""
     pitch = 2 * s.padded
@@ -56,7 +56,7 @@ def multiply_codes(codes, kind, mode, slot, books, channels, s, out, step):
         multiply(codes, kind, channels, width, s.factors, pitch, s.steps, s.queries, s.values, out, step)
 
 
-@compiled
+@compiled(inline=True)
 def score_coded_keys(codes, unit, mode, words, books, s):
     """score[g, t] = sum over channels of q * (code + zero) * scale, from the codes of a block at an address.
 
@@ -94,7 +94,7 @@ def score_coded_keys(codes, unit, mode, words, books, s):
             rescale(score, s.scale, s.zero, of_zero[g], TOKENS)
 
 
-@compiled
+@compiled(inline=True)
 def add_coded_values(codes, unit, mode, words, books, s, out):
     """Add sum over tokens of weight * (code + zero) * scale to out[g, c], from the codes of a block at an address.
 
