@@ -45,7 +45,7 @@ def test_times_come_with_their_setting_their_spread_and_the_error(tmp_path: Path
     output = tmp_path / "bench.json"
     result = run(output, "--part", "attention", "--part", "codec", "--threads", "1", "--threads", "2")
     assert result.exit_code == 0, result.output
-    found = results.read(output, "bench")
+    found = results.read(output)
     assert found["partial"] is False
     assert found["setting"]["backend"] == "cpu"
     assert found["setting"]["spec"]["key"]["unit"] == "channel"

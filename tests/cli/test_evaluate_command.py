@@ -17,6 +17,7 @@ from transformers import (
 from typer.testing import CliRunner, Result
 
 from kvcomp.cli import app
+from kvcomp.evaluate.evaluation import Evaluation
 from kvcomp.evaluate.models import shipped_model
 from kvcomp.fit import advice
 from kvcomp.results import schema as results
@@ -77,7 +78,7 @@ def test_evaluate_measures_methods_and_goes_on_after_a_stop(tmp_path: Path) -> N
     stopped = run(*options)
     assert stopped.exit_code == 130, stopped.output
     assert "--resume" in stopped.output
-    some = results.read(output, "evaluate")
+    some = results.read(output)
     assert some["partial"]
     done = len(Path(f"{output}.partial").read_text().splitlines())
     assert done > 10
@@ -88,7 +89,7 @@ def test_evaluate_measures_methods_and_goes_on_after_a_stop(tmp_path: Path) -> N
     whole = run(*options, "--resume")
     assert whole.exit_code == 0, whole.output
     assert not Path(f"{output}.partial").exists()
-    found = results.read(output, "evaluate")
+    found = results.read(output)
     assert not found["partial"]
     assert [one["name"] for one in found["methods"]] == ["uncompressed", "kvcomp", "stubborn", "kivi-2"]
     exact, ours, theirs, kivi = found["methods"]
@@ -118,7 +119,7 @@ def test_tune_writes_a_spec_that_is_within_its_goal(tmp_path: Path, monkeypatch:
     done = run("tune", "--like", "kivi-4", *few, "-o", str(spec), "--json", str(figures))
     assert done.exit_code == 0, done.output
     assert "dense" in done.output  # the advice
-    found = results.read(figures, "tune")
+    found = results.read(figures)
     assert found["kl"] <= found["before"]["kivi-4"]["kl"]
     assert found["coded_bits"] < found["before"]["kivi-4"]["coded_bits"]
     tuned = CodecSpec.resolve(spec)
@@ -162,11 +163,12 @@ def test_tune_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_tune_finds_turning_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advice, "BUDGET", 0.0)
+    monkeypatch.setattr(advice, "CONTEXTS", (1 << 20,))  # beyond the model's positions
     spec, figures = tmp_path / "tuned.json", tmp_path / "figures.json"
     few = ("--prompts", "1", "--prompt-tokens", "300", "--scored-tokens", "32", "--lists", "1")
     done = run("tune", "--keep", "0.9", *few, "-o", str(spec), "--json", str(figures))
     assert done.exit_code == 0, done.output
-    found = results.read(figures, "tune")
+    found = results.read(figures)
     chosen = {"K": CodecSpec.resolve(spec).key.scales, "V": CodecSpec.resolve(spec).value.scales}
     for kind, scales in chosen.items():
         (scale,) = scales
@@ -187,6 +189,8 @@ def test_tune_finds_turning_points(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (("tune", "--keep", "0.9", "--max-kl", "0.1"), 2, "one of --keep"),
         (("tune", "--max-kl", "0"), 2, "above 0"),
         (("tune", "--like", "kivi-5"), 1, "no baseline"),
+        (("tune", "--like", ""), 1, "no baseline"),
+        (("tune", "--prompt-tokens", "100"), 1, "of 100 tokens is compressed: give --prompt-tokens 132"),
     ],
 )
 def test_wrong_use_is_told(arguments: tuple[str, ...], code: int, message: str) -> None:
@@ -194,6 +198,16 @@ def test_wrong_use_is_told(arguments: tuple[str, ...], code: int, message: str) 
     assert result.exit_code == code, result.output
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+def test_evaluate_that_is_stopped_before_it_measures_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Evaluation, "__post_init__", stop)
+    result = run("evaluate", *SMALL, "--json", "found.json")
+    assert (result.exit_code, "--resume" in result.output) == (130, True), result.output
+    assert not Path("found.json").exists()
 
 
 def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:

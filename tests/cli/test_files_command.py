@@ -189,6 +189,20 @@ def test_verify_a_cache_of_a_model_against_its_tensors(tmp_path: Path) -> None:
     assert (code, "was cropped within a page" in text) == (1, True)
 
 
+def test_a_cache_of_some_layers_is_decompressed_and_verified(tmp_path: Path) -> None:
+    """Those of a hybrid: compress itself takes whole models only."""
+    stores = {}
+    for layer in (3, 7):
+        stores[layer] = KVStore(PRESETS["kvcomp"])
+        stores[layer].append(*torch.randn(2, 1, 2, 200, 16))
+        stores[layer].seal()
+    files.save(tmp_path / "a.kvc", stores, PRESETS["kvcomp"], 8)
+    assert run("decompress", tmp_path / "a.kvc", "-o", tmp_path / "kv.safetensors")[0] == 0
+    code, text = run("verify", tmp_path / "a.kvc", "--against", tmp_path / "kv.safetensors")
+    assert (code, "are within their bounds" in text) == (0, True)
+    assert run("compress", tmp_path / "kv.safetensors", "-o", tmp_path / "b.kvc")[0] == 1
+
+
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, single: Path) -> None:
     out = tmp_path / "out.kvc"
     run("compress", single, "-o", out)

@@ -91,7 +91,12 @@ def test_parts_are_joined_from_their_folder_or_from_one_of_them(copy: Path, name
 
 @pytest.mark.parametrize(
     "names",
-    [["tiny.gguf.part0", "tiny.gguf.part2"], ["tiny.gguf.part1of3", "tiny.gguf.part2of3"], ["tiny.gguf.part2"]],
+    [
+        ["tiny.gguf.part0", "tiny.gguf.part2"],
+        ["tiny.gguf.part1of3", "tiny.gguf.part2of3"],
+        ["tiny.gguf.part1of999999999"],
+        ["tiny.gguf.part2"],
+    ],
 )
 def test_a_part_that_is_missing_is_named(copy: Path, names: list[str]) -> None:
     in_parts(copy, names)
@@ -144,6 +149,7 @@ def test_an_architecture_that_transformers_cannot_read_is_refused(llama: Any, tm
     [
         ({"llama.rope.scaling.type": "yarn"}, UnsupportedModel, "RoPE scaling 'yarn'"),
         ({"split.count": 3}, InvalidInput, "llama-gguf-split --merge"),
+        ({"split.count": "many"}, CorruptData, "one of 'many' files"),
     ],
 )
 def test_what_would_be_read_wrongly_is_refused(

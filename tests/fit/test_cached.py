@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import kvcomp
-from kvcomp.errors import UnsupportedModel
+from kvcomp.calibration import Calibration
+from kvcomp.errors import LimitExceeded, UnsupportedModel
 from kvcomp.evaluate.fidelity import GROUPED
 from kvcomp.fit.cached import cached_path, calibrate, fitting
 from kvcomp.fit.calibrate import Calibrator
@@ -44,6 +45,10 @@ def never(*_: Any) -> None:
     raise AssertionError
 
 
+def too_large(*_: Any) -> None:
+    raise LimitExceeded
+
+
 def test_what_was_made_is_found_and_the_model_stays_as_it_is(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +63,9 @@ def test_what_was_made_is_found_and_the_model_stays_as_it_is(
     place = cached_path(model, SETTINGS)
     place.write_bytes(place.read_bytes()[:-1])
     assert calibrate(model, SETTINGS).fingerprint == made.fingerprint  # a damaged one is made again
+    with monkeypatch.context() as patched:
+        patched.setattr(Calibration, "read", too_large)
+        assert calibrate(model, SETTINGS).fingerprint == made.fingerprint
     with torch.no_grad():
         model.get_output_embeddings().weight[0, 0] += 1
     assert cached_path(model, SETTINGS) != place

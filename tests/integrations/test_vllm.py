@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import vllm_standin
-from kvcomp import CodecSpec, InvalidInput, TensorSpec, UnsupportedModel, compress
+from kvcomp import CodecSpec, InvalidInput, StoreUnavailable, TensorSpec, UnsupportedModel, compress
 from redis_server import free_port, running
 
 with vllm_standin.importable():
@@ -27,6 +28,7 @@ with vllm_standin.importable():
     from kvcomp.integrations.vllm.connector import KVCompConnector, Transfers
     from kvcomp.integrations.vllm.layout import BlockLayout, find_layout
 
+TINY_LM = Path(__file__).parents[2] / "examples" / "tiny-lm"
 LAYERS, HEADS, DIM, BLOCK, CHUNK, BLOCKS = 3, 2, 32, 16, 128, 64
 
 
@@ -287,6 +289,33 @@ def test_what_is_gone_or_damaged_when_it_is_loaded_is_reported_and_never_written
     assert again.start(request("third", PROMPT), blocks) == 3 * CHUNK
     assert torch.equal(again.held(blocks, 3 * CHUNK), expected)
     again.close()
+
+
+def test_what_was_loaded_before_the_store_went_away_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = stored(str(tmp_path))
+    engine, blocks = Engine(str(tmp_path)), list(range(30))
+    get, asked = engine.worker._blobs.get, []
+
+    def once(keys: list[str]) -> Any:
+        asked.append(keys)
+        if len(asked) > 1:
+            raise StoreUnavailable
+        return get(keys)
+
+    monkeypatch.setattr(engine.worker._blobs, "get", once)
+    assert engine.start(request("second", PROMPT), blocks) == 3 * CHUNK
+    assert engine.failed == set(blocks[CHUNK // BLOCK : 3 * CHUNK // BLOCK])
+    assert torch.equal(engine.held(blocks, CHUNK), coded(kv[:, :, : 3 * CHUNK])[:, :, :CHUNK])
+    engine.close()
+
+
+def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(TINY_LM)
+    options = {"spec": "kvcomp-klt", "calibration": str(TINY_LM / "model.kvcal")}
+    connector(str(tmp_path), KVConnectorRole.WORKER, model_fields={"hf_text_config": config}, **options)
+    config.num_hidden_layers += 1
+    with pytest.raises(InvalidInput, match="run kvcomp calibrate on this model"):
+        connector(str(tmp_path), KVConnectorRole.WORKER, model_fields={"hf_text_config": config}, **options)
 
 
 def test_a_request_none_of_whose_chunks_could_be_loaded_is_computed(tmp_path: Path) -> None:

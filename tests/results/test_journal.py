@@ -77,12 +77,11 @@ def test_pieces_end_where_a_line_is_none(tmp_path: Path, line: str) -> None:
 def test_results_come_back_with_their_setting(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     results.write(path, "evaluate", results.environment(seed=3), methods=[])
-    found = results.read(path, "evaluate")
+    found = results.read(path)
     assert found["setting"]["seed"] == 3
     assert found["setting"]["torch"]
     assert found["methods"] == []
-    with pytest.raises(InvalidInput, match="not of kvcomp bench"):
-        results.read(path, "bench")
+    assert found["kind"] == "evaluate"
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,9 @@ def test_another_number_gives_another_page(tmp_path: Path, page: str) -> None:
         ({"kvcomp_results": 1, "kind": "other", "setting": {}}, "holds results of kind 'other'"),
         ({"kvcomp_results": 9, "kind": "bench", "setting": {}}, "version 9"),
         ({"kvcomp_results": 1, "kind": "tune", "setting": {}}, "lack what a report needs"),
+        ({"kvcomp_results": 1, "kind": "bench", "setting": {"load_average": "busy"}}, "lack what a report needs"),
+        ({"kvcomp_results": 1, "kind": "bench", "setting": {}, "attention": [{}]}, "lack what a report needs"),
+        ({"kvcomp_results": 1, "kind": "tune", "setting": {}, "curves": []}, "lack what a report needs"),
         ([1, 2], "no results file"),
     ],
 )

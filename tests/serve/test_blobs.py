@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,15 +195,20 @@ keys = [f"key{i}" for i in range(3)]
 kinds = [bytes([kind]) * 300_000 for kind in (1, 2)]
 seen = set()
 for _ in range(rounds):
+    begun, say = os.pipe()
     child = os.fork()
     if child == 0:
         store = open_blobs(url, timeout=30)
         while True:
             for kind in kinds:
+                os.write(say, b".")
                 store.put([(key, [kind[:100_000], kind[100_000:]]) for key in keys])
-    time.sleep(0.01 + draw.random() * 0.03)
+    os.read(begun, 1)  # on a busy machine a child may take long to begin
+    time.sleep(draw.random() * 0.03)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(begun)
+    os.close(say)
     store = open_blobs(url, timeout=30)
     for value in store.get(keys):
         assert value is None or bytes(value) in kinds, len(value)
@@ -310,6 +316,7 @@ def test_a_folder_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "utime", failing)
     assert values(store, KEYS[:1]) == [b"old"]
+    store.touch(KEYS[:1])
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace", "utime"])
@@ -441,6 +448,49 @@ def test_a_server_that_dies_and_comes_back(tmp_path: Path) -> None:
         store.put([(KEYS[0], [b"x"])])
         assert values(store, KEYS[:1]) == [b"x"]
         store.close()
+
+
+def test_an_empty_file_is_no_value(tmp_path: Path) -> None:
+    store = open_blobs(tmp_path)
+    store.put([(KEYS[0], [b"old"])])
+    next(tmp_path.glob("??/*")).write_bytes(b"")
+    assert (store.sizes(KEYS[:1]), store.get(KEYS[:1])) == ([None], [None])
+    assert store.put_new(KEYS[0], [b"new"])
+    assert values(store, KEYS[:1]) == [b"new"]
+
+
+def test_calls_beside_one_that_closes_end_well_or_typed(redis_url: str) -> None:
+    store = open_blobs(redis_url, timeout=5)
+
+    def ask() -> None:
+        for _ in range(200):
+            with suppress(StoreUnavailable):
+                store.sizes(KEYS)
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(3)]
+        for _ in range(50):
+            store.close()
+        for one in asking:
+            one.result()
+    store.close()
+
+
+def test_a_client_that_does_not_close_holds_nobody(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import redis.asyncio
+
+    aclose = redis.asyncio.Redis.aclose
+
+    async def fails(client: Any) -> None:
+        await aclose(client)
+        raise redis.exceptions.TimeoutError("Timeout closing connection")
+
+    store = open_blobs(redis_url, timeout=5)
+    store.put([(KEYS[0], [b"x"])])
+    thread = store.thread  # type: ignore[attr-defined]
+    monkeypatch.setattr(redis.asyncio.Redis, "aclose", fails)
+    store.close()
+    assert not thread.is_alive()
 
 
 def test_a_server_that_stands_still(tmp_path: Path) -> None:

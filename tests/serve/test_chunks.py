@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from kvcomp import PRESETS, compress
 from kvcomp.calibration import Calibration
 from kvcomp.errors import CorruptData, InvalidInput, KVCompError, UnsupportedVersion
+from kvcomp.files import pack_stores
 from kvcomp.serve.chunks import ChunkShape, chunk_key, chunk_spec, open_chunk, pack_chunk, unpack
 from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.store import KVStore
 from sealing import seal, unseal
 
 CALIBRATION = Path(__file__).parents[2] / "examples" / "tiny-lm" / "model.kvcal"
@@ -66,6 +68,16 @@ def test_the_value_of_another_key_is_refused() -> None:
 def test_a_value_of_another_shape_is_refused(other: ChunkShape) -> None:
     with pytest.raises(CorruptData, match="not the chunk that was asked for"):
         open_chunk(packed(), "a", SPEC, other)
+
+
+def test_a_value_whose_v_is_wider_is_refused() -> None:
+    header, _ = unseal(packed("a", SPEC, replace(SHAPE, layers=1)))
+    store = KVStore(chunk_spec(SPEC))
+    store.append(torch.randn(1, 2, 256, 32).bfloat16(), torch.randn(1, 2, 256, 48).bfloat16())
+    store.seal()
+    value = b"".join(pack_stores({0: store}, store.spec, 1, header["model"]))
+    with pytest.raises(CorruptData, match="not the chunk that was asked for"):
+        open_chunk(value, "a", SPEC, replace(SHAPE, layers=1))
 
 
 def test_a_value_of_another_spec_is_refused() -> None:

@@ -40,11 +40,13 @@ from kvcomp.bench.timing import REST, clock_for, fastest, in_rounds, quartiles, 
 from kvcomp.calibration import Calibration
 from kvcomp.errors import InvalidInput
 from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.integrations.transformers.models import position_limit, text_config
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore, sealed
 from kvcomp.store.attention import attend
 
 CODEC_TOKENS = 4096
+UNLIMITED = 1 << 20  # tokens of a model whose positions have no end
 GROWTH_PROMPT, GROWTH_STEP = 64, 32
 SEED = 20261121
 
@@ -203,7 +205,9 @@ class GenerateCase:
     def measure(self, grid: Grid) -> dict[str, Any]:
         torch.set_num_threads(self.threads)
         generator = torch.Generator().manual_seed(SEED)
-        ids = torch.randint(5, self.model.config.vocab_size, (self.batch, self.prompt_tokens), generator=generator)
+        ids = torch.randint(
+            5, text_config(self.model.config).vocab_size, (self.batch, self.prompt_tokens), generator=generator
+        )
         caches: dict[str, Callable[[], Cache]] = {
             "kvcomp": lambda: KVCompCache(self.model.config, self.coding[0], calibration=self.coding[1]),
             "uncompressed": lambda: DynamicCache(config=self.model.config),
@@ -254,7 +258,7 @@ class GrowthCase:
     def measure(self, grid: Grid) -> dict[str, Any]:
         torch.set_num_threads(max(grid.threads))
         generator = torch.Generator().manual_seed(SEED)
-        ids = torch.randint(5, self.model.config.vocab_size, (1, GROWTH_PROMPT), generator=generator)
+        ids = torch.randint(5, text_config(self.model.config).vocab_size, (1, GROWTH_PROMPT), generator=generator)
         cache = KVCompCache(self.model.config, self.coding[0], calibration=self.coding[1])
         sizes: list[tuple[int, int, int]] = []
 
@@ -292,7 +296,7 @@ def cases(grid: Grid, coding: Coding, parts: Sequence[str], model: Any, thorough
     if "codec" in parts:
         found += [CodecCase(spec, CODEC_TOKENS, head_dim) for head_dim in grid.head_dims]
     if "generate" in parts:
-        room = model.config.max_position_embeddings - grid.new_tokens
+        room = _positions(model) - grid.new_tokens
         prompts = [tokens for tokens in grid.prompts if tokens <= room]
         if not prompts:
             raise InvalidInput(
@@ -303,8 +307,13 @@ def cases(grid: Grid, coding: Coding, parts: Sequence[str], model: Any, thorough
             for tokens, batch in product(prompts, grid.batches)
         ]
     if "growth" in parts:
-        found.append(GrowthCase(coding, model, min(grid.growth, model.config.max_position_embeddings)))
+        found.append(GrowthCase(coding, model, min(grid.growth, _positions(model))))
     return found
+
+
+def _positions(model: Any) -> int:
+    """Tokens that a model's positions allow."""
+    return position_limit(text_config(model.config)) or UNLIMITED
 
 
 def about(case: Any) -> dict[str, Any]:

@@ -54,7 +54,6 @@ def within(
     budget: int,
     tokens: int,
     itemsize: int,
-    rows: int = 1,
     other: int = 0,
     windows: str | None = None,
 ) -> Plan:
@@ -73,8 +72,6 @@ def within(
         Of the longest sequence.
     itemsize
         Bytes of a value that is not compressed.
-    rows
-        Sequences at once.
     other
         Bytes of the other layers.
     windows
@@ -98,7 +95,7 @@ def within(
     bits: dict[int, dict[str, float]] = {}
     fixed: float = other
     for index, (transform, _) in calibration.layers.items():
-        values = 2 * rows * transform.heads * transform.channels
+        values = 2 * transform.heads * transform.channels
         fixed += values * raw * itemsize
         sides = {level: 8 * calibration.nbytes(level, [index]) for level in prices[index]}
         bits[index] = {level: sides[level] + sealed * values * one["bits"] for level, one in prices[index].items()}

@@ -38,7 +38,9 @@ def bench(
     full: Annotated[
         bool, typer.Option("--full", help="The full grid: longer contexts, more rounds, calls from rest")
     ] = False,
-    context: Annotated[Numbers, typer.Option(help="Tokens in the cache; may be repeated, as the next four")] = None,
+    context: Annotated[
+        Numbers, typer.Option(help="Tokens in the cache of attention; may be repeated, as the next four")
+    ] = None,
     batch: Annotated[Numbers, typer.Option(help="Sequences")] = None,
     group: Annotated[Numbers, typer.Option(help="Queries a KV head (G)")] = None,
     head_dim: Annotated[Numbers, typer.Option(help="Channels of a head (D)")] = None,

@@ -97,7 +97,11 @@ def evaluate(
         identity["methods"] = {one.name: one.settings() for one in methods}
         identity["tasks"] = [names, task_limit]
 
+        evaluation: Evaluation | None = None
+
         def report(stopped: bool) -> None:
+            if evaluation is None:  # stopped before there was anything to measure
+                return
             found, missing = evaluation.collected(harness.names if harness is not None else [])
             schema.write(output, "evaluate", about, partial=missing, methods=found)
             show_evaluation(found)

@@ -58,6 +58,8 @@ def compress(
         chosen = resolved.bare()
         stores = {}
         with screen.status("compressing"), _Source(source) as tensors:
+            if tensors.layers != list(range(len(tensors.layers))):
+                raise InvalidInput(f"{source} must hold the layers from 0 without gaps, not {tensors.layers}")
             for layer in tensors.layers:
                 of_layer = calibrated.layer(layer, chosen) if calibrated else None
                 spec_of_layer = chosen.layer(layer, len(tensors.layers))
@@ -73,7 +75,7 @@ def decompress(
     output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write", callback=writable)],
     calibration: CalibrationFile = None,
 ) -> None:
-    """Write K and V of a .kvc file to a safetensors file, under the names that compress reads."""
+    """Write K and V of a .kvc file to a safetensors file, under the names that compress and verify read."""
     _check_other(source, output)
     with plain_errors():
         from safetensors.torch import save
@@ -177,7 +179,7 @@ def _check_other(source: Path, output: Path) -> None:
 
 
 class _Source:
-    """K and V in a safetensors file: ``k`` and ``v``, or ``layers.N.k`` and ``layers.N.v`` for N from 0."""
+    """K and V in a safetensors file: ``k`` and ``v``, or ``layers.N.k`` and ``layers.N.v``."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -193,8 +195,6 @@ class _Source:
         self.layers = [0] if self.single else sorted(found)
         if not names or names != {self._name(layer, kind) for layer in self.layers for kind in "kv"}:
             raise InvalidInput(f"{path} must hold the tensors k and v, or layers.N.k and layers.N.v, and no others")
-        if self.layers != list(range(len(self.layers))):
-            raise InvalidInput(f"{path} must hold the layers from 0 without gaps, not {self.layers}")
 
     def __enter__(self) -> Self:
         return self

@@ -105,9 +105,9 @@ def show_bench(found: dict[str, Any]) -> None:
         screen.print(f"memory after {row['tokens']:,} tokens: {ours:,} bytes, uncompressed {dense:,}", highlight=False)
 
 
-def _spread(spread: dict[str, float], digits: int = 2) -> str:
+def _spread(spread: dict[str, float]) -> str:
     """Median and quartiles."""
-    return f"{spread['median']:.{digits}f} ({spread['quartile_1']:.{digits}f}, {spread['quartile_3']:.{digits}f})"
+    return f"{spread['median']:.2f} ({spread['quartile_1']:.2f}, {spread['quartile_3']:.2f})"
 
 
 def _table(title: str, *headers: str) -> Table:

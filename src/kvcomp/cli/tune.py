@@ -25,7 +25,7 @@ from kvcomp.cli.common import (
 )
 from kvcomp.cli.tables import show_tuning
 from kvcomp.errors import InvalidInput
-from kvcomp.spec import PRESETS, is_calibrated
+from kvcomp.spec import PAGE_TOKENS, PRESETS, is_calibrated
 
 
 def tune(
@@ -67,7 +67,9 @@ def tune(
         )
     if max_kl is not None and not max_kl > 0:
         raise typer.BadParameter("--max-kl must be above 0: nothing lossy has no KL")
-    goal: dict[str, Any] = {"keep": keep, "max_kl": max_kl, "like": like if keep or max_kl or like else "kivi-4"}
+    if keep is None and max_kl is None and like is None:
+        like = "kivi-4"
+    goal: dict[str, Any] = {"keep": keep, "max_kl": max_kl, "like": like}
     size: dict[str, Any] = {
         "prompts": prompts,
         "prompt": prompt_tokens,
@@ -88,6 +90,11 @@ def tune(
             place, loaded, tokenizer = model_with_keys(model, dtype)
             start, reference = KVComp(spec), None if goal["like"] is None else baseline(str(goal["like"]))
             plan = Plan.for_model(positions(loaded.config), lengths=(), **size)
+            least = start.spec.sinks + PAGE_TOKENS + start.spec.window
+            if plan.prompt < least:
+                raise InvalidInput(
+                    f"nothing of {plan.prompt} tokens is compressed: give --prompt-tokens {least} or more"
+                )
             ids, source = training_ids(tokenizer, place, text)
             begins, asked = _drawn(tokenizer, ids, plan, goal["keep"] is not None)
         about = schema.environment(

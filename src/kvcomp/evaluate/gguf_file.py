@@ -112,10 +112,10 @@ def _in_order(files: list[Path]) -> list[Path]:
     numbers = [number for number, _ in order]
     counts = {int(match["count"]) for match in parts.values() if match and match["count"]}
     first = 1 if counts else min(numbers[0], 1)
-    wanted = list(range(first, first + (max(counts) if counts else len(order))))
-    if numbers != wanted:
+    last = first + (max(counts) if counts else len(order)) - 1
+    if len(numbers) != last + 1 - first or numbers != list(range(first, last + 1)):
         raise InvalidInput(
-            f"{files[0].parent} has the parts {numbers} of {_whole(files[0])} and not {wanted}: "
+            f"{files[0].parent} has the parts {numbers} of {_whole(files[0])} and not all from {first} to {last}: "
             "fetch those that are missing"
         )
     return [each for _, each in order]
@@ -144,7 +144,7 @@ def load(files: Sequence[Path], dtype: torch.dtype | None = None) -> tuple[Any, 
                 config = AutoConfig.from_pretrained(**place)  # read anew, it takes as long as the weights
                 tokenizer = AutoTokenizer.from_pretrained(**place)
                 loaded = AutoModelForCausalLM.from_pretrained(**place, config=config, **options)
-        except (*FOREIGN, NotImplementedError) as error:
+        except FOREIGN as error:
             raise UnsupportedModel(
                 f"transformers {transformers.__version__} cannot read {files[0]}, of the architecture "
                 f"{header.architecture!r} ({type(error).__name__}: {error}): {INSTEAD}"
@@ -173,6 +173,8 @@ def _in_one_piece(files: Sequence[Path]) -> Iterator[Path]:
 def check(header: Header, name: str) -> None:
     """Refuse what transformers would read wrongly without a word. Raises InvalidInput and UnsupportedModel."""
     shards = header.values.get("split.count", 0)
+    if not isinstance(shards, int):
+        raise CorruptData(f"{name} says that it is one of {shards!r} files: fetch it again")
     if shards > 1:
         raise InvalidInput(
             f"{name} is one of {shards} GGUF files of a model: join them with llama-gguf-split --merge, or {INSTEAD}"

@@ -26,7 +26,6 @@ FILLER = "# The grass is green and the sky is blue.\n"
 class Quiz:
     """Questions on a context."""
 
-    task: str
     tokens: np.ndarray[Any, np.dtype[np.int64]]
     context: int
     """``tokens[:context]`` is what a cache holds before the first question."""
@@ -43,7 +42,7 @@ def lookup_quiz(lists: LookupLists, rng: np.random.Generator, length: int) -> Qu
     """
     drawn = lists.draw(rng, length)
     depths = tuple(min(DEPTHS - 1, DEPTHS * begin // drawn.context) for begin, _ in drawn.records)
-    return Quiz("key-value", drawn.tokens, drawn.context, drawn.answers, depths)
+    return Quiz(drawn.tokens, drawn.context, drawn.answers, depths)
 
 
 def quizzes(tokenizer: Tokenizer, rng: np.random.Generator, count: int, length: int) -> list[Quiz]:
@@ -68,7 +67,7 @@ def passkey_quiz(tokenizer: Tokenizer, lists: LookupLists, rng: np.random.Genera
     filling = (filler * (room // len(filler) + 1))[:room]
     tokens = [*start, *filling[:before], *record, *filling[before:], *whole]
     answer = (length - len(whole) + len(question), length)
-    return Quiz("passkey", np.asarray(tokens, np.int64), length - len(whole), (answer,), (depth,))
+    return Quiz(np.asarray(tokens, np.int64), length - len(whole), (answer,), (depth,))
 
 
 def quiz_sample(model: Any, quiz: Quiz) -> Sample:

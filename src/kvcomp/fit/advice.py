@@ -41,7 +41,7 @@ def advise(model: Any, each: Sample, method: KVComp) -> Advice:
     """Advice for a model on a sample of its text."""
     limit = min(positions(model.config), FURTHEST)
     heads = model.config.get_text_config(decoder=True).num_attention_heads
-    contexts = [context for context in CONTEXTS if context <= limit]
+    contexts = [context for context in CONTEXTS if context <= limit] or [limit]
     size = _sizes(model, each, method, limit)
     dense_bits = 8 * each.cache[0][0].element_size()
     size_from = next((row["context"] for row in size if dense_bits / row["total_bits"] >= USEFUL), None)

@@ -11,7 +11,7 @@ from platformdirs import user_cache_path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvcomp.calibration import Calibration
-from kvcomp.errors import CorruptData, InvalidInput, UnsupportedModel, UnsupportedVersion
+from kvcomp.errors import CorruptData, InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.evaluate.fidelity import attention_setting_restored
 from kvcomp.fit.calibrate import METHOD, Calibrator
 from kvcomp.fit.windows import Settings, Tell
@@ -57,7 +57,7 @@ def calibrate(model: PreTrainedModel, settings: Settings | None = None, tell: Te
     with FileLock(path.with_name(path.name + ".lock")):  # of two that need it one makes it
         try:
             return Calibration.read(path)
-        except (InvalidInput, CorruptData, UnsupportedVersion):
+        except KVCompError:
             pass  # it is not there, or nothing that can be used
         identity = {"calibration": path.name, "settings": asdict(settings)}
         try:

@@ -116,19 +116,21 @@ class KVCompL2Adapter(L2AdapterInterface):
         return done
 
     def _store(self, keys: Sequence[ObjectKey], objects: Sequence[MemoryObj]) -> L2StoreResult:
-        sizes = self._each(self._store_one, keys, objects)
-        with self._lock:
-            new = [(key, size) for key, size in zip(keys, sizes, strict=True) if key not in self._sizes]
-            self._sizes.update(new)
-        self._notify_keys_stored([key for key, _ in new], [size for _, size in new])
-        return L2StoreResult(True, sum(sizes))
+        return L2StoreResult(True, sum(self._each(self._store_one, keys, objects)))
 
     def _store_one(self, key: ObjectKey, memory: MemoryObj) -> int:
+        """Store a chunk and count it at once: others of its task may fail."""
         name = self._name(key)
         _, kv = kv_views(memory, self._heads)
         pieces = pack_chunk(name, self._spec, kv, self._calibration)
         self._breaker.ask(lambda: self._blobs.put([(name, pieces)]))
-        return sum(piece.nbytes for piece in pieces)
+        size = sum(piece.nbytes for piece in pieces)
+        with self._lock:
+            known = key in self._sizes
+            self._sizes.setdefault(key, size)
+        if not known:
+            self._notify_keys_stored([key], [size])
+        return size
 
     # Finding
 

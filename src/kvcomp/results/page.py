@@ -55,16 +55,19 @@ def render(paths: Sequence[Path]) -> str:
             raise InvalidInput(
                 f"{path} holds results of kind {content.get('kind')!r}: a report shows {', '.join(KINDS)}"
             )
+    contents = [content for _, content in found]
     makers = {"evaluate": evaluation, "tune": tuning, "bench": bench}
     try:
         sections = [
             section
             for kind in KINDS
-            for _, content in found
+            for content in contents
             if content["kind"] == kind
             for section in makers[kind](content)
         ]
-    except (KeyError, TypeError, IndexError) as error:
+        summary = _summary(contents)
+        settings = [(path.name, content["kind"], _setting(content["setting"])) for path, content in found]
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise InvalidInput(
             f"these results lack what a report needs ({error!r}): measure again with this kvcomp"
         ) from error
@@ -74,14 +77,14 @@ def render(paths: Sequence[Path]) -> str:
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     models = dict.fromkeys(
-        Path(str(content["setting"]["model"])).name for _, content in found if "model" in content["setting"]
+        Path(str(content["setting"]["model"])).name for content in contents if "model" in content["setting"]
     )
     return environment.get_template(TEMPLATE).render(
         title=", ".join(models) or "kvcomp",
-        summary=_summary([content for _, content in found]),
+        summary=summary,
         partial=[path.name for path, content in found if content.get("partial")],
         sections=sections,
-        settings=[(path.name, content["kind"], _setting(content["setting"])) for path, content in found],
+        settings=settings,
         limits=LIMITS,
     )
 

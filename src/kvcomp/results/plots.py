@@ -84,15 +84,6 @@ def svg(figure: Figure) -> str:
     return text.replace("<defs>", f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style><defs>", 1)
 
 
-def lines(series: Series, labels: tuple[str, str], log: bool = True) -> Figure:
-    """One line for each name, (x, y), y on a log axis where ``log``; labels of x and y."""
-    figure, axes = _axes()
-    _draw(axes, series)
-    axes.set(xlabel=labels[0], ylabel=labels[1], yscale="log" if log else "linear")
-    _legend(axes)
-    return figure
-
-
 def heat_map(rows: Sequence[Sequence[float]], names: Sequence[str], labels: tuple[str, str, str]) -> Figure:
     """A coloured cell for each number, a named row for each row; labels of x, y and the colours. NaN stays empty."""
     figure = Figure(figsize=(3 + 0.35 * len(rows[0]), 1.5 + 0.25 * len(rows)), layout="constrained")

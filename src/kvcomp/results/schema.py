@@ -101,11 +101,10 @@ def write(path: Path, kind: str, about: Mapping[str, Any], **content: Any) -> No
     disk.write(path, [text.encode() + b"\n"])
 
 
-def read(path: Path, kind: str | None = None) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """The content of a results file.
 
-    Raises InvalidInput if it cannot be read or is of another kind, CorruptData if it is no results file, and
-    UnsupportedVersion.
+    Raises InvalidInput if it cannot be read, CorruptData if it is no results file, and UnsupportedVersion.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -119,8 +118,6 @@ def read(path: Path, kind: str | None = None) -> dict[str, Any]:
         raise UnsupportedVersion(
             f"{path} has results of version {content['kvcomp_results']!r}: this kvcomp reads {VERSION}"
         )
-    if kind is not None and content.get("kind") != kind:
-        raise InvalidInput(f"{path} holds results of kvcomp {content.get('kind')}, not of kvcomp {kind}")
     return content
 
 
@@ -135,9 +132,11 @@ def _gpu() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit, ``-dirty`` where more than results differs from it."""
+    """The commit, ``-dirty`` where more than results differs from it; "unknown" in a folder of another repository."""
+    if not _output("git", "ls-files", Path(__file__).name):
+        return "unknown"
     changed = _output("git", "diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results")
-    return (_output("git", "rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+    return _output("git", "rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def _output(*command: str) -> str:

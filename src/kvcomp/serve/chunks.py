@@ -98,7 +98,8 @@ def open_chunk(
         for layer in header.layers
     }
     whole = header.rows == 1 and len(header.layers) == shape.layers and header.spec == chunk_spec(spec)
-    if not whole or header.states or found != {shape}:
+    square = all(layer.value_channels == layer.channels for layer in header.layers)
+    if not whole or not square or header.states or found != {shape}:
         raise CorruptData(f"this value is not the chunk that was asked for: it has {found}, not {shape}")
     return list(load(container, calibration=calibration).values())
 

@@ -22,7 +22,6 @@ def plan_for(
     calibration: Calibration | None,
     budget: int | str,
     context: int | None,
-    rows: int = 1,
     backend: str = "cpu",
 ) -> Plan:
     """The levels of layers for a cache of ``context`` tokens within a budget.
@@ -41,8 +40,6 @@ def plan_for(
         Bytes, or a size such as ``2GiB``.
     context
         Tokens, prompt and new ones; by default all that the model's positions allow.
-    rows
-        Sequences at once.
     backend
         As of ``KVCompCache``.
 
@@ -63,7 +60,7 @@ def plan_for(
     for rank, level in enumerate(levels):
         windows = sliding_bytes(config, calibration, level, tokens, dtype.itemsize, backend)
         try:
-            plan = within(calibration, size, tokens, dtype.itemsize, rows, int(rows * windows), level)
+            plan = within(calibration, size, tokens, dtype.itemsize, int(windows), level)
         except LimitExceeded:
             if level == levels[-1]:
                 raise

@@ -108,7 +108,7 @@ class KVCompCache(Cache):
         if self.calibration is not None:
             self.calibration.check_model(fingerprint_of(config))
             self.session.calibrated_tokens = self.calibration.tokens
-        self.plan = None if budget is None else plan_for(config, spec, self.calibration, budget, context, 1, backend)
+        self.plan = None if budget is None else plan_for(config, spec, self.calibration, budget, context, backend)
         self.spec = self.plan.spec if self.plan else spec_for_latents(config, resolved)
         layers = cache_layers(config, self.spec, self.calibration, backend, self.session)
         self.first = next((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)

@@ -22,7 +22,6 @@ class SlidingLayer(CompressedLayer):
 
     def __init__(self, spec: CodecSpec, backend: str, session: Session, sliding_window: int) -> None:
         self.sliding_window = sliding_window
-        self.record_past = False
         super().__init__(spec, backend, session)
 
     def reset(self) -> None:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from vllm.logger import init_logger
 
 from kvcomp.calibration import resolve
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
+from kvcomp.integrations.transformers.models import fingerprint_of
 from kvcomp.integrations.vllm.chunks import chunk_shape, origin
 from kvcomp.integrations.vllm.layout import BlockLayout, layout_of
 from kvcomp.serve.blobs import TIMEOUT, Buffer, open_blobs
@@ -126,6 +128,8 @@ class KVCompConnector(KVConnectorBase_V1):
                 f"kv_connector_extra_config needs url, and knows {', '.join(PARAMETERS)}, not {sorted(extra)}"
             )
         self._spec, self._calibration = resolve(extra.get("spec", "kvcomp"), extra.get("calibration"))
+        if self._calibration is not None:
+            self._calibration.check_model(fingerprint_of(vllm_config.model_config.hf_text_config))
         self._block = vllm_config.cache_config.block_size
         self._chunk = extra.get("chunk_tokens", CHUNK_TOKENS)
         if type(self._chunk) is not int or self._chunk < 1 or self._chunk % self._block:
@@ -296,17 +300,18 @@ class KVCompConnector(KVConnectorBase_V1):
 
     def _load(self, request: str, loads: Sequence[Transfer]) -> None:
         """Fill the blocks of a request. Those of a chunk that is gone or wrong are left, and vLLM is told."""
-        names = [self._name(load.key, self._rank) for load in loads]
         failed = {block for load in loads for block in load.blocks[load.skip :]}
+        name = ""
         try:
-            values = self._breaker.ask(lambda: self._blobs.get(names))
-            for load, name, value in zip(loads, names, values, strict=True):
+            for load in loads:  # a call each: all chunks of a long prompt would take longer than a call may
+                name = self._name(load.key, self._rank)
+                (value,) = self._breaker.ask(partial(self._blobs.get, [name]))
                 if value is not None and self._fill(load, name, value):
                     failed.difference_update(load.blocks)
         except KVCompError as error:
-            self._errors.say(f"kvcomp: the chunks from {names[0]} on are not loaded: {error}")
+            self._errors.say(f"kvcomp: the chunks from {name} on are not loaded: {error}")
         except Exception:
-            logger.exception("kvcomp: the chunks from %s on could not be loaded", names[0])
+            logger.exception("kvcomp: the chunks from %s on could not be loaded", name)
         with self._ended:
             self._failed |= failed
             self._loaded.add(request)

@@ -23,8 +23,7 @@ from kvcomp.codec.dtypes import BFLOAT16, FLOAT16, FLOAT32
 LANES = 16  # floats of a vector: a register of AVX-512; LLVM splits it where registers are smaller
 # What Numba compiles for: this processor, or what NUMBA_CPU_FEATURES says.
 FEATURES = {*(get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")}
-# Of all others we take AVX2's: sums that do not fit registers go to memory and back at every step.
-REGISTERS, OF_VECTOR = (32, 1) if "+avx512f" in FEATURES else (16, 2)
+OF_VECTOR = 1 if "+avx512f" in FEATURES else 2  # registers of a vector; of all other processors we take AVX2's
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()

@@ -47,7 +47,7 @@ class FolderBlobs:
         with _typed(self.path):
             for age, key in enumerate(keys):
                 with suppress(FileNotFoundError):
-                    os.utime(self._place(key), ns=(now - age, now - age))
+                    _touch(self._place(key), now - age)
 
     def put(self, items: Sequence[tuple[str, Sequence[Buffer]]]) -> None:
         check_keys([key for key, _ in items])
@@ -69,7 +69,7 @@ class FolderBlobs:
         with _typed(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path / NEW_LOCK, timeout=self.timeout):
-                new = self.sizes([key]) in ([None], [0])
+                new = self.sizes([key]) == [None]
                 if new:
                     self.put([(key, value)])
         return new
@@ -108,15 +108,16 @@ class FolderBlobs:
 def _typed(path: Path) -> Iterator[None]:
     try:
         yield
-    except Timeout:
-        raise StoreUnavailable(f"another process holds {path / LOCK} for too long: is it stopped?") from None
+    except Timeout as error:
+        raise StoreUnavailable(f"another process holds {error.lock_file} for too long: is it stopped?") from None
     except (OSError, InvalidInput) as error:
         raise StoreUnavailable(f"the store {path} cannot be used: {error}") from error
 
 
 def _size(place: Path) -> int | None:
+    """Bytes of a value; an empty file is none."""
     try:
-        return place.stat().st_size
+        return place.stat().st_size or None
     except FileNotFoundError:
         return None
 
@@ -125,16 +126,16 @@ def _read(place: Path) -> Buffer | None:
     """A value; what is no file, or an empty one, is no value."""
     try:
         data = disk.read(place)
-        _touch(place)
+        _touch(place, time.time_ns())
     except (FileNotFoundError, CorruptData, InvalidInput):
         return None
     return data.data
 
 
-def _touch(place: Path) -> None:
-    """Say that a value was read. Who may only read says nothing."""
+def _touch(place: Path, when: int) -> None:
+    """Say that a value was read, in nanoseconds of the epoch. Who may only read says nothing."""
     try:
-        os.utime(place)
+        os.utime(place, ns=(when, when))
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise

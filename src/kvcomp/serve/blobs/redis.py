@@ -12,6 +12,8 @@ import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -96,7 +98,8 @@ class RedisBlobs:
     def close(self) -> None:
         with self.lock:
             if self.process == os.getpid():
-                asyncio.run_coroutine_threadsafe(self.client.aclose(), self.loop).result(self.timeout + GRACE)
+                with suppress(RedisError, OSError):  # a server that does not say goodbye holds nobody
+                    asyncio.run_coroutine_threadsafe(_end(self.client), self.loop).result(self.timeout + GRACE)
                 self.loop.call_soon_threadsafe(self.loop.stop)
                 self.thread.join(GRACE)
                 self.loop.close()
@@ -111,28 +114,29 @@ class RedisBlobs:
             protocol=2,
         )
 
-    def _connected(self) -> tuple[asyncio.AbstractEventLoop, Any]:
-        """The event loop and the client of this process: a fork has neither the thread nor may it share connections."""
-        with self.lock:
-            if self.process != os.getpid():
-                self.loop, self.client = asyncio.new_event_loop(), self._client()
-                self.thread = threading.Thread(target=self.loop.run_forever, name="kvcomp-redis", daemon=True)
-                self.thread.start()
-                self.process = os.getpid()
-            return self.loop, self.client
+    def _connect(self) -> None:
+        """Start the loop and the client of this process: a fork has no such thread, and may not share connections."""
+        if self.process != os.getpid():
+            self.loop, self.client = asyncio.new_event_loop(), self._client()
+            self.thread = threading.Thread(target=self.loop.run_forever, name="kvcomp-redis", daemon=True)
+            self.thread.start()
+            self.process = os.getpid()
 
     def _call(self, action: Callable[[Any], Awaitable[T]], answers: int | None = None) -> Any:
         """The result of an action, a list of so many answers if a number is given. Raises StoreUnavailable."""
-        loop, client = self._connected()
 
-        async def bounded() -> T:
+        async def bounded(client: Any) -> T:
             async with asyncio.timeout(self.timeout):
                 return await action(client)
 
-        future = asyncio.run_coroutine_threadsafe(bounded(), loop)
+        with self.lock:  # a loop that is closed meanwhile would take nothing
+            self._connect()
+            future = asyncio.run_coroutine_threadsafe(bounded(self.client), self.loop)
         try:
             found = future.result(self.timeout + GRACE)
-        except (TimeoutError, asyncio.CancelledError):
+        except CancelledError:
+            raise StoreUnavailable(f"Redis at {self.name}: the store was closed meanwhile") from None
+        except TimeoutError:
             raise StoreUnavailable(f"Redis at {self.name} took longer than {self.timeout} s: is it up?") from None
         except ResponseError as error:
             raise StoreUnavailable(f"Redis at {self.name} refuses: {error}") from error
@@ -143,6 +147,15 @@ class RedisBlobs:
         if answers is not None and (not isinstance(found, list) or len(found) != answers):
             raise StoreUnavailable(f"Redis at {self.name} gives other answers than Redis does")
         return found
+
+
+async def _end(client: Any) -> None:
+    """Cancel the calls that run, and close the connections."""
+    calls = asyncio.all_tasks() - {asyncio.current_task()}
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    await client.aclose()
 
 
 async def _advise(client: Any) -> None:
