@@ -273,7 +273,7 @@ def show(runs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main(
-    model: Annotated[list[str] | None, typer.Option(help=f"{' or '.join(REAL_MODELS)} [default: both]")] = None,
+    model: Annotated[list[str] | None, typer.Option(help=f"{' or '.join(REAL_MODELS)} [default: all]")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=f"{' or '.join(DTYPES)} [default: both]")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts in all, of every kind of text")] = 16,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each")] = 2048,

