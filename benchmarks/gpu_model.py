@@ -73,7 +73,7 @@ def decoder(model: Any, cache: Any, name: str) -> Callable[[Tensor], Tensor]:
         return DecodeGraph(model, cache).step
     ids = torch.zeros((cache.layers[0].keys.shape[0], 1), dtype=torch.int64, device=DEVICE)
     step(ids)  # warms up
-    out, repeat = recorded(lambda: step(ids))
+    out, repeat = recorded(lambda: step(ids), DEVICE)
 
     def repeated(new: Tensor) -> Tensor:
         ids.copy_(new.view_as(ids))

@@ -98,7 +98,7 @@ def model(tokens: int = 512, layers: int = 2) -> Any:
 def test_a_model_repeats_a_step_across_seals(on: RecordingEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
     recorders: list[Recorder] = []
 
-    def recorded(step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+    def recorded(step: Callable[[], torch.Tensor], _: torch.device) -> tuple[torch.Tensor, Callable[[], None]]:
         recorders.append(Recorder(on))
         with recorders[-1], monkeypatch.context() as capturing:
             # as in transformers 5.17 while a stream is captured
@@ -180,7 +180,7 @@ def test_what_cannot_be_recorded_is_refused(on: RecordingEmulator, monkeypatch: 
         graph.step(torch.tensor([1, 2]))
     graph.step(torch.tensor([1]))
 
-    def failing(step: Callable[[], torch.Tensor]) -> None:
+    def failing(step: Callable[[], torch.Tensor], _: torch.device) -> None:
         with Recorder(on):
             step()
         raise RuntimeError("capture fails")
