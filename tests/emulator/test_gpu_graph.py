@@ -16,6 +16,7 @@ from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Affine, Transform
 from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.store.attention import attend, attend_tiled
 from kvcomp.store.gpu import store as gpu_store
 from kvcomp.store.gpu.store import GPUStore
 from recorder import Recorder, RecordingEmulator
@@ -75,6 +76,19 @@ def test_a_store_repeats_a_step_while_pages_are_sealed(coordinates: str) -> None
     again.crop(again.tokens - 1)  # the last token, added by the host
     again.append(k, v)
     assert torch.equal(out, again.attend(q, 0.125))
+
+
+def test_a_soft_cap_asks_the_device_once() -> None:
+    on = RecordingEmulator()
+    same = Affine.of(torch.eye(64)[None], torch.zeros(1, 64))
+    one = GPUStore(SPEC, transform=Transform(same, same), launcher=lambda device: on)
+    one.append(*torch.randn(2, 1, 1, 3, 64).to(torch.bfloat16))
+    q = torch.randn(1, 2, 1, 64)
+    attend_tiled(one, q, 0.125, 30.0)  # the first step is an ordinary one
+    recorder = Recorder(on)
+    with recorder:
+        attend(one, q, 0.125, 30.0)
+    assert "attend" in recorder.names
 
 
 @pytest.fixture
