@@ -100,8 +100,8 @@ def seconds_of(step: Callable[[Tensor], Tensor], ids: Tensor, new: int) -> float
 def fill(cache: Any, batch: int, tokens: int) -> None:
     """Give all layers random K and V, without the model: contexts that would take minutes to read."""
     at_once = tokens if isinstance(cache, DynamicCache) else max(64, FILLED_AT_ONCE // batch)
-    for index, layer in enumerate(cache.layers):
-        for first in range(0, tokens, at_once):
+    for first in range(0, tokens, at_once):
+        for index, layer in enumerate(cache.layers):
             shape = batch, HEADS, min(at_once, tokens - first), CHANNELS
             k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in "KV")
             cache.update(k, v, index)
