@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+from kvcomp.errors import UnsupportedModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,3 +58,13 @@ def test_caches_are_filled_in_several_passes(gpu_model: ModuleType, monkeypatch:
     cache = gpu_model.cache_for(gpu_model.model_with_random_weights(), "kvcomp", 300)
     gpu_model.fill(cache, 2, 300)
     assert [layer.get_seq_length() for layer in cache.layers] == [300, 300]
+
+
+def test_a_cache_that_fails_hinders_no_other(gpu_model: ModuleType) -> None:
+    def run(name: str) -> None:
+        if name == "static":
+            raise UnsupportedModel("no\nmore")
+
+    rows: list[dict[str, Any]] = []
+    assert gpu_model.compiled(run, rows) == [name for name in gpu_model.NAMES if name != "static"]
+    assert rows == [{"cache": "static", "error": "no"}]
