@@ -101,6 +101,12 @@ def test_a_command_out_of_time_ends_with_what_it_started(gpu_check: ModuleType) 
     assert time.monotonic() - begin < 30
 
 
+def test_a_command_finds_what_the_environment_has(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    _, output = gpu_check.run_command(["sh", "-c", "echo $PYTHONPATH"], 10)
+    assert output.strip().split(":") == [str(ROOT / "src"), "/elsewhere"]
+
+
 def test_the_table_names_the_fastest_rival() -> None:
     gpu_attention = importlib.import_module("gpu_attention")
     shape = {"batch": 8, "tokens": 32768}
