@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,6 +107,12 @@ def test_a_command_finds_what_the_environment_has(gpu_check: ModuleType, monkeyp
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     _, output = gpu_check.run_command(["sh", "-c", "echo $PYTHONPATH"], 10)
     assert output.strip().split(":") == [str(ROOT / "src"), "/elsewhere"]
+
+
+def test_rates_need_no_numba() -> None:
+    pytest.importorskip("cuda.bindings")
+    without = "import sys; sys.modules['numba'] = None; sys.path.append('benchmarks'); import gpu_rates"
+    subprocess.run([sys.executable, "-c", without], check=True, cwd=ROOT)
 
 
 def test_the_table_names_the_fastest_rival() -> None:
