@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from kvcomp.kernels.cuda import layout
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -113,6 +115,19 @@ def test_rates_need_no_numba() -> None:
     pytest.importorskip("cuda.bindings")
     without = "import sys; sys.modules['numba'] = None; sys.path.append('benchmarks'); import gpu_rates"
     subprocess.run([sys.executable, "-c", without], check=True, cwd=ROOT)
+
+
+def test_what_the_sanitiser_runs_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_first, gpu_sanitise = (importlib.import_module(name) for name in ("gpu_first", "gpu_sanitise"))
+    compiled: list[tuple[str, Any]] = []
+    monkeypatch.setattr(gpu_first, "compile_kernel", lambda source, defines, _: compiled.append((source, defines)))
+    gpu_first.compile_all(90)
+    for channels, spec in gpu_sanitise.SPECS:
+        of_layer = spec.layer(0, 1), channels, "bfloat16"
+        attend = layout.attend_build(*of_layer, "bfloat16", False, layout.machine(90, processors=132))
+        pages = layout.page_build(*of_layer).defines
+        wanted = ("decode_attention.cu", attend.defines), ("encode.cu", pages), ("decompress.cu", pages)
+        assert all(one in compiled for one in wanted)
 
 
 def test_the_table_names_the_fastest_rival() -> None:
