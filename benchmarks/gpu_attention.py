@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvcomp.errors import KVCompError
 from kvcomp.kernels.cuda.layout import AttendBuild
 from kvcomp.results.schema import environment
 from kvcomp.spec import PRESETS, CodecSpec, Coding, TensorSpec
@@ -187,31 +188,49 @@ def measure_shape(batch: int, tokens: int) -> Iterator[dict[str, Any]]:
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a package of another version
             yield {**shape, "group": group, "what": "the rest", "error": str(error).splitlines()[0]}
     for name, spec in SPECS.items():
-        store = fill(spec, k, v)  # compiles
-        times = []
-        for _ in range(3):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            store = fill(spec, k, v)
-            times.append(1e3 * (time.perf_counter() - begin))
-        took = statistics.median(times)  # by the clock, with all that the host does
-        yield {**shape, "what": f"encode, {name}", "ms": took, "gigabytes_a_second": dense_bytes / took / 1e6}
-        pages = len(store.rows[0].valid)
-        took = timed(lambda store=store, pages=pages: store.tile(0, 0, pages))["ms"]  # type: ignore[misc]
-        row_bytes = dense_bytes / batch
-        yield {**shape, "what": f"decompress a row, {name}", "ms": took, "gigabytes_a_second": row_bytes / took / 1e6}
-        memory = store.memory()
-        for group, q in queries.items():
-            for variant, build in builds(store):
-                row = {**shape, "group": group, "what": f"kvcomp, {name}{variant}", "warps": build.warps}
-                row |= {"coded_bits": memory.coded_bits, "bytes": memory.total}
-                with patch.object(store.kernels, "attend_build", lambda *_, build=build: build):
-                    if not right(store, q, store.attend(q, CHANNELS**-0.5)):
-                        yield {**row, "error": "the output is wrong"}
-                        continue
-                    found = timed(lambda store=store, q=q: store.attend(q, CHANNELS**-0.5))  # type: ignore[misc]
-                yield {**row, **found, "share_of_roof": memory.total / dense_bytes * read["ms"] / found["ms"]}
-        del store
+        try:
+            yield from ({**shape, **row} for row in measure_spec(name, spec, k, v, queries, read["ms"]))
+        except (KVCompError, RuntimeError) as error:
+            yield {**shape, "what": f"the rest, {name}", "error": str(error).splitlines()[0]}
+
+
+def what_works(batch: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """``measure_shape``, and what ended it if that was an error."""
+    try:
+        yield from measure_shape(batch, tokens)
+    except (KVCompError, RuntimeError) as error:
+        yield {"batch": batch, "tokens": tokens, "what": "the rest", "error": str(error).splitlines()[0]}
+
+
+def measure_spec(
+    name: str, spec: CodecSpec, k: Tensor, v: Tensor, queries: dict[int, Tensor], roof: float
+) -> Iterator[dict[str, Any]]:
+    """queries: by group. roof: milliseconds in which the uncompressed K and V are read."""
+    dense_bytes = k.nbytes + v.nbytes
+    store = fill(spec, k, v)  # compiles
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        store = fill(spec, k, v)
+        times.append(1e3 * (time.perf_counter() - begin))
+    took = statistics.median(times)  # by the clock, with all that the host does
+    yield {"what": f"encode, {name}", "ms": took, "gigabytes_a_second": dense_bytes / took / 1e6}
+    pages = len(store.rows[0].valid)
+    took = timed(lambda store=store, pages=pages: store.tile(0, 0, pages))["ms"]  # type: ignore[misc]
+    row_bytes = dense_bytes / len(k)
+    yield {"what": f"decompress a row, {name}", "ms": took, "gigabytes_a_second": row_bytes / took / 1e6}
+    memory = store.memory()
+    for group, q in queries.items():
+        for variant, build in builds(store):
+            row: dict[str, Any] = {"group": group, "what": f"kvcomp, {name}{variant}", "warps": build.warps}
+            row |= {"coded_bits": memory.coded_bits, "bytes": memory.total}
+            with patch.object(store.kernels, "attend_build", lambda *_, build=build: build):
+                if not right(store, q, store.attend(q, CHANNELS**-0.5)):
+                    yield {**row, "error": "the output is wrong"}
+                    continue
+                found = timed(lambda store=store, q=q: store.attend(q, CHANNELS**-0.5))  # type: ignore[misc]
+            yield {**row, **found, "share_of_roof": memory.total / dense_bytes * roof / found["ms"]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -263,7 +282,7 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     about = environment()
-    for row in chain.from_iterable(measure_shape(*shape) for shape in SHAPES):
+    for row in chain.from_iterable(what_works(*shape) for shape in SHAPES):
         rows.append(row)
         print(row, flush=True)
         over = time.monotonic() > end

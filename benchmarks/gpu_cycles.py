@@ -28,6 +28,7 @@ from transformers import DynamicCache
 
 import real_models
 from gpu_instructions import SOURCE, Page, Turn, compiled, functions, page_of, page_of_pieces
+from gpu_pipes import MEMORY, SCHEDULERS
 from kvcomp.calibration import Calibration
 from kvcomp.codec.dtypes import DEFAULT_BOOK, FIXED, OWN_BOOK, PATCHED, RAW
 from kvcomp.codec.page import directory_of, width_of
@@ -38,7 +39,7 @@ from kvcomp.kernels.cuda.layout import AttendBuild, attend_build, describe_book,
 from kvcomp.results.schema import environment
 from kvcomp.spec import CALIBRATED, LEVELS, PRESETS, CodecSpec
 from kvcomp.store import KVStore
-from multiprocessor import MEMORY, SCHEDULERS, cycles, floors, pipe_of
+from multiprocessor import cycles, floors, pipe_of
 from real_texts import sequences
 from sass import Instruction
 

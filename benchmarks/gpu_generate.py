@@ -26,12 +26,14 @@ from gpu_model import (
     CONFIG,
     DENSE_LAYER,
     DEVICE,
+    FAILURES,
     GPU,
     NAMES,
     SPECS,
     STOCK,
     allocated,
     cache_for,
+    compiled,
     decoder,
     described,
     fill,
@@ -134,21 +136,19 @@ def main() -> None:
         room = arguments.room or torch.cuda.mem_get_info()[0] - WORK
         jobs = [(longest, (name, room), {"cache": name}) for name in (*STOCK, *SPECS)]
     else:
-        if GPU:
-            for name in NAMES:
-                run(model, name, 1, 1024, 4)  # compiles
+        names = compiled(lambda name: run(model, name, 1, 1024, 4), rows) if GPU else NAMES
         shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes[: 1 if arguments.small else None]]
         jobs = [
             (run, (name, batch, tokens, arguments.new), {"cache": name, "batch": batch, "tokens": tokens})
             for batch, tokens in shapes
-            for name in NAMES
+            for name in names
         ]
     for measure, how, what in jobs:
         try:
             if time.monotonic() - begun > arguments.limit:
                 raise TimeoutError(f"not begun: the limit of {arguments.limit:.0f} s has passed")
             rows.append(measure(model, *how))
-        except (RuntimeError, ValueError, TimeoutError, LimitExceeded) as error:
+        except FAILURES as error:
             rows.append({**what, "error": described(error)})
         print(rows[-1], flush=True)
         if arguments.output:

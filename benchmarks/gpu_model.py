@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from kvcomp.errors import KVCompError
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.graph import DecodeGraph, recorded
 from kvcomp.integrations.transformers.layer import CompressedLayer
@@ -38,6 +39,8 @@ FILLED_AT_ONCE = 1 << 17  # tokens of all rows, where a cache is filled without 
 SPECS = {"kvcomp": "kvcomp", "kvcomp packed": "packed"}
 STOCK = ("dynamic", "static")
 NAMES = ("dynamic", "static", "static, graph", "kvcomp", "kvcomp, graph", "kvcomp packed") if GPU else (*STOCK, *SPECS)
+
+FAILURES = (KVCompError, RuntimeError, ValueError, TimeoutError)  # of one cache, which hinder no other
 
 
 def model_with_random_weights() -> Any:
@@ -73,7 +76,7 @@ def decoder(model: Any, cache: Any, name: str) -> Callable[[Tensor], Tensor]:
         return DecodeGraph(model, cache).step
     ids = torch.zeros((cache.layers[0].keys.shape[0], 1), dtype=torch.int64, device=DEVICE)
     step(ids)  # warms up
-    out, repeat = recorded(lambda: step(ids))
+    out, repeat = recorded(lambda: step(ids), DEVICE)
 
     def repeated(new: Tensor) -> Tensor:
         ids.copy_(new.view_as(ids))
@@ -81,6 +84,21 @@ def decoder(model: Any, cache: Any, name: str) -> Callable[[Tensor], Tensor]:
         return out
 
     return repeated
+
+
+def compiled(run: Callable[[str], object], rows: list[dict[str, Any]]) -> list[str]:
+    """Names of the caches of which a short run succeeds, with kernels that were compiled for it; rows get the others'
+    errors.
+    """
+    names = []
+    for name in NAMES:
+        try:
+            run(name)
+            names.append(name)
+        except FAILURES as error:
+            rows.append({"cache": name, "error": described(error)})
+            print(rows[-1], flush=True)
+    return names
 
 
 def seconds_of(step: Callable[[Tensor], Tensor], ids: Tensor, new: int) -> float:
@@ -100,8 +118,8 @@ def seconds_of(step: Callable[[Tensor], Tensor], ids: Tensor, new: int) -> float
 def fill(cache: Any, batch: int, tokens: int) -> None:
     """Give all layers random K and V, without the model: contexts that would take minutes to read."""
     at_once = tokens if isinstance(cache, DynamicCache) else max(64, FILLED_AT_ONCE // batch)
-    for index, layer in enumerate(cache.layers):
-        for first in range(0, tokens, at_once):
+    for first in range(0, tokens, at_once):
+        for index, layer in enumerate(cache.layers):
             shape = batch, HEADS, min(at_once, tokens - first), CHANNELS
             k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in "KV")
             cache.update(k, v, index)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
+from gpu_pipes import ALU, FLOAT, INTEGER, LATENCY, MATRIX, SCHEDULERS, busy
 from kvcomp.kernels.cuda.compile import compile_now
 from kvcomp.results.schema import environment
-from multiprocessor import ALU, FLOAT, INTEGER, LATENCY, MATRIX, SCHEDULERS, busy
 
 RESULTS = Path(__file__).parent / "results" / "gpu_rates.json"
 SOURCE = Path(__file__).with_suffix(".cu")

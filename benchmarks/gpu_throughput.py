@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from gpu_model import (
     CONFIG,
     DENSE_LAYER,
     DEVICE,
+    FAILURES,
     GPU,
     NAMES,
     allocated,
     cache_for,
+    compiled,
     decoder,
     described,
     fill,
@@ -107,20 +110,19 @@ def main() -> None:
     begun = time.monotonic()
     budget = int(arguments.budget_gigabytes * 1e9)
     model = model_with_random_weights()
+    rows: list[dict[str, Any]] = []
+    names: Sequence[str] = NAMES
     if GPU:
-        with torch.inference_mode():
-            for name in NAMES:
-                run(model, name, 1, 1024, 2)  # compiles
+        names = compiled(lambda name: run(model, name, 1, 1024, 2), rows)
         release()
         most = allocated() + WORK + budget
         torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(0).total_memory)
-    rows: list[dict[str, Any]] = []
-    for name in NAMES:
+    for name in names:
         try:
             if time.monotonic() - begun > arguments.limit:
                 raise TimeoutError(f"not begun: the limit of {arguments.limit:.0f} s has passed")
             rows.append(largest(model, name, budget, arguments.context, arguments.new))
-        except (RuntimeError, ValueError, TimeoutError, LimitExceeded, torch.OutOfMemoryError) as error:
+        except FAILURES as error:
             rows.append({"cache": name, "error": described(error)})
         print(rows[-1], flush=True)
         if arguments.output:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from kvcomp.kernels.cuda import layout
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +103,31 @@ def test_a_command_out_of_time_ends_with_what_it_started(gpu_check: ModuleType) 
     status, output = gpu_check.run_command(["sh", "-c", "echo begun; sleep 60 & sleep 60"], 0.5)
     assert (status, output) == (None, "begun\n")
     assert time.monotonic() - begin < 30
+
+
+def test_a_command_finds_what_the_environment_has(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    _, output = gpu_check.run_command(["sh", "-c", "echo $PYTHONPATH"], 10)
+    assert output.strip().split(":") == [str(ROOT / "src"), "/elsewhere"]
+
+
+def test_rates_need_no_numba() -> None:
+    pytest.importorskip("cuda.bindings")
+    without = "import sys; sys.modules['numba'] = None; sys.path.append('benchmarks'); import gpu_rates"
+    subprocess.run([sys.executable, "-c", without], check=True, cwd=ROOT)
+
+
+def test_what_the_sanitiser_runs_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_first, gpu_sanitise = (importlib.import_module(name) for name in ("gpu_first", "gpu_sanitise"))
+    compiled: list[tuple[str, Any]] = []
+    monkeypatch.setattr(gpu_first, "compile_kernel", lambda source, defines, _: compiled.append((source, defines)))
+    gpu_first.compile_all(90)
+    for channels, spec in gpu_sanitise.SPECS:
+        of_layer = spec.layer(0, 1), channels, "bfloat16"
+        attend = layout.attend_build(*of_layer, "bfloat16", False, layout.machine(90, processors=132))
+        pages = layout.page_build(*of_layer).defines
+        wanted = ("decode_attention.cu", attend.defines), ("encode.cu", pages), ("decompress.cu", pages)
+        assert all(one in compiled for one in wanted)
 
 
 def test_the_table_names_the_fastest_rival() -> None:

@@ -16,6 +16,7 @@ from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Affine, Transform
 from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.spec import CodecSpec, TensorSpec
+from kvcomp.store.attention import attend, attend_tiled
 from kvcomp.store.gpu import store as gpu_store
 from kvcomp.store.gpu.store import GPUStore
 from recorder import Recorder, RecordingEmulator
@@ -77,6 +78,19 @@ def test_a_store_repeats_a_step_while_pages_are_sealed(coordinates: str) -> None
     assert torch.equal(out, again.attend(q, 0.125))
 
 
+def test_a_soft_cap_asks_the_device_once() -> None:
+    on = RecordingEmulator()
+    same = Affine.of(torch.eye(64)[None], torch.zeros(1, 64))
+    one = GPUStore(SPEC, transform=Transform(same, same), launcher=lambda device: on)
+    one.append(*torch.randn(2, 1, 1, 3, 64).to(torch.bfloat16))
+    q = torch.randn(1, 2, 1, 64)
+    attend_tiled(one, q, 0.125, 30.0)  # the first step is an ordinary one
+    recorder = Recorder(on)
+    with recorder:
+        attend(one, q, 0.125, 30.0)
+    assert "attend" in recorder.names
+
+
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> RecordingEmulator:
     made = RecordingEmulator()
@@ -98,9 +112,11 @@ def model(tokens: int = 512, layers: int = 2) -> Any:
 def test_a_model_repeats_a_step_across_seals(on: RecordingEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
     recorders: list[Recorder] = []
 
-    def recorded(step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+    def recorded(step: Callable[[], torch.Tensor], _: torch.device) -> tuple[torch.Tensor, Callable[[], None]]:
         recorders.append(Recorder(on))
-        with recorders[-1]:
+        with recorders[-1], monkeypatch.context() as capturing:
+            # as in transformers 5.17 while a stream is captured
+            capturing.setattr(transformers.masking_utils, "_ignore_causal_mask_sdpa", lambda *_: False)
             result = step()
         return result, recorders[-1].repeat
 
@@ -178,7 +194,7 @@ def test_what_cannot_be_recorded_is_refused(on: RecordingEmulator, monkeypatch: 
         graph.step(torch.tensor([1, 2]))
     graph.step(torch.tensor([1]))
 
-    def failing(step: Callable[[], torch.Tensor]) -> None:
+    def failing(step: Callable[[], torch.Tensor], _: torch.device) -> None:
         with Recorder(on):
             step()
         raise RuntimeError("capture fails")

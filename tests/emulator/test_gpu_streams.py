@@ -120,12 +120,18 @@ def read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GPUStore, "sync", GPUStore.drain)
 
 
+def keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let memory of the current stream be free again before the side stream has read it."""
+    monkeypatch.setattr(SideStream, "keep", lambda side, *tensors: None)
+
+
 @pytest.mark.parametrize(
     ("mistake", "race"),
     [
         (grow_late, "read at rows.py on main, write at sealing.py on side"),
         (never_wait, "read at encode.py on side, write at tail.py on main"),
         (read_at_once, "read at read.py on main, write at encode.py on side"),
+        (keep_nothing, "memory of main that is not kept at books.py on side"),
     ],
 )
 def test_a_missing_wait_is_found(

@@ -84,15 +84,20 @@ class Readback(arena.Readback):
 
 
 class Access:
-    """Who wrote last, and who has read since: stream, how much work it had then, and the line."""
+    """Who wrote last, and who has read since: stream, how much work it had then, and the line.
 
-    def __init__(self) -> None:
+    home: the stream on which it was allocated, None if that is not known. kept: for which others it is kept.
+    """
+
+    def __init__(self, home: str | None = None) -> None:
+        self.home, self.kept = home, set[str]()
         self.write: tuple[str, int, str] | None = None
         self.reads: dict[str, tuple[str, int, str]] = {}
 
 
 class Streams(TorchDispatchMode):
-    """While it is active, ``races`` gathers what is not ordered. Memory is told apart by storages, pages by addresses.
+    """While it is active, ``races`` gathers what is not ordered, and memory that main may free while side uses it.
+    Memory is told apart by storages, pages by addresses.
 
     Parameters
     ----------
@@ -115,7 +120,7 @@ class Streams(TorchDispatchMode):
         patch.setattr(torch.cuda, "Event", lambda: Event(self))
         patch.setattr(torch.cuda, "stream", self._use)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
-        patch.setattr(Tensor, "record_stream", lambda x, stream: None)
+        patch.setattr(Tensor, "record_stream", lambda x, stream: self._keep(x, stream.name))
 
     @contextmanager
     def _use(self, stream: Stream) -> Iterator[None]:
@@ -125,6 +130,9 @@ class Streams(TorchDispatchMode):
         finally:
             self.current = before
 
+    def _keep(self, x: Tensor, on: str) -> None:
+        self._accesses.setdefault(_begin(x), Access()).kept.add(on)
+
     def begin(self) -> None:
         """What follows is one piece of work of the current stream."""
         self.current.clock[self.current.name] += 1
@@ -133,6 +141,8 @@ class Streams(TorchDispatchMode):
         """Note that the current piece of work reads or writes what begins at an address."""
         known, stream = self._accesses.setdefault(address, Access()), self.current
         mine = stream.name, stream.clock[stream.name], _line()
+        if (known.home, stream) == ("main", self.side) and "side" not in known.kept:
+            self.races.add(f"memory of main that is not kept at {mine[2]} on side")
         others = [known.write] if known.write else []
         for name, time, line in [*others, *known.reads.values()] if write else others:
             if stream.clock[name] < time:
@@ -160,6 +170,8 @@ class Streams(TorchDispatchMode):
                 written |= {_begin(x) for x in _tensors(value) if argument.alias_info.is_write}
         out = func(*args, **kwargs)
         self._kept += _tensors(out)
+        for x in _tensors(out):
+            self._accesses.setdefault(_begin(x), Access(self.current.name))
         if aliases and not written:  # a view
             return out
         for address in given:
@@ -167,7 +179,6 @@ class Streams(TorchDispatchMode):
         for x in _tensors(out):
             if _begin(x) not in given and "empty" not in func._schema.name:
                 self.access(_begin(x), True)
-            self._accesses.setdefault(_begin(x), Access())
         return out
 
 

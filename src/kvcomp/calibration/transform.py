@@ -79,6 +79,11 @@ class Affine:
         return self.mean if self.rotation is None else self.rotation.still(self.mean)
 
     @cached_property
+    def has_still(self) -> bool:
+        """Whether ``still`` is not 0. Waits for the device the first time."""
+        return bool(self.still.any())
+
+    @cached_property
     def folded(self) -> Tensor:
         """What a query is multiplied with for its products with the turning part of the mean."""
         assert self.rotation is not None

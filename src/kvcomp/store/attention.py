@@ -221,7 +221,7 @@ def _check(store: Store, q: Tensor, scaling: float, softcap: float, sink_logits:
         check_sink_logits(sink_logits, q)
     if q.device != store.device:
         raise InvalidInput(f"the cache is on {store.device}, the queries are on {q.device}")
-    if softcap and isinstance(store.transform, Transform) and bool(store.transform.key.still.any()):
+    if softcap and isinstance(store.transform, Transform) and store.transform.key.has_still:
         raise InvalidInput(
             "this calibration has means of K, which a soft cap does not allow: calibrate this model itself"
         )

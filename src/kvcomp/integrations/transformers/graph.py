@@ -16,6 +16,7 @@ neither pages, tail nor books move while tokens are added. Pages are compressed 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ class DecodeGraph:
         session = self._cache.session
         session.recording = True
         try:
-            self._logits, self._repeat = recorded(self._forward)
+            self._logits, self._repeat = recorded(self._forward, self._stores[0].device)
         except BaseException:
             for store in self._stores:
                 store.crop(tokens)
@@ -138,9 +139,15 @@ class DecodeGraph:
                 layer.unsealed = False
 
 
-def recorded(step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+def recorded(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
     """Where a step's result will be, and what does its work on the device, of which nothing is done yet."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_capture_stream_of(device)):
         result = step()
     return result, graph.replay
+
+
+@lru_cache(maxsize=64)
+def _capture_stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings on a device; torch's own is of the device of the first recording."""
+    return torch.cuda.Stream(device)

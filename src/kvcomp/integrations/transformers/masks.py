@@ -96,6 +96,9 @@ def kvcomp_mask(
             f"the attention mask has {given} entries, and there are {int(q_offset)} tokens in the cache and "
             f"{q_length} new ones: give the mask of all of them, and ids that go beyond those in the cache"
         )
+    plain = kwargs.get("local_size") is None and kwargs.get("allow_is_causal_skip", True)
+    if plain and attention_mask is None and q_length == 1:
+        return None  # as sdpa_mask does, though not in every version while a CUDA graph is captured
     mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **kwargs
     )

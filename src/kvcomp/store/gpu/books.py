@@ -99,7 +99,11 @@ class DeviceBooks:
         return made
 
     @property
+    def held(self) -> list[Tensor]:
+        """The structures and the tables, each once."""
+        tables = {id(table): table for row in self._tables for table in row if table is not None}
+        return [self.decoding, self.encoding, *tables.values()]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the structures and of the tables, each counted once."""
-        tables = {id(table): table.nbytes for row in self._tables for table in row if table is not None}
-        return sum(tables.values()) + self.decoding.nbytes + self.encoding.nbytes
+        return sum(x.nbytes for x in self.held)

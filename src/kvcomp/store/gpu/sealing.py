@@ -99,6 +99,8 @@ class Sealing:
         store.kernels.side.wait_for_current()
         with store.kernels.side.use():
             store.kernels.side.keep(store.tail.k, store.tail.v, store.sinks_k, store.sinks_v)
+            store.kernels.side.keep(store.device_books.decoding, store.device_books.encoding)
+            store.kernels.side.keep(*(steps for steps in store.kernels.steps if steps is not None))
             if self._sinks:
                 for sinks, tail in ((store.sinks_k, store.tail.k), (store.sinks_v, store.tail.v)):
                     sinks[index, :, self._row.sinks :] = tail[index, :, at - self._sinks : at]
@@ -108,6 +110,7 @@ class Sealing:
             )
             self._encoding.quantise()
             self._row_books = store.device_books.alone(index)
+            store.kernels.side.keep(*self._row_books.held)
             if self._learning:
                 self._encoding.count_pairs()
                 self._found = [Readback(self._encoding.counts[kind]) for kind in self._learning]
