@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,41 +74,27 @@ def quality(found: Any) -> str:
 
 
 FRONT = "kivi-4", "kivi-4-same-raw", "kvcomp", "kvcomp:fine", "kvcomp-klt:near-lossless", "kvcomp-klt:balanced"
-SHORT = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3"}
-FRONT_BITS = "coded_bits", "total_bits"
+SHORT = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3", "qwen2.5-coder-0.5b": "Qwen2.5"}
 
 
 def front(found: Any) -> str:
     """The README's table: few methods on the real models, in float32."""
-    shortest, longest = (choose(run["prompt_tokens"] for run in found["runs"]) for choose in (min, max))
     measured = {
         (run["model"], run["prompt_tokens"]): {one["name"]: one for one in run["methods"]}
         for run in found["runs"]
         if run["dtype"] == "float32"
     }
-    columns = [
-        (f"{SHORT[model]}: {figure.replace('_', ' ')}", model, shortest, figure)
-        for model in SHORT
-        for figure in FRONT_BITS
-    ]
-    columns += [
-        (f"{SHORT[model]}: KL, {size / 1000:.0f}K", model, size, "kl")
-        for model in SHORT
-        for size in (shortest, longest)
-    ]
-    rows = [
-        [
-            label(name),
-            *(
-                f"{measured[model, size][name][figure]['value']:{'.1e' if figure == 'kl' else '.2f'}}"
-                for _, model, size, figure in columns
-            ),
-            *(_answers(measured[model, shortest][name]["retrieval"]["key-value"]) for model in SHORT),
-        ]
-        for name in FRONT
-    ]
-    titles = [*(column for column, *_ in columns), *(f"{SHORT[model]}: look-ups" for model in SHORT)]
-    return markdown(["method", *titles], rows)
+    shortest, longest = (choose(tokens for _, tokens in measured) for choose in (min, max))
+
+    def cells(model: str, name: str) -> tuple[str, str, str]:
+        short, long = (measured[model, tokens][name] for tokens in (shortest, longest))
+        bits = " / ".join(f"{short[figure]['value']:.2f}" for figure in ("coded_bits", "total_bits"))
+        kl = " / ".join(f"{one['kl']['value']:.1e}" for one in (short, long))
+        return bits, kl, _answers(short["retrieval"]["key-value"])
+
+    rows = [[label(name), *chain.from_iterable(cells(model, name) for model in SHORT)] for name in FRONT]
+    header = [f"{SHORT[model]}: {what}" for model in SHORT for what in ("bits", "KL", "look-ups")]
+    return markdown(["method", *header], rows)
 
 
 def _right(cells: list[Any], task: str) -> str:
@@ -584,6 +571,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "klt-shift": ("klt.json", klt_shift),
     "real-smollm2": ("real.json", partial(real, "smollm2-135m")),
     "real-gemma3": ("real.json", partial(real, "gemma3-270m")),
+    "real-qwen2.5": ("real.json", partial(real, "qwen2.5-coder-0.5b")),
     "real-equal": ("real.json", real_equal),
     "real-rates": ("real_rates.json", real_equal),
     "real-tasks": ("real_tasks.json", real_tasks),
