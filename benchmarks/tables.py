@@ -571,7 +571,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {  # results files, several 
     "klt-shift": ("klt.json", klt_shift),
     "real-smollm2": ("real.json", partial(real, "smollm2-135m")),
     "real-gemma3": ("real.json", partial(real, "gemma3-270m")),
-    "real-qwen2.5": ("real.json", partial(real, "qwen2.5-coder-0.5b")),
+    "real-qwen2": ("real.json", partial(real, "qwen2.5-coder-0.5b")),
     "real-equal": ("real.json", real_equal),
     "real-rates": ("real_rates.json", real_equal),
     "real-tasks": ("real_tasks.json", real_tasks),
