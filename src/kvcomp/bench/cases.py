@@ -40,13 +40,12 @@ from kvcomp.bench.timing import REST, clock_for, fastest, in_rounds, quartiles, 
 from kvcomp.calibration import Calibration
 from kvcomp.errors import InvalidInput
 from kvcomp.integrations.transformers import KVCompCache
-from kvcomp.integrations.transformers.models import position_limit, text_config
+from kvcomp.integrations.transformers.models import positions, text_config
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore, sealed
 from kvcomp.store.attention import attend
 
 CODEC_TOKENS = 4096
-UNLIMITED = 1 << 20  # tokens of a model whose positions have no end
 GROWTH_PROMPT, GROWTH_STEP = 64, 32
 SEED = 20261121
 
@@ -296,7 +295,7 @@ def cases(grid: Grid, coding: Coding, parts: Sequence[str], model: Any, thorough
     if "codec" in parts:
         found += [CodecCase(spec, CODEC_TOKENS, head_dim) for head_dim in grid.head_dims]
     if "generate" in parts:
-        room = _positions(model) - grid.new_tokens
+        room = positions(model.config) - grid.new_tokens
         prompts = [tokens for tokens in grid.prompts if tokens <= room]
         if not prompts:
             raise InvalidInput(
@@ -307,13 +306,8 @@ def cases(grid: Grid, coding: Coding, parts: Sequence[str], model: Any, thorough
             for tokens, batch in product(prompts, grid.batches)
         ]
     if "growth" in parts:
-        found.append(GrowthCase(coding, model, min(grid.growth, _positions(model))))
+        found.append(GrowthCase(coding, model, min(grid.growth, positions(model.config))))
     return found
-
-
-def _positions(model: Any) -> int:
-    """Tokens that a model's positions allow."""
-    return position_limit(text_config(model.config)) or UNLIMITED
 
 
 def about(case: Any) -> dict[str, Any]:

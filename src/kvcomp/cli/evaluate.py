@@ -81,7 +81,8 @@ def evaluate(
     with plain_errors():
         with quiet_loading():
             from kvcomp.evaluate.evaluation import Evaluation, Plan
-            from kvcomp.evaluate.models import positions, text_ids
+            from kvcomp.evaluate.models import text_ids
+            from kvcomp.integrations.transformers.models import positions
             from kvcomp.results import schema
 
             place, loaded, tokenizer = model_with_keys(model, dtype)

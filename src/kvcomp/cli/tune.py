@@ -82,9 +82,10 @@ def tune(
             from kvcomp import disk
             from kvcomp.evaluate.evaluation import Plan
             from kvcomp.evaluate.methods import KVComp, baseline
-            from kvcomp.evaluate.models import positions, training_ids
+            from kvcomp.evaluate.models import training_ids
             from kvcomp.fit.advice import advise
             from kvcomp.fit.tune import Tuner
+            from kvcomp.integrations.transformers.models import positions
             from kvcomp.results import schema
 
             place, loaded, tokenizer = model_with_keys(model, dtype)

@@ -166,9 +166,3 @@ def check_has_keys(config: Any) -> None:
 def attends_to_all(config: Any) -> bool:
     """Whether every layer of a model attends to all tokens: no sliding windows and the like."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-
-
-def positions(config: Any) -> int:
-    """Tokens that a model's positions allow, as far as its configuration says."""
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else 1 << 20

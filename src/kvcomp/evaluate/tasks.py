@@ -21,7 +21,7 @@ from tqdm import tqdm
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.fidelity import Sample, fill, predict, sample
 from kvcomp.evaluate.methods import Method
-from kvcomp.evaluate.models import positions
+from kvcomp.integrations.transformers.models import positions
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here: a model that is loaded already
 BOOTSTRAPS = 1000  # for the standard errors of metrics that have no formula

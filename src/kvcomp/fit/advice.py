@@ -11,7 +11,7 @@ from kvcomp.bench.dense import dense_methods
 from kvcomp.bench.timing import REST, clock_for, fastest, in_rounds, ratio
 from kvcomp.evaluate.fidelity import Sample
 from kvcomp.evaluate.methods import KVComp
-from kvcomp.evaluate.models import positions
+from kvcomp.integrations.transformers.models import positions
 from kvcomp.store import Memory
 from kvcomp.store.attention import attend
 

@@ -87,6 +87,12 @@ def fingerprint_of(config: PreTrainedConfig) -> dict[str, Any]:
     return found
 
 
+def positions(config: PreTrainedConfig) -> int:
+    """Tokens that a model's positions allow, as far as its configuration says."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else 1 << 20
+
+
 def position_limit(config: PreTrainedConfig) -> int | None:
     """Tokens the model's positions allow; None where rotary positions are stretched, which has no such limit."""
     limit = setting(config, "max_position_embeddings")
