@@ -394,15 +394,14 @@ def test_a_store_that_hangs_holds_no_step_up(tmp_path: Path) -> None:
     engine, blocks = Engine(str(tmp_path)), list(range(30))
     stuck = [Stuck(side._blobs) for side in (engine.scheduler, engine.worker)]
     engine.scheduler._blobs, engine.worker._blobs = stuck  # type: ignore[assignment]
-    longest, answer, asked = 0.0, (None, False), request("second", PROMPT)
+    answers, answer, asked = 0, (None, False), request("second", PROMPT)
     begin = time.monotonic()
     while answer[0] is None:
-        before = time.monotonic()
         answer = engine.scheduler.get_num_new_matched_tokens(asked, 0)
-        longest = max(longest, time.monotonic() - before)
+        answers += 1
     assert answer == (0, False)
     assert 0.4 < time.monotonic() - begin < 5
-    assert longest < 0.25
+    assert answers > 10  # a call that waited for the store would be the only one
     stuck[0].go.set()
     other = request("third", PROMPT)
     while (found := engine.scheduler.get_num_new_matched_tokens(other, 0)[0]) is None:
@@ -411,14 +410,14 @@ def test_a_store_that_hangs_holds_no_step_up(tmp_path: Path) -> None:
     before = time.monotonic()
     engine.step({})
     assert engine.worker.get_finished(set()) == (None, None)
-    assert time.monotonic() - before < 0.25
+    assert time.monotonic() - before < 5  # of the 20 seconds that the store hangs
     stuck[1].go.set()
     engine.close()
 
 
 def test_a_step_that_computes_nothing_waits_for_a_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the thread which loads has Python to itself; a step that computes waits for nothing."""
-    monkeypatch.setattr("kvcomp.integrations.vllm.connector.PAUSE", 0.5)
+    monkeypatch.setattr("kvcomp.integrations.vllm.connector.PAUSE", 1.0)
     stored(str(tmp_path))
     engine, blocks = Engine(str(tmp_path)), list(range(30))
     stuck = Stuck(engine.worker._blobs)
@@ -434,7 +433,7 @@ def test_a_step_that_computes_nothing_waits_for_a_load(tmp_path: Path, monkeypat
         before = time.monotonic()
         assert engine.worker.get_finished(set()) == (None, None)
         took.append(time.monotonic() - before)
-    assert took[0] > 0.4 > took[1]
+    assert took[0] > 0.9 > took[1]
     stuck.go.set()
     engine.close()
 
