@@ -57,7 +57,6 @@ from kvcomp.fit.windows import (
     coded_part,
     context_of,
     draw_windows,
-    first_token,
     is_rotary,
     long_enough,
     spread,
@@ -67,7 +66,7 @@ from kvcomp.integrations.transformers.models import check_layer, fingerprint_of,
 from kvcomp.results.journal import Journal
 from kvcomp.spec import KINDS, LEVELS
 
-METHOD = "turning"  # in the names of cached files: another way makes others
+METHOD = "varied"  # in the names of cached files: another way makes others
 # Steps of a curve, over the root mean square of a tensor in its coordinates.
 FACTORS = (0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
 LABELS = 1  # backward passes a window
@@ -145,11 +144,10 @@ class Calibrator:
     def write(self) -> None:
         """Let the model write some windows more, or all of them."""
         rows = self.settings.written + (self.settings.windows if self.text is None else 0)
-        starts = np.array([first_token(self.config)]) if self.text is None else self.text
         attend_plainly(self.model)
         length = -(-self.settings.length // PIECES)
         written = self.journal.piece(
-            "written", lambda: write(self.model, starts, rows * PIECES, length, self.tell).tolist()
+            "written", lambda: write(self.model, self.text, rows * PIECES, length, self.tell).tolist()
         )
         whole = np.array(written, np.int64).reshape(rows, -1)[:, : self.settings.length].reshape(-1)
         self.drawn += draw_windows(whole, rows, self.settings)

@@ -23,13 +23,15 @@ from transformers import DynamicCache, PreTrainedConfig
 from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.gradients import draw
 from kvcomp.integrations.transformers.identity import rope_parts
-from kvcomp.integrations.transformers.models import position_limit, setting
+from kvcomp.integrations.transformers.models import position_limit, setting, text_config
 from kvcomp.spec import PAGE_TOKENS
 
 TEXT_FOR_WRITTEN = 4  # windows of text for each that the model writes
 SEED = 0
 EVERY = 2  # windows of which one is used for the bits of a curve
 TOLD = 64  # tokens written between two reports
+DRAFTS, DRAFTED = 16, 32  # rows and tokens of a draft
+TINY = 1e-9  # a share that is less is rounding
 GOLDEN = (5**0.5 - 1) / 2  # any of its multiples, less their whole part, are spread evenly
 
 Tell = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
@@ -126,14 +128,29 @@ def first_token(config: PreTrainedConfig) -> int:
 
 
 @torch.inference_mode()
-def write(model: Any, ids: npt.NDArray[np.int64], rows: int, length: int, tell: Tell) -> npt.NDArray[np.int64]:
-    """Texts that a model writes from a token of ``ids`` on, each token drawn, int64 (rows, length)."""
-    text = [torch.from_numpy(np.random.default_rng(SEED).choice(ids, (rows, 1)))]
+def write(model: Any, text: npt.NDArray[np.int64] | None, rows: int, length: int, tell: Tell) -> npt.NDArray[np.int64]:
+    """Texts that a model writes, each token drawn, int64 (rows, length).
+
+    They begin with the model's first token, or with any of ``text`` or of the vocabulary. Some models know no text
+    with the former and some none without: they then repeat themselves. So a draft is written after both, and what
+    the model predicts less surely goes on.
+    """
+    any_of = np.arange(model.get_input_embeddings().num_embeddings) if text is None else text
+    drawn = np.random.default_rng(SEED).choice(any_of, (rows, 1))
+    starts = [torch.full((rows, 1), first_token(text_config(model.config))), torch.from_numpy(drawn)]
+    drafts = [_go_on(model, start[:DRAFTS], DRAFTED, lambda *_: None)[1] for start in starts]
+    return _go_on(model, starts[int(np.argmax(drafts))], length, tell)[0].numpy()
+
+
+def _go_on(model: Any, text: Tensor, length: int, tell: Tell) -> tuple[Tensor, float]:
+    """Texts after these first tokens (rows, 1), int64 (rows, length), and the mean surprise of a token in nats."""
+    texts, surprise = [text], 0.0
     generator = torch.Generator().manual_seed(SEED)
     cache = DynamicCache(config=model.config)
     for done in range(1, length):
         if done % TOLD == 1:
             tell("the model writes", done, length)
-        logits = model(text[-1], past_key_values=cache).logits[:, -1].float()
-        text.append(draw(logits.softmax(-1), generator))
-    return torch.cat(text, 1).numpy()
+        share = model(texts[-1], past_key_values=cache).logits[:, -1].float().softmax(-1)
+        texts.append(draw(share, generator))
+        surprise -= float(share.gather(1, texts[-1]).clamp_min(TINY).log().mean())
+    return torch.cat(texts, 1), surprise / (length - 1)
