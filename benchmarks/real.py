@@ -43,7 +43,8 @@ RAW_BYTES = 2
 LONG, SCORED, SEED = 7000, 256, 20261129
 UNLIKE = 0.2  # shares of coded values further apart are not of the same layers
 LISTS, PASSKEYS = 4, 1  # look-up lists, and passkeys at each depth
-CHANNEL = (0.15, 0.15), (0.2, 0.2)  # scales of K, a channel each, and of V, beside the presets'
+# Scales of K, a channel each, and of V, beside the presets': their KL reaches from KIVI's with 4 bits to that with 2.
+CHANNEL = (0.02, 0.06), (0.15, 0.15), (0.2, 0.2), (0.32, 0.32), (0.5, 0.5)
 KIVI = [f"kivi-{bits}{raw}" for raw in ("", "-same-raw") for bits in (4, 3, 2)]
 CURVES = {
     "channel": "kvcomp$|kvcomp:fine|channel",
