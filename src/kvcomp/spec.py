@@ -27,7 +27,7 @@ CALIBRATED = "kvcomp-klt"
 # The presets whose specs a calibration makes, alone or as NAME:LEVEL, and how these code the same values.
 CALIBRATED_CODINGS: Mapping[str, Coding] = {CALIBRATED: "huffman", "packed-klt": "patched"}
 LEVELS = ("near-lossless", "balanced", "aggressive")
-STEP_RANGE = (2.0**-100, 2.0**100)
+SCALE_RANGE = (2.0**-100, 2.0**100)
 STEP_BITS = 16
 
 
@@ -104,7 +104,9 @@ class TensorSpec:
         ``CodecSpec.layer()`` is.
         """
         if self.layers not in (None, 1):
-            raise InvalidInput("this spec has one relative_scale for each layer: take CodecSpec.layer(i) first")
+            raise InvalidInput(
+                "this spec has scales or steps for each layer: take CodecSpec.layer(index, layers) first"
+            )
         return float(self.scales[0]) if self.steps is None else self.steps[0]
 
     @property
@@ -136,7 +138,7 @@ def _rounded_steps(steps: Any) -> tuple[tuple[float, ...], ...]:
             raise InvalidInput("steps must be a list of layers, each a list of one step for each KV head")
         for step in layer:
             number = isinstance(step, int | float) and not isinstance(step, bool)
-            if not number or not STEP_RANGE[0] <= step <= STEP_RANGE[1]:
+            if not number or not SCALE_RANGE[0] <= step <= SCALE_RANGE[1]:
                 raise InvalidInput(f"a step must be a number from 2^-100 to 2^100, not {step!r}")
         layers.append(tuple(_rounded(float(step)) for step in layer))
     return tuple(layers)

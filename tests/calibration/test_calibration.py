@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,18 @@ def test_damaged_bytes_give_a_typed_error_or_a_calibration(data: st.DataObject) 
     k = torch.randn(1, 2, 70, 16)
     packed = kvcomp.compress(k, k, f"kvcomp-klt:{read.levels[0]}", calibration=read)
     assert packed.attend(k[:, :, :1]).isfinite().all()
+
+
+def test_transforms_are_made_once_for_all_caches() -> None:
+    """Also those whose coordinates a level makes coarser."""
+    transform, levels = MADE.layers[0]
+    shifts = np.ones((2, transform.heads, transform.channels), np.uint8)
+    coarse = {name: replace(level, shifts=shifts) for name, level in levels.items()}
+    made = Calibration.build(MADE.about, {0: transform, 1: transform}, {0: coarse, 1: coarse})
+    spec = made.spec("balanced")
+    asked = made.layer(0, spec), made.layer(0, spec), deepcopy(made).layer(0, spec)
+    first, again, copied = (one.transform for one in asked if one is not None)
+    assert first is again is copied is deepcopy(first) is not transform
+    folded = first.folding
+    held = {id(x): x.nbytes for affine in (transform.key, transform.value) for x in (affine.matrix, affine.inverse)}
+    assert first.nbytes == sum(held.values()) + folded.outputs.nbytes

@@ -11,7 +11,7 @@ import torch
 from emulator import COMPILER, Emulator
 from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Affine, Transform
-from kvcomp.errors import LimitExceeded
+from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.kernels.reference import page_bytes
 from kvcomp.spec import CodecSpec, Coding, TensorSpec
 from kvcomp.store import KVStore
@@ -185,3 +185,20 @@ def test_means_that_turn_are_those_of_the_cpu(queries: int) -> None:
     pair.append(queries, seal=False)
     assert pair.gpu.can_attend(queries)
     pair.check(queries, of_values)
+
+
+def test_heads_and_channels_that_the_spec_or_the_calibration_lack_are_refused() -> None:
+    matrix = torch.eye(CHANNELS).expand(HEADS, -1, -1)
+    affine = Affine.of(matrix, torch.zeros(HEADS, CHANNELS))
+    steps = TensorSpec("head", None, classes=4, steps=((0.1,) * HEADS,))
+    of_steps = CodecSpec(steps, steps, window=0, sinks=0).layer(0, 1)
+    stores = [
+        GPUStore(of_steps, launcher=lambda device: Emulator()),
+        GPUStore(SPEC, transform=Transform(affine, affine), launcher=lambda device: Emulator()),
+    ]
+    for store in stores:
+        with pytest.raises(InvalidInput, match=f"for {HEADS} KV heads"):
+            store.append(*torch.randn(2, 1, 8, 70, CHANNELS))
+        assert (store.batch, store.tokens) == (0, 0)
+        store.append(*torch.randn(2, 1, HEADS, 70, CHANNELS))
+        assert store.tokens == 70

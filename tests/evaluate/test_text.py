@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.text import LookupLists, encode, held_out_names, held_out_text, join, manual_text, training_text
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-lm"
@@ -122,3 +123,8 @@ def test_list_too_short_for_its_lookups_is_refused(lists: LookupLists) -> None:
 def test_list_with_too_few_keys_is_refused(lists: LookupLists) -> None:
     with pytest.raises(ValueError, match="ask for more look-ups"):
         lists.draw(np.random.default_rng(0), 16_384, lookups=10)
+
+
+def test_a_python_without_its_sources_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(InvalidInput, match="no sources of its standard library"):
+        join(tokenizer, [])

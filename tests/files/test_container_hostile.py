@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from calibrating import calibrated, like_keys
 from containers import BATCH, SMALL, open_bytes, packed, refused, reopened
 from kvcomp.codec.page import RAW
 from kvcomp.errors import CorruptData, KVCompError, LimitExceeded
@@ -419,3 +420,29 @@ def test_the_unit_head_has_no_default_book_without_a_calibration() -> None:
     put("pages", 0, (first - 1).to_bytes(4, "little"))(header, sections)
     with pytest.raises(CorruptData, match="needs the default codebook"):
         open_bytes(seal(header, sections)).layer(0)
+
+
+def test_the_codebooks_of_a_calibration_are_for_its_huffman_spec_alone() -> None:
+    """Blocks of Huffman codes under the spec of the same level that has no books: nothing could read them."""
+    calibration = calibrated()
+    spec = calibration.spec("balanced").bare()
+    given = calibration.layer(0, spec)
+    assert given is not None
+    store = KVStore(spec.layer(0, 1), "cpu", *given)
+    store.append(like_keys(1, 2, 128, 32, 5), like_keys(1, 2, 128, 32, 6))
+    store.seal()
+    assert not refused(packed({0: store}, spec, 1))
+    other = calibration.spec("balanced", "patched").bare()
+    with pytest.raises(CorruptData, match="codebook"):
+        open_bytes(packed({0: store}, other, 1)).layer(0)
+
+
+def test_a_codebook_with_longer_codes_than_the_spec_is_refused() -> None:
+    """Its codes would not fit the tables that kernels make for the spec's limit."""
+    tensors = [TensorSpec("channel", 0.05, limit=limit) for limit in (12, 10)]
+    store = KVStore(CodecSpec(tensors[0], tensors[0], window=0, sinks=0).layer(0, 1))
+    store.append(*torch.randn(2, 1, 2, 640, 32, generator=torch.Generator().manual_seed(1)))
+    store.seal()
+    assert not refused(packed({0: store}, CodecSpec(tensors[0], tensors[0], window=0, sinks=0), 1))
+    with pytest.raises(CorruptData, match="longer codes"):
+        open_bytes(packed({0: store}, CodecSpec(tensors[1], tensors[1], window=0, sinks=0), 1)).layer(0)

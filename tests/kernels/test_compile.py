@@ -86,6 +86,13 @@ def test_compiled_kernels_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert compile_kernel("decompress.cu", defines, 90) == first
 
 
+def test_a_cache_that_cannot_be_used_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_compile, "compile_now", lambda *_: (b"cubin", ""))
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compile_kernel("decompress.cu", {}, 90) == b"cubin"
+
+
 def test_what_does_not_compile_says_so() -> None:
     with pytest.raises(BackendUnavailable, match=r"NVRTC does not compile decompress\.cu"):
         compile_now("decompress.cu", options_for("decompress.cu", {}, 90))

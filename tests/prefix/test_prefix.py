@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from calibrating import calibrated
 from kvcomp.errors import (
     BackendUnavailable,
+    CorruptData,
     InvalidInput,
     KVCompError,
     LimitExceeded,
@@ -30,6 +31,7 @@ from kvcomp.integrations.transformers.models import fingerprint_of
 from kvcomp.prefix import PrefixStore, chain
 from kvcomp.prefix.chain import CHUNK_TOKENS
 from kvcomp.spec import PRESETS, CodecSpec
+from kvcomp.store import KVStore
 from kvcomp.store.pages import compare
 from kvcomp.store.tensors import as_array
 from redis_server import answering, free_port, running
@@ -361,6 +363,33 @@ def test_values_under_right_checksums_that_are_no_chunks(
     assert folder.blobs.sizes([key]) == [len(newer)], "a newer kvcomp's value is not this one's to remove"
     folder.blobs.put([(key, [value])])
     assert folder.load(ids, model, LOSSY).get_seq_length() == stored
+
+
+def sealed_chunks(spec: CodecSpec, channels: int, value_channels: int) -> KVStore:
+    store = KVStore(spec.layer(0, 1))
+    shape = 1, 2, spec.sinks + 2 * CHUNK_TOKENS + spec.window
+    store.append(torch.randn(*shape, channels), torch.randn(*shape, value_channels))
+    store.seal()
+    return store
+
+
+def test_a_chunk_of_another_shape_than_the_calibration_is_damaged() -> None:
+    made = calibrated(1, 2, 32)
+    origin = chain.Origin({}, 1, [0], "float32", made.spec("balanced", "patched"), made)
+    value = b"".join(chain.pack(origin, {0: sealed_chunks(origin.spec, 64, 64)}, 0, "key"))
+    with pytest.raises(CorruptData, match="another shape than the calibration"):
+        chain.unpack(origin, value, 0, "key", "cpu")
+
+
+def test_chunks_whose_values_are_wider_are_not_joined() -> None:
+    spec = CodecSpec.resolve("packed")
+    origin = chain.Origin({}, 1, [0], "float32", spec)
+    stores = []
+    for chunk, channels in enumerate((64, 16)):
+        value = b"".join(chain.pack(origin, {0: sealed_chunks(spec, 64, channels)}, chunk, "key"))
+        stores.append(chain.unpack(origin, value, chunk, "key", "cpu")[1][0])
+    with pytest.raises(CorruptData, match="different value_channels"):
+        chain.join_chunks(stores)
 
 
 # Values that are right, where they cannot be used

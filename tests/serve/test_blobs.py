@@ -283,6 +283,15 @@ def test_the_least_recently_used_values_go_first(tmp_path: Path) -> None:
     assert store.sizes(["more", "most"]) == [2000, None]
 
 
+def test_a_value_stored_anew_needs_no_room_for_what_it_replaces(tmp_path: Path) -> None:
+    store = open_blobs(tmp_path, limit=1000)
+    store.put([(key, [b"x" * 500]) for key in KEYS[:2]])
+    store.put([(KEYS[0], [b"y" * 500])])
+    assert store.sizes(KEYS[:2]) == [500, 500]
+    store.put([(KEYS[0], [b"y" * 501])])
+    assert store.sizes(KEYS[:2]) == [501, None]
+
+
 def test_writers_at_the_same_time_keep_the_limit(tmp_path: Path) -> None:
     store = open_blobs(tmp_path, limit=100_000, timeout=30)
 

@@ -18,7 +18,7 @@ from kvcomp import PRESETS, compress
 from kvcomp.calibration import Calibration
 from kvcomp.errors import CorruptData, InvalidInput, KVCompError, UnsupportedVersion
 from kvcomp.files import pack_stores
-from kvcomp.serve.chunks import ChunkShape, chunk_key, chunk_spec, open_chunk, pack_chunk, unpack
+from kvcomp.serve.chunks import ChunkShape, chunk_key, open_chunk, pack_chunk, unpack
 from kvcomp.spec import CodecSpec, TensorSpec
 from kvcomp.store import KVStore
 from sealing import seal, unseal
@@ -72,7 +72,7 @@ def test_a_value_of_another_shape_is_refused(other: ChunkShape) -> None:
 
 def test_a_value_whose_v_is_wider_is_refused() -> None:
     header, _ = unseal(packed("a", SPEC, replace(SHAPE, layers=1)))
-    store = KVStore(chunk_spec(SPEC))
+    store = KVStore(SPEC.bare())
     store.append(torch.randn(1, 2, 256, 32).bfloat16(), torch.randn(1, 2, 256, 48).bfloat16())
     store.seal()
     value = b"".join(pack_stores({0: store}, store.spec, 1, header["model"]))
@@ -140,7 +140,7 @@ CODED = st.builds(CodecSpec, *[st.builds(TensorSpec, st.just("head"), steps=STEP
 def test_a_key_is_the_hash_of_the_spec_and_what_it_is_about_as_sorted_json(
     spec: CodecSpec, about: dict[str, Any]
 ) -> None:
-    fields = {name: x for name, x in asdict(chunk_spec(spec)).items() if name != "windows" or x is not None}
+    fields = {name: x for name, x in asdict(spec.bare()).items() if name != "windows" or x is not None}
     content = json.dumps({"spec": fields, "about": about}, sort_keys=True, separators=(",", ":"))
     assert chunk_key(spec, about) == hashlib.sha256(content.encode()).hexdigest()
 

@@ -97,7 +97,7 @@ def within(
     for index, (transform, _) in calibration.layers.items():
         values = 2 * transform.heads * transform.channels
         fixed += values * raw * itemsize
-        sides = {level: 8 * calibration.nbytes(level, [index]) for level in prices[index]}
+        sides = {level: 8 * (calibration.nbytes(level, [index]) + transform.nbytes) for level in prices[index]}
         bits[index] = {level: sides[level] + sealed * values * one["bits"] for level, one in prices[index].items()}
     chosen = {index: min(of, key=of.__getitem__) for index, of in bits.items()}
     spent = fixed + sum(bits[index][level] for index, level in chosen.items()) / 8

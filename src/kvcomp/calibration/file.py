@@ -51,6 +51,12 @@ class Calibration:
         default_factory=lambda: [(None, {})], init=False, repr=False
     )
     """The last spec that was asked for, and its levels: layer after layer asks for the same."""
+    _coarsened: dict[tuple[int, str], Transform] = field(default_factory=dict, init=False, repr=False)
+    """Transforms by layer and level, which all caches of the model share."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: it never changes."""
+        return self
 
     @cached_property
     def fingerprint(self) -> str:
@@ -138,7 +144,10 @@ class Calibration:
         transform, levels = self.layers[index]
         level = levels[chosen[index]]
         books = level.books if spec.key.coding == "huffman" else ((None, None), (None, None))
-        return LayerCalibration(books, transform if level.shifts is None else transform.coarsened(level.shifts))
+        if level.shifts is not None:
+            at = index, chosen[index]
+            transform = self._coarsened.get(at) or self._coarsened.setdefault(at, transform.coarsened(level.shifts))
+        return LayerCalibration(books, transform)
 
     def levels_of(self, spec: CodecSpec) -> dict[int, str]:
         """The level that a spec has in each layer. Raises InvalidInput if it is of no level of this calibration."""

@@ -15,8 +15,9 @@ most of the information.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -131,6 +132,11 @@ class Transform:
 
     key: Affine
     value: Affine
+    _on: dict[torch.device, Transform] = field(default_factory=dict, init=False, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Transform:
+        """Itself: it never changes."""
+        return self
 
     @property
     def heads(self) -> int:
@@ -139,6 +145,18 @@ class Transform:
     @property
     def channels(self) -> int:
         return int(self.key.mean.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices in use, all in float32: A and its inverse of K and of V, and what ``folding`` has."""
+        folded = 0 if self.key.rotation is None else self.key.folded.numel()
+        return 4 * (2 * self.key.matrix.numel() + 3 * self.value.matrix.numel() + 2 * folded)
+
+    def to(self, device: torch.device) -> Transform:
+        """The same on a device, made once for all caches there."""
+        if device not in self._on:
+            self._on[device] = Transform(self.key.to(device), self.value.to(device))
+        return self._on[device]
 
     @cached_property
     def folding(self) -> Folding:

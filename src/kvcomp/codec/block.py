@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomp.codec.codebook import Codebook, decode_table
-from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, MAX_ZERO, SCALE_RANGE
+from kvcomp.codec.quantise import HEAD_ZERO, MAX_CODES, MAX_ZERO
 from kvcomp.errors import CorruptData, InvalidInput
-from kvcomp.spec import PAGE_TOKENS, Kind
+from kvcomp.spec import PAGE_TOKENS, SCALE_RANGE, Kind
 
 STREAMS = 64
 MAX_CHANNELS = 512

@@ -25,13 +25,12 @@ import numpy.typing as npt
 
 from kvcomp.codec.dtypes import DType, dtype_of
 from kvcomp.errors import InvalidInput
-from kvcomp.spec import PAGE_TOKENS, Unit
+from kvcomp.spec import PAGE_TOKENS, SCALE_RANGE, Unit
 
 MAX_CODES = 256  # codes are bytes
 MAX_LEVELS = 128  # of a unit whose range the encoder measures
 HEAD_ZERO = -128  # of the unit ``head``
 MAX_ZERO = 32767
-SCALE_RANGE = (2.0**-100, 2.0**100)
 ARITHMETIC_SLACK = 2.0**-21
 
 LARGEST_FLOAT16 = (

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcomp.errors import InvalidInput
+
 Tokens = NDArray[np.int64]
 
 _MANUAL = "pydoc_data/topics.py"
@@ -75,9 +77,11 @@ def manual_text() -> list[tuple[str, str]]:
 
 
 def join(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]]) -> Tokens:
-    """Token ids of the texts one after the other, each led by the begin-of-text token."""
-    start = start_ids(tokenizer)
-    parts = [start + ids for ids in encode(tokenizer, [text for _, text in pairs])]
+    """Token ids of the texts one after the other, each led by the begin-of-text token. Raises InvalidInput for none."""
+    start, texts = start_ids(tokenizer), [text for _, text in pairs]
+    if not texts:
+        raise InvalidInput("this Python has no sources of its standard library to read: give a --text")
+    parts = [start + ids for ids in encode(tokenizer, texts)]
     return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
 

@@ -39,7 +39,7 @@ from kvcomp.files.header import (
     read_header,
     seal,
 )
-from kvcomp.spec import PAGE_TOKENS, CodecSpec
+from kvcomp.spec import PAGE_TOKENS, CodecSpec, TensorSpec
 
 FREE_PLACES = 1 << 22  # places in a page table that need no pages to fill them
 
@@ -257,14 +257,14 @@ class Container:
         table = self._section(index, "table")
         offsets, valid = table[: 8 * head.entries].view("<i8"), table[8 * head.entries :].view("<i4")
         _check_rows(header, head, start, dropped, sink_count, page_count, valid)
-        classes = spec.key.classes, spec.value.classes
+        tensors, classes = (spec.key, spec.value), (spec.key.classes, spec.value.classes)
         books = _read_books(self._section(index, "books").tobytes(), head.books)
-        _check_books(books, row_books, classes)
+        _check_books(books, row_books, tensors)
         counts = _read_counts(self._section(index, "counts"), sides, classes)
         dtype = DTYPES[head.dtype].array
         units = spec.key.unit, spec.value.unit
-        calibrated = spec.calibration is not None
-        defaults = units[0] != "head" or calibrated, units[1] != "head" or calibrated
+        given = np.array([spec.calibration is not None and tensor.coding == "huffman" for tensor in tensors])
+        defaults = units[0] != "head" or bool(given[0]), units[1] != "head" or bool(given[1])
         layout = Layout(head.heads, head.held_channels, units, dtype.itemsize, defaults)
         arena, digest = self._bytes(head.sections["pages"]), xxh3_64()
         begin, which = np.unique(offsets, return_inverse=True)
@@ -273,7 +273,7 @@ class Container:
         finally:  # if the checksum is wrong, that is what there is to say
             self._verify(head.sections["pages"], f"'pages' of layer {head.layer}", digest.hexdigest())
         missing = own & (row_books < 0)[np.repeat(np.arange(header.rows), page_count)]
-        if missing.any() and spec.calibration is None:  # a calibration has the books of all rows
+        if (missing & ~given).any():  # a calibration has the books of all rows
             raise CorruptData("a block needs the sequence's own codebook, and there is none")
         return LayerParts(
             head.layer,
@@ -374,12 +374,13 @@ def _read_books(data: bytes, count: int) -> list[Codebook]:
     return books
 
 
-def _check_books(books: Sequence[Codebook], row_books: npt.NDArray[np.int64], classes: tuple[int, int]) -> None:
+def _check_books(books: Sequence[Codebook], row_books: npt.NDArray[np.int64], tensors: Sequence[TensorSpec]) -> None:
     if ((row_books < -1) | (row_books >= len(books))).any():
         raise CorruptData("a row names a codebook that does not exist")
-    for kind in range(2):
-        if any(books[index].classes != classes[kind] for index in np.unique(row_books[:, kind]) if index >= 0):
-            raise CorruptData("a codebook has another number of classes than the spec")
+    for kind, tensor in enumerate(tensors):
+        for index in np.unique(row_books[:, kind]):
+            if index >= 0 and (books[index].classes, books[index].limit) != (tensor.classes, tensor.limit):
+                raise CorruptData("a codebook has another number of classes, or longer codes, than the spec")
 
 
 def _read_counts(

@@ -136,6 +136,11 @@ def unpack(origin: Origin, value: Buffer, chunk: int, key: str, backend: str) ->
         raise CorruptData("the value is another chunk's, or of another model")
     if header.model != binding(origin, key, origin.end(chunk)):
         raise CorruptData("the value was stored under another key")
+    of_calibration = {} if origin.calibration is None else origin.calibration.layers
+    for layer in header.layers:
+        of = of_calibration[layer.layer][0] if layer.layer in of_calibration else None
+        if of is not None and (layer.heads, layer.channels, layer.value_channels) != (of.heads, *2 * (of.channels,)):
+            raise CorruptData("the value has layers of another shape than the calibration")
     stores = files.load(container, backend, calibration=origin.calibration)
     for store in stores.values():
         if whole_pages(store).tolist() != [True] * CHUNK_PAGES or NAMES[store.dtype] != origin.dtype:
@@ -149,7 +154,7 @@ def join_chunks(chunks: Sequence[KVStore]) -> KVStore:
     """
     whole = chunks[0]
     for chunk in chunks[1:]:
-        for name in ("heads", "channels"):
+        for name in ("heads", "channels", "value_channels"):
             if getattr(chunk, name) != getattr(whole, name):
                 raise CorruptData(f"the chunks of a sequence have different {name}")
         if [book is None for book in chunk.rows.books[0]] != [book is None for book in whole.rows.books[0]]:

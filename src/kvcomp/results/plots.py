@@ -98,13 +98,14 @@ def heat_map(rows: Sequence[Sequence[float]], names: Sequence[str], labels: tupl
 def rate_distortion(series: Series) -> Figure:
     """KL over coded bits, a curve for each family of methods."""
     figure, axes = _axes()
-    _draw(axes, {name: _sorted(points) for name, points in series.items()})
+    for index, (name, points) in enumerate(series.items()):
+        axes.plot(*_sorted(points), label=name, **_style(index))
     axes.set(
         xlabel="coded bits per value, metadata included",
         ylabel="KL from the uncompressed cache, nats a token",
         yscale="log",
     )
-    _legend(axes)
+    axes.legend()
     return figure
 
 
@@ -114,7 +115,7 @@ def memory_growth(series: Series) -> Figure:
     for (name, (x, y)), colour in zip(series.items(), COLOURS, strict=False):
         axes.plot(x, y, color=colour, linewidth=2, label=name, linestyle="--" if name == "uncompressed" else "-")
     axes.set(xlabel="tokens in the cache", ylabel="memory of the cache, MiB", ylim=(0, None), xlim=(0, None))
-    _legend(axes)
+    axes.legend()
     return figure
 
 
@@ -218,7 +219,7 @@ def error_histogram(histogram: Mapping[str, Mapping[str, Any]]) -> Figure:
         ylabel="share of the values, %",
         ylim=(0, None),
     )
-    _legend(axes)
+    axes.legend()
     return figure
 
 
@@ -263,15 +264,6 @@ def _style(index: int) -> dict[str, Any]:
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     dashed = index >= len(COLOURS)
     return {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6, "linestyle": "--" if dashed else "-"}
-
-
-def _draw(axes: Any, series: Series) -> None:
-    for index, (name, (x, y)) in enumerate(series.items()):
-        axes.plot(x, y, label=name, **_style(index))
-
-
-def _legend(axes: Any) -> None:
-    axes.legend()
 
 
 def _sorted(points: tuple[Sequence[float], Sequence[float]]) -> tuple[Sequence[float], Sequence[float]]:

@@ -38,7 +38,7 @@ def evaluation(content: dict[str, Any]) -> Iterator[Section]:
             "Look-ups",
             "Facts given once in the context and asked for later, by length and by depth: 0 % is its beginning.",
             [_lookups(asked)],
-            [("Look-ups right", _picture(plots.lookup_accuracy(asked)))],
+            [("Look-ups right", plots.svg(plots.lookup_accuracy(asked)))],
         )
     tasks = [(one["name"], one["tasks"]) for one in methods if one.get("tasks")]
     if tasks:
@@ -94,7 +94,7 @@ def _quality(content: dict[str, Any], methods: list[dict[str, Any]], compressed:
         [
             (
                 "KL over coded bits: further left is smaller, further down is better",
-                _picture(plots.rate_distortion(curves)),
+                plots.svg(plots.rate_distortion(curves)),
             )
         ],
         failed,
@@ -145,9 +145,9 @@ def _errors(one: dict[str, Any]) -> Section:
             f"compressed: {row['why']}."
             for row in worst
         ]
-    pictures = [("How large the errors are", _picture(plots.error_histogram(error["histogram"])))]
+    pictures = [("How large the errors are", plots.svg(plots.error_histogram(error["histogram"])))]
     if any(row["bits"] is not None for row in error["heads"]):
-        pictures.insert(0, ("Bits a value of each layer and head", _picture(plots.bits_by_head(error["heads"]))))
+        pictures.insert(0, ("Bits a value of each layer and head", plots.svg(plots.bits_by_head(error["heads"]))))
     return Section(
         f"Layers, heads and errors: {one['name']}",
         "What each head costs, and how its values come back.",
@@ -212,7 +212,7 @@ def bench(content: dict[str, Any]) -> Iterator[Section]:
             "faster. G: queries a KV head; D: head size. Error: the largest against float64, relative to the largest "
             "output, checked before anything was timed.",
             [Table(header, cells)],
-            [("Speed over context: above 1 kvcomp is faster", _picture(plots.speed_up(rows)))],
+            [("Speed over context: above 1 kvcomp is faster", plots.svg(plots.speed_up(rows)))],
             [f"{name} was not compared: {why}." for name, why in content["setting"]["not_compared"].items()],
         )
     if rows := content.get("codec"):
@@ -286,7 +286,7 @@ def _growth(memory: dict[str, list[int]]) -> Section:
         "Memory while generating",
         "Bytes that the cache allocates as tokens are added, beside those of an uncompressed cache of the same tokens.",
         [Table(["tokens", "kvcomp, bytes", "uncompressed, bytes", "smaller by"], rows)],
-        [("Memory over tokens", _picture(plots.memory_growth(series)))],
+        [("Memory over tokens", plots.svg(plots.memory_growth(series)))],
     )
 
 
@@ -313,7 +313,3 @@ def _figure(figure: dict[str, Any]) -> str:
 
 def _spread(spread: dict[str, float]) -> str:
     return f"{spread['median']:.2f} ({spread['quartile_1']:.2f} to {spread['quartile_3']:.2f})"
-
-
-def _picture(figure: Any) -> str:
-    return plots.svg(figure)

@@ -40,11 +40,6 @@ class ChunkShape:
     dtype: torch.dtype
 
 
-def chunk_spec(spec: CodecSpec) -> CodecSpec:
-    """The spec of chunks: without window and sinks, since a chunk goes on where another ended."""
-    return spec.bare()
-
-
 def chunk_key(spec: CodecSpec, about: Mapping[str, Any]) -> str:
     """The key of a chunk: a digest of everything that its bytes depend on.
 
@@ -57,7 +52,7 @@ def chunk_key(spec: CodecSpec, about: Mapping[str, Any]) -> str:
 @lru_cache(maxsize=16)
 def _plain_spec(spec: CodecSpec) -> str:
     """A spec as keys have it: with a calibration that is as much text as all steps, for each chunk of a prompt."""
-    return _plain({name: x for name, x in asdict(chunk_spec(spec)).items() if name != "windows" or x is not None})
+    return _plain({name: x for name, x in asdict(spec.bare()).items() if name != "windows" or x is not None})
 
 
 def _plain(fields: Mapping[str, Any]) -> str:
@@ -72,7 +67,7 @@ def pack_chunk(
     kv: for each layer K and V, (KV heads, tokens, head_dim), float32, float16 or bfloat16. calibration: the one that
     the spec names, if it names one. Raises InvalidInput or LimitExceeded.
     """
-    spec, stores = chunk_spec(spec), {}
+    spec, stores = spec.bare(), {}  # a chunk goes on where another ended
     for layer, (k, v) in enumerate(kv):
         calibrated = calibration.layer(layer, spec) if calibration else None
         if calibration and calibrated is None:
@@ -97,7 +92,7 @@ def open_chunk(
         ChunkShape(header.model_layers, layer.heads, header.tokens, layer.channels, TYPES[layer.dtype])
         for layer in header.layers
     }
-    whole = header.rows == 1 and len(header.layers) == shape.layers and header.spec == chunk_spec(spec)
+    whole = header.rows == 1 and len(header.layers) == shape.layers and header.spec == spec.bare()
     square = all(layer.value_channels == layer.channels for layer in header.layers)
     if not whole or not square or header.states or found != {shape}:
         raise CorruptData(f"this value is not the chunk that was asked for: it has {found}, not {shape}")

@@ -229,7 +229,3 @@ class BaselineLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1 if self.sliding_window is None else self.sliding_window
-
-    def get_max_cache_shape(self) -> int:
-        """``get_max_length`` before transformers 5.14."""
-        return self.get_max_length()

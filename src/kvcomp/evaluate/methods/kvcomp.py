@@ -24,7 +24,7 @@ class KVComp(Method):
     Parameters
     ----------
     spec, calibration
-        As ``kvcomp.KVCompCache`` takes them.
+        As ``KVCompCache`` takes them.
     name
         By default the preset's or the file's.
 

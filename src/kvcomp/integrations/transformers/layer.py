@@ -139,10 +139,6 @@ class CompressedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """``get_max_length`` before transformers 5.14."""
-        return -1
-
     def crop(self, tokens_to_remove: int) -> None:
         """See ``KVCompCache.crop``."""
         if self.store.batch:

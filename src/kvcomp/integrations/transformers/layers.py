@@ -61,17 +61,14 @@ def shared_window(config: PreTrainedConfig, layers: list[Any]) -> int | None:
     return max((index for index, layer in enumerate(own) if type(layer) is DynamicSlidingWindowLayer), default=None)
 
 
-def first_of_all_tokens(layers: list[Any]) -> int:
-    """The first layer that keeps all tokens compressed; how many layers there are if none does."""
-    return next((index for index, layer in enumerate(layers) if type(layer) is CompressedLayer), len(layers))
-
-
 def keep_first_windows_raw(layers: list[Any]) -> None:
     """Give the empty windows before the first layer that keeps all tokens the layers that transformers gives them.
 
     So K and V of that one are those of the token ids, whatever passes a prompt came in, and can be computed again.
     """
-    for index, layer in enumerate(layers[: first_of_all_tokens(layers)]):
+    for index, layer in enumerate(layers):
+        if type(layer) is CompressedLayer:
+            return
         if isinstance(layer, SlidingLayer):
             layers[index] = DynamicSlidingWindowLayer(layer.sliding_window)
 

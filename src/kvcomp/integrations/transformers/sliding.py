@@ -54,9 +54,6 @@ class SlidingLayer(CompressedLayer):
     def get_max_length(self) -> int:
         return self.sliding_window
 
-    def get_max_cache_shape(self) -> int:
-        return self.sliding_window
-
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.store.drop()

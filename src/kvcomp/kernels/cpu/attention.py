@@ -199,8 +199,8 @@ def attend_tasks(
     q
         float32 (rows, heads, queries, channels of K).
     bias
-        float32 (rows, heads, queries, tokens): as for ``Backend.attend``, times the factor on q; nothing if there are
-        no tokens.
+        float32 (rows, heads, queries, tokens): what the part of the mean that turns adds to scores (``folding``), times
+        the factor on q; nothing if there are no tokens.
     hidden
         int64 (rows, queries), as for ``Backend.attend``.
     pages, valid, count, sink_count, tail_begin

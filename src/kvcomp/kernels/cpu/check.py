@@ -20,9 +20,9 @@ from kvcomp.codec.patched import (
     PIECE_CODES,
     POSITION_BITS,
 )
-from kvcomp.codec.quantise import MAX_ZERO, SCALE_RANGE
+from kvcomp.codec.quantise import MAX_ZERO
 from kvcomp.kernels.cpu.bits import address_of, compiled, load_u32, load_u64
-from kvcomp.spec import PAGE_TOKENS
+from kvcomp.spec import PAGE_TOKENS, SCALE_RANGE
 
 FINE, DIRECTORY, ORDER, MODE, SHORT, SCALE, LENGTHS, STREAM, PIECES, CODES, EXCEPTION = range(11)
 LEAST_SCALE, MOST_SCALE = (int(x) for x in np.array(SCALE_RANGE, np.float32).view(np.uint32))

@@ -298,7 +298,7 @@ def decompress_pages(pages, units, books, steps, heads, channels, dtype, out, st
                 zeros = floats_at(s.zero, max(width, TOKENS))
                 zeros += f32(HEAD_ZERO)
             elif mode >= FIXED:
-                decode_fixed(codes, kind, width, fixed_width(mode), s.values, s.pairs)
+                decode_fixed(codes, width, fixed_width(mode), s.values, s.pairs)
                 to_rows(kind, width, s.pairs, of_pairs)
             else:
                 slot = take_pairs(codes, mode, kind, units[kind], address_of(books), s)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs, disable-error-code=attr-defined
-"""Factors of codes of a fixed width: queries and weights, with scales folded in, as integers of 16 bits.
+"""Factors of codes: queries and weights, with scales folded in, as integers of 16 bits.
 
 They count steps, one for a block and query: the largest has 32767, so the largest error is 2^-16 of that. What rounding
 leaves over may be rounded again, to a second integer, as is done for float32 values. Addresses are int64.

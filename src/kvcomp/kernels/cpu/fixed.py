@@ -287,7 +287,7 @@ pair_up = emitted(types.void, [types.int64] * 3, _pair)  # a row of pairs of cod
 
 
 @compiled
-def decode_fixed(codes, kind, channels, width, unpacked, out):
+def decode_fixed(codes, channels, width, unpacked, out):
     """Decode codes of a fixed width to wide pairs, address to address; ``unpacked`` is scratch as in ``multiply``."""
     step = PAIR_STEP * (channels // 2)
     for s in range(2):

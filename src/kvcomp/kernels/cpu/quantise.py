@@ -14,8 +14,15 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from kvcomp.codec.dtypes import BFLOAT16, BLOCK, CHANNEL, FLOAT16, FLOAT32, TOKEN, VECTOR
-from kvcomp.codec.quantise import HEAD_ZERO, LARGEST_FLOAT16, MAX_CODES, MAX_LEVELS, MAX_ZERO
+from kvcomp.codec.dtypes import BFLOAT16, BLOCK, CHANNEL, DTYPES, FLOAT16, FLOAT32, TOKEN, VECTOR
+from kvcomp.codec.quantise import (
+    ARITHMETIC_SLACK,
+    HEAD_ZERO,
+    LARGEST_FLOAT16,
+    MAX_CODES,
+    MAX_LEVELS,
+    MAX_ZERO,
+)
 from kvcomp.kernels.cpu.bits import (
     F16,
     F32,
@@ -39,11 +46,13 @@ from kvcomp.kernels.cpu.bits import (
     widen,
 )
 from kvcomp.spec import PAGE_TOKENS as TOKENS
+from kvcomp.spec import SCALE_RANGE
 
 F64 = ir.DoubleType()
 f32, f64, i64 = np.float32, np.float64, np.int64
-LEAST_SCALE, MOST_SCALE = 2.0**-100, 2.0**100
-SLACK = 2.0**-21
+LEAST_SCALE, MOST_SCALE = SCALE_RANGE
+SIGNIFICANDS = tuple(dtype.significand for dtype in DTYPES.values())
+LEAST_EXPONENTS = tuple(dtype.least_exponent for dtype in DTYPES.values())
 SCALE, INVERSE, ZERO, PARAMETERS = 0, 1, 2, 3  # rows of a unit's float32 parameters
 
 
@@ -227,11 +236,9 @@ def set_unit(lo, hi, relative_scale, scale_bits, dtype, parameters, bounds, unit
                 exponent += 1
             scale, zero = power_of_two(exponent), f64(integer)
     else:
-        significand = 24 if dtype == FLOAT32 else 11 if dtype == FLOAT16 else 8
-        least_exponent = -14 if dtype == FLOAT16 else -126
         peak = max(abs(lo), abs(hi)) + bound
-        ulp = power_of_two(max(floor_log2(peak), least_exponent) - (significand - 1))
-        fine = 2 * (bound - ulp / 2 - peak * SLACK)
+        ulp = power_of_two(max(floor_log2(peak), LEAST_EXPONENTS[dtype]) - (SIGNIFICANDS[dtype] - 1))
+        fine = 2 * (bound - ulp / 2 - peak * ARITHMETIC_SLACK)
         scale = power_of_two(floor_log2(2 * bound))
         if fine > 0 and fine < np.inf:
             fine = float_of(bits_of(fine) & -(1 << (53 - scale_bits)))  # rounded down to what can be stored

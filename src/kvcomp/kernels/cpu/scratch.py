@@ -53,7 +53,7 @@ class Scratch(NamedTuple):
     value_channels: int
     padded: int  # floats of a row of q: at least the channels of K and of V and the tokens, a multiple of 32
     q: int  # [queries, padded], scaled
-    factors: int  # int16 [queries, padded]: those of a block of fixed width
+    factors: int  # int16 [queries, padded]: those of a block (``factors``)
     steps: int  # [queries]: of the factors
     of_zero: int  # [queries]: sums of factors times zeros
     of_first: int  # and times first codes

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcomp import disk
-from kvcomp.errors import BackendUnavailable
+from kvcomp.errors import BackendUnavailable, InvalidInput
 from kvcomp.kernels.cuda.layout import SOURCES
 
 # The encoder's bounds are proved for the arithmetic as it is written.
@@ -49,14 +49,14 @@ def compile_kernel(source: str, defines: Mapping[str, int], architecture: int) -
     path = cache_directory() / f"{Path(source).stem}-{architecture}-{_key(source, options)}.cubin"
     try:
         return path.read_bytes()
-    except FileNotFoundError:
-        pass
+    except OSError:
+        pass  # it is not there, or cannot be read
     logging.getLogger("kvcomp").info("compiling %s for sm_%d, once on this machine ...", source, architecture)
     cubin, _ = compile_now(source, options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         disk.write(path, [cubin])
-    except OSError as error:  # a cache that cannot be written costs time, not results
+    except (OSError, InvalidInput) as error:  # a cache that cannot be written costs time, not results
         logging.getLogger("kvcomp").warning("cannot keep compiled kernels in %s: %s", path.parent, error)
     return cubin
 

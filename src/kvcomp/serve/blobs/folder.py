@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -59,7 +59,8 @@ class FolderBlobs:
                 for folder in self.path.glob("??/"):
                     disk.remove_abandoned(folder)
             if self.limit is not None:
-                self._make_room(sum(piece.nbytes for _, pieces in values for piece in pieces), self.limit)
+                new = {place: sum(piece.nbytes for piece in pieces) for place, pieces in values}
+                self._make_room(new, self.limit)
             for place, pieces in values:
                 place.parent.mkdir(exist_ok=True)
                 disk.write(place, pieces)
@@ -86,19 +87,21 @@ class FolderBlobs:
     def _place(self, key: str) -> Path:
         return self.path / xxh3_64(key.encode()).hexdigest()[:2] / f"{key}{SUFFIX}"
 
-    def _make_room(self, new: int, limit: int) -> None:
-        """Remove the least recently used values until so many new bytes fit."""
-        if new > limit:
-            raise LimitExceeded(f"{new} bytes do not fit in a store of at most {limit}: raise its limit")
+    def _make_room(self, new: Mapping[Path, int], limit: int) -> None:
+        """Remove the least recently used values until new ones of so many bytes fit; what they replace goes anyway."""
+        used = sum(new.values())
+        if used > limit:
+            raise LimitExceeded(f"{used} bytes do not fit in a store of at most {limit}: raise its limit")
         with FileLock(self.path / LOCK, timeout=self.timeout):  # two that make room at once would remove too much
             found = []
             for place in self.path.glob(f"??/*{SUFFIX}"):
                 with suppress(FileNotFoundError):
                     status = place.stat()
-                    found.append((status.st_mtime_ns, status.st_size, place))
-            used = sum(size for _, size, _ in found)
+                    if place not in new:
+                        found.append((status.st_mtime_ns, status.st_size, place))
+            used += sum(size for _, size, _ in found)
             for _, size, place in sorted(found):
-                if used + new <= limit:
+                if used <= limit:
                     return
                 place.unlink(missing_ok=True)
                 used -= size

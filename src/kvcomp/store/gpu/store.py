@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from kvcomp.calibration.transform import Transform
-from kvcomp.errors import BackendUnavailable, InvalidInput, LimitExceeded
+from kvcomp.errors import BackendUnavailable, InvalidInput
 from kvcomp.kernels import Books
 from kvcomp.kernels.cuda.launch import Launcher
 from kvcomp.spec import CodecSpec
 from kvcomp.store import places
-from kvcomp.store.checks import check_crop, check_kv, check_more, check_starts, row_index
+from kvcomp.store.checks import check_crop, check_kv, check_more, check_shape, check_starts, row_index
 from kvcomp.store.cpu import KVStore
 from kvcomp.store.gpu import read
 from kvcomp.store.gpu.arena import Arena, enough_memory
@@ -41,8 +41,7 @@ from kvcomp.store.training import default_book
 class GPUStore:
     """The K and V of one layer on one device, compressed as they grow.
 
-    While ``seal`` is under way the rows are as they were before it. ``step`` takes it on, ``drain`` and ``sync`` end
-    it.
+    While ``seal`` is under way the rows are as they were. ``step`` takes it on, ``drain`` and ``sync`` end it.
 
     Parameters
     ----------
@@ -147,7 +146,7 @@ class GPUStore:
                     waves = read.next_waves(self, k.shape[2])
                     k, v = self.transform.key.apply_waves(k, waves), self.transform.value.apply(v)
             self.prepare(k.shape[2])
-        except (BackendUnavailable, LimitExceeded):
+        except BaseException:
             self.batch = 0 if new else self.batch
             raise
         self.tail.append(k, v, self.tokens - self.tail.base)
@@ -337,8 +336,6 @@ class GPUStore:
         device = self.table.pages, self.table.numbers, self.device_books.decoding
         return (*(x.data_ptr() for x in (*held, *device)), self.tail.room, self.table.capacity, self.batch)
 
-    # Steps
-
     def _check(self, k: Tensor, v: Tensor) -> None:
         check_kv(k, v)
         if k.shape != v.shape:
@@ -351,6 +348,8 @@ class GPUStore:
             check_more(k, v, (self.batch, self.heads, self.channels, self.channels), self.dtype)
             if k.device != self.device:
                 raise InvalidInput(f"this cache is on {self.device}, K and V are on {k.device}")
+        else:
+            check_shape((self.spec.key.heads, self.spec.value.heads), self.transform, k.shape[1], (k.shape[3],) * 2)
 
     @torch.inference_mode(False)
     def allocate(self, k: Tensor) -> None:
@@ -366,7 +365,7 @@ class GPUStore:
         )
         self.table = Table.empty(self.batch, k.device)
         if self.transform is not None:
-            self.transform = Transform(self.transform.key.to(k.device), self.transform.value.to(k.device))
+            self.transform = self.transform.to(k.device)
         self.arena = self.kernels.arena(self.channels, self.device)
         tensors = self.spec.key, self.spec.value
         self.device_books = DeviceBooks(self.batch, tensors, k.device)
