@@ -19,7 +19,7 @@ from kvcomp import disk
 from kvcomp.calibration.content import CLASSES, About, LevelOfLayer, content_of, parse
 from kvcomp.calibration.transform import Transform
 from kvcomp.calibration.windows import window_spec
-from kvcomp.errors import InvalidInput, LimitExceeded
+from kvcomp.errors import CorruptData, InvalidInput, LimitExceeded, UnsupportedVersion
 from kvcomp.kernels import Books
 from kvcomp.spec import CodecSpec, Coding, TensorSpec
 
@@ -208,7 +208,10 @@ class Calibration:
             content = disk.read(file).tobytes()
         except (OSError, InvalidInput) as error:
             raise InvalidInput(f"cannot read the calibration {path}: {error}") from None
-        return cls.from_bytes(content)
+        try:
+            return cls.from_bytes(content)
+        except (CorruptData, UnsupportedVersion, LimitExceeded) as error:
+            raise type(error)(f"{path}: {error}") from None
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:

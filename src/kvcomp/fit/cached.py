@@ -14,6 +14,7 @@ from kvcomp.calibration import Calibration
 from kvcomp.errors import CorruptData, InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.evaluate.fidelity import attention_setting_restored
 from kvcomp.fit.calibrate import METHOD, Calibrator
+from kvcomp.fit.statistics import calibrated_layers
 from kvcomp.fit.windows import Settings, Tell
 from kvcomp.integrations.transformers.identity import weights_id
 from kvcomp.integrations.transformers.models import position_limit, text_config
@@ -51,6 +52,7 @@ def calibrate(model: PreTrainedModel, settings: Settings | None = None, tell: Te
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(f"{type(model).__name__} is no model of transformers: only those can be calibrated")
+    calibrated_layers(text_config(model.config))
     settings = settings or fitting(model.config)
     path = cached_path(model, settings)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ from kvcomp.fit.curves import (
 )
 from kvcomp.fit.quality import Quality, Window, mean_kl, rows_of, values_of
 from kvcomp.fit.rotation import rotations
-from kvcomp.fit.statistics import Statistics, check_rope, compressed_layers, observe
+from kvcomp.fit.statistics import Statistics, calibrated_layers, check_rope, observe
 from kvcomp.fit.windows import (
     EVERY,
     Settings,
@@ -119,7 +119,7 @@ class Calibrator:
         self.tell: Tell = tell or (lambda what, done, total: None)
         self.config = text_config(model.config)
         check_rope(self.config)
-        self.layers = compressed_layers(self.config)
+        self.layers = calibrated_layers(self.config)
         for index in self.layers:
             check_layer(self.config, index)
         self.context = context_of(self.config, settings)

@@ -106,6 +106,17 @@ def compressed_layers(config: PreTrainedConfig) -> list[int]:
     return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
 
+def calibrated_layers(config: PreTrainedConfig) -> list[int]:
+    """Those that a calibration has transforms of. Raises UnsupportedModel if there are none."""
+    found = compressed_layers(config)
+    if not found or setting(config, "kv_lora_rank"):
+        raise UnsupportedModel(
+            f"{config.model_type} has no layer of full attention with K and V of one width to calibrate: sliding "
+            "windows, states and latents have no transforms; use the preset kvcomp"
+        )
+    return found
+
+
 @torch.no_grad()
 def observe(
     model: Any, ids: Tensor, skip: int, statistics: Statistics, told: Mapping[str, Tensor] | None = None

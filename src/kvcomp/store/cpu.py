@@ -358,7 +358,8 @@ class KVStore:
 
     def _empty(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Room for K and V of so many tokens."""
-        k, v = (torch.empty((self.batch, self.heads, tokens, held), dtype=self.dtype) for held in self.held_channels)
+        shapes = ((self.batch, self.heads, tokens, held) for held in self.held_channels)
+        k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes)
         return k, v
 
     @torch.inference_mode(False)
@@ -393,7 +394,6 @@ class KVStore:
     def _move_tail(self, base: int, kept: int, room: int) -> None:
         """Let the tail begin at a later position, in a buffer of its own with this much room."""
         first, last = base - self.tail_base, self.tokens - self.tail_base
-        old = self.tail_k, self.tail_v
-        self.tail_k, self.tail_v = self._empty(room)
-        self.tail_k[:, :, :kept], self.tail_v[:, :, :kept] = (x[:, :, first:last] for x in old)
-        self.tail_base, self._view = base, None
+        k, v = self._empty(room)
+        k[:, :, :kept], v[:, :, :kept] = self.tail_k[:, :, first:last], self.tail_v[:, :, first:last]
+        self.tail_k, self.tail_v, self.tail_base, self._view = k, v, base, None  # at the end: Ctrl-C may come before

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.integrations.transformers.handle import Handle, Source, without_gradient
+from kvcomp.integrations.transformers.handle import Source, source_of, without_gradient
 from kvcomp.integrations.transformers.layer import uncompiled
 from kvcomp.integrations.transformers.masks import MaskPlan
 from kvcomp.store import Store
 from kvcomp.store.attention import FUSED_QUERIES, attend, attend_tiled
 
 NAME = "kvcomp"
+OWN_MASKS = {"deepseek_v4"}
 SCORES = 1 << 24  # scores held at a time by attention with a soft cap or sinks
 
 
@@ -50,7 +51,11 @@ def kvcomp_attention(
     Raises UnsupportedModel or InvalidInput for what it cannot do; a KVCompCache layer is then as it was before its
     update.
     """
-    source = key.source if isinstance(key, Handle) else None
+    source = source_of(key, value)
+    if getattr(getattr(module, "config", None), "model_type", None) in OWN_MASKS:
+        raise UnsupportedModel(
+            f'the attention "{NAME}" makes boolean masks, to which this model adds: use attn_implementation="eager"'
+        )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if source is not None:

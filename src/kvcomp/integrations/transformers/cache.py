@@ -149,7 +149,7 @@ class KVCompCache(Cache):
         self.session.check_lengths(self.session.longest, self.get_seq_length())
         stores = transformers_files.stores_of(self.layers, self.spec)
         chosen = sorted(stores) if layers is None else layers
-        if not isinstance(chosen, Sequence) or not chosen or not set(chosen) <= set(stores):
+        if not isinstance(chosen, Sequence) or not chosen or not all(x in tuple(stores) for x in chosen):
             raise InvalidInput(f"layers must be some of the {len(stores)} that the cache has, not {chosen}")
         model = {
             "id": weights_id(model_id),
@@ -387,7 +387,7 @@ class KVCompCache(Cache):
 
     def __repr__(self) -> str:
         compressed = self.compressed_layers
-        tokens = compressed[0].store.tokens if compressed else 0
+        tokens = max((x.get_seq_length() for x in self.layers if isinstance(x, CacheLayerMixin)), default=0)
         stock = Counter(type(layer).__name__ for layer in self.layers if not isinstance(layer, CompressedLayer))
         others = "".join(f", {count} {kind}" for kind, count in stock.items())
         return f"KVCompCache({len(compressed)} compressed layers{others}, {tokens} tokens, batch of {self._batch()})"

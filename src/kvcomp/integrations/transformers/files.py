@@ -49,8 +49,14 @@ def stores_of(layers: list[Any], spec: CodecSpec) -> dict[int, KVStore]:
 
 
 def linear_states(layers: list[Any]) -> dict[int, dict[str, Tensor]]:
-    """The states of all layers with linear attention, by layer and name."""
-    return {index: states_of(layer) for index, layer in enumerate(layers) if is_linear(layer)}
+    """The states of all layers with linear attention, by layer and name.
+
+    Raises UnsupportedModel if there are none, because the model keeps them in itself.
+    """
+    found = {index: states_of(layer) for index, layer in enumerate(layers) if is_linear(layer)}
+    if not all(found.values()):
+        raise UnsupportedModel("this model keeps states in itself and not in its cache: such a cache cannot be saved")
+    return found
 
 
 def needed_layers(layers: list[Any]) -> tuple[list[int], list[int]]:
@@ -68,8 +74,9 @@ def filled_layers(model: Any, layers: list[Any], backend: str) -> list[Any] | No
     if all(isinstance(layer, CompressedLayer) or holds_nothing(layer) for layer in layers):
         return None
     if isinstance(model, nn.Module):
-        decoder: Any = getattr(model, "get_decoder", None)
-        return one_token(decoder() if decoder else model, 0)  # a whole model may keep what it saw of images
+        of: Any = getattr(model, "get_decoder", None)
+        decoder = of() if of else model  # a whole model may keep what it saw of images
+        return one_token(decoder if hasattr(decoder, "config") else model, 0)
     if backend == "gpu":
         raise InvalidInput(
             "sliding windows and linear attention go to the GPUs where the model has them: save and load with the "

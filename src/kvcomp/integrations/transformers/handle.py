@@ -35,7 +35,7 @@ class Source:
         """
         self.check()
         if self.fresh is not None:
-            return self.fresh[part]
+            return self.fresh[part].contiguous()  # as the handle says that it is
         if part not in self.unread:
             self.unread = dict(enumerate(self.layer.dense(self.seen)))
         return self.unread.pop(part)
@@ -100,4 +100,13 @@ class Handle(Tensor):
         def dense(x: Any) -> Any:
             return x.source.dense(x.part) if isinstance(x, Handle) else x
 
+        if func._schema.is_mutable and isinstance(args[0], Handle):
+            raise InvalidInput(f"{func._schema.name} cannot change K and V in a KVCompCache: they are compressed")
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+
+
+def source_of(key: Tensor, value: Tensor) -> Source | None:
+    """What both come from, if they are the K and the V of one update; None where a model has made others of them."""
+    if not (isinstance(key, Handle) and isinstance(value, Handle)):
+        return None
+    return key.source if key.source is value.source and (key.part, value.part) == (0, 1) else None

@@ -94,7 +94,8 @@ def kvcomp_mask(
     if given not in (None, kv_length + kv_offset) and kv_length + kv_offset == q_offset + q_length:
         raise InvalidInput(
             f"the attention mask has {given} entries, and there are {int(q_offset)} tokens in the cache and "
-            f"{q_length} new ones: give the mask of all of them, and ids that go beyond those in the cache"
+            f"{q_length} new ones: give the mask of all of them, and ids that go beyond those in the cache; assisted "
+            "decoding gives all ids again, so it needs an empty cache"
         )
     plain = kwargs.get("local_size") is None and kwargs.get("allow_is_causal_skip", True)
     if plain and attention_mask is None and q_length == 1:

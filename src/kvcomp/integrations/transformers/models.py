@@ -13,6 +13,7 @@ from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers.identity import rope_parts
 from kvcomp.spec import LATENTS, PRESETS, CodecSpec
 
+NO_POSITIONS = {"jamba", "nemotron_h"}
 POSITION_BIAS = {"bloom", "inkling", "inkling2", "mpt"}
 IDENTITY = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -94,7 +95,9 @@ def positions(config: PreTrainedConfig) -> int:
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
-    """Tokens the model's positions allow; None where rotary positions are stretched, which has no such limit."""
+    """Tokens the model's positions allow; None where rotary positions are stretched, or there are no positions."""
+    if config.model_type in NO_POSITIONS or setting(config, "position_embedding_type") == "nope":
+        return None
     limit = setting(config, "max_position_embeddings")
     parts = rope_parts(setting(config, "rope_parameters"))
     stretched = any(part.get("rope_type", "default") not in ("default", "proportional") for part in parts)

@@ -130,5 +130,5 @@ def forward(model: Any, ids: list[int], begin: int, cache: Cache) -> None:
             model(input_ids=some, position_ids=places, past_key_values=cache, use_cache=True, **few)
     except InvalidInput:
         raise
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise InvalidInput(f"the model does not run over these token ids: {error}") from error

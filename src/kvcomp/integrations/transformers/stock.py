@@ -20,8 +20,9 @@ from kvcomp.store import Memory
 
 
 def check_stock(layer: Any, index: int) -> None:
-    """Raise UnsupportedModel for a layer whose K and V grow, and that cannot be compressed."""
-    if isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer):
+    """Raise UnsupportedModel for a layer whose K and V grow, and that cannot be compressed: also a model's own."""
+    own = type(layer).__module__ != DynamicLayer.__module__
+    if isinstance(layer, DynamicLayer) and (own or not isinstance(layer, DynamicSlidingWindowLayer)):
         raise UnsupportedModel(
             f"layer {index} has a {type(layer).__name__}, which grows and holds more than K and V: "
             "kvcomp cannot compress it, use a DynamicCache"
