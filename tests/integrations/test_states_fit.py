@@ -85,7 +85,7 @@ def test_what_the_model_does_not_hold_is_refused_before_it_is_read(
     monkeypatch.setattr(files, "load", lambda container, *more, **named: read(only_chunks(container), *more, **named))
     assert store.load(IDS, model, LOSSY).get_seq_length() == 0
     assert [path.exists() for path in states] == [False]
-    with pytest.raises(InvalidInput, match=r"other shapes or types|not what is needed here"):
+    with pytest.raises(InvalidInput, match=r"other shapes or types|and the model needs"):
         KVCompCache.load(tmp_path / "a.kvc", model.config, model)
 
 

@@ -112,7 +112,7 @@ def row_index(rows: Tensor | Sequence[int], batch: int) -> npt.NDArray[np.int64]
         rows = torch.as_tensor(rows)
     except (TypeError, ValueError, RuntimeError):
         raise InvalidInput(f"rows must be a list or tensor of row numbers, not {rows!r}") from None
-    if rows.is_floating_point() or rows.dtype == torch.bool:
+    if rows.numel() and (rows.is_floating_point() or rows.dtype == torch.bool):
         raise InvalidInput(f"rows must be whole numbers, not {rows.dtype}")
     index = rows.detach().cpu().numpy().astype(np.int64).ravel()
     if index.size == 0 or index.min() < -batch or index.max() >= batch:

@@ -19,6 +19,7 @@ from kvcomp.files import load_states, recent_only
 from kvcomp.files.container import Container
 from kvcomp.files.header import Header, Shapes
 from kvcomp.integrations.transformers.layer import CompressedLayer, matched
+from kvcomp.integrations.transformers.layers import rows_of
 from kvcomp.integrations.transformers.recompute import one_token
 from kvcomp.integrations.transformers.sliding import SlidingLayer
 from kvcomp.integrations.transformers.stock import give_states, holds_nothing, is_linear, placed, states_of
@@ -54,7 +55,7 @@ def linear_states(layers: list[Any]) -> dict[int, dict[str, Tensor]]:
     Raises UnsupportedModel if there are none, because the model keeps them in itself.
     """
     found = {index: states_of(layer) for index, layer in enumerate(layers) if is_linear(layer)}
-    if not all(found.values()):
+    if not all(found.values()) and any(rows_of(layer) for layer in layers):
         raise UnsupportedModel("this model keeps states in itself and not in its cache: such a cache cannot be saved")
     return found
 
@@ -107,9 +108,12 @@ def check_header(header: Header, layers: list[Any], spec: CodecSpec, filled: lis
     than the model's, if that is known.
     """
     there = [layer.layer for layer in header.layers], sorted({state.layer for state in header.states})
-    if header.spec != spec or there != needed_layers(layers):
+    if header.spec != spec:
+        raise InvalidInput("the file was compressed under another spec than this cache's")
+    if there != needed_layers(layers):
         raise InvalidInput(
-            f"the file holds {len(header.layers)} layers under the spec {header.spec}: not what is needed here"
+            f"the file holds the layers {there[0]} and states of {there[1]}, and the model needs "
+            f"{' and '.join(map(str, needed_layers(layers)))}: kvcomp.load reads single layers"
         )
     if filled is not None and header.shapes != shapes_of(filled):
         raise InvalidInput(
