@@ -114,7 +114,7 @@ def test_states_outside_the_cache_cannot_be_saved(tmp_path: Path) -> None:
     model = made(RecurrentGemmaConfig(**{**SMALL, **sizes}))
     cache = KVCompCache(model.config)
     logits(model, ids(1, 100), cache)
-    with pytest.raises((UnsupportedModel, InvalidInput), match="keeps states in itself|layer 0 holds no tokens"):
+    with pytest.raises((UnsupportedModel, InvalidInput), match=r"keeps states in itself|layer 0 holds no tokens"):
         cache.save(tmp_path / "cache.kvc")
     assert not [*tmp_path.iterdir()]
 
