@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, register_random, settings
 
 import kvcomp
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
@@ -20,6 +20,25 @@ settings.register_profile("ci", max_examples=60, derandomize=True, database=None
 settings.register_profile("release", max_examples=5000, **COMMON)
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+
+class TorchRandom:
+    """Torch's generator as Hypothesis wants one, so that an example that failed fails again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH = TorchRandom()
+register_random(TORCH)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """No test depends on which ones ran before it."""
+    torch.manual_seed(0)
+
 
 MODULES = {"reference": "kvcomp.kernels.reference", "cpu": "kvcomp.kernels.cpu.backend"}
 

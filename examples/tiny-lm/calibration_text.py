@@ -2,7 +2,9 @@
 never saw.
 
     python calibration_text.py > calibration.txt
-    kvcomp calibrate . --text calibration.txt --windows 32 -o model.kvcal
+    kvcomp calibrate . --text calibration.txt --windows 32 --scored-tokens 256 --context 2304 -o anew.kvcal
+
+An older version made model.kvcal, without prices for a budget.
 
 No evaluation uses them: those take the files in held_out.txt, or the Python manual.
 """

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
@@ -56,7 +56,6 @@ def size_and_kl(calibration: Calibration, levels: tuple[str, ...]) -> tuple[floa
     return size, sum(one["kl"] for one in prices)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.floats(0.3, 8), min_size=9, max_size=9),
     st.lists(st.floats(1e-4, 1), min_size=9, max_size=9),

@@ -110,9 +110,10 @@ def test_what_is_saved_comes_back_bit_by_bit_and_goes_on_the_same(store: KVStore
 
 
 @given(stores())
-def test_the_file_is_as_large_as_the_cache(store: KVStore) -> None:
-    again = reopened(packed({0: store}, store.spec, 1))[0]
-    assert again.memory().pages == store.memory().pages
+def test_a_file_gives_back_as_many_pages_and_values(store: KVStore) -> None:
+    data = packed({0: store}, store.spec, 1)
+    again = reopened(data)[0]
+    assert len(data) >= again.memory().pages == store.memory().pages
     assert again.memory().values == store.memory().values
     assert again.memory().table_entries == store.memory().table_entries
 

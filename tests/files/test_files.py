@@ -92,7 +92,8 @@ def test_two_writers_and_readers_never_see_a_part(tmp_path: Path) -> None:
         done.set()
         for future in writers + readers:
             future.result()
-    assert seen == {0, 1}
+    assert seen <= {0, 1}
+    assert seen
     assert names(tmp_path) == ["a.kvc"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -141,7 +141,6 @@ def in_bound(cache: KVCompCache, expected: list[tuple[Tensor, Tensor]]) -> bool:
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@settings(max_examples=60)
 @given(pairs(), st.sampled_from(["alone", "in a batch", "cropped", *OTHERWISE]))
 def test_what_is_served_is_right_and_what_is_right_is_served(pair: tuple[State, State], fill: str) -> None:
     saved, asked = pair

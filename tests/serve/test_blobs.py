@@ -152,11 +152,13 @@ def test_threads_and_processes_see_whole_values_only(blobs: Blobs, url: str) -> 
 
     with ThreadPoolExecutor(4) as pool:
         readers = [pool.submit(read) for _ in range(2)]
-        for future in [pool.submit(write, kind) for kind in (2, 3)]:
-            future.result()
-        for writer in writers:
-            writer.join(60)
-        done.set()
+        try:
+            for future in [pool.submit(write, kind) for kind in (2, 3)]:
+                future.result()
+            for writer in writers:
+                writer.join(60)
+        finally:
+            done.set()
         for future in readers:
             future.result()
     assert [writer.exitcode for writer in writers] == [0, 0]

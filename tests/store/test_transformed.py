@@ -13,7 +13,7 @@ from calibrating import calibrated, like_keys
 from kvcomp import files
 from kvcomp.calibration import Calibration
 from kvcomp.calibration.transform import Transform, logit_bound, value_bound
-from kvcomp.codec.page import RAW
+from kvcomp.codec.page import RAW, directory_of
 from kvcomp.errors import InvalidInput
 from kvcomp.store import KVStore
 from kvcomp.store.attention import attend, attend_tiled
@@ -187,10 +187,12 @@ def test_nothing_is_ever_clipped(kind: str, dtype: torch.dtype) -> None:
 def test_a_block_that_no_book_can_hold_is_raw_and_exact() -> None:
     k, v = hostile("one huge value", torch.float32)
     made = filled(k, v)
+    pages = zip(made.rows.owners[0], made.rows.pages[0].tolist(), strict=False)
+    begins = [(owner, address - owner.ctypes.data) for owner, address in pages]
+    modes = [directory_of(owner, at, 2)[0].tolist() for owner, at in begins]
+    raw = [(page, block) for page, of_page in enumerate(modes) for block, mode in enumerate(of_page[:4]) if mode == RAW]
+    assert raw == [(3, 1), (3, 3)]  # K and V of the second head, and only those
     assert made.memory().raw_blocks > 0
-    modes = [int(word) & 15 for owner in made.rows.owners[0][:1] for word in owner[:16].view("<u4")]
-    assert len(modes) == 4
-    assert modes.count(RAW) <= 1  # and only that one
     assert torch.allclose(made.held()[0][0, 1, 200], MADE.layers[0][0].key.apply(k)[0, 1, 200])
 
 

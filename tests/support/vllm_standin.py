@@ -1,4 +1,4 @@
-"""What the connector needs of vLLM 0.33, written from its published interface, for tests where vLLM is not installed.
+"""What the connector needs of vLLM 0.32, written from its published interface, for tests where vLLM is not installed.
 
 ``importable`` puts it under vLLM's names. The abstract methods, their parameters and the attributes that the base class
 sets are those of ``KVConnectorBase_V1``; a test holds them against the real class where there is one.
