@@ -66,7 +66,7 @@ from kvcomp.integrations.transformers.models import check_layer, fingerprint_of,
 from kvcomp.results.journal import Journal
 from kvcomp.spec import KINDS, LEVELS
 
-METHOD = "varied"  # in the names of cached files: another way makes others
+METHOD = "turning"  # in the names of cached files: another way makes others
 # Steps of a curve, over the root mean square of a tensor in its coordinates.
 FACTORS = (0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.2, 3.3, 5.0)
 LABELS = 1  # backward passes a window

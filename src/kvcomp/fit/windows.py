@@ -131,15 +131,14 @@ def first_token(config: PreTrainedConfig) -> int:
 def write(model: Any, text: npt.NDArray[np.int64] | None, rows: int, length: int, tell: Tell) -> npt.NDArray[np.int64]:
     """Texts that a model writes, each token drawn, int64 (rows, length).
 
-    They begin with the model's first token, or with any of ``text`` or of the vocabulary. Some models know no text
-    with the former and some none without: they then repeat themselves. So a draft is written after both, and what
-    the model predicts less surely goes on.
+    They begin with the model's first token, or with any of ``text``. Some models know no text without the former, and
+    then repeat themselves. So a draft is written after both, and what the model predicts less surely goes on.
     """
-    any_of = np.arange(model.get_input_embeddings().num_embeddings) if text is None else text
-    drawn = np.random.default_rng(SEED).choice(any_of, (rows, 1))
-    starts = [torch.full((rows, 1), first_token(text_config(model.config))), torch.from_numpy(drawn)]
-    drafts = [_go_on(model, start[:DRAFTS], DRAFTED, lambda *_: None)[1] for start in starts]
-    return _go_on(model, starts[int(np.argmax(drafts))], length, tell)[0].numpy()
+    start = torch.full((rows, 1), first_token(text_config(model.config)))
+    if text is not None:
+        drawn = torch.from_numpy(np.random.default_rng(SEED).choice(text, (rows, 1)))
+        start = max(start, drawn, key=lambda one: _go_on(model, one[:DRAFTS], DRAFTED, lambda *_: None)[1])
+    return _go_on(model, start, length, tell)[0].numpy()
 
 
 def _go_on(model: Any, text: Tensor, length: int, tell: Tell) -> tuple[Tensor, float]:
