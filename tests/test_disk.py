@@ -96,7 +96,8 @@ def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
 def test_what_is_no_file_is_not_replaced(tmp_path: Path, through: str) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "folder", tmp_path / "pipe", Path("/dev/null")):
+    _, device = os.openpty()  # no device that anyone would miss
+    for path in (tmp_path / "folder", tmp_path / "pipe", Path(os.ttyname(device))):
         before = path.lstat()
         if through == "a link":
             (tmp_path / f"to-{path.name}").symlink_to(path)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import vllm_client
+import vllm_standin
 from vllm_client import CODED, CODED_CLOSE, EXACT, EXACT_CLOSE, ROOT, Engine, EngineFailed
 
 MODEL = ROOT / "examples" / "tiny-lm"
@@ -22,6 +24,26 @@ MODEL = ROOT / "examples" / "tiny-lm"
 RAW_BYTES = 4 * 2 * 2 * 64 * 4  # of a token: layers, K and V, heads, channels, float32
 
 pytestmark = pytest.mark.skipif(not os.environ.get("KVCOMP_VLLM"), reason="vLLM is not here: make test-vllm")
+
+
+INTERFACE = """
+import inspect, json, sys
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1 as base
+parameters = {name: list(inspect.signature(getattr(base, name)).parameters) for name in sys.argv[1:]}
+print(json.dumps([sorted(base.__abstractmethods__), parameters]))
+"""
+
+
+def test_the_stand_in_of_the_connector_is_like_the_real_class() -> None:
+    """Which test_vllm.py holds the connector against."""
+    ours = vllm_standin.KVConnectorBase_V1
+    names = sorted(name for name, x in vars(ours).items() if inspect.isfunction(x) and not name.startswith("__"))
+    command = [os.environ["KVCOMP_VLLM"], "-c", INTERFACE, "__init__", *names]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    abstract, parameters = json.loads(found.splitlines()[-1])
+    assert abstract == sorted(ours.__abstractmethods__)
+    for name, of_real in parameters.items():
+        assert list(inspect.signature(getattr(ours, name)).parameters) == of_real, name
 
 
 def start(live: dict[str, Any] | None, **arguments: Any) -> Engine:

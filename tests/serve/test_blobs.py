@@ -6,10 +6,12 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -264,6 +266,36 @@ def test_redis_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "redis", None)
     with pytest.raises(InvalidInput, match=r"pip install '\.\[serve\]'"):
         open_blobs("redis://127.0.0.1")
+
+
+# Redis by its other names
+
+
+def test_a_server_by_valkeys_name_and_by_its_socket(tmp_path: Path) -> None:
+    place = Path(tempfile.mkdtemp(dir="/tmp")) / "s"  # a socket's path has 107 bytes at most
+    with running(tmp_path, "--unixsocket", str(place)) as url:
+        for other in (url.replace("redis", "valkey"), f"unix://{place}"):
+            store = open_blobs(other, timeout=30)
+            store.put([("key", [other.encode()])])
+            assert values(store, ["key"]) == [other.encode()]
+            store.close()
+    shutil.rmtree(place.parent)
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "valkeys"])
+def test_encrypted_names_do_not_speak_in_the_clear(scheme: str) -> None:
+    """What reaches the server is the beginning of a TLS handshake, not a command."""
+    heard: list[bytes] = []
+
+    def listen(connection: socket.socket) -> None:
+        heard.append(connection.recv(3))
+
+    with answering(listen) as url:
+        store = open_blobs(url.replace("redis", scheme), timeout=1)
+        with pytest.raises(StoreUnavailable):
+            store.get(["key"])
+        store.close()
+    assert {x[:2] for x in heard} == {b"\x16\x03"}
 
 
 # The folder
