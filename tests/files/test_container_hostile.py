@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -23,6 +24,18 @@ from kvcomp.store.join import join
 from sealing import NAMES, Sections, seal, seal_text, unseal
 
 FREE = 64 << 20  # what a hostile file may make a reader allocate beyond its own size
+
+
+@contextmanager
+def traced() -> Iterator[list[int]]:
+    """The most bytes that Python held at a time, once it is over."""
+    peak: list[int] = []
+    tracemalloc.start()
+    try:
+        yield peak
+    finally:
+        peak.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
 
 
 def test_sealing_again_changes_nothing_that_matters() -> None:
@@ -148,12 +161,10 @@ def test_a_hostile_header_is_refused_before_anything_is_allocated(number: int) -
     body = SMALL[-(-(24 + length) // 64) * 64 :]
     edit(header, sections)
     data = seal_text(json.dumps(header).encode()) + body
-    tracemalloc.start()
-    with pytest.raises(error, match=match):
+    with traced() as peak, pytest.raises(error, match=match):
         for _ in open_bytes(data).layers():
             pass
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    tracemalloc.stop()
+    assert peak[0] < 1 << 20
 
 
 SECTION_EDITS: list[tuple[Any, type[KVCompError], str]] = [
@@ -333,11 +344,9 @@ def test_a_book_of_the_wrong_number_of_classes_is_refused() -> None:
     ],
 )
 def test_a_header_that_is_no_header_is_refused(text: bytes) -> None:
-    tracemalloc.start()
-    with pytest.raises(CorruptData, match="the header"):
+    with traced() as peak, pytest.raises(CorruptData, match="the header"):
         open_bytes(seal_text(text))
-    assert tracemalloc.get_traced_memory()[1] < FREE
-    tracemalloc.stop()
+    assert peak[0] < FREE
 
 
 def test_a_header_of_any_length_is_refused() -> None:
@@ -377,11 +386,9 @@ def bomb_of_books() -> bytes:
 @pytest.mark.parametrize(("make", "match"), [(bomb_of_rows, "mostly empty"), (bomb_of_books, "too many")])
 def test_bombs_take_no_memory(make: Callable[[], bytes], match: str) -> None:
     data = make()
-    tracemalloc.start()
-    with pytest.raises(LimitExceeded, match=match):
+    with traced() as peak, pytest.raises(LimitExceeded, match=match):
         reopened(data)
-    assert tracemalloc.get_traced_memory()[1] < len(data) + FREE
-    tracemalloc.stop()
+    assert peak[0] < len(data) + FREE
 
 
 def test_what_could_not_be_read_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,9 +60,11 @@ def no_room(*_: object) -> None:
 def interrupted(model: PreTrainedModel, cache: KVCompCache, before: int = 1, ids: torch.Tensor = STEP) -> None:
     """A pass that ends before the layer of this number."""
     stop = model.model.layers[before].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt), torch.inference_mode():
-        model(ids, past_key_values=cache)
-    stop.remove()
+    try:
+        with pytest.raises(KeyboardInterrupt), torch.inference_mode():
+            model(ids, past_key_values=cache)
+    finally:
+        stop.remove()
 
 
 def test_a_pass_that_stopped_between_two_layers_is_taken_back_by_the_next(llama: PreTrainedModel) -> None:

@@ -523,7 +523,9 @@ def test_a_store_slower_than_the_model_is_not_waited_for(tmp_path: Path) -> None
     engine.start(request("first", PROMPT), list(range(30)))
     assert len(engine.step({"first": len(PROMPT)}).stores) == 3
     engine.close()
-    assert Engine(str(tmp_path)).start(request("second", PROMPT), list(range(30))) == 0
+    later = Engine(str(tmp_path))
+    assert later.start(request("second", PROMPT), list(range(30))) == 0
+    later.close()
 
 
 @pytest.mark.parametrize(
