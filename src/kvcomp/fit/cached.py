@@ -52,8 +52,6 @@ def calibrate(model: PreTrainedModel, settings: Settings | None = None, tell: Te
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(f"{type(model).__name__} is no model of transformers: only those can be calibrated")
-    if settings is not None and not isinstance(settings, Settings):
-        raise InvalidInput(f"settings must be Settings, not {type(settings).__name__}: kvcomp calibrate takes a text")
     calibrated_layers(text_config(model.config))
     settings = settings or fitting(model.config)
     path = cached_path(model, settings)
