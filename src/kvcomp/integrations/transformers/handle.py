@@ -100,8 +100,9 @@ class Handle(Tensor):
         def dense(x: Any) -> Any:
             return x.source.dense(x.part) if isinstance(x, Handle) else x
 
-        if func._schema.is_mutable and isinstance(args[0], Handle):
-            raise InvalidInput(f"{func._schema.name} cannot change K and V in a KVCompCache: they are compressed")
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable and args and isinstance(args[0], Handle):
+            raise InvalidInput(f"{schema.name} cannot change K and V in a KVCompCache: they are compressed")
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
 
