@@ -143,7 +143,7 @@ def write(model: Any, text: npt.NDArray[np.int64] | None, rows: int, length: int
 
 def _go_on(model: Any, text: Tensor, length: int, tell: Tell) -> tuple[Tensor, float]:
     """Texts after these first tokens (rows, 1), int64 (rows, length), and the mean surprise of a token in nats."""
-    texts, surprise = [text], 0.0
+    texts, surprise = [text], torch.zeros(())
     generator = torch.Generator().manual_seed(SEED)
     cache = DynamicCache(config=model.config)
     for done in range(1, length):
@@ -151,5 +151,5 @@ def _go_on(model: Any, text: Tensor, length: int, tell: Tell) -> tuple[Tensor, f
             tell("the model writes", done, length)
         share = model(texts[-1], past_key_values=cache).logits[:, -1].float().softmax(-1)
         texts.append(draw(share, generator))
-        surprise -= float(share.gather(1, texts[-1]).clamp_min(TINY).log().mean())
-    return torch.cat(texts, 1), surprise / (length - 1)
+        surprise = surprise - share.gather(1, texts[-1]).clamp_min(TINY).log().mean()  # nobody waits for it here
+    return torch.cat(texts, 1), float(surprise) / (length - 1)

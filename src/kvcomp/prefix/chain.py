@@ -21,12 +21,13 @@ import numpy.typing as npt
 
 from kvcomp import files
 from kvcomp.calibration import Calibration
-from kvcomp.errors import CorruptData
+from kvcomp.errors import CorruptData, InvalidInput
 from kvcomp.files.container import Container
 from kvcomp.files.header import VERSION, Header
 from kvcomp.serve.blobs import Buffer
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore
+from kvcomp.store.checks import check_shape
 from kvcomp.store.tensors import NAMES
 
 CHUNK_PAGES = 4
@@ -136,11 +137,14 @@ def unpack(origin: Origin, value: Buffer, chunk: int, key: str, backend: str) ->
         raise CorruptData("the value is another chunk's, or of another model")
     if header.model != binding(origin, key, origin.end(chunk)):
         raise CorruptData("the value was stored under another key")
-    of_calibration = {} if origin.calibration is None else origin.calibration.layers
+    given = {} if origin.calibration is None else origin.calibration.layers
     for layer in header.layers:
-        of = of_calibration[layer.layer][0] if layer.layer in of_calibration else None
-        if of is not None and (layer.heads, layer.channels, layer.value_channels) != (of.heads, *2 * (of.channels,)):
-            raise CorruptData("the value has layers of another shape than the calibration")
+        if layer.layer in given:
+            try:
+                shape = layer.heads, (layer.channels, layer.value_channels)
+                check_shape((None, None), given[layer.layer][0], *shape)
+            except InvalidInput as error:
+                raise CorruptData(f"the value has layers of another shape than the calibration: {error}") from None
     stores = files.load(container, backend, calibration=origin.calibration)
     for store in stores.values():
         if whole_pages(store).tolist() != [True] * CHUNK_PAGES or NAMES[store.dtype] != origin.dtype:
