@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     DeepseekV3Config,
     DeepseekV4Config,
     DiffLlamaConfig,
@@ -28,24 +27,15 @@ import kvcomp
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.models import position_limit
+from tiny_models import random_model, tiny_config
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 LATENTS = {"kv_lora_rank": 64, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
 
 
 def made(config: PreTrainedConfig, attention: str = "kvcomp") -> PreTrainedModel:
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    model = random_model(config)
+    model.set_attn_implementation(attention)
     return model.requires_grad_(False)
 
 
@@ -60,7 +50,7 @@ def logits(model: PreTrainedModel, tokens: torch.Tensor, cache: Any) -> torch.Te
 
 def test_a_model_that_makes_other_values_of_those_in_the_cache() -> None:
     """DiffLlama attends twice in a layer, each time with V that it has put together anew."""
-    model = made(DiffLlamaConfig(**SMALL, num_key_value_heads=2))
+    model = made(tiny_config(DiffLlamaConfig))
     caches = DynamicCache(config=model.config), KVCompCache(model.config)
     for tokens in (ids(), ids(1, 1)):
         expected, found = (logits(model, tokens, cache) for cache in caches)
@@ -74,8 +64,8 @@ def test_a_model_that_reshapes_what_the_cache_returns() -> None:
 
 
 def test_masks_that_a_model_adds_to_are_refused() -> None:
-    config = DeepseekV4Config(
-        **SMALL,
+    config = tiny_config(
+        DeepseekV4Config,
         head_dim=16,
         q_lora_rank=32,
         qk_rope_head_dim=16,
@@ -97,11 +87,11 @@ def test_a_model_without_positions_has_no_limit_of_them() -> None:
     layers = {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1}
     config = NemotronHConfig(vocab_size=97, hidden_size=64, intermediate_size=96, ssm_state_size=16, **heads, **layers)
     assert position_limit(config) is None
-    assert position_limit(LlamaConfig(**SMALL)) == 2048
+    assert position_limit(LlamaConfig()) == 2048
 
 
 def test_a_decoder_without_a_configuration_of_its_own(tmp_path: Path) -> None:
-    model = made(ModernBertDecoderConfig(**SMALL))
+    model = made(tiny_config(ModernBertDecoderConfig))
     cache = KVCompCache(model.config)
     logits(model, ids(1, 200), cache)
     cache.save(tmp_path / "cache.kvc", model)
@@ -111,7 +101,7 @@ def test_a_decoder_without_a_configuration_of_its_own(tmp_path: Path) -> None:
 
 def test_states_outside_the_cache_cannot_be_saved(tmp_path: Path) -> None:
     sizes = {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 32}
-    model = made(RecurrentGemmaConfig(**{**SMALL, **sizes}))
+    model = made(tiny_config(RecurrentGemmaConfig, **sizes))
     cache = KVCompCache(model.config)
     logits(model, ids(1, 100), cache)
     with pytest.raises((UnsupportedModel, InvalidInput), match=r"keeps states in itself|layer 0 holds no tokens"):
@@ -122,8 +112,8 @@ def test_states_outside_the_cache_cannot_be_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=32),
-        DeepseekV3Config(**SMALL, **LATENTS, **EXPERTS),
+        tiny_config(MistralConfig, sliding_window=32),
+        tiny_config(DeepseekV3Config, **LATENTS, **EXPERTS),
     ],
     ids=lambda config: config.model_type,
 )
@@ -137,7 +127,7 @@ def test_what_has_nothing_to_calibrate_is_refused_at_once(
 
 
 def test_what_the_cache_returned_cannot_be_changed() -> None:
-    model = made(LlamaConfig(**SMALL))
+    model = made(tiny_config(LlamaConfig))
     cache = KVCompCache(model.config)
     logits(model, ids(), cache)
     with pytest.raises(InvalidInput, match="aten::mul_ cannot change"):
@@ -145,7 +135,7 @@ def test_what_the_cache_returned_cannot_be_changed() -> None:
 
 
 def test_a_default_device_is_for_other_tensors() -> None:
-    model, tokens = made(LlamaConfig(**SMALL)), ids(1, 300)
+    model, tokens = made(tiny_config(LlamaConfig)), ids(1, 300)
     expected = logits(model, tokens, KVCompCache(model.config))
     try:
         torch.set_default_device("meta")
@@ -157,7 +147,7 @@ def test_a_default_device_is_for_other_tensors() -> None:
 
 def test_ctrl_c_while_the_tail_moves() -> None:
     """The pass is taken back, and the next one is as if it had not been."""
-    model, tokens = made(LlamaConfig(**SMALL)), ids(1, 400)
+    model, tokens = made(tiny_config(LlamaConfig)), ids(1, 400)
     caches = KVCompCache(model.config), KVCompCache(model.config)
     for cache in caches:
         logits(model, tokens[:, :300], cache)
@@ -180,7 +170,7 @@ def test_ctrl_c_while_the_tail_moves() -> None:
 
 
 def test_a_cache_that_compresses_nothing_says_how_much_it_holds() -> None:
-    model = made(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=32))
+    model = made(tiny_config(MistralConfig, sliding_window=32))
     cache = KVCompCache(model.config)
     logits(model, ids(1, 100), cache)
     assert "0 compressed layers, 2 DynamicSlidingWindowLayer, 100 tokens" in repr(cache)
