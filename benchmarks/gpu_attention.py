@@ -281,7 +281,7 @@ def main() -> None:
         torch.cuda.synchronize()
         return
     rows: list[dict[str, Any]] = []
-    about = environment()
+    about = environment(gpu=True)
     for row in chain.from_iterable(what_works(*shape) for shape in SHAPES):
         rows.append(row)
         print(row, flush=True)

@@ -197,7 +197,8 @@ def main() -> int:
         parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(x.name for x in STEPS)}")
     steps = [x for x in STEPS if not arguments.steps or x.name in arguments.steps]
     device = "torch.cuda.get_device_properties(0)"  # fails where there is none
-    probe = f"import json, torch; from kvcomp.results import schema; {device}; print(json.dumps(schema.environment()))"
+    told = "print(json.dumps(schema.environment(gpu=True)))"
+    probe = f"import json, torch; from kvcomp.results import schema; {device}; {told}"
     status, output = run_command([sys.executable, "-c", probe], 90)
     if status != 0:
         print(f"no GPU: torch of {sys.executable} sees none\n{output[-500:]}")

@@ -152,7 +152,7 @@ def main() -> None:
             rows.append({**what, "error": described(error)})
         print(rows[-1], flush=True)
         if arguments.output:
-            arguments.output.write_text(json.dumps({"setting": environment(), "rows": rows}, indent=1) + "\n")
+            arguments.output.write_text(json.dumps({"setting": environment(gpu=True), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

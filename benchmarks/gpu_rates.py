@@ -67,7 +67,7 @@ def main() -> None:
                     row["modelled"] = busy(10 * major + minor)[PIPE_OF[name]]
                 rows.append(row)
                 print(row, flush=True)
-                RESULTS.write_text(json.dumps({"setting": environment(), "rows": rows}, indent=1) + "\n")
+                RESULTS.write_text(json.dumps({"setting": environment(gpu=True), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def main() -> None:
             rows.append({"cache": name, "error": described(error)})
         print(rows[-1], flush=True)
         if arguments.output:
-            found = {"setting": environment(budget_bytes=budget), "rows": rows}
+            found = {"setting": environment(gpu=True, budget_bytes=budget), "rows": rows}
             arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     print(table(rows))
 

@@ -175,7 +175,7 @@ def main(
         if not {*names} <= {*REAL_MODELS} or not {*asked} <= {*TASKS}:
             raise InvalidInput(f"models are {', '.join(REAL_MODELS)} and tasks {', '.join(TASKS)}")
         paths = [path for path in write(Path(folder), documents) if path.stem in asked]
-        chosen = {"models": names, "documents": documents, "characters": CHARACTERS, "seed": SEED}
+        chosen: dict[str, Any] = {"models": names, "documents": documents, "characters": CHARACTERS, "seed": SEED}
         about = results.environment(**chosen, tasks=asked)
         runs: list[dict[str, Any]] = []
 

@@ -262,3 +262,34 @@ def test_a_context_beyond_the_calibrations_is_said_once(tmp_path: Path, caplog: 
     assert [record.getMessage().split(",")[0] for record in caplog.records] == [
         "the calibration was measured on 288 tokens"
     ]
+
+
+@pytest.mark.parametrize("attention", ["kvcomp", "sdpa"])
+def test_autocast_rounds_nothing_of_the_transforms(attention: str, tmp_path: Path) -> None:
+    """Tokens in one pass, in a few and alone, under bfloat16: as far off as with transformers' own cache."""
+    model = model_of(LlamaConfig(**SMALL, attention_bias=True))
+    torch.nn.init.normal_(model.model.layers[0].self_attn.k_proj.bias, std=3)  # so that means of K turn
+    calibration = calibrate(model, tmp_path)
+    assert calibration.layers[0][0].key.rotation is not None
+    ids = torch.from_numpy(text(306))[None]
+
+    def passes(cache: Any, implementation: str) -> torch.Tensor:
+        model.set_attn_implementation(implementation)
+        parts = (ids[:, :300], ids[:, 300:305], ids[:, 305:])
+        return torch.cat([model(part, past_key_values=cache).logits for part in parts], 1).float()
+
+    with torch.no_grad():
+        exact = passes(DynamicCache(config=model.config), "sdpa")
+        coded = passes(KVCompCache(model.config, "kvcomp-klt:near-lossless", calibration=calibration), attention)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = passes(DynamicCache(config=model.config), "sdpa")
+            cache = KVCompCache(model.config, "kvcomp-klt:near-lossless", calibration=calibration)
+            found = passes(cache, attention)
+            held = cache.compressed_layers[0].store.held()
+            dense = cache.compressed_layers[0].store.dense()
+    alone = (expected - exact).norm() + (coded - exact).norm()
+    assert (found - exact).norm() < 1.5 * alone
+    store = cache.compressed_layers[0].store
+    assert all(
+        torch.equal(one, other) for one, other in zip((*held, *dense), (*store.held(), *store.dense()), strict=True)
+    )

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvcomp.calibration.product import product
 from kvcomp.calibration.rotary import Rotation
 from kvcomp.errors import InvalidInput
 from kvcomp.kernels.folding import Folding
@@ -93,7 +94,7 @@ class Affine:
     @cached_property
     def _waving(self) -> Tensor:
         """A F^T: what A makes of the turning part of the mean, as a product with ``Rotation.waves``."""
-        return self.folded.mT @ self.matrix.mT
+        return product(self.folded.mT, self.matrix.mT)
 
     def _known(self, places: Tensor | None) -> Tensor:
         if places is None:
@@ -111,11 +112,12 @@ class Affine:
 
         places: of the tokens, int64 (tokens,) or (batch, tokens); needed where the mean turns.
         """
-        return self.apply_waves(x, None if self.rotation is None else self.rotation.waves(self._known(places)))
+        turning = self.rotation
+        return self.apply_waves(x, None if turning is None else turning.waves(self._known(places).to(x.device)))
 
     def apply_waves(self, x: Tensor, waves: Tensor | None) -> Tensor:
         """``apply`` where the ``Rotation.waves`` of the places are known; None where the mean stays."""
-        found = torch.bmm(_by_head(x.detach()) - self.still[:, None], self.matrix.mT)
+        found = product(_by_head(x.detach()) - self.still[:, None], self.matrix.mT)
         if waves is not None:
             every = waves.expand(*x.shape[:-3], *waves.shape[-2:]).reshape(1, -1, waves.shape[-1])
             found.baddbmm_(every.expand(len(found), -1, -1), self._waving, alpha=-1)
@@ -123,7 +125,7 @@ class Affine:
 
     def undo(self, x: Tensor, places: Tensor | None = None) -> Tensor:
         """Undo ``apply``, for (batch, KV heads, tokens, D) or (KV heads, tokens, D)."""
-        return (_as_before(torch.bmm(_by_head(x), self.inverse.mT), x) + self.means(places)).to(x.dtype)
+        return (_as_before(product(_by_head(x), self.inverse.mT), x) + self.means(places)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +213,7 @@ def _grouped(x: Tensor, matrix: Tensor) -> Tensor:
     (batch, KV heads, group * queries, n).
     """
     of_heads = x.reshape(len(x), len(matrix), -1, x.shape[-1])
-    return _as_before(torch.bmm(_by_head(of_heads), matrix), of_heads)
+    return _as_before(product(_by_head(of_heads), matrix), of_heads)
 
 
 def metric_klt(covariance: Tensor, metric: Tensor) -> Tensor:
@@ -232,7 +234,8 @@ def metric_klt(covariance: Tensor, metric: Tensor) -> Tensor:
     """
     size = metric.diagonal().mean()
     scaled = metric / size if size > 0 else torch.zeros_like(metric)
-    weights, directions = torch.linalg.eigh(scaled + RIDGE * torch.eye(len(metric), dtype=metric.dtype))
+    ridge = RIDGE * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    weights, directions = torch.linalg.eigh(scaled + ridge)
     root = directions @ (weights.clamp_min(RIDGE).sqrt()[:, None] * directions.mT)
     _, basis = torch.linalg.eigh(root @ covariance @ root)
     matrix = basis.flip(1).mT @ root

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcomp.cli.common import MODEL_HELP, Resume, bar, plain_errors, quiet_loading, resumable, say, writable
+from kvcomp.cli.common import MODEL_HELP, Device, Resume, bar, plain_errors, quiet_loading, resumable, say, writable
 from kvcomp.cli.tables import show_calibration
 from kvcomp.spec import is_calibrated
 
@@ -48,6 +48,7 @@ def calibrate(
             "[default: as many as the model allows]",
         ),
     ] = None,
+    device: Device = None,
     resume: Resume = False,
 ) -> None:
     """Measure a model on text and write what the preset kvcomp-klt needs of it: transforms, steps and codebooks.
@@ -65,7 +66,7 @@ def calibrate(
             from kvcomp.fit.calibrate import Calibrator
             from kvcomp.fit.windows import Settings
 
-            loaded, tokenizer = load_model(model)
+            loaded, tokenizer = load_model(model, device=device)
             ids = None if text is None else text_ids(tokenizer, model, text)[0]
         settings = Settings(windows, prompt_tokens, scored_tokens, context=context)
         if output is None:

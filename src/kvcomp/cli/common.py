@@ -28,6 +28,10 @@ Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16 or float16 [default: of the weights; float32 if a GGUF quantises]"),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="Where the model lies: cpu, or cuda, where kvcomp is untried [default: cpu]"),
+]
 TextFile = Annotated[
     Path | None,
     typer.Option("--text", help="UTF-8 text to score [default: text the shipped model never saw, or Python's manual]"),
@@ -134,12 +138,12 @@ def quiet_loading() -> Iterator[None]:
         yield
 
 
-def model_with_keys(name: str | None, dtype: str | None = None) -> tuple[str, Any, Any]:
+def model_with_keys(name: str | None, dtype: str | None = None, device: str | None = None) -> tuple[str, Any, Any]:
     """Place, model and tokenizer; without a name of the shipped one. Raises InvalidInput or UnsupportedModel."""
     from kvcomp.evaluate.models import check_has_keys, load_model, shipped_model
 
     place = name if name is not None else str(shipped_model())
-    model, tokenizer = load_model(place, dtype)
+    model, tokenizer = load_model(place, dtype, device)
     check_has_keys(model.config)
     return place, model, tokenizer
 

@@ -12,6 +12,7 @@ from kvcomp.cli.common import (
     SHIPPED,
     SPEC_NAMES,
     CalibrationFile,
+    Device,
     Dtype,
     Model,
     Resume,
@@ -43,6 +44,7 @@ def evaluate(
         typer.Option(help="What to compare with, such as kivi-2, fp8, hqq-4 or ./mine.py; may be given again"),
     ] = None,
     dtype: Dtype = None,
+    device: Device = None,
     text: TextFile = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Prompts to score after, teacher-forced")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each")] = None,
@@ -81,20 +83,23 @@ def evaluate(
     with plain_errors():
         with quiet_loading():
             from kvcomp.evaluate.evaluation import Evaluation, Plan
-            from kvcomp.evaluate.models import text_ids
+            from kvcomp.evaluate.models import backend_for, text_ids
             from kvcomp.integrations.transformers.models import positions
             from kvcomp.results import schema
 
-            place, loaded, tokenizer = model_with_keys(model, dtype)
-        methods = _methods(place, spec, calibration_for(place, loaded, spec or [], calibration), baseline)
+            place, loaded, tokenizer = model_with_keys(model, dtype, device)
+        found = calibration_for(place, loaded, spec or [], calibration)
+        backend = backend_for(loaded)
+        methods = _methods(place, spec, found, baseline, backend)
         with quiet_loading():
             plan = Plan.for_model(positions(loaded.config), **size)
             ids, source = text_ids(tokenizer, place, text)
             names = [part.strip() for part in (tasks or "").split(",") if part.strip()]
             harness = _harness(names) if names else None
         chosen = {"model": SHIPPED if model is None else model, "dtype": str(loaded.dtype), "text": source}
-        about = schema.environment(**chosen, **vars(plan))
+        about = schema.environment(backend == "gpu", **chosen, **vars(plan))
         identity = {key: about[key] for key in (*chosen, *vars(plan))}
+        identity["backend"] = backend
         identity["methods"] = {one.name: one.settings() for one in methods}
         identity["tasks"] = [names, task_limit]
 
@@ -118,13 +123,20 @@ def evaluate(
 
 
 def _methods(
-    place: str, specs: list[str] | None, calibration: Calibration | Path | None, baselines: list[str] | None
+    place: str,
+    specs: list[str] | None,
+    calibration: Calibration | Path | None,
+    baselines: list[str] | None,
+    backend: str,
 ) -> list[Any]:
     """The uncompressed cache, kvcomp under each spec, and the baselines."""
     from kvcomp.evaluate.methods import baseline, default_specs, named_spec
 
     methods = [baseline("uncompressed")]
-    methods += default_specs(place) if specs is None else [named_spec(place, one, calibration) for one in specs]
+    if specs is None:
+        methods += default_specs(place, backend)
+    else:
+        methods += [named_spec(place, one, calibration, backend) for one in specs]
     methods += [baseline(one) for one in (DEFAULT_BASELINES if baselines is None else baselines)]
     names = [one.name for one in methods]
     twice = sorted({name for name in names if names.count(name) > 1})

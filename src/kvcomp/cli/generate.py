@@ -21,6 +21,7 @@ from kvcomp.cli.calibrate import calibration_for
 from kvcomp.cli.common import (
     SPEC_NAMES,
     CalibrationFile,
+    Device,
     Dtype,
     Model,
     anywhere,
@@ -62,6 +63,7 @@ def generate(
         typer.Option(help=f"Bytes of the cache, such as 2GiB: {CALIBRATED} with the finest levels that fit"),
     ] = None,
     dtype: Dtype = None,
+    device: Device = None,
     compare: Annotated[bool, typer.Option("--compare", help="Hold every token against the uncompressed cache")] = False,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sample at this temperature; 0 takes the likeliest token")
@@ -85,7 +87,7 @@ def generate(
     if budget is not None and spec not in (None, CALIBRATED):
         raise typer.BadParameter(f"it chooses the levels of {CALIBRATED}: leave out --spec", param_hint="--budget")
     with plain_errors():
-        loaded = _load(model, CALIBRATED if budget else spec, calibration, dtype)
+        loaded = _load(model, CALIBRATED if budget else spec, calibration, dtype, device)
         if prompt_file is not None:
             prompt = _read_text(prompt_file) + (prompt or "")
         ids = _own_prompt(loaded.tokenizer) if prompt is None else _prompt_ids(loaded.tokenizer, prompt, raw)
@@ -104,23 +106,26 @@ class Loaded(NamedTuple):
     tokenizer: Any
     spec: CodecSpec
     calibration: Calibration | None
+    backend: str
 
 
-def _load(name: str | None, spec: str | None, calibration: Path | None, dtype: str | None) -> Loaded:
+def _load(
+    name: str | None, spec: str | None, calibration: Path | None, dtype: str | None, device: str | None
+) -> Loaded:
     with quiet_loading():
         import torch
 
         from kvcomp.compressed import compress
-        from kvcomp.evaluate.models import load_model, shipped_model, spec_for
+        from kvcomp.evaluate.models import backend_for, load_model, shipped_model, spec_for
 
         logging.getLogger("kvcomp").addHandler(_ToScreen())
         logging.getLogger("kvcomp").setLevel(logging.INFO)
         place = name if name is not None else shipped_model()
-        model, tokenizer = load_model(place, dtype)
+        model, tokenizer = load_model(place, dtype, device)
         tokens = torch.zeros(2, 1, 1, 65, 16, dtype=model.dtype)
         compress(*tokens).attend(tokens[0, :, :, :1])  # loads the kernels, or compiles them
     found = calibration_for(str(place), model, [spec], calibration)
-    return Loaded(str(place), model, tokenizer, *spec_for(place, spec, found))
+    return Loaded(str(place), model, tokenizer, *spec_for(place, spec, found), backend_for(model))
 
 
 def _within(loaded: Loaded, budget: str, tokens: int) -> Loaded:
@@ -128,7 +133,8 @@ def _within(loaded: Loaded, budget: str, tokens: int) -> Loaded:
     from kvcomp.integrations.transformers.budget import plan_for
     from kvcomp.integrations.transformers.models import text_config
 
-    plan = plan_for(text_config(loaded.model.config), CALIBRATED, loaded.calibration, budget, tokens)
+    config = text_config(loaded.model.config)
+    plan = plan_for(config, CALIBRATED, loaded.calibration, budget, tokens, loaded.backend)
     screen.print(str(plan), style="dim")
     return loaded._replace(spec=plan.spec)
 
@@ -182,10 +188,11 @@ def _generate(
     from kvcomp.evaluate import generation
     from kvcomp.integrations.transformers import KVCompCache
 
-    prompt, model = torch.tensor([ids]), loaded.model
+    model, how = loaded.model, dict[str, Any](calibration=loaded.calibration, backend=loaded.backend)
+    prompt = torch.tensor([ids], device=model.device)
     with screen.status("looking into the prefix store") if prefix_store else nullcontext():
-        prefixes = Prefixes(prefix_store, prompt, model, loaded.spec, loaded.calibration) if prefix_store else None
-    cache = prefixes.cache if prefixes else KVCompCache(model.config, loaded.spec, calibration=loaded.calibration)
+        prefixes = Prefixes(prefix_store, prompt, model, loaded.spec, how) if prefix_store else None
+    cache = prefixes.cache if prefixes else KVCompCache(model.config, loaded.spec, **how)
     torch.manual_seed(seed)
     screen.print(
         f"{loaded.place}: {len(ids)} prompt tokens, then {count} new ones from a compressed cache\n", style="dim"

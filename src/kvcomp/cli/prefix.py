@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvcomp.spec import CodecSpec
-
-if TYPE_CHECKING:
-    from kvcomp.calibration import Calibration
 
 
 class Prefixes:
     """A prefix store around one generation, and its times. Attributes in seconds, ``loading`` with all that is stored
-    before the prompt ends; ``without`` is None if nothing was loaded.
+    before the prompt ends; ``without`` is None if nothing was loaded. how: the cache's calibration and backend.
     """
 
-    def __init__(self, url: str, ids: Any, model: Any, spec: CodecSpec, calibration: Calibration | None) -> None:
+    def __init__(self, url: str, ids: Any, model: Any, spec: CodecSpec, how: dict[str, Any]) -> None:
         from kvcomp.prefix import PrefixStore
 
         self.store, self.ids, self.model, self.spec = PrefixStore(url), ids, model, spec
-        self.calibration = calibration
+        self.how = how
         self.stored = 0
         self.without: float | None = None
         self._first_token(ids[:, :2])  # the first forward pass of a process takes longer
         begin = time.perf_counter()
-        self.cache = self.store.load(ids, model, spec, calibration=calibration)
+        self.cache = self.store.load(ids, model, spec, **how)
         self.loaded = self.cache.get_seq_length()
         self.store.prefill(ids, self.cache, model)
         self.loading = time.perf_counter() - begin
@@ -44,7 +41,7 @@ class Prefixes:
         from kvcomp.evaluate import generation
         from kvcomp.integrations.transformers import KVCompCache
 
-        cache = KVCompCache(self.model.config, self.spec, calibration=self.calibration)
+        cache = KVCompCache(self.model.config, self.spec, **self.how)
         return generation.generate(self.model, ids, cache, 1).timing.first
 
     def rows(self, first: float) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from kvcomp.errors import InvalidInput, KVCompError
+from kvcomp.errors import InvalidInput, KVCompError, LimitExceeded
 from kvcomp.evaluate.fidelity import Sample, fill, measure, predict, sample
 from kvcomp.evaluate.methods import Method
 from kvcomp.evaluate.models import attends_to_all
@@ -36,6 +36,7 @@ FAILED = "failed"
 FOREIGN = (  # what a baseline, which may be anybody's, can raise where it does not fit
     KVCompError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
 )  # fmt: skip
+LOST = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()  # a GPU, which computes nothing more
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,12 @@ def _measured(piece: Piece, made: Callable[[], Sample], method: Method) -> Any:
     """What a method gives on a piece, or why it fails: the other methods go on."""
     try:
         return piece.measure(made(), method)
+    except torch.OutOfMemoryError as error:
+        raise LimitExceeded(
+            f"{method.name}: {error}; lower --prompt-tokens or --lengths, and go on with --resume"
+        ) from None
+    except LOST:
+        raise
     except FOREIGN as error:
         return {FAILED: f"{type(error).__name__}: {error}"}
 

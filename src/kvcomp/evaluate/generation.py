@@ -47,7 +47,7 @@ class Generation:
     memory: Memory
     """The cache at the end."""
     peak: int
-    """Largest resident memory of the process so far, in bytes."""
+    """Largest resident memory of the process so far, on a GPU what torch allocated there, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def generate(
     """
     model.set_attn_implementation("kvcomp")
     tokens, logits, timing = _run(model, ids, cache, on_token, max_new_tokens=max_new_tokens, **sampling)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(ids.device) if ids.is_cuda else host
     return Generation(ids.shape[1], tokens, logits, timing, cache.memory(), peak)
 
 

@@ -49,7 +49,7 @@ def label_gradients(
         What the model is told besides: ``position_ids`` that are not those after the prompt.
     """
     attend_plainly(model)
-    generator = torch.Generator(text.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     leaves: Gradients = {}
     own: list[Any] = []
     for index, layer in enumerate(layers):
@@ -70,8 +70,8 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """An index of each row (rows, n) with these probabilities, int64 (rows, 1).
 
     By the distribution function: torch.multinomial takes a random number for each of n, a quarter of a million for some
-    vocabularies.
+    vocabularies. generator: of main memory, so that a model draws the same on any device.
     """
     below = probabilities.cumsum(-1)
-    at = torch.rand(len(below), 1, generator=generator, device=below.device) * below[:, -1:]
+    at = torch.rand(len(below), 1, generator=generator).to(below.device) * below[:, -1:]
     return torch.searchsorted(below, at, right=True).clamp_max(below.shape[-1] - 1)

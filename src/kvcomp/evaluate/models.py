@@ -37,7 +37,7 @@ def shipped_model() -> Path:
     raise InvalidInput(f"the shipped model is not at {places[0]} or {places[1]}: name a model directory")
 
 
-def load_model(name: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
+def load_model(name: str | Path, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
     """Load a model and its tokenizer.
 
     Parameters
@@ -46,11 +46,15 @@ def load_model(name: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
         A directory, a hub name, a GGUF file or the folder of one.
     dtype
         One of DTYPES; by default that of the weights, and float32 for a GGUF's that are quantised.
+    device
+        Where to put it, such as ``cuda``; None for where transformers puts it, which is main memory but for weights
+        that need a GPU.
 
     Raises
     ------
     InvalidInput
-        If nothing is there, transformers cannot load it, or the type is not float32, float16 or bfloat16.
+        If nothing is there, transformers cannot load it, the type is not float32, float16 or bfloat16, or there is no
+        such device.
     CorruptData, UnsupportedModel
         For a GGUF that is damaged or of another kind of model.
     """
@@ -58,7 +62,7 @@ def load_model(name: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
         raise InvalidInput(f"no dtype {dtype!r}: use {', '.join(DTYPES)}")
     if files := gguf_file.find(name):
         model, tokenizer = gguf_file.load(files, DTYPES[dtype] if dtype else None)
-        return model.eval(), tokenizer
+        return _on(model, device), tokenizer
     _check_place(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -67,7 +71,19 @@ def load_model(name: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
         raise InvalidInput(f"cannot load a model from {name}: {error}") from None
     if model.dtype not in DTYPES.values():
         raise InvalidInput(f"{name} has weights of {model.dtype}: {', '.join(DTYPES)} are possible")
-    return model.eval(), tokenizer
+    return _on(model, device), tokenizer
+
+
+def _on(model: Any, device: str | None) -> Any:
+    try:
+        return model.eval() if device is None else model.eval().to(torch.device(device))
+    except (RuntimeError, ValueError, AssertionError) as error:  # of torch, of quantised weights, without CUDA
+        raise InvalidInput(f"the model cannot be put on the device {device!r}: {error}") from None
+
+
+def backend_for(model: Any) -> str:
+    """The backend of kvcomp's caches for a model, by where it lies."""
+    return "gpu" if model.device.type == "cuda" else "cpu"
 
 
 def _check_place(name: str | Path) -> None:

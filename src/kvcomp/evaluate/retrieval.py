@@ -72,7 +72,7 @@ def passkey_quiz(tokenizer: Tokenizer, lists: LookupLists, rng: np.random.Genera
 
 def quiz_sample(model: Any, quiz: Quiz) -> Sample:
     """The context as the prompt, the questions as the scored text."""
-    return sample(model, torch.from_numpy(quiz.tokens)[None], quiz.context)
+    return sample(model, torch.from_numpy(quiz.tokens)[None].to(model.device), quiz.context)
 
 
 def answered(quiz: Quiz, log_probs: Tensor) -> list[bool]:

@@ -50,13 +50,14 @@ def errors_by_head(model: Any, each: Sample, method: Method) -> dict[str, Any]:
             }
         )
         if not stores and rms:
-            shares[kind] += _histogram((error[error != 0] / rms).numpy())
+            shares[kind] += _histogram((error[error != 0] / rms).cpu().numpy())
     found: dict[str, Any] = {"heads": heads, "largest_over_bound": None}
     if stores:
+        given = {layer: (each.cache[layer][0].cpu(), each.cache[layer][1].cpu()) for layer in stores}
         for layer, store in stores.items():
-            for kind, share in error_shares(store, *each.cache[layer]):
+            for kind, share in error_shares(store, *given[layer]):
                 shares[kind] += _histogram(share)
-        total = [compare_with_bound(store, *each.cache[layer]) for layer, store in stores.items()]
+        total = [compare_with_bound(store, *given[layer]) for layer, store in stores.items()]
         found["largest_over_bound"] = max(one.worst for one in total)
         found["missed"] = sum(one.missed for one in total)
         found["values"] = sum(one.values for one in total)

@@ -160,18 +160,20 @@ class Calibrator:
             self.rotations = rotations(self.model, self.drawn[0][0], self.layers, self.context)
             if not self.rotations:  # then what varies with the place would cost more than it is worth
                 self.context = self.settings.length
-        places = spread(len(self.drawn), self.settings, self.context)
+        places = spread(len(self.drawn), self.settings, self.context, self.model.device)
         for done, ((ids, repeats), positions) in enumerate(zip(self.drawn, places, strict=True)):
             self.tell("reading", done, len(self.drawn))
+            ids = ids.to(self.model.device)
             told, after = self._told(positions[:, :prompt]), positions[:, prompt:]
             layers = list(observe(self.model, ids[:, :prompt], self.settings.sinks, statistics, told).layers)
             (log_probs,) = self._predict(layers, ids[:, prompt:], after)
             self.windows.append(Window(layers, ids[:, prompt:], log_probs, repeats, after))
         self.rows = rows_of(self.windows)
         self.places = torch.cat(places)[:, self.coded]
-        self.affines = dict(self._transforms(statistics) if transforms is None else transforms)
-        for (index, kind), affine in self.affines.items():
-            self.coordinates[index, kind] = affine.apply(self._coded(index, kind), self.places)
+        for (index, kind), affine in (self._transforms(statistics) if transforms is None else transforms).items():
+            x = self._coded(index, kind)
+            self.affines[index, kind] = affine.to(x.device)
+            self.coordinates[index, kind] = self.affines[index, kind].apply(x, self.places)
             self.reach[index, kind] = MARGIN * self.coordinates[index, kind].abs().amax((0, 2))
 
     def _transforms(self, statistics: Statistics) -> dict[tuple[int, int], Affine]:
@@ -252,7 +254,7 @@ class Calibrator:
     def _curve(self, index: int, kind: int, head: int, weights: list[float]) -> list[tuple[float, float, float]]:
         x = self.coordinates[index, kind][::EVERY, head]
         size = float(x.square().mean().sqrt()) or 1.0
-        weight = torch.tensor(weights, dtype=torch.float64)
+        weight = x.new_tensor(weights, dtype=torch.float64)
         points = []
         for step in (factor * size for factor in FACTORS):
             steps = step * shifts_of(self.reach[index, kind][head], step).exp2()
@@ -278,7 +280,7 @@ class Calibrator:
 
     def steps_of(self, index: int, kind: int, steps: Sequence[float]) -> Tensor:
         """The step of each coordinate, (KV heads, 1, D), from those of the heads."""
-        step = torch.tensor(steps)[:, None]
+        step = self.reach[index, kind].new_tensor(steps)[:, None]
         return (step * shifts_of(self.reach[index, kind], step).exp2())[:, None]
 
     def coded_values(self, steps: Mapping[Tensors, float]) -> dict[tuple[int, int], Tensor]:
@@ -340,8 +342,9 @@ class Calibrator:
         """Steps and codebooks of a layer."""
         heads = len(self.affines[index, 0].mean)
         chosen = [tuple(steps[index, kind, head] for head in range(heads)) for kind in (0, 1)]
-        shifts = [shifts_of(self.reach[index, kind], torch.tensor(chosen[kind])[:, None]) for kind in (0, 1)]
-        books = [books_of(self.coordinates[index, kind], chosen[kind], shifts[kind], kind) for kind in (0, 1)]
+        reach = [self.reach[index, kind].cpu() for kind in (0, 1)]
+        shifts = [shifts_of(reach[kind], torch.tensor(chosen[kind])[:, None]) for kind in (0, 1)]
+        books = [books_of(self.coordinates[index, kind].cpu(), chosen[kind], shifts[kind], kind) for kind in (0, 1)]
         packed = torch.stack(shifts).to(torch.uint8).numpy()
         return LevelOfLayer((chosen[0], chosen[1]), (books[0], books[1]), packed if packed.any() else None)
 
@@ -370,7 +373,7 @@ class Calibrator:
         for window in self.windows[::EVERY]:
             k, v = (values_of(window.layers[index], kind)[:, :, self.coded] for kind in (0, 1))
             first, turn = window.positions[0, 0] - self.settings.prompt + self.coded.start, self.rotations.get(index)
-            yield (k if turn is None else turn.turned(k, -first.expand(k.shape[2]))), v
+            yield (k if turn is None else turn.turned(k, -first.expand(k.shape[2]))).cpu(), v.cpu()
 
     def _of_layers(self, levels: Levels) -> Layers:
         """Steps and codebooks of every layer."""
@@ -394,5 +397,6 @@ class Calibrator:
                 **asdict(replace(self.settings, context=self.context)),
             },
         )
-        transforms = {index: Transform(self.affines[index, 0], self.affines[index, 1]) for index in self.layers}
+        held = {at: affine.to(torch.device("cpu")) for at, affine in self.affines.items()}
+        transforms = {index: Transform(held[index, 0], held[index, 1]) for index in self.layers}
         return Calibration.build(about, transforms, of_layers)

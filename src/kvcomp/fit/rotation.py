@@ -46,7 +46,7 @@ def rotations(model: Any, ids: Tensor, layers: list[int], context: int) -> dict[
     """
     attend_plainly(model)
     offsets = [offset for offset in OFFSETS if offset + SAMPLE <= context]
-    ids = ids[:, :SAMPLE]
+    ids = ids[:, :SAMPLE].to(model.device)
 
     def keys(first: int) -> dict[int, Tensor]:
         cache = DynamicCache(config=model.config)
@@ -67,7 +67,7 @@ def worth_it(rotation: Rotation, mean: Tensor, variance: Tensor) -> Rotation | N
     """The pairs of which a head has a large mean; None if there is none. mean, variance: squares, (KV heads, D)."""
     pairs = np.array([rotation.first, rotation.second]).T
     ratio = mean[:, pairs].sum(-1) / variance[:, pairs].sum(-1).clamp_min(torch.finfo(variance.dtype).tiny)
-    large = (ratio.amax(0) >= WORTH).numpy()
+    large = (ratio.amax(0) >= WORTH).cpu().numpy()
     return Rotation.of(pairs[large], np.array(rotation.speed)[large], mean.shape[1]) if large.any() else None
 
 

@@ -78,8 +78,8 @@ class LayerSums:
 
 
 def _transform(mean: Tensor, covariance: Tensor, metric: Tensor, rotation: Rotation | None = None) -> Affine:
-    matrix = torch.stack([metric_klt(c, m) for c, m in zip(covariance, metric, strict=True)])
-    return Affine.of(quantise_matrix(matrix), mean, rotation)
+    matrix = torch.stack([metric_klt(c, m) for c, m in zip(covariance.cpu(), metric.cpu(), strict=True)])
+    return Affine.of(quantise_matrix(matrix), mean.cpu(), rotation)
 
 
 class Statistics:

@@ -75,6 +75,8 @@ class Tuner:
             raise InvalidInput(
                 "the steps of a calibrated spec are found by kvcomp calibrate: tune a preset such as kvcomp"
             )
+        if self.model.device.type != "cpu":
+            raise InvalidInput(f"tuning measures on the CPU, the model is on {self.model.device}: move it there")
         self.layers: int = self.model.config.get_text_config(decoder=True).num_hidden_layers
         self._samples: dict[int, Sample] = {}
         self._records: dict[int, Sample] = {}

@@ -115,10 +115,10 @@ def coded_part(settings: Settings) -> slice:
     return slice(settings.sinks, settings.sinks + pages * PAGE_TOKENS)
 
 
-def spread(count: int, settings: Settings, context: int) -> list[Tensor]:
+def spread(count: int, settings: Settings, context: int, device: torch.device) -> list[Tensor]:
     """Positions of windows in a context, int64 (1, length) each; those of every second window are spread as well."""
     firsts = (int((context - settings.length) * (GOLDEN * index % 1)) for index in range(count))
-    return [torch.arange(first, first + settings.length)[None] for first in firsts]
+    return [torch.arange(first, first + settings.length, device=device)[None] for first in firsts]
 
 
 def first_token(config: PreTrainedConfig) -> int:
@@ -138,12 +138,12 @@ def write(model: Any, text: npt.NDArray[np.int64] | None, rows: int, length: int
     if text is not None:
         drawn = torch.from_numpy(np.random.default_rng(SEED).choice(text, (rows, 1)))
         start = max(start, drawn, key=lambda one: _go_on(model, one[:DRAFTS], DRAFTED, lambda *_: None)[1])
-    return _go_on(model, start, length, tell)[0].numpy()
+    return _go_on(model, start, length, tell)[0].cpu().numpy()
 
 
 def _go_on(model: Any, text: Tensor, length: int, tell: Tell) -> tuple[Tensor, float]:
     """Texts after these first tokens (rows, 1), int64 (rows, length), and the mean surprise of a token in nats."""
-    texts, surprise = [text], torch.zeros(())
+    texts, surprise = [text.to(model.device)], torch.zeros((), device=model.device)
     generator = torch.Generator().manual_seed(SEED)
     cache = DynamicCache(config=model.config)
     for done in range(1, length):

@@ -160,7 +160,7 @@ class Backend(Protocol):
 
 def host_backend(name: str) -> str:
     """Name the backend of stores in main memory: those of ``gpu`` wait there until their device is known."""
-    return "reference" if name == "gpu" else name
+    return "cpu" if name == "gpu" else name
 
 
 def load_backend(name: str) -> Backend:

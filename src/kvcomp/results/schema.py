@@ -57,10 +57,13 @@ VERSION: Final = 1
 PACKAGES = "kvcomp", "torch", "numpy", "numba", "transformers"
 
 
-def environment(**parameters: Any) -> dict[str, Any]:
-    """The machine, load, software, commit and date of a measurement, and the measurement's own parameters."""
+def environment(gpu: bool = False, **parameters: Any) -> dict[str, Any]:
+    """The machine, load, software, commit and date of a measurement, and the measurement's own parameters.
+
+    gpu: whether the first GPU is what was measured on.
+    """
     return {
-        **(_gpu() if torch.cuda.is_available() else {"device": _processor()}),
+        **(_gpu() if gpu else {"device": _processor()}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],

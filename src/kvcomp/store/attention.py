@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvcomp.calibration.product import product
 from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Transform
 from kvcomp.errors import InvalidInput
@@ -195,8 +196,8 @@ def _numbers(first: int, last: int, like: Tensor) -> Tensor:
 
 def _matmul(x: Tensor, y: Tensor) -> Tensor:
     """(KV heads, group, queries, n) times (KV heads, n, m), one product for each KV head."""
-    product: Tensor = (x.flatten(1, 2) @ y).unflatten(1, x.shape[1:3])
-    return product
+    found: Tensor = product(x.flatten(1, 2), y).unflatten(1, x.shape[1:3])
+    return found
 
 
 def _check(store: Store, q: Tensor, scaling: float, softcap: float, sink_logits: Tensor | None) -> None:

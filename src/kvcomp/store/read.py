@@ -104,20 +104,20 @@ def tile(store: KVStore, row: int, first: int, last: int) -> tuple[Tensor, Tenso
     head_dim) in the dtype.
     """
     shape = store.heads, (last - first) * PAGE_TOKENS
-    k, v = (torch.empty((*shape, held), dtype=store.dtype) for held in store.held_channels)
+    k, v = (torch.empty((*shape, held), dtype=store.dtype, device=store.device) for held in store.held_channels)
     pages = store.rows.pages[row, first:last].copy()
     store.kernels.decompress(pages, store.units, *store.books(row), as_array(k), as_array(v), store.steps)
     valid = torch.from_numpy(store.rows.valid[row, first:last])
     if int(valid.sum()) == k.shape[1]:
         return k, v
-    used = (torch.arange(PAGE_TOKENS)[None] < valid[:, None]).ravel()
+    used = (torch.arange(PAGE_TOKENS, device=store.device)[None] < valid[:, None]).ravel()
     return k[:, used], v[:, used]
 
 
 def held(store: KVStore, first: int) -> tuple[Tensor, Tensor]:
     """``KVStore.held``."""
     shape = store.batch, store.heads, store.tokens - first
-    k, v = (torch.zeros((*shape, held), dtype=store.dtype) for held in store.held_channels)
+    k, v = (torch.zeros((*shape, held), dtype=store.dtype, device=store.device) for held in store.held_channels)
     for row, (start, begin) in enumerate(zip(store.starts.tolist(), store.rows.tail_begin.tolist(), strict=True)):
         # nothing sealed: the padding as it came
         padding = slice(0, start - store.tail_base if begin == start else 0)

@@ -49,22 +49,24 @@ def baseline(name: str) -> Method:
     return _from_file(Path(match[1]), match[2])
 
 
-def named_spec(model: str | Path, name: str, calibration: Calibration | Path | None = None) -> Method:
+def named_spec(
+    model: str | Path, name: str, calibration: Calibration | Path | None = None, backend: str = "cpu"
+) -> Method:
     """kvcomp under a spec that an option names, its calibration given or beside the model. Raises InvalidInput."""
     spec, read = spec_for(model, name, calibration)
     stem = Path(name).stem
-    return KVComp(spec, name if stem in PRESETS or is_calibrated(name) else stem, read)
+    return KVComp(spec, name if stem in PRESETS or is_calibrated(name) else stem, read, backend)
 
 
-def default_specs(model: str | Path) -> list[Method]:
+def default_specs(model: str | Path, backend: str = "cpu") -> list[Method]:
     """kvcomp as a model would use it: calibrated and tuned, if that was done for it, and the preset."""
     found: list[Method] = []
     tuned = folder_of(model) / TUNED_SPEC
     if calibration_beside(model):
-        found.append(named_spec(model, CALIBRATED))
+        found.append(named_spec(model, CALIBRATED, backend=backend))
     if tuned.is_file():
-        found.append(KVComp(tuned, "tuned"))
-    return [*found, KVComp("kvcomp")]
+        found.append(KVComp(tuned, "tuned", backend=backend))
+    return [*found, KVComp("kvcomp", backend=backend)]
 
 
 def _from_file(path: Path, wanted: str | None) -> Method:

@@ -27,6 +27,8 @@ class KVComp(Method):
         As ``KVCompCache`` takes them.
     name
         By default the preset's or the file's.
+    backend
+        As ``KVCompCache`` takes it.
 
     Raises
     ------
@@ -41,13 +43,15 @@ class KVComp(Method):
         spec: str | Path | CodecSpec,
         name: str | None = None,
         calibration: Calibration | str | Path | None = None,
+        backend: str = "cpu",
     ) -> None:
         self.spec, self.calibration = resolve(spec, calibration)
+        self.backend = backend
         stem = "spec" if isinstance(spec, CodecSpec) else Path(spec).stem
         self.name = name or (str(spec) if stem in PRESETS else stem)
 
     def cache(self, config: PreTrainedConfig) -> Cache:
-        return KVCompCache(config, self.spec, calibration=self.calibration)
+        return KVCompCache(config, self.spec, calibration=self.calibration, backend=self.backend)
 
     def memory(self, cache: Cache) -> Memory:
         self.stores(cache)  # which compresses what is due

@@ -51,13 +51,14 @@ class TurboQuant(Baseline):
     def encode(self, x: Tensor, kind: Kind) -> Parts:
         norm = x.float().norm(dim=-1, keepdim=True).half()
         unit = x.float() / norm.float().clamp(min=1e-7)
-        centres = levels(self.bits)
-        codes = torch.bucketize(unit @ rotation(x.shape[-1]) * x.shape[-1] ** 0.5, (centres[1:] + centres[:-1]) / 2)
+        centres, turn = levels(self.bits).to(x.device), rotation(x.shape[-1]).to(x.device)
+        codes = torch.bucketize(unit @ turn * x.shape[-1] ** 0.5, (centres[1:] + centres[:-1]) / 2)
         return {"codes": pack(codes, self.bits), "scales": norm}
 
     def decode(self, parts: Parts, kind: Kind) -> Tensor:
-        y = levels(self.bits)[unpack(parts["codes"], self.bits).long()]
-        back: Tensor = y @ rotation(y.shape[-1]).T * y.shape[-1] ** -0.5 * parts["scales"].float()
+        codes = unpack(parts["codes"], self.bits).long()
+        y = levels(self.bits).to(codes.device)[codes]
+        back: Tensor = y @ rotation(y.shape[-1]).to(y.device).T * y.shape[-1] ** -0.5 * parts["scales"].float()
         return back
 
     def settings(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from kvcomp.errors import UnsupportedModel
 from kvcomp.integrations.transformers.layer import CompressedLayer
 from kvcomp.integrations.transformers.stock import join_stock
+from kvcomp.store import KVStore
 
 
 def joined_layers(layers: Sequence[Any], others: Sequence[Any]) -> list[Any]:
@@ -29,7 +30,7 @@ def joined_layers(layers: Sequence[Any], others: Sequence[Any]) -> list[Any]:
     for layer in (layer for pair in compressed for layer in pair):
         layer.settle()
     for layer, beside in (*compressed, *((theirs, mine) for mine, theirs in compressed)):
-        if beside.store.batch:
+        if beside.store.batch and not isinstance(beside.store, KVStore):  # else both go up later
             layer.upload(beside.store.device)
     stores = [layer.store for layer in compressed[0] if layer.store.batch]
     tokens = max((store.tokens - int(store.starts.min()) for store in stores), default=0)

@@ -39,7 +39,7 @@ class Readback:
         if not x.is_cuda:
             self._there = x.clone()
             return
-        self._there = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._there = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
         self._there.copy_(x, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record()

@@ -77,10 +77,9 @@ class DeviceBooks:
         return copied
 
     @torch.inference_mode(False)
-    def select(self, rows: Sequence[int]) -> DeviceBooks:
-        """The books of these rows, which may repeat."""
+    def select(self, rows: Sequence[int], index: Tensor) -> DeviceBooks:
+        """The books of these rows, which may repeat. index: the same on the device, int64."""
         chosen = object.__new__(DeviceBooks)
-        index = torch.tensor(rows, device=self.decoding.device)
         chosen._bits = self._bits
         chosen.decoding, chosen.encoding = self.decoding.index_select(0, index), self.encoding.index_select(0, index)
         chosen._tables = [list(self._tables[row]) for row in rows]

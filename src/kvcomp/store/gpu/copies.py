@@ -22,7 +22,7 @@ from kvcomp.store.rows import Rows
 
 def to_main_memory(of: GPUStore) -> KVStore:
     """The same cache in main memory, for files; waits for the device."""
-    empty = KVStore(of.spec, "reference", of.given_books, of.given_transform)
+    empty = KVStore(of.spec, "cpu", of.given_books, of.given_transform)
     if not of.batch:
         return empty
     of.sync()

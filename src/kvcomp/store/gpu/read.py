@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvcomp.calibration.product import product
 from kvcomp.errors import InvalidInput
 from kvcomp.kernels.cuda import launch
 from kvcomp.kernels.cuda.layout import BFLOAT16_128, AttendArguments, DecompressArguments
@@ -93,7 +94,7 @@ def turned_scores(store: GPUStore, q: Tensor) -> Tensor | None:
     of_tail = ends[:, -1:] + PAGE_TOKENS * (chunk - sink_chunks[:, None])
     raw = torch.where(chunk < sink_chunks[:, None], PAGE_TOKENS * chunk, of_tail)
     ahead = rotation.ahead(z, torch.cat([ends - valid, raw], 1))
-    return ahead @ rotation.first_waves(PAGE_TOKENS, store.device).mT
+    return product(ahead, rotation.first_waves(PAGE_TOKENS, store.device).mT)
 
 
 def _view(store: GPUStore, a: AttendArguments) -> AttendArguments:
@@ -162,7 +163,7 @@ def held(store: GPUStore) -> tuple[Tensor, Tensor]:
 def memory(store: GPUStore) -> Memory:
     """Bytes by part, pages as one (``codes``); waits for the device."""
     chunks = {id(chunk): chunk for row in store.rows for chunk in row.chunks}
-    used = sum(int(chunk.cursor) for chunk in chunks.values())
+    used = int(torch.cat([chunk.cursor for chunk in chunks.values()]).sum()) if chunks else 0
     values = 2 * store.heads * store.channels
     tokens = sum(store.tokens - row.start for row in store.rows)
     return Memory(

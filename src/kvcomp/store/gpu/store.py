@@ -35,6 +35,7 @@ from kvcomp.store.gpu.sealing import Sealing
 from kvcomp.store.gpu.tail import Tail
 from kvcomp.store.memory import Memory
 from kvcomp.store.tail import grown_room, steady_room
+from kvcomp.store.tensors import to_pinned
 from kvcomp.store.training import default_book
 
 
@@ -257,9 +258,9 @@ class GPUStore:
         index = row_index(rows, self.batch).tolist()
         self.sync()
         with enough_memory():
-            chosen = torch.tensor(index, device=self.device)
+            chosen = to_pinned(np.array(index), self.device).to(self.device, non_blocking=True)
             sinks_k, sinks_v = (x.index_select(0, chosen) for x in (self.sinks_k, self.sinks_v))
-            tail, books = self.tail.select(index), self.device_books.select(index)
+            tail, books = self.tail.select(chosen), self.device_books.select(index, chosen)
             table = Table(self.table.pages.index_select(0, chosen))
         self.hold([self.rows[row].copy() for row in index], self.tokens, (sinks_k, sinks_v), tail, table, books)
 

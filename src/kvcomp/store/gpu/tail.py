@@ -74,9 +74,8 @@ class Tail:
             at = last
         return made
 
-    def select(self, rows: Sequence[int]) -> Tail:
-        """The tails of these rows, which may repeat."""
-        index = torch.tensor(rows, device=self.k.device)
+    def select(self, index: Tensor) -> Tail:
+        """The tails of these rows, int64 on the device, which may repeat."""
         chosen = Tail(self.k.index_select(0, index), self.v.index_select(0, index), self.base)
         chosen.held.copy_(self.held)
         return chosen
