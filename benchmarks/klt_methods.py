@@ -17,6 +17,7 @@ from kvcomp.evaluate.methods.baseline import BaselineLayer
 from kvcomp.evaluate.methods.kivi import Kivi
 from kvcomp.fit.calibrate import Calibrator
 from kvcomp.fit.curves import Curve
+from kvcomp.fit.reading import Reading, Values
 from kvcomp.fit.windows import Settings
 from kvcomp.results.journal import Journal
 from kvcomp.spec import LEVELS, CodecSpec, Kind, TensorSpec
@@ -104,15 +105,18 @@ def reader(
 def kivi_by_layer(calibrator: Calibrator, journal: Journal) -> list[KiviSplit]:
     """KIVI-style with bits for each layer's K and V: measured and allocated as our steps are, at three prices."""
 
+    def alone(index: int, kind: int, method: Kivi, of: Reading) -> Values:
+        return {(index, kind): of.rounded(method, index, kind)}
+
     def points(index: int, kind: int) -> list[tuple[int, float]]:
         found = []
         for bits in (8, 6, 4, 3, 2, 1):
-            quality = calibrator.quality({(index, kind): calibrator.rounded(Kivi(bits), index, kind)})
+            quality = calibrator.quality(partial(alone, index, kind, Kivi(bits)))
             found.append((bits, (quality.text + quality.repeated) / 2))
         return found
 
     curves = {}
-    for index, kind in calibrator.coordinates:
+    for index, kind in calibrator.fitted.coordinates:
         bits, kl = np.array(journal.piece(f"kivi.layer.{index}.{kind}", partial(points, index, kind))).T
         # the "step" of a curve is what is chosen: here 1/bits, and no bits between those that exist
         curves[index, kind] = Curve(1 / bits, bits + 1, np.maximum.accumulate(np.maximum(kl, 1e-9)))

@@ -60,7 +60,7 @@ def test_what_was_made_is_found_and_the_model_stays_as_it_is(
         found = calibrate(model, SETTINGS)
         assert found.fingerprint == made.fingerprint
     KVCompCache(model.config, "kvcomp-klt", calibration=found)
-    place = cached_path(model, SETTINGS)
+    place = cached_path(model, SETTINGS, False)
     place.write_bytes(place.read_bytes()[:-1])
     assert calibrate(model, SETTINGS).fingerprint == made.fingerprint  # a damaged one is made again
     with monkeypatch.context() as patched:
@@ -68,7 +68,7 @@ def test_what_was_made_is_found_and_the_model_stays_as_it_is(
         assert calibrate(model, SETTINGS).fingerprint == made.fingerprint
     with torch.no_grad():
         model.get_output_embeddings().weight[0, 0] += 1
-    assert cached_path(model, SETTINGS) != place
+    assert cached_path(model, SETTINGS, False) != place
 
 
 def test_a_stopped_one_goes_on(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_a_stopped_one_goes_on(model: PreTrainedModel, monkeypatch: pytest.Monke
         patched.setattr(Calibrator, "level", stop)
         with pytest.raises(KeyboardInterrupt):
             calibrate(model, SETTINGS)
-    place = cached_path(model, SETTINGS)
+    place = cached_path(model, SETTINGS, False)
     assert not place.exists()
     with monkeypatch.context() as patched:
         patched.setattr(Calibrator, "_gradients", never)  # it is among the pieces

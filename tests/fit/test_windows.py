@@ -21,6 +21,7 @@ class Repeats:
 
     def __init__(self, after_named: bool) -> None:
         self.after_named = after_named
+        self.device = torch.device("cpu")
         self.config = LlamaConfig(vocab_size=WORDS, num_hidden_layers=1, bos_token_id=NAMED)
         self.stuck: Tensor | None = None
 

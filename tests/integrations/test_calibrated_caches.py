@@ -180,16 +180,16 @@ def test_windows_stand_all_over_the_positions_and_say_the_same_there(tmp_path: P
     made = calibrator(model, tmp_path)
     made.write()
     made.read()
-    firsts = [int(window.positions[0, 0]) - SETTINGS.prompt for window in made.windows]
+    firsts = [int(window.positions[0, 0]) - SETTINGS.prompt for window in made.fitted.windows]
     room = made.context - SETTINGS.length
     assert firsts[0] == 0 < 0.6 * room < max(firsts) <= room
-    ids = torch.cat([made.drawn[2][0][:, : SETTINGS.prompt], made.windows[2].text], 1)
+    ids = torch.cat([made.drawn[2].ids[:, : SETTINGS.prompt], made.fitted.windows[2].text], 1)
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         plain = model(ids[:, : SETTINGS.prompt], past_key_values=cache)
         plain = model(ids[:, SETTINGS.prompt :], past_key_values=cache).logits[0].log_softmax(-1)
-    assert torch.allclose(plain, made.windows[2].log_probs, atol=1e-3)
-    here, there = cache.layers[1].keys[:, :, : SETTINGS.prompt], made.windows[2].layers[1].keys
+    assert torch.allclose(plain, made.fitted.windows[2].log_probs, atol=1e-3)
+    here, there = cache.layers[1].keys[:, :, : SETTINGS.prompt], made.fitted.windows[2].layers[1].keys
     assert not torch.allclose(here, there, atol=1e-2)
     assert torch.allclose(here.norm(dim=3), there.norm(dim=3), atol=1e-3)
     model = model_of(CONFIGS["no rope"])
@@ -204,7 +204,7 @@ def test_where_the_rotation_is_unknown_windows_stand_at_the_beginning(
     made.write()
     made.read()
     assert made.context == SETTINGS.length
-    assert {int(window.positions[0, 0]) for window in made.windows} == {SETTINGS.prompt}
+    assert {int(window.positions[0, 0]) for window in made.fitted.windows} == {SETTINGS.prompt}
     assert all(affine.rotation is None for affine in made.affines.values())
 
 

@@ -53,8 +53,9 @@ def calibrate(
 ) -> None:
     """Measure a model on text and write what the preset kvcomp-klt needs of it: transforms, steps and codebooks.
 
-    The quality levels near-lossless, balanced and aggressive are then as good, in KL on this text, as KIVI-style
-    quantisation at 4, 3 and 2 bits. Other commands find the file in the cache folder by themselves.
+    The quality levels near-lossless, balanced and aggressive are then as good, in KL on this text and on sources of
+    installed packages, as KIVI-style quantisation at 4, 3 and 2 bits. Other commands find the file in the cache folder
+    by themselves.
     """
     if output is None and text is not None:
         raise typer.BadParameter("with --text give --output too: the cache folder is for text that the model writes")
@@ -64,6 +65,7 @@ def calibrate(
             from kvcomp.fit.cached import cached_path
             from kvcomp.fit.cached import calibrate as cached
             from kvcomp.fit.calibrate import Calibrator
+            from kvcomp.fit.sources import source_windows
             from kvcomp.fit.windows import Settings
 
             loaded, tokenizer = load_model(model, device=device)
@@ -71,15 +73,16 @@ def calibrate(
         settings = Settings(windows, prompt_tokens, scored_tokens, context=context)
         if output is None:
             with telling() as tell:
-                calibration = cached(loaded, settings, tell)
-            _show(cached_path(loaded, settings), calibration)
+                calibration = cached(loaded, settings, tell, tokenizer)
+            _show(cached_path(loaded, settings, True), calibration)
             return
         identity = {"model": model, "text": str(text), "tokens": 0 if ids is None else ids.size, **vars(settings)}
+        sources = source_windows(tokenizer, settings)
+        identity["sources"] = len(sources)
         with resumable(output, identity, resume) as journal:
             with telling() as tell:
-                calibration = Calibrator(loaded.float(), ids, settings, journal, tell).run(
-                    text.name if text else "written by the model"
-                )
+                calibrator = Calibrator(loaded.float(), ids, settings, journal, tell, sources)
+                calibration = calibrator.run(text.name if text else "written by the model")
             calibration.write(output)
         _show(output, calibration)
 
@@ -98,7 +101,7 @@ def telling() -> Iterator[Tell]:
 
 
 def calibration_for(
-    place: str, model: Any, specs: Sequence[str | None], given: Path | None
+    place: str, model: Any, tokenizer: Any, specs: Sequence[str | None], given: Path | None
 ) -> Calibration | Path | None:
     """What the specs need: as given, beside the model, or from the user's cache folder, made if it is not there."""
     from kvcomp.evaluate.models import calibration_beside
@@ -110,4 +113,4 @@ def calibration_for(
     from kvcomp.fit.cached import calibrate as cached
 
     with telling() as tell:
-        return cached(model, tell=tell)
+        return cached(model, tell=tell, tokenizer=tokenizer)

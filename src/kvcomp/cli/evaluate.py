@@ -88,7 +88,7 @@ def evaluate(
             from kvcomp.results import schema
 
             place, loaded, tokenizer = model_with_keys(model, dtype, device)
-        found = calibration_for(place, loaded, spec or [], calibration)
+        found = calibration_for(place, loaded, tokenizer, spec or [], calibration)
         backend = backend_for(loaded)
         methods = _methods(place, spec, found, baseline, backend)
         with quiet_loading():

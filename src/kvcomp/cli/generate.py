@@ -124,7 +124,7 @@ def _load(
         model, tokenizer = load_model(place, dtype, device)
         tokens = torch.zeros(2, 1, 1, 65, 16, dtype=model.dtype)
         compress(*tokens).attend(tokens[0, :, :, :1])  # loads the kernels, or compiles them
-    found = calibration_for(str(place), model, [spec], calibration)
+    found = calibration_for(str(place), model, tokenizer, [spec], calibration)
     return Loaded(str(place), model, tokenizer, *spec_for(place, spec, found), backend_for(model))
 
 

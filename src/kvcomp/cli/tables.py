@@ -182,9 +182,9 @@ def show_tuning(rows: dict[str, dict[str, Any]], source: str) -> None:
 
 
 def show_calibration(levels: Mapping[str, Mapping[str, Any]]) -> None:
-    """What each level of a calibration reached on its text."""
-    table = Table("level", "as good as", "KL on the text", "of that", "reached")
+    """What each level of a calibration reached on each kind of text."""
+    table = Table("level", "as good as", "KL", "of that", "reached")
     for level, about in levels.items():
-        both = (f"{kl['text']:.2e}, repeated {kl['repeated']:.2e}" for kl in (about["kl"], about["kl_of"]))
+        both = (", ".join(f"{kind} {kl:.2e}" for kind, kl in of.items() if kl) for of in (about["kl"], about["kl_of"]))
         table.add_row(level, about["as_good_as"], *both, "yes" if about["reached"] else "no: the best there is")
     screen.print(table)

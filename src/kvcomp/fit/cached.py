@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvcomp.calibration import Calibration
 from kvcomp.errors import CorruptData, InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.evaluate.fidelity import attention_setting_restored
+from kvcomp.evaluate.text import Tokenizer
 from kvcomp.fit.calibrate import METHOD, Calibrator
+from kvcomp.fit.sources import source_windows
 from kvcomp.fit.statistics import calibrated_layers
 from kvcomp.fit.windows import Settings, Tell
 from kvcomp.integrations.transformers.identity import weights_id
@@ -21,7 +23,12 @@ from kvcomp.integrations.transformers.models import position_limit, text_config
 from kvcomp.results.journal import Journal, pieces
 
 
-def calibrate(model: PreTrainedModel, settings: Settings | None = None, tell: Tell | None = None) -> Calibration:
+def calibrate(
+    model: PreTrainedModel,
+    settings: Settings | None = None,
+    tell: Tell | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Calibration:
     """The calibration of a model, on text that it writes itself.
 
     It is read from the user's cache folder if it is there. Else it is made, which takes minutes for a small model, and
@@ -35,6 +42,9 @@ def calibrate(model: PreTrainedModel, settings: Settings | None = None, tell: Te
         How much text to measure on; by default as much as the model's positions allow, up to ``Settings()``.
     tell
         Told what is being done, how much of it is done, and how much there is.
+    tokenizer
+        The model's. With it levels also hold for documentation and sources of installed packages; without, they may
+        lose several times what they say on text that the model would not write.
 
     Returns
     -------
@@ -54,7 +64,7 @@ def calibrate(model: PreTrainedModel, settings: Settings | None = None, tell: Te
         raise UnsupportedModel(f"{type(model).__name__} is no model of transformers: only those can be calibrated")
     calibrated_layers(text_config(model.config))
     settings = settings or fitting(model.config)
-    path = cached_path(model, settings)
+    path = cached_path(model, settings, tokenizer is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(path.name + ".lock")):  # of two that need it one makes it
         try:
@@ -66,16 +76,22 @@ def calibrate(model: PreTrainedModel, settings: Settings | None = None, tell: Te
             journal = Journal(pieces(path), identity, resume=True)
         except (InvalidInput, CorruptData):
             journal = Journal(pieces(path), identity, resume=False)
+        sources = [] if tokenizer is None else source_windows(tokenizer, settings)
         with attention_setting_restored():
-            made = Calibrator(deepcopy(model).float().eval(), None, settings, journal, tell).run("written by the model")
+            calibrator = Calibrator(deepcopy(model).float().eval(), None, settings, journal, tell, sources)
+            made = calibrator.run("written by the model")
         made.write(path)
         journal.close()
         return made
 
 
-def cached_path(model: PreTrainedModel, settings: Settings) -> Path:
-    """Where the calibration of these weights is, if it has been made. Raises InvalidInput as ``calibrate`` does."""
+def cached_path(model: PreTrainedModel, settings: Settings, sources: bool) -> Path:
+    """Where the calibration of these weights is, if it has been made. Raises InvalidInput as ``calibrate`` does.
+
+    sources: whether its levels hold for sources too.
+    """
     amount = f"{settings.windows}x{settings.prompt}+{settings.scored}-of-{settings.context or 'all'}"
+    amount += "+sources" if sources else ""
     return user_cache_path("kvcomp") / "calibrations" / f"{weights_id(model)}-{amount}-{METHOD}.kvcal"
 
 

@@ -4,7 +4,7 @@ Each tensor, the K or V of one head, has a curve: bits and KL for each step. One
 of all curves (``gradients``). Coding the K and the V of each layer alone once gives their size, as the heads of a layer
 are off by about the same factor. For a price of KL every tensor then takes the step of least bits + price * KL
 (Shoham & Gersho, 1988). A level is the lowest price at which the model, with all of them coded, is as good as with
-KIVI-style quantisation at 4, 3 or 2 bits.
+KIVI-style quantisation at 4, 3 or 2 bits: on the text, and on sources that nobody made for it if there are some.
 
 Quality is measured on two kinds of windows: text that goes on, and text that repeats a part of the prompt word for
 word. Most text can be predicted without looking far back. The second kind shows whether things are found again.
@@ -12,8 +12,7 @@ word. Most text can be predicted without looking far back. The second kind shows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from copy import copy, deepcopy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from math import gcd
@@ -25,7 +24,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
 from xxhash import xxh3_64
 
 from kvcomp.calibration import About, Calibration, LevelOfLayer
@@ -47,14 +45,15 @@ from kvcomp.fit.curves import (
     price_of,
     shifts_of,
 )
-from kvcomp.fit.quality import Quality, Window, mean_kl, rows_of, values_of
+from kvcomp.fit.quality import Quality, quality_of
+from kvcomp.fit.reading import Reading, Values, values_of
 from kvcomp.fit.rotation import rotations
-from kvcomp.fit.statistics import Statistics, calibrated_layers, check_rope, observe
+from kvcomp.fit.statistics import Statistics, calibrated_layers, check_rope
 from kvcomp.fit.windows import (
     EVERY,
+    Drawn,
     Settings,
     Tell,
-    coded_part,
     context_of,
     draw_windows,
     is_rotary,
@@ -64,7 +63,7 @@ from kvcomp.fit.windows import (
 )
 from kvcomp.integrations.transformers.models import check_layer, fingerprint_of, setting, text_config
 from kvcomp.results.journal import Journal
-from kvcomp.spec import KINDS, LEVELS
+from kvcomp.spec import LEVELS
 
 METHOD = "turning"  # in the names of cached files: another way makes others
 # Steps of a curve, over the root mean square of a tensor in its coordinates.
@@ -98,6 +97,8 @@ class Calibrator:
         What has been measured so far.
     tell
         Told what is being done, how much of it is done, and how much there is.
+    sources
+        Windows of other text that the levels must hold for too, int64 (1, length) each (``sources``).
 
     Raises
     ------
@@ -114,6 +115,7 @@ class Calibrator:
         settings: Settings,
         journal: Journal,
         tell: Tell | None = None,
+        sources: Sequence[Tensor] = (),
     ) -> None:
         self.model, self.settings, self.journal = model, settings, journal
         self.tell: Tell = tell or (lambda what, done, total: None)
@@ -123,13 +125,13 @@ class Calibrator:
         for index in self.layers:
             check_layer(self.config, index)
         self.context = context_of(self.config, settings)
-        self.coded = coded_part(settings)
+        self.fitted = Reading(model, settings, is_rotary(self.config))
+        self.sources = Reading(model, settings, is_rotary(self.config))
+        self.given = [Drawn(ids, "sources") for ids in sources]
         self.text = ids
         self.drawn = [] if ids is None else draw_windows(long_enough(ids, settings), settings.windows, settings)
         self.affines: dict[tuple[int, int], Affine] = {}
-        self.windows: list[Window] = []
         self.rotations: dict[int, Rotation] = {}
-        self.coordinates: dict[tuple[int, int], Tensor] = {}
         self.reach: dict[tuple[int, int], Tensor] = {}  # of each coordinate, (KV heads, D)
         self.over = 1.0  # measured KL over what curves predict, at the last level
 
@@ -155,61 +157,32 @@ class Calibrator:
     @torch.no_grad()
     def read(self, transforms: Mapping[tuple[int, int], Affine] | None = None) -> None:
         """Read the windows into caches, and make the transforms unless they are given."""
-        statistics, prompt = Statistics(), self.settings.prompt
+        statistics, count = Statistics(), len(self.drawn)
         if is_rotary(self.config):
-            self.rotations = rotations(self.model, self.drawn[0][0], self.layers, self.context)
+            self.rotations = rotations(self.model, self.drawn[0].ids, self.layers, self.context)
             if not self.rotations:  # then what varies with the place would cost more than it is worth
                 self.context = self.settings.length
-        places = spread(len(self.drawn), self.settings, self.context, self.model.device)
-        for done, ((ids, repeats), positions) in enumerate(zip(self.drawn, places, strict=True)):
-            self.tell("reading", done, len(self.drawn))
-            ids = ids.to(self.model.device)
-            told, after = self._told(positions[:, :prompt]), positions[:, prompt:]
-            layers = list(observe(self.model, ids[:, :prompt], self.settings.sinks, statistics, told).layers)
-            (log_probs,) = self._predict(layers, ids[:, prompt:], after)
-            self.windows.append(Window(layers, ids[:, prompt:], log_probs, repeats, after))
-        self.rows = rows_of(self.windows)
-        self.places = torch.cat(places)[:, self.coded]
+        places = spread(count + len(self.given), self.settings, self.context, self.model.device)
+        self.fitted.read(self.drawn, places[:count], statistics, self.tell)
+        self.sources.read(self.given, places[count:], Statistics(), self.tell)
         for (index, kind), affine in (self._transforms(statistics) if transforms is None else transforms).items():
-            x = self._coded(index, kind)
-            self.affines[index, kind] = affine.to(x.device)
-            self.coordinates[index, kind] = self.affines[index, kind].apply(x, self.places)
-            self.reach[index, kind] = MARGIN * self.coordinates[index, kind].abs().amax((0, 2))
+            self.affines[index, kind] = affine.to(self.fitted.values(index, kind).device)
+            for reading in (self.fitted, self.sources):
+                reading.transform(index, kind, self.affines[index, kind])
+            self.reach[index, kind] = MARGIN * self.fitted.coordinates[index, kind].abs().amax((0, 2))
 
     def _transforms(self, statistics: Statistics) -> dict[tuple[int, int], Affine]:
         centred = not setting(self.config, "attn_logit_softcapping")  # a soft cap would notice q.mean
         of = {(index, 1): sums.of_value() for index, sums in statistics.layers.items()}
         for index, sums in statistics.layers.items():
-            of[index, 0] = sums.of_key(self._coded(index, 0), self.places, self.rotations.get(index), centred)
+            k = self.fitted.values(index, 0)
+            of[index, 0] = sums.of_key(k, self.fitted.places, self.rotations.get(index), centred)
         return of
 
-    def _coded(self, index: int, kind: int) -> Tensor:
-        """K or V of a layer's coded tokens, (windows, KV heads, tokens, D)."""
-        return torch.cat([values_of(window.layers[index], kind)[:, :, self.coded] for window in self.windows])
-
-    def _told(self, positions: Tensor) -> dict[str, Tensor]:
-        """What to tell the model of where tokens stand."""
-        return {"position_ids": positions} if is_rotary(self.config) else {}
-
-    def _predict(self, layers: Sequence[Any], text: Tensor, positions: Tensor) -> Tensor:
-        """Log probabilities (rows, tokens, vocabulary) of texts after these cache layers, which stay as they are."""
-        cache = Cache(layers=[copy(x) if type(x) is DynamicLayer else deepcopy(x) for x in layers])
-        logits: Tensor = self.model(text, past_key_values=cache, **self._told(positions)).logits
-        return logits.float().log_softmax(-1)
-
     @torch.no_grad()
-    def quality(self, coded: Mapping[tuple[int, int], Tensor]) -> Quality:
-        """Quality with these values, (windows, KV heads, coded tokens, D), in place of the K (0) or V (1) of layers."""
-        kls: tuple[list[float], list[float]] = ([], [])
-        for number, window in enumerate(self.windows):
-            layers = [copy(layer) for layer in window.layers]
-            for (index, kind), values in coded.items():
-                whole = values_of(layers[index], kind).clone()
-                whole[:, :, self.coded] = values[number]
-                setattr(layers[index], "values" if kind else "keys", whole)
-            (log_probs,) = self._predict(layers, window.text, window.positions)
-            kls[window.repeats].append(mean_kl(window.log_probs, log_probs))
-        return Quality(*(float(np.mean(kl)) for kl in kls))
+    def quality(self, coded: Callable[[Reading], Values]) -> Quality:
+        """Quality with these values of a reading in place of its own."""
+        return quality_of([kl for one in (self.fitted, self.sources) for kl in one.kls(coded(one))])
 
     # Steps
 
@@ -237,13 +210,14 @@ class Calibrator:
     def _gradients(self) -> dict[str, list[list[float]]]:
         """For each tensor and coordinate the KL in nats a token of a mean squared error of 1, by layer and kind."""
         total: dict[tuple[int, int], Tensor] = {}
-        for done, window in enumerate(self.windows):
-            self.tell("gradients", done, len(self.windows))
-            share = 2 * LABELS * self.settings.scored * len(self.windows)
-            told = self._told(window.positions)
+        windows = self.fitted.windows
+        for done, window in enumerate(windows):
+            self.tell("gradients", done, len(windows))
+            share = 2 * LABELS * self.settings.scored * len(windows)
+            told = self.fitted.told(window.positions)
             for gradients in label_gradients(self.model, window.layers, window.text, self.layers, LABELS, done, told):
                 for key, gradient in gradients.items():
-                    g = gradient[0, :, self.coded].double()
+                    g = gradient[0, :, self.fitted.coded].double()
                     total[key] = total.get(key, 0) + g.mT @ g / share
         found = {}
         for (index, kind), matrix in total.items():
@@ -252,7 +226,7 @@ class Calibrator:
         return found
 
     def _curve(self, index: int, kind: int, head: int, weights: list[float]) -> list[tuple[float, float, float]]:
-        x = self.coordinates[index, kind][::EVERY, head]
+        x = self.fitted.coordinates[index, kind][::EVERY, head]
         size = float(x.square().mean().sqrt()) or 1.0
         weight = x.new_tensor(weights, dtype=torch.float64)
         points = []
@@ -266,44 +240,38 @@ class Calibrator:
     @torch.no_grad()
     def _alone(self, index: int, kind: int, steps: Sequence[float]) -> float:
         """KL with the K or V of one layer coded alone, of few tokens a window: windows differ more than tokens do."""
-        affine, step, kls = self.affines[index, kind], self.steps_of(index, kind, steps), []
-        coded = affine.undo((self.coordinates[index, kind] / step).round() * step, self.places)
-        for rows, together in self.rows:
-            layers, windows = [copy(layer) for layer in together], self.windows[rows]
-            whole = values_of(layers[index], kind).clone()
-            whole[:, :, self.coded] = coded[rows]
-            setattr(layers[index], "values" if kind else "keys", whole)
-            text, positions = (torch.cat([getattr(x, name) for x in windows]) for name in ("text", "positions"))
-            found = self._predict(layers, text[:, :MEASURED], positions[:, :MEASURED])
-            kls += [mean_kl(x.log_probs[:MEASURED], of) for x, of in zip(windows, found, strict=True)]
-        return float(np.mean(kls))
+        step = self.steps_of(index, kind, steps)
+        coded = self._back(self.fitted, index, kind, step)
+        return float(np.mean(self.fitted.kls_together(index, kind, coded, MEASURED)))
 
     def steps_of(self, index: int, kind: int, steps: Sequence[float]) -> Tensor:
         """The step of each coordinate, (KV heads, 1, D), from those of the heads."""
         step = self.reach[index, kind].new_tensor(steps)[:, None]
         return (step * shifts_of(self.reach[index, kind], step).exp2())[:, None]
 
-    def coded_values(self, steps: Mapping[Tensors, float]) -> dict[tuple[int, int], Tensor]:
-        """All K and V as they come back with these steps."""
-        found = {}
-        for (index, kind), x in self.coordinates.items():
-            step = self.steps_of(index, kind, [steps[index, kind, head] for head in range(x.shape[1])])
-            found[index, kind] = self.affines[index, kind].undo((x / step).round() * step, self.places)
-        return found
+    def _back(self, reading: Reading, index: int, kind: int, step: Tensor) -> Tensor:
+        """K or V of a layer as they come back with the steps of its coordinates."""
+        codes = (reading.coordinates[index, kind] / step).round()
+        return self.affines[index, kind].undo(codes * step, reading.places)
 
-    def rounded(self, method: Kivi, index: int, kind: int) -> Tensor:
-        """The coded tokens of a layer's K (0) or V (1), as this method gives them back."""
-        name = KINDS[kind]
-        raw = (values_of(window.layers[index], kind)[:, :, self.coded] for window in self.windows)
-        return torch.cat([method.decode(method.encode(x, name), name) for x in raw])
+    def coded_values(self, steps: Mapping[Tensors, float], reading: Reading) -> dict[tuple[int, int], Tensor]:
+        """All K and V of a reading as they come back with these steps."""
+        found = {}
+        for (index, kind), x in reading.coordinates.items():
+            step = self.steps_of(index, kind, [steps[index, kind, head] for head in range(x.shape[1])])
+            found[index, kind] = self._back(reading, index, kind, step)
+        return found
 
     def kivi(self, bits: int) -> Quality:
         """Quality of KIVI-style quantisation of the same tokens."""
 
+        def coded(reading: Reading) -> Values:
+            return {
+                (index, kind): reading.rounded(Kivi(bits, gcd(GROUP, x.shape[3])), index, kind)
+                for (index, kind), x in reading.coordinates.items()
+            }
+
         def run() -> dict[str, float]:
-            coded = {}
-            for (index, kind), x in self.coordinates.items():
-                coded[index, kind] = self.rounded(Kivi(bits, gcd(GROUP, x.shape[3])), index, kind)
             return asdict(self.quality(coded))
 
         return Quality(**self.journal.piece(f"kivi.{bits}", run))
@@ -311,7 +279,8 @@ class Calibrator:
     def at_price(self, curves: Mapping[Tensors, Curve], price: float) -> tuple[dict[Tensors, float], Quality]:
         """The steps at a price, and their quality together."""
         steps = allocate(curves, price)
-        together = self.journal.piece(f"price.{price:.6g}", lambda: asdict(self.quality(self.coded_values(steps))))
+        coded = partial(self.coded_values, steps)
+        together = self.journal.piece(f"price.{price:.6g}", lambda: asdict(self.quality(coded)))
         return steps, Quality(**together)
 
     def level(self, curves: Mapping[Tensors, Curve], bits: int) -> tuple[dict[Tensors, float], dict[str, Any]]:
@@ -344,7 +313,9 @@ class Calibrator:
         chosen = [tuple(steps[index, kind, head] for head in range(heads)) for kind in (0, 1)]
         reach = [self.reach[index, kind].cpu() for kind in (0, 1)]
         shifts = [shifts_of(reach[kind], torch.tensor(chosen[kind])[:, None]) for kind in (0, 1)]
-        books = [books_of(self.coordinates[index, kind].cpu(), chosen[kind], shifts[kind], kind) for kind in (0, 1)]
+        books = [
+            books_of(self.fitted.coordinates[index, kind].cpu(), chosen[kind], shifts[kind], kind) for kind in (0, 1)
+        ]
         packed = torch.stack(shifts).to(torch.uint8).numpy()
         return LevelOfLayer((chosen[0], chosen[1]), (books[0], books[1]), packed if packed.any() else None)
 
@@ -370,9 +341,10 @@ class Calibrator:
 
     def _kv(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A layer's coded K and V, of the windows that bits are counted on, K as it is at the first places."""
-        for window in self.windows[::EVERY]:
-            k, v = (values_of(window.layers[index], kind)[:, :, self.coded] for kind in (0, 1))
-            first, turn = window.positions[0, 0] - self.settings.prompt + self.coded.start, self.rotations.get(index)
+        coded, turn = self.fitted.coded, self.rotations.get(index)
+        for window in self.fitted.windows[::EVERY]:
+            k, v = (values_of(window.layers[index], kind)[:, :, coded] for kind in (0, 1))
+            first = window.positions[0, 0] - self.settings.prompt + coded.start
             yield (k if turn is None else turn.turned(k, -first.expand(k.shape[2]))).cpu(), v.cpu()
 
     def _of_layers(self, levels: Levels) -> Layers:
@@ -385,7 +357,7 @@ class Calibrator:
     def build(self, levels: Levels, text: str, of_layers: Layers | None = None) -> Calibration:
         """The calibration with these levels, without prices. text: what to call the text."""
         of_layers = self._of_layers(levels) if of_layers is None else of_layers
-        digest = xxh3_64(b"".join(ids.numpy().tobytes() for ids, _ in self.drawn)).hexdigest()
+        digest = xxh3_64(b"".join(ids.numpy().tobytes() for ids, _ in (*self.drawn, *self.given))).hexdigest()
         about = About(
             fingerprint_of(self.config),
             len(DynamicCache(config=self.config).layers),
@@ -393,6 +365,7 @@ class Calibrator:
             {
                 "text": text,
                 "tokens_digest": digest,
+                "sources": len(self.given),
                 "written": len(self.drawn) - (0 if self.text is None else self.settings.windows),
                 **asdict(replace(self.settings, context=self.context)),
             },

@@ -18,7 +18,6 @@ from transformers import DynamicCache
 
 from kvcomp.calibration.rotary import Rotation
 from kvcomp.evaluate.fidelity import attend_plainly
-from kvcomp.fit.quality import values_of
 
 SAMPLE = 64  # tokens read
 OFFSETS = (1, 16, 256, 4096)
@@ -52,7 +51,8 @@ def rotations(model: Any, ids: Tensor, layers: list[int], context: int) -> dict[
         cache = DynamicCache(config=model.config)
         places = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
         model(ids, past_key_values=cache, position_ids=places, logits_to_keep=1)
-        return {index: values_of(cache.layers[index], 0)[0].double().cpu() for index in layers}
+        held: list[Any] = list(cache.layers)
+        return {index: held[index].keys[0].double().cpu() for index in layers}
 
     here, there = keys(0), [keys(offset) for offset in offsets]
     found = {}

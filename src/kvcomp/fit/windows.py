@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ DRAFTS, DRAFTED = 16, 32  # rows and tokens of a draft
 TINY = 1e-9  # a share that is less is rounding
 GOLDEN = (5**0.5 - 1) / 2  # any of its multiples, less their whole part, are spread evenly
 
+TextKind = Literal["text", "repeated", "sources"]
+"""Text that goes on, that repeats a part of the prompt word for word, and that nobody made for a calibration."""
 Tell = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 
 
@@ -65,6 +67,14 @@ class Settings:
         return self.windows // TEXT_FOR_WRITTEN
 
 
+class Drawn(NamedTuple):
+    """A window of text."""
+
+    ids: Tensor
+    """int64 (1, length)."""
+    kind: TextKind
+
+
 def long_enough(ids: npt.NDArray[np.int64], settings: Settings) -> npt.NDArray[np.int64]:
     """The ids of a text that windows can be drawn from. Raises InvalidInput if it is too short."""
     if ids.size < 2 * settings.length:
@@ -75,8 +85,8 @@ def long_enough(ids: npt.NDArray[np.int64], settings: Settings) -> npt.NDArray[n
     return ids
 
 
-def draw_windows(ids: npt.NDArray[np.int64], count: int, settings: Settings) -> list[tuple[Tensor, bool]]:
-    """Windows spread over a text, int64 (1, length), and whether each repeats a part of its prompt: half do."""
+def draw_windows(ids: npt.NDArray[np.int64], count: int, settings: Settings) -> list[Drawn]:
+    """Windows spread over a text, of which half repeat a part of their prompt."""
     windows = []
     half = count // 2
     begins = np.linspace(0, ids.size - settings.length, count).astype(int)
@@ -87,7 +97,7 @@ def draw_windows(ids: npt.NDArray[np.int64], count: int, settings: Settings) -> 
                 index - half
             ) // max(1, half)
             window[settings.prompt :] = window[first : first + settings.scored]
-        windows.append((window[None], index >= half))
+        windows.append(Drawn(window[None], "repeated" if index >= half else "text"))
     return windows
 
 
