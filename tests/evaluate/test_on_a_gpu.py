@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fake_gpu import DEVICE, fake_gpu
-from kvcomp.calibration import Calibration
 from kvcomp.errors import BackendUnavailable, InvalidInput
-from kvcomp.evaluate.fidelity import compare, fill, predict, sample
-from kvcomp.evaluate.methods import baseline
 from kvcomp.evaluate.models import backend_for, load_model, shipped_model
-from kvcomp.evaluate.sensitivity import errors_by_head, probe, sensitivity
-from kvcomp.fit.calibrate import Calibrator
 from kvcomp.fit.tune import Tuner
-from kvcomp.fit.windows import Settings
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.results.journal import Journal
-from kvcomp.spec import LEVELS, PRESETS
+from kvcomp.spec import PRESETS
+from on_devices import assert_alike, calibrated_on, figures, model_of_turning_means
 from tiny_models import tiny_model
-
-BASELINES = "uncompressed", "fp8", "kivi-4", "kivi-2-same-raw", "turboquant-4"
 
 
 def test_the_stand_in_has_the_rules_of_a_gpu() -> None:
@@ -43,17 +35,6 @@ def test_the_stand_in_has_the_rules_of_a_gpu() -> None:
         assert there.tolist() == [1, 2, 2]
 
 
-def figures(model: Any, ids: torch.Tensor) -> dict[str, Any]:
-    each = sample(model, ids, 200)
-    probed, found = probe(model, each), {}
-    for method in map(baseline, BASELINES):
-        compared = compare(each, predict(model, each.text, fill(model, each, method), method, streaming=True))
-        suffering = sensitivity(model, probed, method)
-        memory = method.memory(fill(model, each, method))
-        found[method.name] = compared, errors_by_head(model, each, method), suffering, memory
-    return found
-
-
 def test_baselines_give_what_they_give_in_main_memory() -> None:
     model, ids = tiny_model(head_dim=32), torch.randint(3, 97, (1, 230))
     expected = figures(model, ids)
@@ -65,25 +46,11 @@ def test_baselines_give_what_they_give_in_main_memory() -> None:
 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_calibration_is_the_one_made_in_main_memory(given: bool, tmp_path: Path) -> None:
-    settings = Settings(windows=4, prompt=256, scored=16)
-    text = torch.randint(3, 97, (1200,)).numpy() if given else None
-
-    def made(model: Any, name: str) -> Calibration:
-        return Calibrator(model, text, settings, Journal(tmp_path / name, {}, resume=False)).run("some")
-
-    model: Any = tiny_model(num_hidden_layers=1, head_dim=32, attention_bias=True)
-    torch.nn.init.normal_(model.model.layers[0].self_attn.k_proj.bias, std=3)  # so that means of K turn
-    expected = made(model, "here")
+    model, text = model_of_turning_means(), torch.randint(3, 97, (1200,)).numpy() if given else None
+    expected = calibrated_on(model, text, tmp_path)
     assert expected.layers[0][0].key.rotation is not None
     with fake_gpu():
-        found = made(model.to(DEVICE), "there")
-    (mine, steps), (theirs, expected_steps) = found.layers[0], expected.layers[0]
-    for one, other in ((mine.key, theirs.key), (mine.value, theirs.value)):
-        assert one.matrix.device.type == "cpu"
-        torch.testing.assert_close(one.matrix, other.matrix, atol=0.02, rtol=0)  # rounded to 8 bits
-        torch.testing.assert_close(one.mean, other.mean)
-    for level in LEVELS:  # on a GPU transformers repeats K and V for the queries of a group
-        np.testing.assert_allclose(steps[level].steps, expected_steps[level].steps, rtol=0.05)
+        assert_alike(calibrated_on(model.to(DEVICE), text, tmp_path), expected)
 
 
 def test_what_cannot_be_on_a_gpu_says_so(tmp_path: Path) -> None:

@@ -87,6 +87,15 @@ def test_a_stopped_one_goes_on(model: PreTrainedModel, monkeypatch: pytest.Monke
     assert sorted(path.suffix for path in place.parent.iterdir()) == [".kvcal", ".lock"]
 
 
+def test_what_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    dynamic = config()
+    dynamic.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(UnsupportedModel, match="dynamic"):
+        calibrate(AutoModelForCausalLM.from_config(dynamic).eval(), SETTINGS)
+    assert [path.suffix for path in (tmp_path / "kvcomp" / "calibrations").iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize("before", [None, "0", "1"])
 def test_the_process_stays_as_it_was(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, before: str | None

@@ -77,9 +77,14 @@ def calibrate(
         except (InvalidInput, CorruptData):
             journal = Journal(pieces(path), identity, resume=False)
         sources = [] if tokenizer is None else source_windows(tokenizer, settings)
-        with attention_setting_restored():
-            calibrator = Calibrator(deepcopy(model).float().eval(), None, settings, journal, tell, sources)
-            made = calibrator.run("written by the model")
+        try:
+            with attention_setting_restored():
+                calibrator = Calibrator(deepcopy(model).float().eval(), None, settings, journal, tell, sources)
+                made = calibrator.run("written by the model")
+        except KVCompError:
+            if not journal.pieces:  # refused before anything was measured
+                journal.close()
+            raise
         made.write(path)
         journal.close()
         return made

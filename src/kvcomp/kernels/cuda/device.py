@@ -96,8 +96,8 @@ class Gpu:
         if result[0] != codes.CUDA_SUCCESS:
             raise BackendUnavailable(
                 f"the CUDA driver fails: {result[0].name}. A kernel that failed before it, or a driver older than "
-                "the CUDA of cuda-bindings, "
-                "can be the reason; backend='cpu' needs neither"
+                "the CUDA of cuda-bindings and nvidia-cuda-nvrtc, can be the reason: install those of the driver's; "
+                "backend='cpu' needs neither"
             )
         return result[1] if len(result) > 1 else None
 
