@@ -36,8 +36,9 @@ def resolve(
     if calibration is None:
         which = "" if resolved is None else f" with the fingerprint {resolved.calibration}"
         raise InvalidInput(
-            f"{CALIBRATED} needs a calibration of the model{which}: give calibration=kvcomp.calibrate(model), or the "
-            "file that 'kvcomp calibrate MODEL -o model.kvcal' makes"
+            f"{CALIBRATED} needs a calibration of the model{which}: give "
+            "calibration=kvcomp.calibrate(model, tokenizer=tokenizer), or the file that "
+            "'kvcomp calibrate MODEL -o model.kvcal' makes"
         )
     read = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
     if resolved is None:
