@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fake_gpu import DEVICE, fake_gpu
-from kvcomp.errors import BackendUnavailable, InvalidInput
+from kvcomp.errors import BackendUnavailable, InvalidInput, LimitExceeded
+from kvcomp.evaluate.evaluation import Evaluation, Plan
+from kvcomp.evaluate.methods.uncompressed import Uncompressed
 from kvcomp.evaluate.models import backend_for, load_model, shipped_model
 from kvcomp.fit.tune import Tuner
 from kvcomp.integrations.transformers import KVCompCache
@@ -17,6 +20,12 @@ from kvcomp.results.journal import Journal
 from kvcomp.spec import PRESETS
 from on_devices import assert_alike, calibrated_on, figures, model_of_turning_means
 from tiny_models import tiny_model
+
+ENDS: dict[str, Exception] = {
+    "memory": torch.OutOfMemoryError("CUDA out of memory"),
+    "lost": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    "other": RuntimeError("sizes do not match"),
+}
 
 
 def test_the_stand_in_has_the_rules_of_a_gpu() -> None:
@@ -70,3 +79,35 @@ def test_what_cannot_be_on_a_gpu_says_so(tmp_path: Path) -> None:
                 model=model, ids=ids, begins=[0], prompt=50, scored=20, quizzes=[], base=PRESETS["kvcomp"],
                 journal=Journal(tmp_path / "tuned", {}, resume=False), advance=lambda *_: None,
             )  # fmt: skip
+
+
+class Ends(Uncompressed):
+    """A method under which a device comes to its end."""
+
+    name = "ends"
+    error: Exception = RuntimeError("sizes do not match")
+
+    def cache(self, config: Any) -> Any:
+        raise self.error
+
+
+def test_a_device_that_ends_stops_the_evaluation_and_nothing_is_kept_as_failed(tmp_path: Path) -> None:
+    plan = Plan(prompts=1, prompt=40, scored=8, streams=0, details=False)
+    tokenizer: Any = None
+    found: dict[str, Any] = {}
+    for name, error in ENDS.items():
+        method = Ends()
+        method.error = error
+        journal = Journal(tmp_path / name, {}, resume=False)
+        evaluation = Evaluation(tiny_model(), tokenizer, np.arange(3, 60), [method], plan, journal)
+        try:
+            evaluation.run(lambda what, cost: None)
+        except (LimitExceeded, RuntimeError) as raised:
+            found[name] = type(raised), len(journal.pieces)
+        else:
+            found[name] = None, len(journal.pieces)
+    assert found == {
+        "memory": (LimitExceeded, 0),  # said with what to do, and --resume goes on
+        "lost": (torch.AcceleratorError, 0),
+        "other": (None, 1),
+    }
