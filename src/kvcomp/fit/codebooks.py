@@ -46,17 +46,20 @@ def fit_books(codes: Codes, kind: int) -> Books:
     least, most = codes.min((1, 3)).astype(np.int64), codes.max((1, 3)).astype(np.int64)
     widest = _reach(least, most)
     best, lowest = None, np.inf
+    ranges: dict[tuple[int, ...], tuple[Counts, Counts]] = {}  # many shares have the same
     for share in OUTSIDE:
         low = np.quantile(least, share, axis=0, method="lower")
         high = np.quantile(most, 1 - share, axis=0, method="higher")
         for first, last in ((low, high), _plain(low, high)):
-            inside = ((least >= first) & (most <= last)).all(1)
-            quiet = _counts(pairs[:, inside]) if inside.mean() < 0.5 else every - _counts(pairs[:, ~inside])
-            others = every - quiet
-            books = _train(others, *widest), _train(quiet, first, last)
-            cost = _cost(books[0], others) + _cost(books[1], quiet)
-            if cost < lowest:
-                best, lowest = books, cost
+            ranges.setdefault((*first.tolist(), *last.tolist()), (first, last))
+    for first, last in ranges.values():
+        inside = ((least >= first) & (most <= last)).all(1)
+        quiet = _counts(pairs[:, inside]) if inside.mean() < 0.5 else every - _counts(pairs[:, ~inside])
+        others = every - quiet
+        books = _train(others, *widest), _train(quiet, first, last)
+        cost = _cost(books[0], others) + _cost(books[1], quiet)
+        if cost < lowest:
+            best, lowest = books, cost
     assert best is not None
     return best
 
