@@ -172,8 +172,7 @@ def resumable(
     except KeyboardInterrupt:
         stopped = True
     except KVCompError:
-        if not journal.pieces:
-            journal.close()  # refused before anything was measured
+        journal.refused()
         raise
     report(stopped)
     if stopped:

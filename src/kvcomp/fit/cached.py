@@ -82,8 +82,7 @@ def calibrate(
                 calibrator = Calibrator(deepcopy(model).float().eval(), None, settings, journal, tell, sources)
                 made = calibrator.run("written by the model")
         except KVCompError:
-            if not journal.pieces:  # refused before anything was measured
-                journal.close()
+            journal.refused()
             raise
         made.write(path)
         journal.close()

@@ -166,7 +166,7 @@ class Calibrator:
         self.fitted.read(self.drawn, places[:count], statistics, self.tell)
         self.sources.read(self.given, places[count:], Statistics(), self.tell)
         for (index, kind), affine in (self._transforms(statistics) if transforms is None else transforms).items():
-            self.affines[index, kind] = affine.to(self.fitted.values(index, kind).device)
+            self.affines[index, kind] = affine.to(values_of(self.fitted.windows[0].layers[index], kind).device)
             for reading in (self.fitted, self.sources):
                 reading.transform(index, kind, self.affines[index, kind])
             self.reach[index, kind] = MARGIN * self.fitted.coordinates[index, kind].abs().amax((0, 2))

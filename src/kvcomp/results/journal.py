@@ -87,6 +87,11 @@ class Journal:
         """The measurement is whole: forget the pieces."""
         self.path.unlink(missing_ok=True)
 
+    def refused(self) -> None:
+        """The measurement was refused: leave nothing unless something was measured before."""
+        if not self.pieces:
+            self.close()
+
 
 class _Part(Journal):
     def __init__(self, whole: Journal, prefix: str) -> None:

@@ -336,7 +336,7 @@ class KVStore:
     def _check(self, k: Tensor, v: Tensor) -> None:
         check_kv(k, v)
         if k.device.type != "cpu" or v.device.type != "cpu":
-            raise BackendUnavailable(f"K and V are on {k.device}: move them to the CPU, or use a cache's backend='gpu'")
+            raise BackendUnavailable(f"K on {k.device}, V on {v.device}: move them to the CPU, or use backend='gpu'")
         if self.batch:
             check_more(k, v, (self.batch, self.heads, self.channels, self.value_channels), self.dtype)
         else:
