@@ -164,7 +164,7 @@ class Calibrator:
                 self.context = self.settings.length
         places = spread(count + len(self.given), self.settings, self.context, self.model.device)
         self.fitted.read(self.drawn, places[:count], statistics, self.tell)
-        self.sources.read(self.given, places[count:], Statistics(), self.tell)
+        self.sources.read(self.given, places[count:], None, self.tell)
         for (index, kind), affine in (self._transforms(statistics) if transforms is None else transforms).items():
             self.affines[index, kind] = affine.to(values_of(self.fitted.windows[0].layers[index], kind).device)
             for reading in (self.fitted, self.sources):

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcomp.calibration.transform import Affine
 from kvcomp.evaluate.fidelity import token_kls
 from kvcomp.evaluate.methods.kivi import Kivi
+from kvcomp.fit.replay import Replay
 from kvcomp.fit.statistics import Statistics, observe
 from kvcomp.fit.windows import Drawn, Settings, Tell, TextKind, coded_part
 from kvcomp.spec import KINDS
@@ -59,15 +62,21 @@ class Reading:
         self.coded = coded_part(settings)
         self.windows: list[Window] = []
         self.coordinates: dict[tuple[int, int], Tensor] = {}
+        self._replays: dict[tuple[int, int], Replay] = {}
 
-    def read(self, drawn: Sequence[Drawn], places: Sequence[Tensor], statistics: Statistics, tell: Tell) -> None:
-        """Read windows at these places, int64 (1, length) each, and add to the statistics."""
+    def read(self, drawn: Sequence[Drawn], places: Sequence[Tensor], statistics: Statistics | None, tell: Tell) -> None:
+        """Read windows at these places, int64 (1, length) each, and add to the statistics if there are some."""
         prompt = self.settings.prompt
         for done, (one, positions) in enumerate(zip(drawn, places, strict=True)):
             tell("reading", done, len(drawn))
             ids = one.ids.to(self.model.device)
             before, after = self.told(positions[:, :prompt]), positions[:, prompt:]
-            layers = list(observe(self.model, ids[:, :prompt], self.settings.sinks, statistics, before).layers)
+            if statistics is None:
+                cache = DynamicCache(config=self.model.config)
+                self.model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1, **before)
+            else:
+                cache = observe(self.model, ids[:, :prompt], self.settings.sinks, statistics, before)
+            layers = list(cache.layers)
             (log_probs,) = self._predict(layers, ids[:, prompt:], after)
             self.windows.append(Window(layers, ids[:, prompt:], log_probs, one.kind, after))
         if self.windows:
@@ -113,11 +122,18 @@ class Reading:
     def kls_together(self, index: int, kind: int, values: Tensor, tokens: int) -> list[float]:
         """KL of each window's first tokens with these values of one layer, all windows in one pass if they can be."""
         kls = []
-        for rows, together in self._rows:
-            layers, windows = [copy(layer) for layer in together], self.windows[rows]
+        for number, (rows, together) in enumerate(self._rows):
+            windows = self.windows[rows]
+            text, positions = (
+                torch.cat([getattr(x, name) for x in windows])[:, :tokens] for name in ("text", "positions")
+            )
+            if (number, tokens) not in self._replays:
+                whole = partial(self._predict, together, text, positions)
+                self._replays[number, tokens] = Replay(self.model, len(together), whole)
+            layers = [copy(layer) for layer in together]
             _replace(layers[index], kind, self.coded, values[rows])
-            text, positions = (torch.cat([getattr(x, name) for x in windows]) for name in ("text", "positions"))
-            found = self._predict(layers, text[:, :tokens], positions[:, :tokens])
+            with self._replays[number, tokens].up_to(index):
+                found = self._predict(layers, text, positions)
             kls += [mean_kl(x.log_probs[:tokens], of) for x, of in zip(windows, found, strict=True)]
         return kls
 
