@@ -123,3 +123,5 @@ def test_what_a_budget_needs() -> None:
         KVCompCache(CONFIG, "kvcomp-klt", calibration=MADE, budget="2GiB")
     with pytest.raises(InvalidInput, match="context"):
         KVCompCache(CONFIG, "kvcomp-klt", calibration=USUAL, budget="2GiB", context=0)
+    with pytest.raises(InvalidInput, match="give a budget too"):
+        KVCompCache(CONFIG, "kvcomp-klt", calibration=USUAL, context=256)

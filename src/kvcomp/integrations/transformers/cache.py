@@ -63,11 +63,9 @@ class KVCompCache(Cache):
     calibration
         Of the model, for ``kvcomp-klt`` and ``packed-klt``: a .kvcal file, which ``kvcomp calibrate`` makes, or what
         was read from it.
-    budget
+    budget, context
         Bytes of the cache, or a size such as ``2GiB``, in place of a level: each layer takes one, so that a sequence of
-        ``context`` tokens fits. ``plan`` then says which, and the KL to expect.
-    context
-        Tokens that shall fit the budget; all that the model's positions allow if None.
+        ``context`` tokens fits, by default all of the model's. ``plan`` then says which, and the KL to expect.
     backend
         ``cpu``, or ``gpu`` for a model on NVIDIA GPUs, or ``reference`` to check against it.
 
@@ -108,6 +106,8 @@ class KVCompCache(Cache):
         if self.calibration is not None:
             self.calibration.check_model(fingerprint_of(config))
             self.session.calibrated_tokens = self.calibration.tokens
+        if budget is None and context is not None:
+            raise InvalidInput("context says how many tokens a budget is for: give a budget too, or no context")
         self.plan = None if budget is None else plan_for(config, spec, self.calibration, budget, context, backend)
         self.spec = self.plan.spec if self.plan else spec_for_latents(config, resolved)
         layers = cache_layers(config, self.spec, self.calibration, backend, self.session)
