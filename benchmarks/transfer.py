@@ -356,13 +356,9 @@ def main(
 ) -> None:
     """Measure, print and write benchmarks/results/transfer.json."""
     torch.set_num_threads(1)  # its workers spin, and everything here needs the other core
-    shape = {"layers": 16, "heads": 8, "tokens": tokens, "head_dim": 128}
+    shape: dict[str, Any] = {"layers": 16, "heads": 8, "tokens": tokens, "head_dim": 128}
     layers = tensors(*shape.values())
-    found: dict[str, Any] = {
-        "setting": environment(
-            layers=4, heads=4, head_dim=128, tokens=tokens, prompt=prompt, runs=runs, values="normal, bfloat16"
-        )
-    }
+    found: dict[str, Any] = {"setting": environment(**shape, prompt=prompt, runs=runs, values="normal, bfloat16")}
     with screen.status("encoding"):
         found["encoder"] = encoder(layers, runs)
     with screen.status("sending"):

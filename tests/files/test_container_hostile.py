@@ -383,7 +383,19 @@ def bomb_of_books() -> bytes:
     return seal(header, sections)
 
 
-@pytest.mark.parametrize(("make", "match"), [(bomb_of_rows, "mostly empty"), (bomb_of_books, "too many")])
+def bomb_of_sinks() -> bytes:
+    """Many heads without a token, of a spec with many sinks: a store has room for all of them."""
+    header, sections = unseal(SMALL)
+    header["spec"]["sinks"], header["tokens"] = 1 << 16, 0
+    header["layers"][0] |= {"heads": 1 << 12, "channels": 512, "sinks": 0, "recent": 0, "entries": 0, "books": 0}
+    sections[0] = {**dict.fromkeys(NAMES, b""), "rows": b"".join(map(word, (0, 0, 0, -1, -1, 0, 0)))}
+    return seal(header, sections)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [(bomb_of_rows, "mostly empty"), (bomb_of_books, "too many"), (bomb_of_sinks, "room for 65536 sinks")],
+)
 def test_bombs_take_no_memory(make: Callable[[], bytes], match: str) -> None:
     data = make()
     with traced() as peak, pytest.raises(LimitExceeded, match=match):
@@ -442,6 +454,24 @@ def test_the_codebooks_of_a_calibration_are_for_its_huffman_spec_alone() -> None
     other = calibration.spec("balanced", "patched").bare()
     with pytest.raises(CorruptData, match="codebook"):
         open_bytes(packed({0: store}, other, 1)).layer(0)
+
+
+def test_a_codebook_in_a_file_of_a_calibration_is_refused() -> None:
+    """Pages would be read with it, and with the calibration's once they are saved again."""
+    calibration = calibrated()
+    spec = calibration.spec("balanced").bare()
+    given = calibration.layer(0, spec)
+    assert given is not None
+    store = KVStore(spec.layer(0, 1), "cpu", *given)
+    store.append(like_keys(1, 2, 128, 32, 5), like_keys(1, 2, 128, 32, 6))
+    store.seal()
+    header, sections = unseal(packed({0: store}, spec, 1))
+    own = given.books[0][1]
+    assert own is not None
+    sections[0]["books"], header["layers"][0]["books"] = own.to_bytes(), 1
+    put("rows", 24, word(0))(header, sections)
+    with pytest.raises(CorruptData, match="a calibration has those of all rows"):
+        open_bytes(seal(header, sections)).layer(0)
 
 
 def test_a_codebook_with_longer_codes_than_the_spec_is_refused() -> None:

@@ -87,6 +87,13 @@ def test_a_model_without_a_layer_for_each_of_its_cache_is_not_replayed() -> None
         assert "forward" not in vars(model.model.layers[0])
 
 
+def test_layers_whose_forward_another_library_replaced_keep_it() -> None:
+    model = tiny_model()
+    own = model.model.layers[0].forward
+    model.model.layers[0].forward = lambda *given, **named: own(*given, **named)
+    assert decoder_layers(model, model.config.num_hidden_layers) == []
+
+
 def test_a_pass_that_fails_leaves_the_model_as_it_was() -> None:
     model, x = Told(), torch.arange(3.0)
     for layer in model.layers:

@@ -16,6 +16,7 @@ from generating import generate
 from kvcomp import PrefixStore
 from kvcomp.errors import InvalidInput
 from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.kernels import load_backend
 from kvcomp.prefix.chain import CHUNK_TOKENS
 from redis_server import running
 from sealing import seal, unseal
@@ -88,6 +89,15 @@ def test_what_is_loaded_is_what_was_saved(store: PrefixStore, family: str, dtype
         assert torch.equal(run(model, cache, ids[:, tokens:]), run(model, loaded, ids[:, tokens:]))
         assert same_from_here(model, cache, loaded)
     assert len(states_of(store)) == 2
+
+
+def test_every_layer_is_read_by_the_backend_that_was_asked_for(store: PrefixStore) -> None:
+    types = ["full_attention", "sliding_attention"]  # windows before the first layer that keeps all stay raw
+    model, ids = model_of("Gemma 3", sliding_window=512, layer_types=types), prompt(720)
+    store.save(ids, pieces(model, ids[:, :700])[0], model)
+    loaded = store.load(ids, model, LOSSY, backend="reference")
+    assert loaded.get_seq_length() == 700
+    assert {layer.store.kernels for layer in loaded.layers} == {load_backend("reference")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

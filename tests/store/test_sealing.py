@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +63,38 @@ def test_every_unit_and_dtype_is_within_its_bound(backend: str, unit: Unit, dtyp
     check_row(store, 0, k[0], v[0])
     layout = store.layout
     assert all(mode != RAW for page in page_bytes(store)[0] for mode, _ in blocks_of(page, layout))
+
+
+@pytest.mark.parametrize("failing", ["encode_pages", "count_pairs"])
+def test_a_seal_that_is_interrupted_in_a_later_row_is_as_if_it_had_not_begun_there(failing: str) -> None:
+    k, v = tokens(300, batch=2)
+    whole, store = (KVStore(spec_of("channel", "token", window=0, sinks=0)) for _ in range(2))
+    whole.append(k, v)
+    whole.seal()
+    store.append(k[:, :, :64], v[:, :, :64])
+    store.seal()
+    store.append(k[:, :, 64:], v[:, :, 64:])
+    before = store.view()
+    kernels, calls = store.kernels, itertools.count(1)
+
+    class Interrupted:
+        def __getattr__(self, name: str) -> Any:
+            if name == failing and next(calls) == (2 if name == "encode_pages" else 4):
+                raise KeyboardInterrupt
+            return getattr(kernels, name)
+
+    store.kernels = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        store.seal()
+    store.kernels = kernels
+    assert store.rows.count.tolist() == [4, 1]
+    assert store.view() is not before
+    for row in range(2):
+        check_row(store, row, k[row], v[row])
+    store.seal()
+    assert store.rows.count.tolist() == [4, 4]
+    assert store.rows.books == whole.rows.books  # no pair counts twice
+    assert None not in store.rows.books[1]
 
 
 def test_values_that_are_not_finite_survive(backend: str) -> None:

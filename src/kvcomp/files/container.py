@@ -264,6 +264,8 @@ class Container:
         dtype = DTYPES[head.dtype].array
         units = spec.key.unit, spec.value.unit
         given = np.array([spec.calibration is not None and tensor.coding == "huffman" for tensor in tensors])
+        if (given & (row_books >= 0)).any():
+            raise CorruptData("a row names a codebook of the file, and a calibration has those of all rows")
         defaults = units[0] != "head" or bool(given[0]), units[1] != "head" or bool(given[1])
         layout = Layout(head.heads, head.held_channels, units, dtype.itemsize, defaults)
         arena, digest = self._bytes(head.sections["pages"]), xxh3_64()

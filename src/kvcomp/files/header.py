@@ -36,6 +36,7 @@ MAX_DEPTH = 16
 MAX_DIMENSIONS, MAX_NAME = 8, 64  # of a state
 LIMITS = {"model_layers": 1 << 12, "rows": 1 << 16, "tokens": 1 << 27, "heads": 1 << 16}
 ROW_OBJECTS, BOOK_OBJECTS, FREE_OBJECTS = 1 << 10, 1 << 11, 1 << 26  # memory of Python's objects, in bytes, upwards
+FREE_SINKS = 1 << 28  # bytes of room for sinks that are not there yet
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -75,6 +76,11 @@ class LayerHeader:
     def held_channels(self) -> tuple[int, int]:
         """Channels of K and V in pages and raw tokens."""
         return held_channels(self.channels), held_channels(self.value_channels)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a raw token of one row, K and V."""
+        return self.heads * sum(self.held_channels) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,8 @@ def read_header(text: bytes, flags: int, available: int) -> Header:
         raise LimitExceeded(
             f"{rows} rows in {len(found)} layers with their codebooks are too many for a file of this size"
         )
+    if sum(rows * spec.sinks * layer.token_bytes for layer in found) > FREE_SINKS + available:
+        raise LimitExceeded(f"room for {spec.sinks} sinks of {rows} rows is too much for a file of this size")
     return Header(spec, model, model_layers, rows, tokens, tuple(found), states, dropped)
 
 

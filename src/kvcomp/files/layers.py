@@ -304,11 +304,11 @@ def store_of(
         ],
         pair_counts=[list(pair) for pair in parts.counts],
     )
-    sinks = [np.pad(x, ((0, 0), (0, 0), (0, spec.sinks - x.shape[2]), (0, 0))) for x in parts.sinks]
-    (tail_k, tail_v), (sinks_k, sinks_v) = (
-        [as_tensor(x, TYPES[parts.dtype]) for x in both] for both in (parts.tail, sinks)
-    )
-    return empty.of(rows, tokens, (tail_k, tail_v), (sinks_k, sinks_v), parts.channels)
+    (tail_k, tail_v), sinks = ([as_tensor(x, TYPES[parts.dtype]) for x in both] for both in (parts.tail, parts.sinks))
+    store = empty.of(rows, tokens, (tail_k, tail_v), channels=parts.channels)
+    for room, held in zip((store.sinks_k, store.sinks_v), sinks, strict=True):
+        room[:, :, : held.shape[2]] = held
+    return store
 
 
 def _sinks(held: Tensor, counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

@@ -54,10 +54,12 @@ class Replay:
 
 
 def decoder_layers(model: nn.Module, layers: int) -> list[nn.Module]:
-    """A model's decoder layers, one for each layer of its cache; none if there is no such list."""
+    """A model's decoder layers, one for each layer of its cache; none if there is no such list, or others replaced what
+    its layers do.
+    """
     for found in model.modules():
         if isinstance(found, nn.ModuleList) and len(found) == layers and all(map(_has_number, found, range(layers))):
-            return list(found)
+            return [] if any("forward" in vars(layer) for layer in found) else list(found)
     return []
 
 

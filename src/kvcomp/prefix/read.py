@@ -90,7 +90,7 @@ class Chain:
             if value is None:
                 continue
             try:
-                state = unpack_state(self.origin, value, key, length, self.books, shapes)
+                state = unpack_state(self.origin, value, key, length, self.books, shapes, self.backend)
                 if state.chunks > there:
                     continue
                 chunks = self.read(state.chunks)

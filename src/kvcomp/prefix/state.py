@@ -52,11 +52,13 @@ def pack_state(origin: Origin, state: State, key: str, tokens: int) -> list[memo
     return files.pack_stores(state.stores, origin.spec, origin.layers, model, states=state.linear)
 
 
-def unpack_state(origin: Origin, value: Buffer, key: str, tokens: int, books: bytes, shapes: Shapes) -> State:
+def unpack_state(
+    origin: Origin, value: Buffer, key: str, tokens: int, books: bytes, shapes: Shapes, backend: str
+) -> State:
     """A state behind so many tokens, after every check that there is.
 
-    books: of the chunks before it. shapes: what the model's layers hold. Raises CorruptData, UnsupportedVersion or
-    LimitExceeded.
+    books: of the chunks before it. shapes: what the model's layers hold. backend: of the stores. Raises CorruptData,
+    UnsupportedVersion or LimitExceeded.
     """
     container = Container(np.frombuffer(value, np.uint8))
     header = container.header
@@ -67,7 +69,7 @@ def unpack_state(origin: Origin, value: Buffer, key: str, tokens: int, books: by
     compressed = tuple(layer for layer in header.layers if layer.layer in origin.compressed)
     if books_of(replace(header, layers=compressed)) != books:
         raise CorruptData("the value has other codebooks than the chunks before it")
-    stores = files.load(container, calibration=origin.calibration)
+    stores = files.load(container, backend, calibration=origin.calibration)
     begins = {int(stores[layer].rows.begins[0]) for layer in origin.compressed}
     chunks = origin.chunks(min(begins))
     if (

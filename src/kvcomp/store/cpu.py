@@ -169,10 +169,12 @@ class KVStore:
 
         drops: whether to drop what a sliding window has left.
         """
+        view, self._view = self._view, None  # no view is of rows of which some are sealed, should this be interrupted
         sealed = [seal_row(self, row, self._needed() if drops else 0) for row in range(self.batch)]
         if any(sealed):
-            self._view = None
             self._trim_tail()
+        else:
+            self._view = view
 
     def slide(self, window: int) -> None:
         """Say how many of the last tokens a token sees, of a store that was read from a file."""

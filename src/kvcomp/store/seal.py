@@ -34,15 +34,15 @@ def seal_row(store: KVStore, row: int, needed: int) -> bool:
     at = begin - store.tail_base
     k, v = (as_array(x[row, :, at : at + pages * PAGE_TOKENS]) for x in (store.tail_k, store.tail_v))
     kq, vq = (store.kernels.quantise(x, tensor.unit, tensor.scale) for x, tensor in zip((k, v), tensors, strict=True))
+    own, pair_counts = list(rows.books[row]), list(rows.pair_counts[row])  # the row's once its pages are there
     for index, (tensor, q) in enumerate(zip(tensors, (kq, vq), strict=True)):
-        if learns(tensor, store.given_books is not None, rows.books[row][index]):
+        if learns(tensor, store.given_books is not None, own[index]):
             counts = store.kernels.count_pairs(q, KINDS[index], tensor.classes)
             tokens = (int(rows.count[row]) + pages) * PAGE_TOKENS
-            rows.books[row][index], rows.pair_counts[row][index] = learn(
-                tensor, rows.pair_counts[row][index], counts, tokens
-            )
-    coding = store.spec.key.coding, store.spec.value.coding
-    buffer, offsets = store.kernels.encode_pages(k, v, kq, vq, coding, store.units, *store.books(row))
+            own[index], pair_counts[index] = learn(tensor, pair_counts[index], counts, tokens)
+    coding, books = (store.spec.key.coding, store.spec.value.coding), zip(store.default_books, own, strict=True)
+    buffer, offsets = store.kernels.encode_pages(k, v, kq, vq, coding, store.units, *books)
+    rows.books[row], rows.pair_counts[row] = own, pair_counts
     if missing_sinks:
         for sinks, tail in ((store.sinks_k, store.tail_k), (store.sinks_v, store.tail_v)):
             sinks[row, :, rows.sink_count[row] :] = tail[row, :, at - missing_sinks : at]
