@@ -43,8 +43,8 @@ RAW_BYTES = 2
 LONG, SCORED, SEED = 7000, 256, 20261129
 UNLIKE = 0.2  # shares of coded values further apart are not of the same layers
 LISTS, PASSKEYS = 4, 1  # look-up lists, and passkeys at each depth
-# Scales of K, a channel each, and of V, beside the preset's: their KL reaches from KIVI's with 4 bits to that with 2. Of
-# several proportions this one took the least bits at equal KL (docs/decisions.md, "A scale for each K channel").
+# Scales of K, a channel each, and of V, beside the preset's: their KL reaches from KIVI's with 4 bits to that with 2.
+# Of several proportions this one took the least bits at equal KL (docs/decisions.md, "A scale for each K channel").
 CHANNEL = (0.03, 0.05), (0.05, 0.085), (0.12, 0.2), (0.2, 0.34), (0.3, 0.5), (0.4, 0.67)
 KIVI = [f"kivi-{bits}{raw}" for raw in ("", "-same-raw") for bits in (4, 3, 2)]
 CURVES = {
