@@ -70,8 +70,19 @@ class Told(torch.nn.Module):
         return x
 
 
-def test_layers_that_do_more_than_hand_on_are_not_replayed() -> None:
-    model, x = Told(), torch.arange(3.0)
+class Counted(Told):
+    """The last layer fails unless the others have been there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = super().forward(x)
+        if len(self.seen) < LAYERS:
+            raise KeyError("shared")
+        return found
+
+
+@pytest.mark.parametrize("kind", [Told, Counted])
+def test_layers_that_do_more_than_hand_on_are_not_replayed(kind: type[Told]) -> None:
+    model, x = kind(), torch.arange(3.0)
     expected = model(x)
     assert decoder_layers(model, LAYERS) == list(model.layers)
     replay = Replay(model, LAYERS, lambda: model(x))

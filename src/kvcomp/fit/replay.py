@@ -36,9 +36,12 @@ class Replay:
         expected = predict()
         for hook in hooks:
             hook.remove()
-        with self.up_to(layers - 1):
-            if not torch.equal(predict(), expected):
-                self.decoder = []
+        try:
+            with self.up_to(layers - 1):
+                same = torch.equal(predict(), expected)
+        except Exception:  # noqa: BLE001 - a layer may miss anything that others leave for it
+            same = False
+        self.decoder = self.decoder if same else []
 
     @contextmanager
     def up_to(self, index: int) -> Iterator[None]:
