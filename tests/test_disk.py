@@ -212,3 +212,17 @@ def test_kill_in_the_middle_of_a_save(tmp_path: Path, rounds: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["['a.kvc']", "2"]
+
+
+def test_a_file_behind_the_standard_output_keeps_what_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"before ")
+    code = "from kvcomp import disk; disk.put('/dev/stdout', b'figures'); print(' after')"
+    with path.open("ab") as log:
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True, timeout=120)
+    assert path.read_bytes() == b"before figures after\n"
+    piped = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=120)
+    assert piped.stdout == b"figures after\n"
+    for name in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"):
+        with pytest.raises(InvalidInput, match="no file replaces"):
+            disk.write(name, NEW)

@@ -60,9 +60,11 @@ def test_queries_that_are_none(kind: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scaling": float("nan")}, "finite"),
-        ({"scaling": "a"}, "finite"),
-        ({"softcap": float("inf")}, "finite"),
+        ({"scaling": float("nan")}, "number up to"),
+        ({"scaling": 10**400}, "number up to"),
+        ({"softcap": 1e39}, "number up to"),
+        ({"scaling": "a"}, "number up to"),
+        ({"softcap": float("inf")}, "number up to"),
         ({"softcap": -1.0}, "above"),
     ],
 )

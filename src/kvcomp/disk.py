@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from xxhash import xxh3_64
 from kvcomp.errors import CorruptData, InvalidInput
 
 WRITE_BYTES = 1 << 24
+OPENED = re.compile(r"/dev/(stdin|stdout|stderr|fd/)|/proc/")
 MARK = 16  # hex digits of a file's mark, and of what tells its temporaries apart
 
 Bytes = npt.NDArray[np.uint8]
@@ -90,20 +92,24 @@ def write(path: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
 
 
 def put(path: str | Path, data: bytes) -> None:
-    """Write a file of these bytes as ``write`` does. A pipe or a device, such as /dev/stdout, takes them as they come.
+    """Write a file of these bytes as ``write`` does. A pipe or a device, such as /dev/stdout, takes them as they come,
+    behind what it has already.
 
     Raises InvalidInput for a path that is none, and OSError.
     """
     if is_other(path):
-        place(path).write_bytes(data)
+        with place(path).open("ab") as output:
+            output.write(data)
     else:
         write(path, [data])
 
 
 def is_other(path: str | Path) -> bool:
-    """Whether something other than a file is there. A pipe behind /dev/stdout has a name that does not exist."""
+    """Whether something other than a file is there, or what a process has open: the name of a pipe behind /dev/stdout
+    does not exist, and a file behind it must stay the one that was opened.
+    """
     given = place(path)
-    return given.exists() and not given.is_file()
+    return OPENED.match(str(given.absolute())) is not None or (given.exists() and not given.is_file())
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

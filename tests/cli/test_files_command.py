@@ -267,6 +267,11 @@ def test_usage(tmp_path: Path, single: Path) -> None:
     assert (code, "no preset" in text) == (2, True)
     assert run("verify")[0] == 2
     assert run("inspect", tmp_path)[0] == 2
+    os.mkfifo(tmp_path / "pipe")
+    code, text = run("compress", tmp_path / "pipe", "-o", tmp_path / "out.kvc")
+    assert (code, "a pipe or a device" in text) == (1, True)
+    code, text = run("compress", single, "-o", "/dev/stdout")
+    assert (code, "device" in text) == (2, True)
 
 
 def test_a_dash_names_no_file(tmp_path: Path, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,8 @@ def test_a_prefix_store_that_is_none(url: str, message: str) -> None:
         (("generate", "--spec", "none-such"), "no preset"),
         (("generate", "--prompt", ""), "empty"),
         (("generate", "-n", "0"), "max-new-tokens"),
+        (("generate", "--temperature", "1e-39"), "the likeliest token"),
+        (("generate", "--temperature", "inf"), "temperature"),
         (("generate", "--prompt-file", "no-such-file"), "does not exist"),
     ],
 )

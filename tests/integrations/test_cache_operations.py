@@ -138,12 +138,19 @@ def test_repr(llama: PreTrainedModel) -> None:
     assert repr(cache) == "KVCompCache(2 compressed layers, 20 tokens, batch of 2)"
 
 
-def test_compiled_models_work(llama: PreTrainedModel) -> None:
-    cache = KVCompCache(llama.config, LOSSY)
-    expected = forward(llama, cache, **prompt(150))
-    cache.reset()
+@pytest.mark.parametrize("attention", ["kvcomp", "sdpa", "eager"])
+def test_compiled_models_work(llama: PreTrainedModel, attention: str) -> None:
+    """A prompt, and tokens after it while pages are sealed."""
+    expected, got = KVCompCache(llama.config, LOSSY), KVCompCache(llama.config, LOSSY)
+    llama.set_attn_implementation(attention)
+    torch.compiler.reset()
     compiled = torch.compile(llama, backend="eager")
-    with torch.no_grad():
-        got = compiled(**prompt(150), past_key_values=cache).logits
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
-    assert cache.layers[0].store.compressed
+    try:
+        with torch.no_grad():
+            for tokens in (150, *[1] * 70):
+                ids = prompt(tokens)["input_ids"]
+                logits = compiled(ids, past_key_values=got).logits
+                torch.testing.assert_close(logits, llama(ids, past_key_values=expected).logits, atol=1e-4, rtol=0)
+    finally:
+        llama.set_attn_implementation("kvcomp")
+    assert got.layers[0].store.rows.count.tolist() == expected.layers[0].store.rows.count.tolist()

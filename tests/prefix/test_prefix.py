@@ -228,9 +228,10 @@ def test_what_cannot_be_stored(model: PreTrainedModel, folder: PrefixStore, tmp_
             folder.save(ids, other, model)
     with pytest.raises(InvalidInput, match=r"fill the cache first|holds 0 rows"):
         folder.save(ids, KVCompCache(model.config), model)
-    for wrong in (ids.float(), ids[None], torch.cat([ids, ids])):
-        with pytest.raises(InvalidInput, match="ids must be"):
+    for wrong, match in ((ids.float(), "whole numbers"), (ids[None], "of one prompt"), (ids.repeat(2, 1), "of one")):
+        with pytest.raises(InvalidInput, match=match):
             folder.load(wrong, model, LOSSY)
+    assert folder.load([], model, LOSSY).get_seq_length() == 0
     windows = AutoModelForCausalLM.from_config(MistralConfig(**TINY, sliding_window=40)).eval()
     with pytest.raises(UnsupportedModel, match="every layer of this model has a sliding window"):
         folder.load(ids, windows, LOSSY)
@@ -289,7 +290,12 @@ def test_chunks_of_other_codebooks_are_not_mixed(model: PreTrainedModel, folder:
 def test_swapped_values_are_removed_and_stored_anew(model: PreTrainedModel, store: PrefixStore) -> None:
     ids, seen = prompt(700), {}
     plain = store.blobs.put
-    store.blobs.put = lambda items: (seen.update((key, b"".join(x)) for key, x in items), plain(items))[1]  # type: ignore[method-assign]
+
+    def noted(items: Any, kept: Any = ()) -> None:
+        seen.update((key, b"".join(pieces)) for key, pieces in items)
+        plain(items, kept)
+
+    store.blobs.put = noted  # type: ignore[method-assign]
     cache = computed(model, ids)
     stored = store.save(ids, cache, model)
     keys = list(seen)
@@ -469,6 +475,20 @@ def test_a_store_that_evicts_gives_shorter_prefixes(model: PreTrainedModel, tmp_
     assert found[-2:] == [stored, stored]
     assert found[:3] == [0, 0, 0]
     assert sum(path.stat().st_size for path in files_of(store)) <= 5 * size // 2
+
+
+def test_a_store_smaller_than_a_prompt_keeps_its_beginning(model: PreTrainedModel, tmp_path: Path) -> None:
+    ids = prompt(SINKS + 3 * CHUNK_TOKENS + LOSSY.window)
+    cache = computed(model, ids)
+    whole = PrefixStore(tmp_path / "whole")
+    assert whole.save(ids, cache, model) == SINKS + 3 * CHUNK_TOKENS
+    sizes = sorted(path.stat().st_size for path in files_of(whole))
+    for chunks in (1, 2):
+        store = PrefixStore(tmp_path / str(chunks), limit=sum(sizes[-chunks:]) + sizes[0] // 2)
+        for _ in range(3):
+            stored = store.save(ids, cache, model)
+            assert stored == SINKS + chunks * CHUNK_TOKENS
+            assert store.load(ids, model, LOSSY).get_seq_length() == stored
 
 
 def test_threads_that_load_and_save_the_same(model: PreTrainedModel, store: PrefixStore) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -16,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,7 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("s3://bucket", "no store s3://"),
         ("file://host/path", "of this machine"),
         ("redis://127.0.0.1:port", "no URL of a Redis"),
+        ("redis://127.0.0.1/0?no_such_option=1", "no URL of a Redis"),
     ):
         with pytest.raises(InvalidInput, match=match):
             open_blobs(url)
@@ -519,6 +522,29 @@ def test_calls_beside_one_that_closes_end_well_or_typed(redis_url: str) -> None:
     store.close()
 
 
+def test_a_store_that_nobody_has_any_more_gives_back_its_thread_and_connections(redis_url: str) -> None:
+    before = threading.active_count()
+    for number in range(5):
+        store = open_blobs(redis_url, timeout=5)
+        store.put([(KEYS[0], [str(number).encode()])])
+        del store
+        gc.collect()
+    assert threading.active_count() == before
+
+
+def test_a_process_that_does_not_close_ends_in_silence(redis_url: str) -> None:
+    code = f"from kvcomp.serve.blobs import open_blobs; s = open_blobs({redis_url!r}); print(s.sizes(['none']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[None]\n", "")
+
+
+def test_a_copy_in_another_process_connects_for_itself(redis_url: str) -> None:
+    with closing(open_blobs(redis_url, timeout=5)) as store:
+        store.put([(KEYS[0], [b"x"])])
+        with closing(pickle.loads(pickle.dumps(store))) as copy:
+            assert values(copy, KEYS[:1]) == [b"x"]
+
+
 def test_a_client_that_does_not_close_holds_nobody(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import redis.asyncio
 
@@ -530,10 +556,10 @@ def test_a_client_that_does_not_close_holds_nobody(redis_url: str, monkeypatch: 
 
     store = open_blobs(redis_url, timeout=5)
     store.put([(KEYS[0], [b"x"])])
-    thread = store.thread  # type: ignore[attr-defined]
+    before = threading.active_count()
     monkeypatch.setattr(redis.asyncio.Redis, "aclose", fails)
     store.close()
-    assert not thread.is_alive()
+    assert threading.active_count() == before - 1
 
 
 def test_a_server_that_stands_still(tmp_path: Path) -> None:

@@ -184,6 +184,10 @@ class _Source:
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
+        from kvcomp.disk import is_other
+
+        if is_other(path):  # opening a pipe would wait for its writer
+            raise InvalidInput(f"{path} is a folder, a pipe or a device: give a safetensors file")
         try:
             opened: Any = safe_open(path, framework="pt")
         except SafetensorError as error:

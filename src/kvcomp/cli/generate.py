@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 PROMPT_FILE, PROMPT_TOKENS = "urllib/robotparser.py", 1800  # held out, and in every Python
 REFRESH_SECONDS = 0.2
+COLDEST = 1e-6  # a temperature: of less, logits have no quotients in float32
 MIB = 1024 * 1024
 
 
@@ -66,7 +67,8 @@ def generate(
     device: Device = None,
     compare: Annotated[bool, typer.Option("--compare", help="Hold every token against the uncompressed cache")] = False,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Sample at this temperature; 0 takes the likeliest token")
+        float,
+        typer.Option(min=0.0, max=1e3, help="Sample at this temperature; 0 takes the likeliest token"),
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the sampling")] = 0,
     prefix_store: Annotated[
@@ -84,10 +86,12 @@ def generate(
         raise typer.BadParameter("a model of your own needs --prompt or --prompt-file")
     _check_text(prompt or "")
     check_spec(spec)
+    if 0 < temperature < COLDEST:
+        raise typer.BadParameter(f"below {COLDEST:g} give 0, the likeliest token", param_hint="--temperature")
     if budget is not None and spec not in (None, CALIBRATED):
         raise typer.BadParameter(f"it chooses the levels of {CALIBRATED}: leave out --spec", param_hint="--budget")
     with plain_errors():
-        loaded = _load(model, CALIBRATED if budget else spec, calibration, dtype, device)
+        loaded = _load(model, spec if budget is None else CALIBRATED, calibration, dtype, device)
         if prompt_file is not None:
             prompt = _read_text(prompt_file) + (prompt or "")
         ids = _own_prompt(loaded.tokenizer) if prompt is None else _prompt_ids(loaded.tokenizer, prompt, raw)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.calibration import Calibration
-from kvcomp.errors import InvalidInput, UnsupportedModel
+from kvcomp.errors import InvalidInput, LimitExceeded, UnsupportedModel
 from kvcomp.kernels import host_backend
 from kvcomp.prefix.chain import (
     CHUNK_PAGES,
@@ -37,7 +37,7 @@ from kvcomp.prefix.chain import (
 )
 from kvcomp.prefix.read import CALL_BYTES, Chain, open_chunk
 from kvcomp.prefix.state import State, pack_state, state_of
-from kvcomp.serve.blobs import TIMEOUT, open_blobs
+from kvcomp.serve.blobs import TIMEOUT, Blobs, Buffer, open_blobs
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore
 from kvcomp.store.tensors import NAMES
@@ -204,14 +204,15 @@ class PrefixStore:
         Returns
         -------
         int
-            From the end of how many first tokens ``load`` can go on now.
+            From the end of how many first tokens ``load`` can go on now; 0 where a folder has no room for the state of
+            a model that needs one.
 
         Raises
         ------
         StoreUnavailable
             If the store does not answer in time, or refuses.
         LimitExceeded
-            If a folder's limit is less than a chunk.
+            If a folder's limit is less than the first chunk.
         InvalidInput, UnsupportedModel
             If K and V are not, or may not be, those of the ids under the model; nothing is stored then.
         """
@@ -263,13 +264,19 @@ class PrefixStore:
             elif there != books:
                 logger.info(OTHER_BOOKS)
                 return 0
-        step = max(1, CALL_BYTES // sum(len(piece) for piece in value))
-        for begin in range(0, len(missing), step):
-            some = missing[begin : begin + step]
-            self.blobs.put([(keys[chunk - 1], pack(origin, stores, chunk, keys[chunk - 1])) for chunk in some])
-        if state:
-            found = state_of(origin, every, linear_states(cache.layers), count)
-            self.blobs.put([(state_key, pack_state(origin, found, state_key, first.tokens))])
+        step, kept = max(1, CALL_BYTES // sum(len(piece) for piece in value)), [first_key, *keys]
+        try:
+            for begin in range(0, len(missing), step):
+                some = missing[begin : begin + step]
+                packed = [(keys[chunk - 1], pack(origin, stores, chunk, keys[chunk - 1])) for chunk in some]
+                _put(self.blobs, packed, kept)
+            if state:
+                found = state_of(origin, every, linear_states(cache.layers), count)
+                self.blobs.put([(state_key, pack_state(origin, found, state_key, first.tokens))], kept)
+        except LimitExceeded as error:
+            logger.warning("the end of a prompt is not stored: %s", error)
+            sizes = [*self.blobs.sizes(keys), None]
+            return 0 if with_state else origin.end(sizes.index(None))
         return first.tokens if with_state else origin.end(count - 1)
 
     def close(self) -> None:
@@ -283,13 +290,26 @@ class PrefixStore:
         self.close()
 
 
+def _put(blobs: Blobs, items: Sequence[tuple[str, Sequence[Buffer]]], kept: Sequence[str]) -> None:
+    """Store the first values that there is room for. Raises LimitExceeded if that is not all."""
+    try:
+        blobs.put(items, kept)
+    except LimitExceeded:
+        if len(items) == 1:
+            raise
+        for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+            _put(blobs, half, kept)
+
+
 def _tokens(ids: Tensor | Sequence[int]) -> list[int]:
     try:
         x = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInput(f"ids must be the token ids of one prompt, a tensor or a list of numbers: {error}") from None
-    if x.is_floating_point() or x.dtype == torch.bool or x.ndim not in (1, 2) or (x.ndim == 2 and x.shape[0] != 1):
+    if x.ndim not in (1, 2) or (x.ndim == 2 and x.shape[0] != 1):
         raise InvalidInput(f"ids must be the token ids of one prompt, (tokens,) or (1, tokens), not {tuple(x.shape)}")
+    if x.numel() and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+        raise InvalidInput(f"ids must be whole numbers, not {x.dtype}")
     found: list[int] = x.reshape(-1).tolist()
     if min(found, default=0) < 0:
         raise InvalidInput(f"ids must be token ids from 0, and there is {min(found)}: give them without padding")

@@ -23,6 +23,7 @@ from kvcomp.store.sink_logits import check_sink_logits, take_share
 
 FUSED_QUERIES = 64  # most queries of a KV head (group x new tokens) for which the fused kernel is used
 TILE_QUERIES = 128
+MOST = 1e18  # a factor: with larger ones scores leave float32
 LEAST = -80.0  # a weight of e^-80 of the largest is lost in float32
 
 
@@ -208,8 +209,8 @@ def _check(store: Store, q: Tensor, scaling: float, softcap: float, sink_logits:
     if not q.is_floating_point():
         raise InvalidInput(f"q must be float32, float16 or bfloat16, not {q.dtype}")
     for name, factor in (("scaling", scaling), ("softcap", softcap)):
-        if not isinstance(factor, int | float) or not math.isfinite(factor):
-            raise InvalidInput(f"{name} must be a finite number, not {factor!r}")
+        if not isinstance(factor, int | float) or not abs(factor) <= MOST:
+            raise InvalidInput(f"{name} must be a number up to {MOST:g}, not {str(factor)[:40]}")
     if softcap < 0:
         raise InvalidInput(f"softcap must be 0, for none, or above, not {softcap}")
     fits = q.ndim == 4 and (q.shape[0], q.shape[3]) == (store.batch, store.channels)

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.integrations.transformers.handle import Source, source_of, without_gradient
-from kvcomp.integrations.transformers.layer import uncompiled
+from kvcomp.integrations.transformers.handle import Source, source_of, uncompiled, without_gradient
 from kvcomp.integrations.transformers.masks import MaskPlan
 from kvcomp.store import Store
 from kvcomp.store.attention import FUSED_QUERIES, attend, attend_tiled

@@ -34,9 +34,10 @@ from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers import files as transformers_files
 from kvcomp.integrations.transformers.attention import NAME, kvcomp_attention
 from kvcomp.integrations.transformers.budget import plan_for
+from kvcomp.integrations.transformers.handle import uncompiled
 from kvcomp.integrations.transformers.identity import check_origin, weights_id
 from kvcomp.integrations.transformers.join import joined_layers
-from kvcomp.integrations.transformers.layer import CompressedLayer, uncompiled
+from kvcomp.integrations.transformers.layer import CompressedLayer
 from kvcomp.integrations.transformers.layers import cache_layers, check_rows, rows_of
 from kvcomp.integrations.transformers.masks import kvcomp_mask
 from kvcomp.integrations.transformers.models import fingerprint_of, spec_for_latents, text_config
@@ -61,8 +62,7 @@ class KVCompCache(Cache):
     spec
         A CodecSpec, a preset's name or the path of a spec.json. ``kvcomp-klt:balanced`` names a level of a calibration.
     calibration
-        Of the model, for ``kvcomp-klt`` and ``packed-klt``: a .kvcal file, which ``kvcomp calibrate`` makes, or what
-        was read from it.
+        Of the model, for ``kvcomp-klt`` and ``packed-klt``: a .kvcal file of ``kvcomp calibrate``, or what was read.
     budget, context
         Bytes of the cache, or a size such as ``2GiB``, in place of a level: each layer takes one, so that a sequence of
         ``context`` tokens fits, by default all of the model's. ``plan`` then says which, and the KL to expect.

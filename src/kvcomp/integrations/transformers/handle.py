@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Never, Self
+from typing import TYPE_CHECKING, Any, Never, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,14 @@ from kvcomp.errors import InvalidInput
 
 if TYPE_CHECKING:
     from kvcomp.integrations.transformers.layer import CompressedLayer
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """Keep a function out of the graphs of torch.compile, which cannot follow it."""
+    return cast(F, torch.compiler.disable(function))
 
 
 class Source:
@@ -29,6 +37,7 @@ class Source:
         self.fresh = fresh
         self.unread: dict[int, Tensor] = {}
 
+    @uncompiled
     def dense(self, part: int) -> Tensor:
         """K (0) or V (1), (batch, KV heads, last tokens, head_dim). Both are decompressed at once and kept until they
         are read.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +15,6 @@ from kvcomp.integrations.transformers.handle import Handle, Source, without_grad
 from kvcomp.integrations.transformers.session import Session
 from kvcomp.spec import CodecSpec
 from kvcomp.store import Store, new_store
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def uncompiled(function: F) -> F:
-    """Keep a function out of the graphs of torch.compile, which cannot follow it."""
-    return cast(F, torch.compiler.disable(function))
 
 
 def matched(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

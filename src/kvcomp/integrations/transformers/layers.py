@@ -92,5 +92,5 @@ def check_rows(layer: Any, rows: int) -> None:
     """Raise InvalidInput if a layer holds another batch than comes."""
     held = rows_of(layer)
     if held not in (0, rows):
-        more = f"call batch_repeat_interleave({rows // held}) on it before beams or samples, " if rows > held else ""
-        raise InvalidInput(f"the cache holds {held} rows, and {rows} come: {more}or use a cache for each batch")
+        more = f"batch_repeat_interleave({rows // held})" if rows > held else "batch_select_indices"
+        raise InvalidInput(f"the cache holds {held} rows, and {rows} come: call {more}, or use a cache for each batch")

@@ -17,7 +17,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from kvcomp.errors import InvalidInput, UnsupportedModel
-from kvcomp.integrations.transformers.layer import matched, uncompiled
+from kvcomp.integrations.transformers.handle import uncompiled
+from kvcomp.integrations.transformers.layer import matched
 from kvcomp.store import KVStore
 from kvcomp.store.pages import compare
 

@@ -264,4 +264,4 @@ class Session:
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise InvalidInput("a KVCompCache cannot be pickled: its pages are addressed in this process's memory")
+        raise InvalidInput("a KVCompCache cannot be pickled, as pages are known by their addresses: save it in a file")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class FolderBlobs:
                 with suppress(FileNotFoundError):
                     _touch(self._place(key), now - age)
 
-    def put(self, items: Sequence[tuple[str, Sequence[Buffer]]]) -> None:
+    def put(self, items: Sequence[tuple[str, Sequence[Buffer]]], kept: Sequence[str] = ()) -> None:
         check_keys([key for key, _ in items])
         values = [(self._place(key), [memoryview(piece).cast("B") for piece in pieces]) for key, pieces in items]
         with _typed(self.path):
@@ -60,7 +60,7 @@ class FolderBlobs:
                     disk.remove_abandoned(folder)
             if self.limit is not None:
                 new = {place: sum(piece.nbytes for piece in pieces) for place, pieces in values}
-                self._make_room(new, self.limit)
+                self._make_room(new, {self._place(key) for key in kept}, self.limit)
             for place, pieces in values:
                 place.parent.mkdir(exist_ok=True)
                 disk.write(place, pieces)
@@ -87,17 +87,17 @@ class FolderBlobs:
     def _place(self, key: str) -> Path:
         return self.path / xxh3_64(key.encode()).hexdigest()[:2] / f"{key}{SUFFIX}"
 
-    def _make_room(self, new: Mapping[Path, int], limit: int) -> None:
+    def _make_room(self, new: Mapping[Path, int], kept: Collection[Path], limit: int) -> None:
         """Remove the least recently used values until new ones of so many bytes fit; what they replace goes anyway."""
-        used = sum(new.values())
-        if used > limit:
-            raise LimitExceeded(f"{used} bytes do not fit in a store of at most {limit}: raise its limit")
         with FileLock(self.path / LOCK, timeout=self.timeout):  # two that make room at once would remove too much
+            used = sum(new.values()) + sum(_size(place) or 0 for place in kept if place not in new)
+            if used > limit:
+                raise LimitExceeded(f"{used} bytes do not fit in a store of at most {limit}: raise its limit")
             found = []
             for place in self.path.glob(f"??/*{SUFFIX}"):
                 with suppress(FileNotFoundError):
                     status = place.stat()
-                    if place not in new:
+                    if place not in new and place not in kept:
                         found.append((status.st_mtime_ns, status.st_size, place))
             used += sum(size for _, size, _ in found)
             for _, size, place in sorted(found):

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
@@ -43,9 +44,9 @@ class RedisBlobs:
         parts = urlsplit(url)
         self.name = parts.hostname or parts.path or "localhost"  # not the URL, which may hold a password
         self.lock = threading.Lock()
-        self.process, self.checked = 0, False
+        self.process, self.advised = 0, False
         try:
-            self._client()
+            self._client().connection_pool.make_connection()
         except (ValueError, TypeError) as error:
             raise InvalidInput(f"this is no URL of a Redis: {error}") from None
 
@@ -71,13 +72,13 @@ class RedisBlobs:
         if keys:
             self._call(lambda client: client.touch(*reversed(keys)))
 
-    def put(self, items: Sequence[tuple[str, Sequence[Buffer]]]) -> None:
+    def put(self, items: Sequence[tuple[str, Sequence[Buffer]]], kept: Sequence[str] = ()) -> None:
         check_keys([key for key, _ in items])
         values = [(key, b"".join(pieces)) for key, pieces in items]
+        advise, self.advised = not self.advised, True
 
         async def action(client: Any) -> Any:
-            if not self.checked:
-                self.checked = True
+            if advise:
                 await _advise(client)
             async with client.pipeline(transaction=False) as pipeline:
                 for key, value in values:
@@ -95,14 +96,14 @@ class RedisBlobs:
         if keys:
             self._call(lambda client: client.delete(*keys))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy connects for itself."""
+        return RedisBlobs, (self.url, self.timeout)
+
     def close(self) -> None:
         with self.lock:
-            if self.process == os.getpid():
-                with suppress(RedisError, OSError):  # a server that does not say goodbye holds nobody
-                    asyncio.run_coroutine_threadsafe(_end(self.client), self.loop).result(self.timeout + GRACE)
-                self.loop.call_soon_threadsafe(self.loop.stop)
-                self.thread.join(GRACE)
-                self.loop.close()
+            if self.process:
+                self.end()
             self.process = 0
 
     def _client(self) -> Any:
@@ -118,20 +119,22 @@ class RedisBlobs:
         """Start the loop and the client of this process: a fork has no such thread, and may not share connections."""
         if self.process != os.getpid():
             self.loop, self.client = asyncio.new_event_loop(), self._client()
-            self.thread = threading.Thread(target=self.loop.run_forever, name="kvcomp-redis", daemon=True)
-            self.thread.start()
+            thread = threading.Thread(target=self.loop.run_forever, name="kvcomp-redis", daemon=True)
+            thread.start()
             self.process = os.getpid()
+            # Also when nobody has this store any more, and when the process ends.
+            self.end = weakref.finalize(self, _stop, self.process, self.loop, thread, self.client, self.timeout + GRACE)
 
     def _call(self, action: Callable[[Any], Awaitable[T]], answers: int | None = None) -> Any:
         """The result of an action, a list of so many answers if a number is given. Raises StoreUnavailable."""
 
-        async def bounded(client: Any) -> T:
-            async with asyncio.timeout(self.timeout):
+        async def bounded(client: Any, timeout: float) -> T:  # without self, which may go while this ends
+            async with asyncio.timeout(timeout):
                 return await action(client)
 
         with self.lock:  # a loop that is closed meanwhile would take nothing
             self._connect()
-            future = asyncio.run_coroutine_threadsafe(bounded(self.client), self.loop)
+            future = asyncio.run_coroutine_threadsafe(bounded(self.client, self.timeout), self.loop)
         try:
             found = future.result(self.timeout + GRACE)
         except CancelledError:
@@ -147,6 +150,17 @@ class RedisBlobs:
         if answers is not None and (not isinstance(found, list) or len(found) != answers):
             raise StoreUnavailable(f"Redis at {self.name} gives other answers than Redis does")
         return found
+
+
+def _stop(process: int, loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Any, most: float) -> None:
+    """End the calls, connections and loop of a process; another one, a fork, has none of them."""
+    if process != os.getpid():
+        return
+    with suppress(RedisError, OSError):  # a server that does not say goodbye holds nobody
+        asyncio.run_coroutine_threadsafe(_end(client), loop).result(most)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(GRACE)
+    loop.close()
 
 
 async def _end(client: Any) -> None:

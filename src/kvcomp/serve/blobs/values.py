@@ -30,9 +30,11 @@ class Blobs(Protocol):
         """Count values as used, the first as the last one used: where room is made, the others go before it."""
         ...
 
-    def put(self, items: Sequence[tuple[str, Sequence[Buffer]]]) -> None:
+    def put(self, items: Sequence[tuple[str, Sequence[Buffer]]], kept: Sequence[str] = ()) -> None:
         """Store values, each given in pieces that follow each other, in place of what was there; readers see all of one
-        or nothing.
+        or nothing. Raises LimitExceeded, and stores none, if a folder has no room for all of them.
+
+        kept: keys of values that a folder may not remove to make room.
         """
         ...
 
