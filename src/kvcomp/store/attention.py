@@ -20,6 +20,7 @@ from kvcomp.errors import InvalidInput
 from kvcomp.store.checks import check_tensor
 from kvcomp.store.protocol import Store
 from kvcomp.store.sink_logits import check_sink_logits, take_share
+from kvcomp.store.tensors import NAMES
 
 FUSED_QUERIES = 64  # most queries of a KV head (group x new tokens) for which the fused kernel is used
 TILE_QUERIES = 128
@@ -206,7 +207,7 @@ def _check(store: Store, q: Tensor, scaling: float, softcap: float, sink_logits:
     notice.
     """
     check_tensor("q", q)
-    if not q.is_floating_point():
+    if q.dtype not in NAMES:
         raise InvalidInput(f"q must be float32, float16 or bfloat16, not {q.dtype}")
     for name, factor in (("scaling", scaling), ("softcap", softcap)):
         if not isinstance(factor, int | float) or not abs(factor) <= MOST:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kvcomp.calibration.product import product
-from kvcomp.errors import InvalidInput
 from kvcomp.kernels.cuda import launch
 from kvcomp.kernels.cuda.layout import BFLOAT16_128, AttendArguments, DecompressArguments
 from kvcomp.spec import PAGE_TOKENS
@@ -18,7 +17,6 @@ from kvcomp.store.memory import Memory
 from kvcomp.store.places import places
 from kvcomp.store.read import in_order, undone
 from kvcomp.store.sink_logits import take_share
-from kvcomp.store.tensors import NAMES
 
 if TYPE_CHECKING:
     from kvcomp.store.gpu.store import GPUStore
@@ -26,18 +24,10 @@ if TYPE_CHECKING:
 
 def attend(store: GPUStore, q: Tensor, scaling: float, softcap: float, sink_logits: Tensor | None) -> Tensor:
     """Fused attention of the last tokens, decoding the sealed pages on the fly. Arguments as ``GPUStore.attend`` has
-    them.
+    them, and as ``kvcomp.store.attention.attend`` has checked them.
     """
     rows, heads, new, channels = q.shape
-    if rows != store.batch or channels != store.channels or heads % store.heads or not store.can_attend(new):
-        raise InvalidInput(
-            f"queries {tuple(q.shape)} do not fit a cache of {store.batch} rows and {store.heads} KV heads"
-        )
     inner = (q.detach() if store.transform is None else store.transform.queries(q)).contiguous()
-    if inner.dtype not in NAMES or inner.device != store.device:
-        raise InvalidInput(
-            f"queries must be float32, float16 or bfloat16 on {store.device}, not {q.dtype} on {q.device}"
-        )
     turned = turned_scores(store, q)
     build = store.kernels.attend_build(inner.dtype, bool(softcap), turned is not None)
     queries = heads // store.heads * new
