@@ -15,13 +15,13 @@ from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.evaluate import gguf_file
 from kvcomp.evaluate.text import held_out_names, held_out_text, join, manual_text, training_text
 from kvcomp.spec import CodecSpec, is_calibrated
+from kvcomp.store.tensors import NAMES, TYPES
 
 TUNED_SPEC = "kvcomp.json"
 FITTING_CHARACTERS = 2_000_000
 CALIBRATION = "model.kvcal"
 CONFIGS = "config.json", "adapter_config.json"
 HUB_PARTS = 2  # owner/name
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def shipped_model() -> Path:
@@ -45,7 +45,7 @@ def load_model(name: str | Path, dtype: str | None = None, device: str | None = 
     name
         A directory, a hub name, a GGUF file or the folder of one.
     dtype
-        One of DTYPES; by default that of the weights, and float32 for a GGUF's that are quantised.
+        One of TYPES; by default that of the weights, and float32 for a GGUF's that are quantised.
     device
         Where to put it, such as ``cuda``; None for where transformers puts it, which is main memory but for weights
         that need a GPU.
@@ -58,10 +58,10 @@ def load_model(name: str | Path, dtype: str | None = None, device: str | None = 
     CorruptData, UnsupportedModel
         For a GGUF that is damaged or of another kind of model.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InvalidInput(f"no dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in TYPES:
+        raise InvalidInput(f"no dtype {dtype!r}: use {', '.join(TYPES)}")
     if files := gguf_file.find(name):
-        model, tokenizer = gguf_file.load(files, DTYPES[dtype] if dtype else None)
+        model, tokenizer = gguf_file.load(files, TYPES[dtype] if dtype else None)
         return _on(model, device), tokenizer
     _check_place(name)
     try:
@@ -69,8 +69,8 @@ def load_model(name: str | Path, dtype: str | None = None, device: str | None = 
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
     except (OSError, ValueError, KeyError) as error:
         raise InvalidInput(f"cannot load a model from {name}: {error}") from None
-    if model.dtype not in DTYPES.values():
-        raise InvalidInput(f"{name} has weights of {model.dtype}: {', '.join(DTYPES)} are possible")
+    if model.dtype not in NAMES:
+        raise InvalidInput(f"{name} has weights of {model.dtype}: {', '.join(TYPES)} are possible")
     return _on(model, device), tokenizer
 
 
@@ -169,11 +169,15 @@ def training_ids(
     return join(tokenizer, taken), "sources of the standard library"
 
 
+def full_attention_layers(config: Any) -> list[int]:
+    """Those that keep K and V of all tokens."""
+    return [index for index, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+
+
 def check_has_keys(config: Any) -> None:
     """Raise UnsupportedModel for a model without a layer that keeps the K and V of all its tokens."""
-    layers = DynamicCache(config=config).layers
-    if not any(type(layer) is DynamicLayer for layer in layers):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+    if not full_attention_layers(config):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers}))
         raise UnsupportedModel(
             f"{config.model_type} keeps no K and V of all its tokens ({kinds}): there is nothing to compress"
         )
@@ -181,4 +185,4 @@ def check_has_keys(config: Any) -> None:
 
 def attends_to_all(config: Any) -> bool:
     """Whether every layer of a model attends to all tokens: no sliding windows and the like."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    return len(full_attention_layers(config)) == len(DynamicCache(config=config).layers)

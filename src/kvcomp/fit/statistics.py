@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from kvcomp.calibration import quantise_matrix
@@ -21,6 +20,7 @@ from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Affine, metric_klt
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.evaluate.fidelity import attend_plainly
+from kvcomp.evaluate.models import full_attention_layers
 from kvcomp.fit.rotation import worth_it
 from kvcomp.integrations.transformers.attention import kvcomp_attention
 from kvcomp.integrations.transformers.identity import follows_length, rope_parts
@@ -100,15 +100,9 @@ def check_rope(config: PreTrainedConfig) -> None:
             )
 
 
-def compressed_layers(config: PreTrainedConfig) -> list[int]:
-    """The full-attention layers, which are those that are compressed."""
-    layers: list[Any] = DynamicCache(config=config).layers
-    return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
-
-
 def calibrated_layers(config: PreTrainedConfig) -> list[int]:
     """Those that a calibration has transforms of. Raises UnsupportedModel if there are none."""
-    found = compressed_layers(config)
+    found = full_attention_layers(config)
     if not found or setting(config, "kv_lora_rank"):
         raise UnsupportedModel(
             f"{config.model_type} has no layer of full attention with K and V of one width to calibrate: sliding "
@@ -148,7 +142,7 @@ def observe(
     InvalidInput
         If it gives what is not finite.
     """
-    wanted = set(compressed_layers(model.config.get_text_config(decoder=True)))
+    wanted = set(full_attention_layers(model.config.get_text_config(decoder=True)))
     seen: set[int] = set()
 
     def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
