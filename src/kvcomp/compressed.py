@@ -188,7 +188,8 @@ def compress(
         return CompressedKV(sealed(bare.layer(layer, place.layers), k, v, backend, calibrated), place)
     if not {resolved.key.layers, resolved.value.layers} <= {None, 1}:
         raise InvalidInput(
-            "this spec has scales for each layer of a model: give CodecSpec.layer(i, layers) for one layer's tensors"
+            "this spec has scales or steps for each layer of a model: give CodecSpec.layer(i, layers) for one layer's "
+            "tensors"
         )
     return CompressedKV(sealed(bare, k, v, backend))
 

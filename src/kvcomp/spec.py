@@ -120,7 +120,7 @@ class TensorSpec:
         """
         if self.layers not in (None, layers):
             raise InvalidInput(
-                f"the spec has scales for {self.layers} layers, the model has {layers}: "
+                f"the spec has scales or steps for {self.layers} layers, the model has {layers}: "
                 "use a spec tuned for this model, or one number for all layers"
             )
         if self.steps is not None:

@@ -38,8 +38,8 @@ CHUNK_TOKENS = CHUNK_PAGES * PAGE_TOKENS
 class Origin:
     """Whose K and V: of which model under which spec; all of it goes into every key and every value.
 
-    model: its fingerprint, plain JSON. layers: how many it has. compressed: those that have pages, by index. dtype: the
-    name of its type. calibration: the one that the spec names.
+    model: its fingerprint, plain JSON. layers: how many it has. compressed: those that keep all tokens, by index.
+    dtype: the name of its type. calibration: the one that the spec names.
     """
 
     model: Mapping[str, Any]

@@ -2,7 +2,8 @@
 
 Chunks hold pages, and any number of them is a cache. Of a sliding window only the last tokens are there, and of linear
 attention only the present sums. So a state stands where the cache stood when it was saved, under the hash of all tokens
-up to there: a .kvc file with the windows, the sums, and what compressed layers hold behind their last whole chunk.
+up to there: a .kvc file with the windows, the sums, and what layers that keep all tokens hold behind the last whole
+chunk.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class State:
     """All that a cache holds at a place but its first chunks."""
 
     chunks: int
-    """How many chunks come before what ``stores`` has of compressed layers."""
+    """How many chunks come before what ``stores`` has of layers that keep all tokens."""
     stores: Mapping[int, KVStore]
     """Of every layer with K and V what is not in those chunks, at the positions of the whole sequence."""
     linear: Mapping[int, Mapping[str, Tensor]]
