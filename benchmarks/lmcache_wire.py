@@ -14,13 +14,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +42,7 @@ from kvcomp.calibration import Calibration
 from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
 from kvcomp.results.schema import environment
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
+from network import redis_server
 
 OUTPUT = Path(__file__).parent / "results" / "lmcache_wire.json"
 CHUNK, SCORED = 256, 256
@@ -111,32 +108,6 @@ def errors(true: Tensor, found: Tensor) -> dict[str, float]:
 
 
 # Through LMCache
-
-
-@contextmanager
-def redis_server() -> Iterator[redis.Redis]:
-    program = shutil.which("redis-server") or shutil.which("valkey-server")
-    if program is None:
-        raise typer.BadParameter("this needs redis-server: apt-get install redis-server")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [program, "--port", str(port), "--save", "", "--appendonly", "no", "--dir", folder]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            try:
-                client = redis.Redis(port=port)
-                until(lambda: answers(client))
-                yield client
-            finally:
-                process.terminate()
-
-
-def answers(client: redis.Redis) -> bool:
-    try:
-        return bool(client.ping())
-    except redis.ConnectionError:
-        return False
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -316,7 +287,8 @@ def main(
     model, tokenizer = load_model(path)
     texts = prompts(model, held_out_ids(tokenizer, path), count, tokens)
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, redis_server() as client:
+    with tempfile.TemporaryDirectory() as folder, redis_server() as (_, port):
+        client = redis.Redis("127.0.0.1", port)
         for name, channels in SHAPES.items():
             found[name] = measure(client, model, path, texts, channels, Path(folder))
     left_out = {TURBOQUANT: "its kernels are Triton for CUDA: LMCache refuses it without a GPU"}

@@ -1,5 +1,5 @@
 """A network of a given bandwidth on one machine: sockets over the loopback that a token bucket slows down, and a proxy
-made of them.
+made of them; and a redis-server to reach through it.
 
 The pace is kept by the sender: bytes leave when the bucket has tokens for them, which fill it at the bandwidth and of
 which it holds ``BURST`` seconds' worth. What was reached is measured, never assumed. Latency is the loopback's, so real
@@ -9,7 +9,10 @@ networks are slower.
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import socket
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -60,6 +63,41 @@ def connect(port: int) -> socket.socket:
     connection.settimeout(300)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
+
+
+@contextmanager
+def redis_server(memory: str = "0") -> Iterator[tuple[int, int]]:
+    """Process id and port of a redis-server that keeps nothing on the disk.
+
+    memory: of its values, such as ``4gb``, beyond which the least recently used go; 0 for no limit. Raises SystemExit
+    if it is not installed or does not answer.
+    """
+    program = shutil.which("redis-server") or shutil.which("valkey-server")
+    if program is None:
+        raise SystemExit("this benchmark needs redis-server: apt-get install redis-server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        command += ["--maxmemory", memory, "--maxmemory-policy", "allkeys-lru", "--dir", folder]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            _await(process, port)
+            yield process.pid, port
+        finally:
+            process.kill()  # a benchmark may have stopped it
+            process.wait()
+
+
+def _await(server: subprocess.Popen[bytes], port: int) -> None:
+    """Wait until a server accepts connections. Raises SystemExit if it ends before, or takes too long."""
+    for _ in range(200):
+        time.sleep(0.05)
+        if server.poll() is not None:
+            break
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+    raise SystemExit("redis-server does not answer")
 
 
 @contextmanager

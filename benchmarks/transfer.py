@@ -18,15 +18,12 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
-import shutil
 import socket
 import struct
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -50,7 +47,7 @@ from kvcomp.serve.blobs import Blobs, open_blobs
 from kvcomp.spec import PRESETS, CodecSpec
 from kvcomp.store import KVStore
 from kvcomp.store.tensors import as_array
-from network import Bucket, connect, proxy, receive, send
+from network import Bucket, connect, proxy, receive, redis_server, send
 
 OUTPUT = Path(__file__).parent / "results" / "transfer.json"
 GBIT = 1e9 / 8
@@ -201,40 +198,6 @@ def transfers(layers: Layers, rates: list[float], runs: int) -> list[dict[str, A
 # The first token
 
 
-@contextmanager
-def redis_server() -> Iterator[int]:
-    """The port of a redis-server that keeps nothing."""
-    program = shutil.which("redis-server") or shutil.which("valkey-server")
-    if program is None:
-        raise SystemExit("this benchmark needs redis-server: apt-get install redis-server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    with tempfile.TemporaryDirectory() as folder:
-        options = [
-            "--port",
-            str(port),
-            "--bind",
-            "127.0.0.1",
-            "--save",
-            "",
-            "--maxmemory",
-            "4gb",
-            "--maxmemory-policy",
-            "allkeys-lru",
-        ]
-        process = subprocess.Popen([program, *options, "--dir", folder], stdout=subprocess.DEVNULL)
-        try:
-            for _ in range(100):
-                with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                    break
-                time.sleep(0.05)
-            yield port
-        finally:
-            process.terminate()
-            process.wait(20)
-
-
 def first_token(model: Any, ids: Tensor, cache: Any) -> None:
     model.set_attn_implementation("kvcomp" if isinstance(cache, KVCompCache) else "sdpa")
     with torch.inference_mode():
@@ -276,7 +239,7 @@ def first_tokens(name: str, model: Any, ids: Tensor, rates: list[float], runs: i
     """Seconds to the first token after a prompt, by bandwidth and by where the cache of its first tokens comes from."""
     rows: list[dict[str, Any]] = []
     specs = {preset: PRESETS[preset] for preset in NAMES}
-    with redis_server() as port:
+    with redis_server("4gb") as (_, port):
         near = PrefixStore(f"redis://127.0.0.1:{port}", timeout=60)
         stored = 0
         sizes: dict[str, int] = {}
@@ -330,7 +293,7 @@ def first_tokens(name: str, model: Any, ids: Tensor, rates: list[float], runs: i
     return {"model": name, "prompt": ids.shape[1], "stored_tokens": stored, "rows": rows}
 
 
-def wide_model(layers: int = 4, heads: int = 8, channels: int = 128) -> Any:
+def wide_model() -> Any:
     """Random weights around a cache of a usual shape; the time of its prefill says nothing of real models of that
     cache.
     """
@@ -338,10 +301,10 @@ def wide_model(layers: int = 4, heads: int = 8, channels: int = 128) -> Any:
         vocab_size=512,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=channels,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
         max_position_embeddings=16384,
     )
     torch.manual_seed(0)

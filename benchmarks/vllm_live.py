@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +39,7 @@ from kvcomp.evaluate.methods import KVComp
 from kvcomp.evaluate.models import text_ids
 from kvcomp.results.schema import environment, figure
 from kvcomp.spec import is_calibrated
+from network import redis_server
 from vllm_client import ROOT, Engine
 
 OUTPUT = Path(__file__).parent / "results" / "vllm_live.json"
@@ -50,8 +49,8 @@ DENSE, TOKENS, SPARE = 4, 4096, 64  # sequences of vLLM's own that fit, their to
 SHORT, LONG = 2048, 8064  # tokens of a short sequence and of a long one
 GENERATED = 2 * SPARE  # of those tokens: more than are generated while others are read and all are timed
 STEPS, TURNS = 6, 4
+REDIS = "500mb"
 PREFIX, PREFIX_CHUNK, PROMPTS, SETTLED = 1900, 256, 3, 4.0  # tokens of a stored prompt; seconds until it is stored
-PORT = 16391
 SAVING = {"kvcomp": 3.5, "kvcomp-klt": 4.0, "packed-klt": 3.6, "packed-klt:aggressive": 6.0, "packed": 3.3}
 
 Found = dict[str, Any]
@@ -236,19 +235,7 @@ def _kl(own: dict[str, float], other: dict[str, float]) -> float:
     return float((p * np.log(p / q)).sum())
 
 
-@contextmanager
-def redis() -> Iterator[tuple[int, str]]:
-    """Process id and URL of a server that keeps nothing on the disk."""
-    command = ["redis-server", "--port", str(PORT), "--save", "", "--maxmemory", "500mb"]
-    server = subprocess.Popen([*command, "--maxmemory-policy", "allkeys-lru"], stdout=subprocess.DEVNULL)
-    try:
-        yield server.pid, f"redis://127.0.0.1:{PORT}"
-    finally:
-        server.kill()
-        server.wait()
-
-
-def connected(same: Found, url: str, chunk: int, **more: Any) -> Engine:
+def connected(same: Found, port: int, chunk: int, **more: Any) -> Engine:
     """An engine with vLLM's own cache and kvcomp's connector, in processes as vLLM has them by default.
 
     Its model is in float32: what these processes multiply with is not ours to choose (``linear_in_float32``).
@@ -258,7 +245,7 @@ def connected(same: Found, url: str, chunk: int, **more: Any) -> Engine:
         "kv_connector_module_path": "kvcomp.integrations.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"url": url, "timeout": 5.0, "chunk_tokens": chunk},
+        "kv_connector_extra_config": {"url": f"redis://127.0.0.1:{port}", "timeout": 5.0, "chunk_tokens": chunk},
     }
     more |= {"dtype": "float32", "max_model_len": SHORT, "disable_hybrid_kv_cache_manager": True}
     return Engine(None, apart=True, **(same | more | {"kv_transfer_config": transfer}))
@@ -266,7 +253,7 @@ def connected(same: Found, url: str, chunk: int, **more: Any) -> Engine:
 
 def first_tokens(same: Found, ids: Ids) -> Found:
     """The first token from Redis and without it, in turns."""
-    with redis() as (_, url), connected(same, url, PREFIX_CHUNK) as engine:
+    with redis_server(REDIS) as (_, port), connected(same, port, PREFIX_CHUNK) as engine:
         first_token(engine, ids[-PREFIX:])  # what is compiled on the first use
         found = [first_token(engine, ids[i * PREFIX :][:PREFIX]) for i in range(PROMPTS)]
     return {
@@ -281,7 +268,7 @@ def gaps(same: Found, ids: Ids) -> Found:
     Their prompts are computed 16 tokens a step, so that a gap is not theirs.
     """
     few = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
-    with redis() as (server, url), connected(same, url, SPARE, **few) as engine:
+    with redis_server(REDIS) as (server, port), connected(same, port, SPARE, **few) as engine:
         found = engine("gaps", prompt=ids[:400], server=server)
     return {name: spread(of) for name, of in found.items()}
 
