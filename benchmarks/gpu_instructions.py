@@ -298,7 +298,7 @@ def compiled(build: AttendBuild, architecture: int) -> tuple[list[str | Instruct
     of_attend = messages[messages.index("'attend'") :]
     patterns = (r"Used (\d+) registers", r"(\d+) bytes spill stores")
     registers, spills = (int(re.search(x, of_attend).group(1)) for x in patterns)  # type: ignore[union-attr]
-    return listing(cubin, "attend"), registers, spills
+    return listing(cubin), registers, spills
 
 
 def measure(spec: str, channels: int, architecture: int) -> dict[str, Any]:

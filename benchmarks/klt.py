@@ -28,9 +28,9 @@ from klt_methods import (
     PROMPT,
     RATES,
     SCORED,
-    KiviAlike,
     KiviSplit,
     calibrated_on,
+    kivi_alike,
     kivi_by_layer,
     klt,
     paper,
@@ -144,7 +144,7 @@ def same_window(mode: Mapping[str, Scores]) -> dict[str, Any]:
 
     def ratios(rows: Any) -> dict[str, float]:
         kls = mean_kls(mode, rows)
-        return {level: kls[f"klt {level}"] / kls[KiviAlike(bits).name] for level, bits in KIVI_BITS.items()}
+        return {level: kls[f"klt {level}"] / kls[kivi_alike(bits).name] for level, bits in KIVI_BITS.items()}
 
     return with_intervals(ratios, len(next(iter(mode.values()))["kl"]))
 
@@ -260,7 +260,7 @@ def main(
     named: list[Method] = [klt(calibration, level) for level in LEVELS]
     rates: list[Method] = [klt(rated, level) for level in rated.levels]
     plain: list[Method] = [KiviSplit(*split) for split in SPLITS]
-    alike: list[Method] = [KiviAlike(bits) for bits in KIVI_BITS.values()]
+    alike: list[Method] = [kivi_alike(bits) for bits in KIVI_BITS.values()]
     papers: list[Method] = [paper(*scales) for scales in PAPER]
     run = Runner(model, journal)
 

@@ -67,24 +67,24 @@ class Block:
         return sum(x.name == name for x in self.instructions)
 
 
-def tool(name: str) -> str:
-    """Path of a CUDA tool, from pip's packages or the PATH."""
-    of_pip = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / name
-    found = str(of_pip) if of_pip.exists() else shutil.which(name)
+def nvdisasm() -> str:
+    """Path of NVIDIA's disassembler, from pip's packages or the PATH. Raises SystemExit if it is not installed."""
+    of_pip = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "nvdisasm"
+    found = str(of_pip) if of_pip.exists() else shutil.which("nvdisasm")
     if not found:
-        raise SystemExit(f"{name} is missing: pip install nvidia-cuda-{name}")
+        raise SystemExit("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
     return found
 
 
-def listing(cubin: bytes, kernel: str) -> list[str | Instruction]:
-    """Labels and instructions of a kernel, in order. cubin: compiled with -lineinfo if places are wanted."""
+def listing(cubin: bytes) -> list[str | Instruction]:
+    """Labels and instructions of the kernel ``attend``, in order. cubin: compiled with -lineinfo if places are
+    wanted.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool("nvdisasm"), "-c", "-gi", "-hex", file.name], check=True, capture_output=True, text=True
-        )
-    section = next(x for x in re.split(r"\n\s*\.section\s+\.text\.", text.stdout)[1:] if x.startswith(kernel))
+        text = subprocess.run([nvdisasm(), "-c", "-gi", "-hex", file.name], check=True, capture_output=True, text=True)
+    section = next(x for x in re.split(r"\n\s*\.section\s+\.text\.", text.stdout)[1:] if x.startswith("attend"))
     found: list[str | Instruction] = []
     places: list[tuple[str, int]] = []
     last_was_place = False
