@@ -140,7 +140,10 @@ class CompressedKV:
         return self._store.memory()
 
     def save(self, path: str | Path) -> None:
-        """Write a .kvc file for ``kvcomp.load``. It replaces what was there. Raises OSError."""
+        """Write a .kvc file for ``kvcomp.load``. It replaces what was there.
+
+        Raises InvalidInput for a folder, a pipe or an empty path, and OSError.
+        """
         spec, layer, layers = self._place
         files.save(path, {layer: self._store}, spec, layers)
 
@@ -175,6 +178,8 @@ def compress(
         For tensors of another shape or dtype, an unknown spec, or a calibration that is missing or does not fit.
     BackendUnavailable
         If there is no such backend, or K and V are on another device.
+    CorruptData, UnsupportedVersion, LimitExceeded
+        If the calibration's file is damaged, newer or too large, or the spec's is newer.
     """
     if not isinstance(layer, int) or layer < 0:
         raise InvalidInput(f"layer must be a layer's number from 0, not {layer!r}")
@@ -222,9 +227,11 @@ def load(
     Raises
     ------
     CorruptData, UnsupportedVersion, LimitExceeded, OSError
-        If the file is damaged, newer, too large, or cannot be read.
+        If the file, or the calibration's, is damaged, newer, too large, or cannot be read.
     InvalidInput
-        If the file does not hold what is asked for.
+        If the path names no file, or the file does not hold what is asked for.
+    BackendUnavailable
+        If there is no such backend.
     """
     container = files.open_container(path)
     if layer is None:

@@ -18,7 +18,7 @@ class UnsupportedVersion(KVCompError):
 
 
 class LimitExceeded(KVCompError):
-    """A size that a limit forbids, checked before memory is allocated for it."""
+    """A size that a limit forbids, or that a device has no memory for."""
 
 
 class UnsupportedModel(KVCompError):

@@ -184,7 +184,10 @@ class Calibration:
                 )
 
     def write(self, path: str | Path) -> None:
-        """Write the .kvcal file; it takes the place of what was there. Raises OSError."""
+        """Write the .kvcal file; it takes the place of what was there.
+
+        Raises InvalidInput for a folder, a pipe or an empty path, and OSError.
+        """
         disk.write(path, [self.content])
 
     @classmethod

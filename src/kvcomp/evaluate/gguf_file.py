@@ -171,7 +171,10 @@ def _in_one_piece(files: Sequence[Path]) -> Iterator[Path]:
 
 
 def check(header: Header, name: str) -> None:
-    """Refuse what transformers would read wrongly without a word. Raises InvalidInput and UnsupportedModel."""
+    """Refuse what transformers would read wrongly without a word.
+
+    Raises InvalidInput and UnsupportedModel, and CorruptData for a number of files that is none.
+    """
     shards = header.values.get("split.count", 0)
     if not isinstance(shards, int):
         raise CorruptData(f"{name} says that it is one of {shards!r} files: fetch it again")

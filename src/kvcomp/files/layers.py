@@ -98,7 +98,11 @@ def pack_stores(
 
 
 def open_container(path: str | Path) -> Container:
-    """Map a file and read its header. Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError."""
+    """Map a file and read its header.
+
+    Raises CorruptData, UnsupportedVersion, LimitExceeded or OSError, and InvalidInput for a folder, a pipe or an empty
+    path.
+    """
     return _File(path)
 
 

@@ -112,6 +112,10 @@ class PrefixStore:
             If the store does not answer in time, or refuses.
         InvalidInput, UnsupportedModel
             If such a cache cannot be.
+        BackendUnavailable
+            If there is no such backend.
+        CorruptData, UnsupportedVersion, LimitExceeded
+            If the calibration's file is damaged, newer or too large, or the spec's is newer.
         """
         from kvcomp.integrations.transformers import KVCompCache
         from kvcomp.integrations.transformers.files import give

@@ -75,8 +75,8 @@ class KVCompCache(Cache):
         If the model's cache cannot be held.
     InvalidInput, BackendUnavailable
         For the other arguments.
-    LimitExceeded
-        If no level fits the budget.
+    CorruptData, UnsupportedVersion, LimitExceeded
+        If the calibration's file is damaged, newer or too large. LimitExceeded also if no level fits the budget.
 
     Examples
     --------
@@ -194,9 +194,9 @@ class KVCompCache(Cache):
         Raises
         ------
         CorruptData, UnsupportedVersion, LimitExceeded, OSError
-            If the file is damaged, newer, too large, or cannot be read.
-        InvalidInput, UnsupportedModel
-            If it is of another model, or does not hold what is asked for.
+            If the file, or the calibration's, is damaged, newer, too large, or cannot be read.
+        InvalidInput, UnsupportedModel, BackendUnavailable
+            If it is of another model, does not hold what is asked for, or there is no such backend.
         """
         paths = list(path) if isinstance(path, Sequence) and not isinstance(path, str) else [path]
         if not paths:
@@ -252,10 +252,10 @@ class KVCompCache(Cache):
 
         Raises
         ------
-        InvalidInput
-            If they are not of the model that the cache was made for; the cache is then as it was.
+        InvalidInput, BackendUnavailable
+            If they are not of the cache's model, or on a device of another backend; the cache is then as it was.
         LimitExceeded
-            For more tokens than the model's positions allow.
+            For more tokens than the model's positions allow, or a GPU has memory for.
         """
         session = self.session
         check_tensor("K", key_states)

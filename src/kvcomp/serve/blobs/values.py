@@ -39,7 +39,10 @@ class Blobs(Protocol):
         ...
 
     def put_new(self, key: str, value: Sequence[Buffer]) -> bool:
-        """Store a value unless there is one. Says whether it was stored: of several at the same time only one is."""
+        """Store a value unless there is one. Says whether it was stored: of several at the same time only one is.
+
+        Raises LimitExceeded as ``put``.
+        """
         ...
 
     def delete(self, keys: Sequence[str]) -> None:
