@@ -27,11 +27,12 @@ from lmcache.v1.memory_management import MemoryObj
 from lmcache.v1.platform import create_event_notifier
 
 from kvcomp.calibration import resolve
-from kvcomp.errors import InvalidInput, KVCompError, StoreUnavailable, UnsupportedModel
+from kvcomp.errors import InvalidInput, KVCompError, StoreUnavailable
 from kvcomp.integrations.lmcache_layout import heads_of, kv_views
 from kvcomp.serve.blobs import TIMEOUT, open_blobs
 from kvcomp.serve.breaker import CircuitBreaker
 from kvcomp.serve.chunks import chunk_key, open_chunk, pack_chunk, unpack
+from kvcomp.serve.notices import Notices
 
 PARAMETERS = (
     "url",
@@ -82,11 +83,10 @@ class KVCompL2Adapter(L2AdapterInterface):
             raise InvalidInput(f"workers must be 1 to 64 and capacity bytes from 0, not {workers!r} and {capacity!r}")
         super().__init__(capacity)
         self._blobs = open_blobs(params["url"], limit=params.get("limit"), timeout=params.get("timeout", TIMEOUT))
-        self._breaker = CircuitBreaker()
+        self._breaker, self._errors = CircuitBreaker(), Notices(logger.error)
         self._events = {kind: create_event_notifier() for kind in ("store", "lookup", "load")}
         self._done: dict[str, dict[int, Any]] = {kind: {} for kind in self._events}
         self._sizes: dict[ObjectKey, int] = {}  # of what this adapter stored
-        self._refused: set[str] = set()
         self._lock = threading.Lock()
         self._next = 0
         # Calls that wait for others run in ``_tasks``, what they wait for in ``_workers``:
@@ -174,7 +174,7 @@ class KVCompL2Adapter(L2AdapterInterface):
                 k.copy_(found_k)
                 v.copy_(found_v)
         except KVCompError as error:
-            self._complain(error)
+            self._errors.say(f"kvcomp: {error}")
             self._breaker.drop_damaged(self._blobs, name, error)
             return False
         return True
@@ -185,7 +185,7 @@ class KVCompL2Adapter(L2AdapterInterface):
         try:
             self._breaker.ask(lambda: self._blobs.delete([self._name(key) for key in keys]))
         except StoreUnavailable as error:
-            self._complain(error)
+            self._errors.say(f"kvcomp: {error}")
             return
         with self._lock:
             gone = [(key, self._sizes.pop(key)) for key in keys if key in self._sizes]
@@ -229,7 +229,7 @@ class KVCompL2Adapter(L2AdapterInterface):
             try:
                 result = work()
             except KVCompError as error:
-                self._complain(error)
+                self._errors.say(f"kvcomp: {error}")
             except Exception:
                 logger.exception("kvcomp: a %s task failed", kind)
             finally:  # whoever waits hears of it in any case
@@ -254,15 +254,6 @@ class KVCompL2Adapter(L2AdapterInterface):
     def _pop(self, kind: str, task: int) -> Any:
         with self._lock:
             return self._done[kind].pop(task, None)
-
-    def _complain(self, error: KVCompError) -> None:
-        """Log what went wrong, a layout that cannot be stored once only: it comes with every chunk."""
-        if isinstance(error, UnsupportedModel):
-            with self._lock:
-                if str(error) in self._refused:
-                    return
-                self._refused.add(str(error))
-        logger.error("kvcomp: %s", error)
 
 
 def _bitmap(found: Sequence[bool]) -> Bitmap:
