@@ -33,9 +33,8 @@ HEAD_ZERO = -128  # of the unit ``head``
 MAX_ZERO = 32767
 ARITHMETIC_SLACK = 2.0**-21
 
-LARGEST_FLOAT16 = (
-    65504.0  # what is above may become infinite; the other types reach further than any code of the unit ``head``
-)
+# What is above may become infinite; the other types reach further than any code of the unit ``head``.
+LARGEST_FLOAT16 = 65504.0
 
 # Axes of (pages, heads, tokens, channels) over which a unit extends.
 UNIT_AXES: dict[Unit, tuple[int, ...]] = {

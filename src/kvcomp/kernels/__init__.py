@@ -14,7 +14,7 @@ from kvcomp.kernels.folding import Folding
 from kvcomp.kernels.view import NO_STEPS, Array, Books, CacheView, Steps
 from kvcomp.spec import Coding, Kind, Unit
 
-__all__ = ["NO_STEPS", "Array", "Backend", "Books", "CacheView", "Folding", "Steps", "load_backend"]
+__all__ = ["NO_STEPS", "Array", "Backend", "Books", "CacheView", "Folding", "Steps", "host_backend", "load_backend"]
 
 
 class Backend(Protocol):

@@ -29,7 +29,7 @@ from kvcomp.errors import CorruptData
 from kvcomp.kernels import NO_STEPS, Books, CacheView, Folding, Steps
 from kvcomp.spec import KINDS, PAGE_TOKENS, Coding, Kind, Unit
 
-__all__ = ["Books", "attend", "count_pairs", "decompress", "encode_pages", "quantise", "write_raw"]
+__all__ = ["attend", "count_pairs", "decompress", "encode_pages", "quantise", "write_raw"]
 
 
 def count_pairs(q: Quantised, kind: Kind, classes: int) -> npt.NDArray[np.uint64]:

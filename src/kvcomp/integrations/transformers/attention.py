@@ -104,16 +104,15 @@ def _over_store(
     if plain and positions is not None and positions.ndim == 2 and not waits:
         layer.session.check_positions(positions, tokens - 1 - store.starts)
     fresh, source.fresh = source.fresh, None
+    cap = softcap or 0.0
     if fresh is not None:
         out = _dense(module, query, *fresh, mask, scaling, softcap, causal, sink_logits)
     elif plain and queries * heads // store.heads <= FUSED_QUERIES:
-        cap = softcap or 0.0
         out = without_gradient(
             lambda: _tokens_first(attend(store, query, scaling, cap, sink_logits=sink_logits)), query
         )
     elif store.compressed or store.sliding_window is not None:
         seen = None if plain else mask
-        cap = softcap or 0.0
         out = without_gradient(
             lambda: _tokens_first(attend_tiled(store, query, scaling, cap, seen, sink_logits=sink_logits)), query
         )

@@ -67,9 +67,8 @@ def canonical_words(lengths, count, limit, words):
         first[load_u8(lengths + symbol) + 1] += 1
     first[1] = 0
     code = 0
-    for length in range(
-        1, limit + 1
-    ):  # the first code of each length; so far first[length + 1] counts those of this length
+    # The first code of each length; so far first[length + 1] counts those of this length.
+    for length in range(1, limit + 1):
         number = first[length + 1]
         first[length] = code
         code = (code + number) << 1

@@ -6,7 +6,7 @@ page of 64 tokens: raw while it is written, encoded once it has left the window.
 
 from kvcomp.store.paged.arena import Arena, Room
 from kvcomp.store.paged.blocks import Blocks, Step
-from kvcomp.store.paged.cache import PagedCache, PagedMemory
+from kvcomp.store.paged.cache import PagedCache
 from kvcomp.store.paged.layer import PagedLayer, Shape
 
-__all__ = ["Arena", "Blocks", "PagedCache", "PagedLayer", "PagedMemory", "Room", "Shape", "Step"]
+__all__ = ["Arena", "Blocks", "PagedCache", "PagedLayer", "Room", "Shape", "Step"]
