@@ -21,7 +21,7 @@ def clock_for(threads: int) -> Clock:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def seconds(action: Action, clock: Clock, rest: float = 0.0) -> float:
+def seconds(action: Action, clock: Clock, rest: float) -> float:
     """Time of a call after ``rest`` seconds of sleep."""
     time.sleep(rest)
     begin = clock()

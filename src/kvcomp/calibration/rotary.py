@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import InvalidInput
+from kvcomp.spec import PAGE_TOKENS
 
 FASTEST = np.pi  # radians a token
 FEW = 64  # places of a step
@@ -105,9 +106,9 @@ class Rotation:
         found = _of_places(self.speed, tuple(places.flatten().tolist()), places.device)
         return found.view(*places.shape, -1)
 
-    def first_waves(self, count: int, device: torch.device) -> Tensor:
-        """``waves`` of the places 0 to ``count`` - 1, float32 (count, 2 pairs)."""
-        return _first_waves(self.speed, count, device)
+    def first_waves(self, device: torch.device) -> Tensor:
+        """``waves`` of the places 0 to 63, those of a page, float32 (64, 2 pairs)."""
+        return _first_waves(self.speed, device)
 
     def waves_on_device(self, places: Tensor) -> Tensor:
         """``waves`` of places that the host need not know."""
@@ -131,8 +132,8 @@ def _cos_sin(speed: tuple[float, ...], places: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=256)
-def _first_waves(speed: tuple[float, ...], count: int, device: torch.device) -> Tensor:
-    return _of_places(speed, tuple(range(count)), device)
+def _first_waves(speed: tuple[float, ...], device: torch.device) -> Tensor:
+    return _of_places(speed, tuple(range(PAGE_TOKENS)), device)
 
 
 @lru_cache(maxsize=256)

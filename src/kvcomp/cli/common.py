@@ -138,7 +138,7 @@ def quiet_loading() -> Iterator[None]:
         yield
 
 
-def model_with_keys(name: str | None, dtype: str | None = None, device: str | None = None) -> tuple[str, Any, Any]:
+def model_with_keys(name: str | None, dtype: str | None, device: str | None = None) -> tuple[str, Any, Any]:
     """Place, model and tokenizer; without a name of the shipped one. Raises InvalidInput or UnsupportedModel."""
     from kvcomp.evaluate.models import check_has_keys, load_model, shipped_model
 

@@ -266,7 +266,7 @@ def store_of(
     parts: LayerParts,
     spec: CodecSpec,
     tokens: int,
-    backend: str = "cpu",
+    backend: str,
     calibrated: LayerCalibration | None = None,
 ) -> KVStore:
     """Make a store of parts that ``Container.layer`` has checked, whose arrays become the store's.

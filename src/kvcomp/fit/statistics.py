@@ -112,9 +112,7 @@ def calibrated_layers(config: PreTrainedConfig) -> list[int]:
 
 
 @torch.no_grad()
-def observe(
-    model: Any, ids: Tensor, skip: int, statistics: Statistics, told: Mapping[str, Tensor] | None = None
-) -> DynamicCache:
+def observe(model: Any, ids: Tensor, skip: int, statistics: Statistics, told: Mapping[str, Tensor]) -> DynamicCache:
     """Pass a text through a model and add its K, V and queries.
 
     Parameters
@@ -157,7 +155,7 @@ def observe(
     model.set_attn_implementation(NAME)
     cache = DynamicCache(config=model.config)
     try:
-        model(ids, past_key_values=cache, logits_to_keep=1, **(told or {}))
+        model(ids, past_key_values=cache, logits_to_keep=1, **told)
     finally:
         attend_plainly(model)
         AttentionInterface.register(NAME, kvcomp_attention)  # which keeps no sums alive

@@ -11,7 +11,7 @@ from kvcomp.store.protocol import Store
 __all__ = ["KVStore", "Memory", "Store", "new_store", "sealed"]
 
 
-def new_store(spec: CodecSpec, backend: str = "cpu", calibrated: LayerCalibration | None = None) -> Store:
+def new_store(spec: CodecSpec, backend: str, calibrated: LayerCalibration | None) -> Store:
     """An empty store of one layer. backend: ``cpu``, ``reference``, or ``gpu`` for the device of the first tokens."""
     if backend != "gpu":
         return KVStore(spec, backend, *(calibrated or ()))

@@ -79,9 +79,9 @@ def attend_tiled(
             inner[row],
             scaling,
             softcap,
+            None if turning is None else (turning[0][row], turning[1]),
             None if mask is None else mask[row],
             store.held_channels[1],
-            None if turning is None else (turning[0][row], turning[1]),
             int(store.starts[row]),
             store.sliding_window,
         )
@@ -101,9 +101,9 @@ def attend_tiles(
     q: Tensor,
     scaling: float,
     softcap: float,
+    turning: tuple[Tensor, Rotation] | None,
     mask: Tensor | None = None,
     width: int | None = None,
-    turning: tuple[Tensor, Rotation] | None = None,
     start: int = 0,
     sliding_window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -121,12 +121,12 @@ def attend_tiles(
         float32 (heads, queries, head_dim).
     scaling, softcap
         As for ``attend``.
+    turning
+        ``Transform.turning`` of the sequence's queries; None for none.
     mask
         None for causal, or (heads, queries, the last tokens); no query sees those before.
     width
         head_dim of V; that of q if None.
-    turning
-        ``Transform.turning`` of the sequence's queries; None for none.
     start
         Position of the token at the place 0.
     sliding_window

@@ -127,9 +127,7 @@ def _pages(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return x.reshape(x.shape[0], -1, PAGE_TOKENS, x.shape[2]).swapaxes(0, 1)
 
 
-def _compare(
-    x: npt.NDArray[Any], y: npt.NDArray[Any], bound: npt.NDArray[np.float64], rounding: float = 0.0
-) -> Comparison:
+def _compare(x: npt.NDArray[Any], y: npt.NDArray[Any], bound: npt.NDArray[np.float64], rounding: float) -> Comparison:
     """What is the same bit by bit, as raw blocks are, is right even where it is no number."""
     bits = np.uint32 if x.dtype.itemsize == 4 else np.uint16
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):

@@ -28,9 +28,7 @@ class MaskPlan:
     """Whether the mask says nothing but "from there on, not ahead, and not behind the sliding window"."""
 
 
-def read_mask(
-    mask: Tensor, batch: int, queries: int, tokens: int, seen: int | None = None, sliding_window: int | None = None
-) -> MaskPlan:
+def read_mask(mask: Tensor, batch: int, queries: int, tokens: int, seen: int, sliding_window: int | None) -> MaskPlan:
     """The plan of a mask, boolean (True: sees) or additive.
 
     Parameters
@@ -40,7 +38,7 @@ def read_mask(
     batch, queries, tokens
         Of the cache, the new tokens included.
     seen
-        How many of the last tokens the mask is of; all if None.
+        How many of the last tokens the mask is of.
     sliding_window
         A token sees so many of the last ones, itself included; None for all.
 
@@ -49,7 +47,6 @@ def read_mask(
     InvalidInput
         For another shape.
     """
-    seen = tokens if seen is None else seen
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, queries) or mask.shape[3] != seen:
         raise InvalidInput(
             f"the attention mask must be (batch, heads, queries, tokens) = ({batch}, 1, {queries}, {seen}), "

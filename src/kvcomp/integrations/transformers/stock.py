@@ -65,7 +65,7 @@ def placed(x: Tensor, like: Any) -> Tensor:
     return x.to(next(iter(states_of(like).values())).device if is_linear(like) else like.keys.device)
 
 
-def give_states(layer: Any, states: Mapping[str, Tensor], like: Any = None) -> None:
+def give_states(layer: Any, states: Mapping[str, Tensor], like: Any) -> None:
     """Give a layer of linear attention the states that it goes on from, where a layer of the model has its own.
 
     Raises InvalidInput for names that it has not.

@@ -84,7 +84,7 @@ def turned_scores(store: GPUStore, q: Tensor) -> Tensor | None:
     of_tail = ends[:, -1:] + PAGE_TOKENS * (chunk - sink_chunks[:, None])
     raw = torch.where(chunk < sink_chunks[:, None], PAGE_TOKENS * chunk, of_tail)
     ahead = rotation.ahead(z, torch.cat([ends - valid, raw], 1))
-    return product(ahead, rotation.first_waves(PAGE_TOKENS, store.device).mT)
+    return product(ahead, rotation.first_waves(store.device).mT)
 
 
 def _view(store: GPUStore, a: AttendArguments) -> AttendArguments:

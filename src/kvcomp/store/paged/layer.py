@@ -209,7 +209,7 @@ class PagedLayer:
         if turning is not None:
             turning = turning[0][0], turning[1]
         heads = self.shape.heads
-        out = attend_tiles(tiles, heads, prefill.tokens, inner[0], scaling, softcap, turning=turning)[0][None]
+        out = attend_tiles(tiles, heads, prefill.tokens, inner[0], scaling, softcap, turning)[0][None]
         return (out if self.transform is None else self.transform.outputs(out))[0].transpose(0, 1)
 
     def _tiles(self, prefill: Prefill) -> Iterator[tuple[int, Tensor, Tensor]]:
