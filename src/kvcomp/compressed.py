@@ -17,7 +17,7 @@ from kvcomp.errors import InvalidInput
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, Memory, sealed
 from kvcomp.store.attention import attend
-from kvcomp.store.checks import check_tensor
+from kvcomp.store.checks import check_expansion, check_tensor
 from kvcomp.store.places import places as token_places
 
 
@@ -45,7 +45,11 @@ class CompressedKV:
         self._place = place or Place(store.spec, 0, 1)
 
     def decompress(self) -> tuple[Tensor, Tensor]:
-        """K and V, each (batch, KV heads, tokens, head_dim), in the dtype they came in and within the spec's bound."""
+        """K and V, each (batch, KV heads, tokens, head_dim), in the dtype they came in and within the spec's bound.
+
+        Raises LimitExceeded for a file that is padding, and would take thousands of times its memory.
+        """
+        check_expansion([self._store])
         return self._store.dense()
 
     def attend(self, q: Tensor, scaling: float | None = None, softcap: float = 0.0) -> Tensor:

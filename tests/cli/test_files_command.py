@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import kvcomp
 from kvcomp import files
 from kvcomp.cli import app
+from kvcomp.errors import LimitExceeded
 from kvcomp.spec import PRESETS
 from kvcomp.store import KVStore
 from sealing import seal, unseal
@@ -317,3 +318,5 @@ def test_a_file_of_padding_is_not_decompressed(tmp_path: Path) -> None:
     code, text = run("decompress", tmp_path / "a.kvc", "-o", tmp_path / "b")
     assert (code, "claims 17179869184 bytes of values" in text) == (1, True)
     assert not (tmp_path / "b").exists()
+    with pytest.raises(LimitExceeded, match="mostly padding"):
+        kvcomp.load(tmp_path / "a.kvc").decompress()

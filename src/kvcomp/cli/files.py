@@ -25,11 +25,8 @@ from kvcomp.cli.common import (
     screen,
     writable,
 )
-from kvcomp.errors import InvalidInput, LimitExceeded
+from kvcomp.errors import InvalidInput
 from kvcomp.spec import TensorSpec
-
-FREE_VALUES, MAX_EXPANSION = 1 << 28, 1 << 12  # bytes to decompress to: always allowed, and for each byte of a file
-
 
 Tensors = Annotated[
     Path, typer.Argument(help="Tensors k and v, or layers.N.k and layers.N.v", exists=True, dir_okay=False)
@@ -81,24 +78,14 @@ def decompress(
         from safetensors.torch import save
 
         from kvcomp import disk, files
-        from kvcomp.codec.dtypes import DTYPES
+        from kvcomp.store.checks import check_expansion
 
         container = files.open_container(source)
-        values = sum(
-            container.header.rows
-            * container.header.tokens
-            * layer.heads
-            * (layer.channels + layer.value_channels)
-            * DTYPES[layer.dtype].itemsize
-            for layer in container.header.layers
-        )
-        if values > max(FREE_VALUES, MAX_EXPANSION * container.data.size):
-            raise LimitExceeded(
-                f"{source} claims {values} bytes of values, mostly padding, and has {container.data.size} bytes"
-            )
         tensors = {}
         with screen.status("decompressing"):
-            for layer, store in files.load(container, calibration=_read(calibration)).items():
+            stores = files.load(container, calibration=_read(calibration))
+            check_expansion(list(stores.values()))
+            for layer, store in stores.items():
                 for kind, x in zip("kv", store.dense(), strict=True):
                     tensors[f"layers.{layer}.{kind}" if container.header.model_layers > 1 else kind] = x
         disk.write(output, [save(tensors)])

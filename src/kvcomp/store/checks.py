@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.calibration.transform import Transform
-from kvcomp.errors import InvalidInput
+from kvcomp.errors import InvalidInput, LimitExceeded
 from kvcomp.kernels import Steps
 from kvcomp.store.padding import padding
 from kvcomp.store.protocol import Store
@@ -19,6 +19,19 @@ from kvcomp.store.tensors import NAMES
 
 if TYPE_CHECKING:
     from kvcomp.store.cpu import KVStore
+
+
+FREE_VALUES, MAX_EXPANSION = 1 << 28, 1 << 12  # bytes to decompress to: always allowed, and for each byte that is held
+
+
+def check_expansion(stores: Sequence[KVStore]) -> None:
+    """Raise LimitExceeded for what would take far more memory decompressed than a cache can be compressed: padding."""
+    values = sum(
+        one.batch * one.tokens * one.heads * (one.channels + one.value_channels) * one.dtype.itemsize for one in stores
+    )
+    held = sum(one.memory().total for one in stores)
+    if values > max(FREE_VALUES, MAX_EXPANSION * held):
+        raise LimitExceeded(f"the cache claims {values} bytes of values, mostly padding, and holds {held} bytes")
 
 
 def check_tensor(name: str, x: object) -> None:
