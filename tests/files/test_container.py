@@ -161,6 +161,18 @@ def test_pages_of_several_rows_are_there_once() -> None:
     assert len(sections[0]["books"]) == sum(len(book.to_bytes()) for book in store.rows.books[0] if book)
 
 
+@pytest.mark.usefixtures("poison")
+def test_sinks_that_a_row_lacks_are_zero_in_the_file() -> None:
+    store = KVStore(PRESETS["kvcomp"])
+    store.append(*torch.randn(2, 2, 1, 200, 16))
+    store.set_starts([0, 150])
+    store.seal()
+    assert store.rows.sink_count.tolist() == [4, 0]
+    _, sections = unseal(packed({0: store}, store.spec, 1))
+    sinks = np.frombuffer(sections[0]["sinks"], np.float32).reshape(2, 2, 1, 4, 16)
+    assert not sinks[:, 1].any()
+
+
 # The golden files, and a reader written from the documentation
 
 

@@ -229,6 +229,28 @@ def test_hostile_numbers_of_dropped_tokens_are_refused(edit: Any, match: str) ->
         reopened(seal(header, sections))
 
 
+def test_a_row_has_no_more_sinks_than_the_file() -> None:
+    store = KVStore(CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=2, sinks=4))
+    store.append(*torch.randn(2, 1, 1, 9, 16))
+    header, sections = unseal(packed({0: store}, store.spec, 1))
+    put("rows", 8, word(5))(header, sections)
+    with pytest.raises(CorruptData, match="a start, sinks or pages"):
+        reopened(seal(header, sections))
+
+
+def test_numbers_of_pages_that_only_add_up_are_refused() -> None:
+    store = KVStore(CodecSpec(TensorSpec("block", 0.05), TensorSpec("token", 0.1), window=2, sinks=0))
+    store.append(*torch.randn(2, 3, 1, 66, 16))
+    store.set_starts([0, 66, 66])
+    store.seal()
+    assert store.rows.count.tolist() == [1, 0, 0]
+    header, sections = unseal(packed({0: store}, store.spec, 1))
+    put("rows", 56 + 16, word(1))(header, sections)
+    put("rows", 112 + 16, word(-1))(header, sections)
+    with pytest.raises(CorruptData, match="a start, sinks or pages"):
+        reopened(seal(header, sections))
+
+
 def test_rows_have_as_many_numbers_as_the_flag_says() -> None:
     for data, flags in ((windowed(), 0), (SMALL, 2)):
         header, sections = unseal(data)
@@ -347,6 +369,13 @@ def test_a_header_that_is_no_header_is_refused(text: bytes) -> None:
     with traced() as peak, pytest.raises(CorruptData, match="the header"):
         open_bytes(seal_text(text))
     assert peak[0] < FREE
+
+
+@pytest.mark.parametrize(("depth", "fine"), [(15, True), (16, False), (500, False)])
+def test_a_header_is_nested_16_deep_at_most(depth: int, fine: bool) -> None:
+    header, sections = unseal(SMALL)
+    header["model"] = {"id": json.loads("[" * (depth - 1) + "1" + "]" * (depth - 1))}
+    assert refused(seal(header, sections)) == (not fine)
 
 
 def test_a_header_of_any_length_is_refused() -> None:

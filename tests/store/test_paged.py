@@ -86,6 +86,18 @@ def test_a_layer_whose_memory_is_full_takes_another_layers() -> None:
     assert room.take(memories[0], 64 * 41) is None
 
 
+def test_a_layers_own_memory_is_asked_first_wherever_it_begins() -> None:
+    size = 96
+    whole = np.zeros(4 * size + 16, np.uint8)
+    begin = -whole.ctypes.data % 16 + 1
+    memories = [whole[begin + size * i : begin + size * (i + 1)] for i in range(4)]
+    room = Room(memories, 16)
+    for memory in memories:
+        place = room.take(memory, 16)
+        assert place is not None
+        assert 0 <= place - memory.ctypes.data < size
+
+
 def test_what_was_not_given_out_is_not_taken_back() -> None:
     arena = Arena(64)
     arena.take(16)
@@ -335,6 +347,27 @@ def test_a_token_that_does_not_follow_is_refused(offset: int) -> None:
     engine.check([(sequence, 20)])
     with pytest.raises(InvalidInput, match="another place"):
         engine.cache.begin(np.array([[sequence.blocks[0] + (offset == 0)]]), np.array([offset + 6]), np.array([0, 1]))
+
+
+@pytest.mark.parametrize("held", [0, 20])
+def test_a_block_that_two_sequences_write_is_refused(held: int) -> None:
+    engine = Engine(SPECS["kvcomp"])
+    if held:
+        engine.check([(engine.begin("a"), held)])
+    with pytest.raises(InvalidInput, match="another place"):
+        engine.cache.begin(np.array([[1], [1]]), np.array([held + 1, 1]), np.array([0, 1, 2]))
+
+
+def test_a_block_that_is_used_again_has_none_of_the_sinks_it_had() -> None:
+    engine = Engine(SPECS["kvcomp"], blocks=4, shared=False)
+    one = engine.begin("one")
+    engine.check([(one, 2 * BLOCK)])
+    engine.check([(one, 1)])
+    engine.end(one)
+    other = engine.begin("other")
+    engine.check([(other, 1)])
+    assert other.blocks == one.blocks[:1]
+    engine.check([(other, 1)])
 
 
 def test_pages_come_in_when_there_is_room_again() -> None:

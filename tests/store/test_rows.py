@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcomp.errors import InvalidInput
 from kvcomp.store import KVStore
+from kvcomp.store.pages import bits_by_head
 from stores import check_row, fill, page_bytes, ragged, snapshot, spec_of, tokens
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -125,6 +126,13 @@ def test_repeated_rows_share_their_pages_and_then_go_their_own_ways(backend: str
     assert len({tuple(row[:5]) for row in store.rows.pages.tolist()}) == 1
 
 
+def test_bits_by_head_count_shared_pages_once(backend: str) -> None:
+    store = fill(KVStore(spec_of(), backend), *tokens(200), [200])
+    alone = bits_by_head(store)
+    store.select(torch.tensor([0, 0, 0]))
+    assert bits_by_head(store).tolist() == alone.tolist()
+
+
 @pytest.mark.parametrize(
     "rows", [torch.tensor([3]), torch.tensor([-4]), torch.tensor([0, 9]), torch.tensor([], dtype=torch.int64),
              torch.tensor([True, False, True]), torch.tensor([0.0, 1.0])]
@@ -157,6 +165,15 @@ def test_a_deep_copy_is_independent_and_shares_its_pages(backend: str, count: in
     del store
     gc.collect()
     assert snapshot(other) == before  # the pages live as long as someone holds them
+
+
+def test_a_deep_copy_keeps_its_sinks_when_the_other_begins_anew(backend: str) -> None:
+    store = fill(KVStore(spec_of(), backend), *tokens(90), [90])
+    twin = deepcopy(store)
+    before = snapshot(twin)
+    store.crop(0)
+    fill(store, *tokens(90, seed=1), [90])
+    assert snapshot(twin) == before
 
 
 def test_a_deep_copy_of_an_empty_store_is_empty(backend: str) -> None:

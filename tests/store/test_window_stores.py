@@ -137,6 +137,16 @@ def test_pages_lie_where_they_lie_whatever_the_passes(pieces: tuple[int, ...]) -
     beside.check(1)
 
 
+def test_a_page_leaves_with_the_last_token_that_sees_it() -> None:
+    end = 4 + PAGE_TOKENS
+    beside = Beside(EXACT, [0], end + WINDOW - 2)
+    assert beside.store.rows.begins.tolist() == [4]  # its sinks have left
+    beside.append(1)
+    beside.store.seal()
+    beside.check_dropped()
+    assert beside.store.rows.begins.tolist() == [end]
+
+
 def test_what_leaves_the_window_before_it_is_sealed_is_not_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
     beside = Beside(LOSSY, [0], 20)
     encoded = []
