@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,14 @@ def test_a_window_that_is_not_full_yet(store: PrefixStore) -> None:
     assert store.save(ids, cache, model) == 600
     loaded = store.load(ids, model, LOSSY)
     assert torch.equal(run(model, cache, ids[:, 600:]), run(model, loaded, ids[:, 600:]))
+
+
+def test_a_state_behind_a_wide_raw_window_is_found(store: PrefixStore, sliding: PreTrainedModel) -> None:
+    spec, ids = replace(LOSSY, window=200), prompt(720)
+    cache = store.load(ids, sliding, spec)
+    run(sliding, cache, ids[:, :715])  # one chunk, three pages and 263 raw tokens
+    assert store.save(ids, cache, sliding) == 715
+    assert store.load(ids, sliding, spec).get_seq_length() == 715
 
 
 def test_a_store_in_redis(tmp_path: Path, sliding: PreTrainedModel) -> None:

@@ -398,6 +398,26 @@ def test_chunks_whose_values_are_wider_are_not_joined() -> None:
         chain.join_chunks(stores)
 
 
+def test_chunks_with_and_without_books_of_their_own_are_not_joined() -> None:
+    trained = sealed_chunks(CodecSpec.resolve("kvcomp"), 64, 64)
+    sinks = trained.spec.sinks
+    untrained = KVStore(trained.spec)
+    untrained.append(*torch.randn(2, 1, 2, sinks + 64 + trained.spec.window, 64))
+    untrained.seal()
+    stores = [trained.slice(0, 4, sinks), untrained.slice(0, 1, 0)]
+    for chunks in (stores, stores[::-1]):
+        with pytest.raises(CorruptData, match="different codebooks"):
+            chain.join_chunks(chunks)
+
+
+def test_a_chunk_of_another_dtype_than_the_model_is_damaged() -> None:
+    spec = CodecSpec.resolve("packed")
+    origin = chain.Origin({}, 1, [0], "bfloat16", spec)
+    value = b"".join(chain.pack(origin, {0: sealed_chunks(spec, 64, 64)}, 0, "key"))
+    with pytest.raises(CorruptData, match="other pages than a chunk has"):
+        chain.unpack(origin, value, 0, "key", "cpu")
+
+
 # Values that are right, where they cannot be used
 
 
@@ -537,6 +557,21 @@ def test_of_two_that_store_a_beginning_at_once_the_first_decides(
     assert mine.get_seq_length() == theirs.get_seq_length() == SHARED
     same = caches[1].compressed_layers[0].store.rows.books[0]
     assert mine.compressed_layers[0].store.rows.books[0] == same
+
+
+def test_a_beginning_that_is_of_no_use_is_replaced(
+    model: PreTrainedModel, folder: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another process put it there after this one looked."""
+    ids, put_new = prompt(700), folder.blobs.put_new
+
+    def too_late(key: str, value: Any) -> bool:
+        folder.blobs.put([(key, [b"x"])])
+        return put_new(key, value)
+
+    monkeypatch.setattr(folder.blobs, "put_new", too_late)
+    assert folder.save(ids, computed(model, ids), model) == SHARED
+    assert folder.load(ids, model, LOSSY).get_seq_length() == SHARED
 
 
 # A store that is not there

@@ -470,6 +470,16 @@ def test_a_redis_that_is_full_evicts_and_one_that_may_not_refuses(
         store.close()
 
 
+def test_a_redis_that_may_not_evict_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        running(tmp_path, "--maxmemory-policy", "noeviction") as url,
+        closing(open_blobs(url, timeout=30)) as store,
+    ):
+        for key in KEYS[:3]:
+            store.put([(key, [b"x"])])
+    assert caplog.text.count("maxmemory-policy allkeys-lru") == 1
+
+
 def test_a_value_of_another_type_is_none(redis_url: str) -> None:
     import redis
 
@@ -494,6 +504,21 @@ def test_a_server_that_dies_and_comes_back(tmp_path: Path) -> None:
         store.put([(KEYS[0], [b"x"])])
         assert values(store, KEYS[:1]) == [b"x"]
         store.close()
+
+
+def test_a_connection_that_breaks_once_is_made_anew() -> None:
+    connections = list[socket.socket]()
+
+    def answer(connection: socket.socket) -> None:
+        connections.append(connection)
+        while request := connection.recv(1 << 20):
+            if connection is connections[0]:
+                return
+            connection.sendall(b"+OK\r\n" * request.count(b"SETINFO") + b":3\r\n" * request.count(b"STRLEN"))
+
+    with answering(answer) as url, closing(open_blobs(url, timeout=5)) as store:
+        assert store.sizes(KEYS[:1]) == [3]
+    assert len(connections) > 1
 
 
 def test_an_empty_file_is_no_value(tmp_path: Path) -> None:

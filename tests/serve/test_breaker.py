@@ -1,4 +1,4 @@
-"""A store that fails is let be for a while, which grows only with failures one after the other."""
+"""A store that fails is let be for a while, which grows only with failures in a row, and little is said of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvcomp.errors import StoreUnavailable
 from kvcomp.serve.breaker import MOST_PAUSE, PAUSE, CircuitBreaker
+from kvcomp.serve.notices import INTERVAL, Notices
 
 
 class Clock:
@@ -96,3 +97,14 @@ def test_another_error_says_nothing_of_the_store(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ZeroDivisionError):
         breaker.ask(lambda: 1 // 0)
     assert not breaker.open
+
+
+def test_messages_that_were_left_out_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = Clock(monkeypatch), list[str]()
+    notices = Notices(said.append)
+    for message in "abc":
+        notices.say(message)
+    for message in "de":
+        clock.now += INTERVAL
+        notices.say(message)
+    assert said == ["a", "d (2 messages before it not shown)", "e"]

@@ -20,7 +20,7 @@ from kvcomp.errors import CorruptData, InvalidInput, KVCompError, UnsupportedVer
 from kvcomp.files import pack_stores
 from kvcomp.serve.chunks import ChunkShape, chunk_key, open_chunk, pack_chunk, unpack
 from kvcomp.spec import CodecSpec, TensorSpec
-from kvcomp.store import KVStore
+from kvcomp.store import KVStore, sealed
 from sealing import seal, unseal
 
 CALIBRATION = Path(__file__).parents[2] / "examples" / "tiny-lm" / "model.kvcal"
@@ -78,6 +78,20 @@ def test_a_value_whose_v_is_wider_is_refused() -> None:
     value = b"".join(pack_stores({0: store}, store.spec, 1, header["model"]))
     with pytest.raises(CorruptData, match="not the chunk that was asked for"):
         open_chunk(value, "a", SPEC, replace(SHAPE, layers=1))
+
+
+def test_a_value_of_two_rows_or_with_states_is_refused() -> None:
+    header, _ = unseal(packed())
+
+    def value(rows: int = 1, states: Any = None) -> bytes:
+        kv = [[x.repeat(rows, 1, 1, 1) for x in pair] for pair in values(SHAPE)]
+        stores = {layer: sealed(SPEC.bare(), k, v) for layer, (k, v) in enumerate(kv)}
+        return b"".join(pack_stores(stores, SPEC.bare(), SHAPE.layers, header["model"], states=states))
+
+    assert len(open_chunk(value(), "a", SPEC, SHAPE)) == SHAPE.layers
+    for other in (value(rows=2), value(states={0: {"a": torch.ones(1, 3)}})):
+        with pytest.raises(CorruptData, match="not the chunk that was asked for"):
+            open_chunk(other, "a", SPEC, SHAPE)
 
 
 def test_a_value_of_another_spec_is_refused() -> None:
