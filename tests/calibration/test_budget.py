@@ -87,6 +87,13 @@ def test_more_bytes_buy_finer_levels() -> None:
         plan(420_000)
 
 
+def test_a_step_that_takes_the_last_byte_is_taken() -> None:
+    exact = priced([bits for bits in (4.0, 2.0, 1.0) for _ in range(LAYERS)], [kl for kl in KL for _ in range(LAYERS)])
+    finest = plan(1 << 30, exact)
+    assert plan(finest.nbytes, exact) == finest
+    assert plan(finest.nbytes - 1, exact).kl > finest.kl
+
+
 def test_sizes_are_read_as_people_write_them() -> None:
     cases = {"2GiB": 2 << 30, "1.5 MB": 1_500_000, "64k": 64_000, "12": 12, "1Ti": 1 << 40}
     assert {text: parse_bytes(text) for text in cases} == cases

@@ -21,6 +21,7 @@ from calibrating import STEPS, calibrated, like_keys
 from kvcomp.calibration import MAX_SHIFT, Calibration, quantise_matrix, resolve
 from kvcomp.calibration.content import METADATA
 from kvcomp.calibration.file import MAX_BYTES
+from kvcomp.calibration.rotary import Rotation
 from kvcomp.calibration.transform import Affine
 from kvcomp.errors import CorruptData, InvalidInput, KVCompError, LimitExceeded, UnsupportedVersion
 from kvcomp.spec import LEVELS, CodecSpec
@@ -113,6 +114,15 @@ def test_levels_are_specs_that_name_the_calibration() -> None:
 def test_bytes_that_decoding_needs() -> None:
     matrices = sum(array.nbytes for name, array in load(MADE.content).items() if "matrix" in name)
     assert matrices < MADE.nbytes("balanced") < len(MADE.content)
+
+
+def test_bytes_of_a_level_are_those_of_its_tensors() -> None:
+    turn = Rotation.of(np.array([[0, 8], [1, 9]]), np.array([0.5, 0.1]), 16)
+    made = calibrated(2, channels=16, rotation=turn)
+    for level in LEVELS:
+        needed = [x.nbytes for name, x in load(made.content).items() if name.split(".")[1] in ("key", "value", level)]
+        assert made.nbytes(level) == sum(needed)
+        assert made.nbytes(level, [1]) == sum(needed) // 2
 
 
 def test_resolve_says_what_is_missing() -> None:

@@ -338,3 +338,20 @@ def test_windows_are_not_finer_than_what_a_budget_leaves_to_the_other_layers(
     assert list(dict.fromkeys(seen)) == [(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)]
     with pytest.raises(LimitExceeded, match="at the coarsest levels"):
         plan(most - 100_000)
+
+
+def test_windows_are_as_fine_as_half_of_the_other_layers() -> None:
+    model, made = gemma("sliding", "full", "full")
+    levels = {
+        level: {"layers": {"1": {"bits": bits, "kl": kl}, "2": {"bits": bits, "kl": 10 * kl}}}
+        for level, bits, kl in zip(LEVELS, (4.0, 2.0, 1.0), (0.001, 0.01, 0.1), strict=True)
+    }
+    made = replace(made, about=replace(made.about, levels=levels))
+    budget, found = 1 << 30, []
+    for _ in range(7):
+        plan = KVCompCache(model.config, "kvcomp-klt", calibration=made, budget=budget, context=4000).plan
+        assert plan is not None
+        windows = next(level for level in LEVELS if made.spec(level).windows == plan.spec.windows)
+        found.append(tuple(LEVELS.index(level) for level in (windows, *plan.levels.values())))
+        budget = plan.nbytes - 1
+    assert found == [(0, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 1), (1, 2, 1), (2, 2, 1), (2, 2, 2)]

@@ -229,6 +229,23 @@ def test_rotary_frequencies_that_depend_on_the_length(tmp_path: Path, kind: str)
         whole.join(fresh)
 
 
+def test_a_cache_that_a_crop_has_emptied_is_as_new(tmp_path: Path) -> None:
+    model, short = random_model(BY_LENGTH["dynamic"]), ids_of(600)
+    cache = filled(model, ids_of(900))
+    cache.crop(-900)
+    run(model, cache, short)
+    cache.save(tmp_path / "short.kvc", model)
+    assert PrefixStore(tmp_path / "store").save(short, cache, model) == STORED
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_frequencies_that_the_others_follow_from_are_part_of_a_model(kind: str) -> None:
+    model: Any = random_model(BY_LENGTH[kind])
+    before = weights_id(model)
+    model.model.rotary_emb.original_inv_freq.mul_(1.01)
+    assert weights_id(model) != before
+
+
 class Wrapped(Tensor):
     """Stands for tensors whose bytes are elsewhere."""
 

@@ -210,6 +210,19 @@ def test_a_short_crop_needs_no_recording(gemma: PreTrainedModel) -> None:
     torch.testing.assert_close(pieces(gemma, cache, ids[:, :640], [640]), want, atol=TOLERANCE, rtol=0)
 
 
+@CROPS
+def test_a_crop_that_a_raw_window_refuses_changes_no_layer() -> None:
+    about = config("Gemma 3", 32)
+    about.layer_types = about.layer_types[::-1]
+    model = random_model(about)
+    cache = KVCompCache(model.config, EXACT)
+    assert [type(layer) for layer in cache.layers] == [CompressedLayer, DynamicSlidingWindowLayer]
+    pieces(model, cache, prompt(100)["input_ids"], [100])
+    with pytest.raises(RuntimeError, match="past states"):
+        cache.crop(-5)
+    assert [layer.get_seq_length() for layer in cache.layers] == [100, 100]
+
+
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_a_failed_pass_is_taken_back_or_the_cache_refuses(gemma: PreTrainedModel, tokens: int) -> None:
     ids = prompt(1100)["input_ids"]

@@ -26,6 +26,7 @@ from transformers import (
 import kvcomp
 from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
+from kvcomp.integrations.transformers.attention import kvcomp_attention
 from kvcomp.integrations.transformers.models import position_limit
 from tiny_models import random_model, tiny_config
 
@@ -132,6 +133,18 @@ def test_what_the_cache_returned_cannot_be_changed() -> None:
     logits(model, ids(), cache)
     with pytest.raises(InvalidInput, match="aten::mul_ cannot change"):
         cache.layers[0].values.mul_(0)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_keys_that_are_taken_for_values_are_read_as_keys() -> None:
+    config = tiny_config(LlamaConfig)
+    module = made(config).model.layers[0].self_attn
+    q = torch.randn(1, config.num_attention_heads, 90, config.head_dim)
+    k, v = torch.randn(2, 1, config.num_key_value_heads, 90, config.head_dim)
+    keys, values = KVCompCache(config).update(k, v, 0)
+    for taken, plain in (((keys, keys), (k, k)), ((values, keys), (v, k))):
+        found, expected = (kvcomp_attention(module, q, *pair, None)[0] for pair in (taken, plain))
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_default_device_is_for_other_tensors() -> None:
