@@ -102,6 +102,7 @@ def test_evaluate_measures_methods_and_goes_on_after_a_stop(tmp_path: Path) -> N
         assert 0 < one["memory"]["teacher_forced"]["total_bits"] < 16
         assert {cell["task"] for cell in one["retrieval"]} == {"key-value", "passkey"}
         assert sum(cell["asked"] for cell in one["retrieval"]) == 512 // 24 + 5
+        assert {cell["depth"] for cell in one["retrieval"]} == {0.1, 0.3, 0.5, 0.7, 0.9}
         assert len(one["error"]["heads"]) == 4 * 2 * 2
         assert one["suffering"][0]["kl"] >= one["suffering"][-1]["kl"]
     parts = ours["memory"]["teacher_forced"]

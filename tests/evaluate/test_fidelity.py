@@ -2,13 +2,18 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from kvcomp.errors import InvalidInput
 from kvcomp.evaluate import sensitivity as evaluate_sensitivity
+from kvcomp.evaluate.evaluation import Evaluation, Plan
 from kvcomp.evaluate.fidelity import (
     Sample,
     compare,
@@ -23,6 +28,7 @@ from kvcomp.evaluate.models import held_out_ids, load_model, shipped_model
 from kvcomp.evaluate.retrieval import answered, lookup_quiz, passkey_quiz, quiz_sample
 from kvcomp.evaluate.sensitivity import errors_by_head, probe, sensitivity
 from kvcomp.evaluate.text import LookupLists
+from kvcomp.results.journal import Journal
 from tiny_models import HYBRIDS, random_model
 
 
@@ -121,6 +127,15 @@ def test_a_large_channel_is_blamed_where_it_shares_its_scale_and_nowhere_else(
     assert not any("the unit channel" in why for why in reasons["kvcomp"])
 
 
+def test_errors_beyond_the_edges_count_in_the_outermost_bins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_sensitivity, "fill", lambda *_: None)
+    exact, errors = torch.ones(1, 1, 4, 1), torch.tensor([-3.0, 0.01, 3.0, 2.0])
+    method: Any = SimpleNamespace(values=lambda _: [(exact + errors[:, None], exact)])
+    each: Any = SimpleNamespace(cache=[(exact, exact)])
+    counts = errors_by_head(None, each, method)["histogram"]["K"]["counts"]
+    assert (counts[0], counts[-1], sum(counts)) == (1, 2, 4)
+
+
 @pytest.mark.parametrize("name", ["kvcomp", "kivi-4"])
 def test_streaming_by_the_methods_room_is_streaming_token_by_token(
     model_and_tokenizer: tuple[Any, Any], text: Sample, name: str
@@ -177,3 +192,14 @@ def test_a_prompt_is_read_once_for_all_methods_under_sliding_windows_too(name: s
     assert method.memory(caches[0]) == method.memory(caches[1])
     first, second = (predict(model, each.text, cache, method) for cache in caches)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("streams", "least"), [(2, 160), (0, 120)])
+def test_a_text_shorter_than_what_is_streamed_is_refused(streams: int, least: int, tmp_path: Path) -> None:
+    model: Any = SimpleNamespace(config=LlamaConfig())
+    tokenizer: Any = None
+    plan = Plan(prompt=100, scored=20, streams=streams, streaming_prompt=100, streamed=60)
+    journal = Journal(tmp_path / "pieces", {}, resume=False)
+    Evaluation(model, tokenizer, np.zeros(least, np.int64), [], plan, journal)
+    with pytest.raises(InvalidInput, match=f"{least} are needed"):
+        Evaluation(model, tokenizer, np.zeros(least - 1, np.int64), [], plan, journal)

@@ -148,7 +148,7 @@ def test_an_architecture_that_transformers_cannot_read_is_refused(llama: Any, tm
     ("more", "error", "message"),
     [
         ({"llama.rope.scaling.type": "yarn"}, UnsupportedModel, "RoPE scaling 'yarn'"),
-        ({"split.count": 3}, InvalidInput, "llama-gguf-split --merge"),
+        ({"split.count": 2}, InvalidInput, "llama-gguf-split --merge"),
         ({"split.count": "many"}, CorruptData, "one of 'many' files"),
     ],
 )
@@ -157,6 +157,11 @@ def test_what_would_be_read_wrongly_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         load_model(write_gguf(tmp_path / "tiny.gguf", llama, **more))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_model_that_was_split_into_one_file_is_whole(count: int) -> None:
+    gguf_file.check(gguf_file.Header({"general.architecture": "llama", "split.count": count}, {}), "tiny.gguf")
 
 
 def test_frequencies_of_rope_in_a_tensor_are_refused() -> None:
@@ -176,6 +181,18 @@ def test_a_file_that_ends_early_is_refused(copy: Path, kept: int) -> None:
     copy.write_bytes(copy.read_bytes()[:kept])
     with pytest.raises(CorruptData, match=r"fetch|does not begin with GGUF"):
         load_model(copy)
+
+
+def test_a_file_that_lacks_the_last_byte_of_its_last_tensor_is_refused(copy: Path) -> None:
+    from gguf import GGUFReader
+
+    content = copy.read_bytes()
+    end = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in GGUFReader(copy).tensors)
+    copy.write_bytes(content[:end])
+    gguf_file.read_header(copy, "tiny.gguf")
+    copy.write_bytes(content[: end - 1])
+    with pytest.raises(CorruptData, match="fetch the whole file again"):
+        gguf_file.read_header(copy, "tiny.gguf")
 
 
 @pytest.mark.parametrize(

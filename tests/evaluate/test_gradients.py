@@ -78,3 +78,8 @@ def test_indices_are_drawn_as_often_as_their_probabilities_say() -> None:
     shares = torch.bincount(drawn[:, 0], minlength=6) / 20_000
     assert torch.allclose(shares, probabilities, atol=0.02)
     assert not shares[probabilities == 0].any()
+
+
+def test_the_least_random_number_draws_nothing_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(size))
+    assert draw(torch.tensor([[0.0, 0.5, 0.5]]), torch.Generator()).tolist() == [[1]]

@@ -278,3 +278,16 @@ def test_a_baseline_codes_the_windows_that_kvcomp_codes(name: str, first: int) -
     assert memory.dense == 4 * memory.values
     assert memory.total < other.memory().total
     assert one.decoded["K"].shape[2] + one.tail["K"].shape[2] < window + 128
+
+
+def test_a_piece_leaves_a_window_with_the_last_token_that_sees_it() -> None:
+    window = 512
+    layer = BaselineLayer(baseline("kivi-4-same-raw"), window)
+    k, v = torch.randn(2, 1, 2, window, 32)
+    layer.update(k, v)
+    layer.settle()
+    first = layer.sizes["K"][0]
+    while layer.tokens < window - 1 + first:
+        layer.update(k[:, :, :1], v[:, :, :1])
+    layer.settle()
+    assert layer.tokens - layer.tail["K"].shape[2] - layer.decoded["K"].shape[2] == first

@@ -119,6 +119,16 @@ def test_what_is_longer_than_the_model_loses_its_beginning(
     assert lm.score(ids[44:290], ids[290:]) != kept
 
 
+def test_of_a_continuation_longer_than_the_model_the_end_is_scored(
+    model_and_tokenizer: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = model_and_tokenizer
+    monkeypatch.setattr(tasks_module, "positions", lambda config: 64)
+    ids = held_out_ids(tokenizer, shipped_model())[:100]
+    lm = MethodLM(model, tokenizer, baseline("uncompressed"))
+    assert lm.score(ids[:3], ids[3:]) == lm.score(ids[35:36], ids[36:])
+
+
 def test_local_tasks_run_under_every_kind_of_request(model_and_tokenizer: tuple[Any, Any], tasks: list[str]) -> None:
     model, tokenizer = model_and_tokenizer
     chosen = Tasks(tasks)

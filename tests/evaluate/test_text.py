@@ -34,6 +34,7 @@ def library(tmp_path: Path) -> Path:
         "unittest/test/testmock.py",
         "lib2to3/tests/data.py",
         "site-packages/other.py",
+        "dist-packages/other.py",
         "pydoc_data/topics.py",
     ):
         path = tmp_path / name
