@@ -15,6 +15,7 @@ import torch
 
 from calibrating import calibrated, like_keys
 from containers import BATCH, SMALL, open_bytes, packed, refused, reopened
+from kvcomp.calibration import Calibration
 from kvcomp.codec.page import RAW
 from kvcomp.errors import CorruptData, KVCompError, LimitExceeded
 from kvcomp.files.header import LIMITS
@@ -470,8 +471,8 @@ def test_the_unit_head_has_no_default_book_without_a_calibration() -> None:
         open_bytes(seal(header, sections)).layer(0)
 
 
-def test_the_codebooks_of_a_calibration_are_for_its_huffman_spec_alone() -> None:
-    """Blocks of Huffman codes under the spec of the same level that has no books: nothing could read them."""
+def calibrated_store() -> tuple[Calibration, CodecSpec, KVStore]:
+    """A store of one layer under a calibration's level, whose spec is the second."""
     calibration = calibrated()
     spec = calibration.spec("balanced").bare()
     given = calibration.layer(0, spec)
@@ -479,6 +480,12 @@ def test_the_codebooks_of_a_calibration_are_for_its_huffman_spec_alone() -> None
     store = KVStore(spec.layer(0, 1), "cpu", *given)
     store.append(like_keys(1, 2, 128, 32, 5), like_keys(1, 2, 128, 32, 6))
     store.seal()
+    return calibration, spec, store
+
+
+def test_the_codebooks_of_a_calibration_are_for_its_huffman_spec_alone() -> None:
+    """Blocks of Huffman codes under the spec of the same level that has no books: nothing could read them."""
+    calibration, spec, store = calibrated_store()
     assert not refused(packed({0: store}, spec, 1))
     other = calibration.spec("balanced", "patched").bare()
     with pytest.raises(CorruptData, match="codebook"):
@@ -487,15 +494,9 @@ def test_the_codebooks_of_a_calibration_are_for_its_huffman_spec_alone() -> None
 
 def test_a_codebook_in_a_file_of_a_calibration_is_refused() -> None:
     """Pages would be read with it, and with the calibration's once they are saved again."""
-    calibration = calibrated()
-    spec = calibration.spec("balanced").bare()
-    given = calibration.layer(0, spec)
-    assert given is not None
-    store = KVStore(spec.layer(0, 1), "cpu", *given)
-    store.append(like_keys(1, 2, 128, 32, 5), like_keys(1, 2, 128, 32, 6))
-    store.seal()
+    _, spec, store = calibrated_store()
     header, sections = unseal(packed({0: store}, spec, 1))
-    own = given.books[0][1]
+    own = store.default_books[0]
     assert own is not None
     sections[0]["books"], header["layers"][0]["books"] = own.to_bytes(), 1
     put("rows", 24, word(0))(header, sections)
