@@ -60,7 +60,7 @@ class Values(dict[str, bytes]):
     def get(self, keys: Sequence[str]) -> list[Buffer | None]:  # type: ignore[override]
         return [super(Values, self).get(key) for key in keys]
 
-    def put(self, items: Sequence[tuple[str, Sequence[Buffer]]]) -> None:
+    def put(self, items: Sequence[tuple[str, Sequence[Buffer]]], kept: Sequence[str] = ()) -> None:
         self.update((key, b"".join(pieces)) for key, pieces in items)
 
     def put_new(self, key: str, value: Sequence[Buffer]) -> bool:
@@ -91,8 +91,8 @@ class Recorded:
         self.asked += keys
         return self._answer("get", keys, self.inner.get(keys))
 
-    def put(self, items: Sequence[tuple[str, Sequence[Buffer]]]) -> None:
-        self.inner.put(items)
+    def put(self, items: Sequence[tuple[str, Sequence[Buffer]]], kept: Sequence[str] = ()) -> None:
+        self.inner.put(items, kept)
 
     def put_new(self, key: str, value: Sequence[Buffer]) -> bool:
         return self.inner.put_new(key, value)

@@ -51,7 +51,7 @@ def test_pairs_that_hardly_turn_within_the_context_stay(context: int, turning: i
 
 def test_sinks_do_not_count() -> None:
     statistics = Statistics()
-    observe(tiny_model(), torch.randint(1, 97, (1, 40)), 4, statistics)
+    observe(tiny_model(), torch.randint(1, 97, (1, 40)), 4, statistics, {})
     assert [sums.tokens for sums in statistics.layers.values()] == [36, 36]
 
 
@@ -59,4 +59,4 @@ def test_a_model_with_an_attention_of_its_own_cannot_be_observed(monkeypatch: py
     model = tiny_model()
     monkeypatch.setattr(model, "set_attn_implementation", lambda name: None)
     with pytest.raises(UnsupportedModel, match="does not go through"):
-        observe(model, torch.randint(1, 97, (1, 40)), 4, Statistics())
+        observe(model, torch.randint(1, 97, (1, 40)), 4, Statistics(), {})
