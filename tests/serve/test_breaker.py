@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvcomp.errors import StoreUnavailable
 from kvcomp.serve.breaker import MOST_PAUSE, PAUSE, CircuitBreaker
-from kvcomp.serve.notices import INTERVAL, Notices
+from kvcomp.serve.notices import INTERVAL, REPEATED, Notices
 
 
 class Clock:
@@ -108,3 +108,13 @@ def test_messages_that_were_left_out_are_counted_once(monkeypatch: pytest.Monkey
         clock.now += INTERVAL
         notices.say(message)
     assert said == ["a", "d (2 messages before it not shown)", "e"]
+
+
+def test_the_same_message_comes_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = Clock(monkeypatch), list[str]()
+    notices = Notices(said.append)
+    for _ in range(int(REPEATED) + 1):
+        notices.say("a")
+        clock.now += INTERVAL
+    notices.say("b")
+    assert said == ["a", "a (59 messages before it not shown)", "b"]

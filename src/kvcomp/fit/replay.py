@@ -33,9 +33,11 @@ class Replay:
         if not self.decoder:
             return
         hooks = [one.register_forward_hook(lambda *given: self.outputs.append(given[2])) for one in self.decoder]
-        expected = predict()
-        for hook in hooks:
-            hook.remove()
+        try:
+            expected = predict()
+        finally:
+            for hook in hooks:
+                hook.remove()
         try:
             with self.up_to(layers - 1):
                 same = torch.equal(predict(), expected)
