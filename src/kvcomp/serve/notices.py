@@ -1,5 +1,4 @@
-"""Notices: log lines of a store that fails, of which one in a second is enough, and one in a minute if all are alike.
-"""
+"""Notices: log lines of a store that fails, of which one in a second is enough, and one a minute if they are alike."""
 
 from __future__ import annotations
 
