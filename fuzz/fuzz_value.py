@@ -68,7 +68,7 @@ def check_prefix(value: memoryview) -> None:
 
 
 def check_state(value: memoryview) -> None:
-    found = state.unpack_state(HYBRID, value, KEY, STATE_TOKENS, books(), SHAPES)
+    found = state.unpack_state(HYBRID, value, KEY, STATE_TOKENS, books(), SHAPES, "cpu")
     if found.chunks != 1 or {store.tokens for store in found.stores.values()} != {STATE_TOKENS}:
         raise AssertionError("the state of another place came back")
     for layer, shapes in SHAPES.linear.items():
