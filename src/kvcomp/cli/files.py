@@ -84,7 +84,7 @@ def decompress(
         tensors = {}
         with screen.status("decompressing"):
             stores = files.load(container, calibration=_read(calibration))
-            check_expansion(list(stores.values()))
+            check_expansion(stores.values())
             for layer, store in stores.items():
                 for kind, x in zip("kv", store.dense(), strict=True):
                     tensors[f"layers.{layer}.{kind}" if container.header.model_layers > 1 else kind] = x
