@@ -31,7 +31,7 @@ from real_models import load
 
 OUTPUT = Path(__file__).parent / "results" / "real_rates.json"
 MODEL = "smollm2-135m"
-PRICES = (300.0, 75.0, 50.0, 20.0, 5.0, 2.0)  # bits of the mean value for a nat
+PRICES = (300.0, 75.0, 50.0, 20.0, 5.0, 1.3)  # bits of the mean value for a nat
 
 
 def at_prices(model: Any, journal: Journal, tell: Tell) -> list[Method]:
