@@ -305,6 +305,24 @@ def test_the_home_folder_and_names_with_brackets(tmp_path: Path, single: Path, m
     assert (code, "end in .png" in text) == (1, True)
 
 
+@pytest.mark.parametrize("kind", ["\ud800", "\x1b]0;title\x07\x1b[31m"])
+def test_what_a_file_says_of_its_model_is_text_for_the_terminal(tmp_path: Path, single: Path, kind: str) -> None:
+    """It comes from a stranger: it may be what no terminal can show, or what one obeys."""
+    run("compress", single, "-o", tmp_path / "a.kvc")
+    header, sections = unseal((tmp_path / "a.kvc").read_bytes())
+    header["model"] = {"id": None, "configuration": {"model_type": kind}}
+    (tmp_path / "a.kvc").write_bytes(seal(header, sections))
+    code, text = run("inspect", tmp_path / "a.kvc")
+    assert (code, f"of a model of type {ascii(kind)[1:-1]}," in text) == (0, True)
+
+
+def test_a_name_that_is_no_text_is_shown(tmp_path: Path, single: Path) -> None:
+    name = os.fsdecode(b"\xff.kvc")
+    code, text = run("compress", single, "-o", tmp_path / name)
+    assert (code, "\\udcff.kvc: " in text) == (0, True)
+    assert run("verify", tmp_path / name)[0] == 0
+
+
 def test_a_file_of_padding_is_not_decompressed(tmp_path: Path) -> None:
     store = KVStore(PRESETS["kvcomp"])
     store.append(*torch.randn(2, 1, 1, 3, 16))

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvcomp.cli import app
+from kvcomp.cli.generate import _ToScreen
 from kvcomp.errors import StoreUnavailable
 from kvcomp.evaluate.models import load_model, shipped_model
 from kvcomp.serve.blobs.folder import FolderBlobs
@@ -156,6 +157,13 @@ def test_a_failure_exits_with_1_and_a_message_without_a_traceback(tmp_path: Path
     assert "LimitExceeded" in too_long.output
     for result in (missing, too_long):
         assert "Traceback" not in result.output
+
+
+def test_a_warning_about_a_value_of_a_store_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its words are the value's, and failed where they looked like the markup of a terminal."""
+    message = "a stored prefix is not used: a layer in the header has the unknown dtype '[/x]'"
+    _ToScreen().emit(logging.makeLogRecord({"msg": message}))
+    assert capsys.readouterr().err == f"{message}\n"
 
 
 def test_a_prompt_file_that_is_no_text_is_refused(tmp_path: Path) -> None:

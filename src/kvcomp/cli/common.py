@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run with t
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the look-ups")]
 
 screen, errors = Console(), Console(stderr=True)
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @contextmanager
@@ -71,14 +73,20 @@ def plain_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def say(message: str) -> None:
+def say(message: str, console: Console = screen, style: str | None = None) -> None:
     """Print a message as it is: a path may hold anything."""
-    screen.print(message, markup=False, highlight=False, soft_wrap=True)
+    console.print(_shown(message, console), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def say_error(message: str) -> None:
     """Print what went wrong to stderr."""
-    errors.print(Text.assemble(("error: ", "bold red"), message), highlight=False, soft_wrap=True)
+    errors.print(Text.assemble(("error: ", "bold red"), _shown(message, errors)), highlight=False, soft_wrap=True)
+
+
+def _shown(message: str, console: Console) -> str:
+    """A message without what a terminal obeys or cannot encode: names and headers of files are others' words."""
+    plain = CONTROL.sub(lambda found: ascii(found[0])[1:-1], message)
+    return plain.encode(console.encoding, "backslashreplace").decode(console.encoding)
 
 
 def writable(path: Path | None) -> Path | None:
@@ -176,6 +184,6 @@ def resumable(
         raise
     report(stopped)
     if stopped:
-        errors.print(f"stopped; what is done is in {path}: the same command with --resume goes on", soft_wrap=True)
+        say(f"stopped; what is done is in {path}: the same command with --resume goes on", errors)
         raise typer.Exit(130)
     journal.close()

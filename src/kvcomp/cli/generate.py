@@ -30,6 +30,7 @@ from kvcomp.cli.common import (
     in_times,
     plain_errors,
     quiet_loading,
+    say,
     screen,
 )
 from kvcomp.cli.prefix import Prefixes
@@ -198,9 +199,7 @@ def _generate(
         prefixes = Prefixes(prefix_store, prompt, model, loaded.spec, how) if prefix_store else None
     cache = prefixes.cache if prefixes else KVCompCache(model.config, loaded.spec, **how)
     torch.manual_seed(seed)
-    screen.print(
-        f"{loaded.place}: {len(ids)} prompt tokens, then {count} new ones from a compressed cache\n", style="dim"
-    )
+    say(f"{loaded.place}: {len(ids)} prompt tokens, then {count} new ones from a compressed cache\n", style="dim")
     with Live(console=screen, auto_refresh=False, vertical_overflow="visible") as live:
         show = _Shown(live, loaded.tokenizer, cache, count)
         run = generation.generate(model, prompt, cache, count, show, **sampling)
@@ -250,7 +249,7 @@ class _Shown:
 
 class _ToScreen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        errors.print(record.getMessage(), style="dim")
+        say(record.getMessage(), errors, "dim")
 
 
 def _check_text(prompt: str) -> None:
