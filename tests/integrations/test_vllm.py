@@ -153,7 +153,7 @@ class Engine:
 
 
 def request(name: str, tokens: list[int], **other: Any) -> Any:
-    fields = {"lora_request": None, "mm_features": [], "cache_salt": None} | other
+    fields = {"lora_request": None, "mm_features": [], "prompt_embeds": None, "cache_salt": None} | other
     return SimpleNamespace(request_id=name, prompt_token_ids=tokens, **fields)
 
 
@@ -458,7 +458,13 @@ def test_a_spec_that_saves_nothing_is_said_to(tmp_path: Path, caplog: pytest.Log
 
 @pytest.mark.parametrize(
     "other",
-    [{"cache_salt": "tenant"}, {"lora_request": object()}, {"mm_features": [object()]}, {"prompt_token_ids": None}],
+    [
+        {"cache_salt": "tenant"},
+        {"lora_request": object()},
+        {"mm_features": [object()]},
+        {"prompt_token_ids": None},
+        {"prompt_embeds": torch.zeros(len(PROMPT), 8)},  # beside ids, which stand for tokens and embeddings in turn
+    ],
 )
 def test_requests_whose_values_do_not_follow_from_the_same_tokens_alone_get_nothing(
     tmp_path: Path, other: dict[str, Any]

@@ -173,7 +173,7 @@ class KVCompConnector(KVConnectorBase_V1):
         The last token of a prompt is never among them: vLLM has to compute one. They are loaded while others compute.
         """
         tokens = request.prompt_token_ids
-        if not tokens or request.lora_request is not None or request.mm_features:
+        if not tokens or request.lora_request is not None or request.mm_features or request.prompt_embeds is not None:
             return 0, False  # K and V that do not follow from the tokens alone
         prompt = self._prompts.get(request.request_id)
         if prompt is None:
