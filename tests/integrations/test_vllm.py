@@ -60,9 +60,7 @@ def connector(url: str, role: KVConnectorRole, rank: int = 0, ranks: int = 1, **
     config = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=block),
         model_config=SimpleNamespace(**model | other.pop("model_fields", {})),
-        parallel_config=SimpleNamespace(
-            tensor_parallel_size=ranks, rank=rank, pipeline_parallel_size=other.pop("pipeline", 1)
-        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, rank=rank, **other.pop("parallel_fields", {})),
         kv_transfer_config=SimpleNamespace(
             kv_connector_extra_config={"url": url, "chunk_tokens": CHUNK, **other}, kv_load_failure_policy="recompute"
         ),
@@ -560,9 +558,10 @@ def test_parameters_are_checked(tmp_path: Path, other: dict[str, Any]) -> None:
         connector(other.pop("url", str(tmp_path)), KVConnectorRole.SCHEDULER, **other)
 
 
-def test_pipeline_parallelism_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pipeline", "prefill_context", "decode_context"])
+def test_other_parallelism_is_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UnsupportedModel, match="tensor parallelism only"):
-        connector(str(tmp_path), KVConnectorRole.SCHEDULER, pipeline=2)
+        connector(str(tmp_path), KVConnectorRole.SCHEDULER, parallel_fields={f"{kind}_parallel_size": 2})
 
 
 def test_the_connector_is_what_vllm_asks_for() -> None:

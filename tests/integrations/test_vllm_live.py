@@ -70,6 +70,7 @@ def test_the_engine_that_it_is_made_for_is_taken(dtype: torch.dtype, version: st
         ({"model_config__dtype": torch.float64}, "bfloat16"),
         ({"parallel_config__tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"parallel_config__data_parallel_size": 2}, "data_parallel_size"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
         ({"speculative_config": object()}, "speculative"),
         ({"kv_transfer_config": object()}, "connector"),
     ],

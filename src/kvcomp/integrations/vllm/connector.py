@@ -137,7 +137,8 @@ class KVCompConnector(KVConnectorBase_V1):
                 f"chunk_tokens must be a multiple of vLLM's block of {self._block} tokens, not {self._chunk!r}"
             )
         parallel = vllm_config.parallel_config
-        if parallel.pipeline_parallel_size != 1 or getattr(parallel, "decode_context_parallel_size", 1) != 1:
+        others = "pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"
+        if any(getattr(parallel, name, 1) != 1 for name in others):
             raise UnsupportedModel("this connector knows tensor parallelism only: set the other parallel sizes to 1")
         self._ranks, self._rank = parallel.tensor_parallel_size, parallel.rank
         self._shape = chunk_shape(kv_cache_config, self._chunk)

@@ -96,8 +96,8 @@ def check_engine(vllm_config: Any, version: str, overridden: bool) -> None:
             f"kvcomp compresses float32, float16 and bfloat16, not {cache.cache_dtype} over {model.dtype}: "
             "leave --kv-cache-dtype out"
         )
-    sizes = "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"
-    if many := [name for name in sizes if getattr(parallel, name, 1) != 1]:
+    kinds = "tensor", "pipeline", "data", "prefill_context", "decode_context"
+    if many := [name for kind in kinds if getattr(parallel, name := f"{kind}_parallel_size", 1) != 1]:
         raise UnsupportedModel(f"kvcomp's cache knows one worker: set {', '.join(many)} to 1")
     if vllm_config.speculative_config is not None:
         raise UnsupportedModel("speculative decoding writes tokens that it takes back: leave it out")
