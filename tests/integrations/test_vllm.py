@@ -57,6 +57,7 @@ def connector(url: str, role: KVConnectorRole, rank: int = 0, ranks: int = 1, **
     names = other.pop("layer_names", [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)])
     group = SimpleNamespace(layer_names=names, kv_cache_spec=FullAttentionSpec(**spec | other.pop("spec_fields", {})))
     model = {"model": "a/model", "revision": None, "hf_config": SimpleNamespace(to_json_string=lambda: "{}")}
+    model["quantization"] = None
     config = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=block),
         model_config=SimpleNamespace(**model | other.pop("model_fields", {})),
@@ -483,6 +484,7 @@ def test_requests_whose_values_do_not_follow_from_the_same_tokens_alone_get_noth
         {"model_id": "finetuned"},
         {"model_fields": {"model": "b/model"}},
         {"model_fields": {"revision": "1"}},
+        {"model_fields": {"quantization": "fp8"}},
         {"model_fields": {"hf_config": SimpleNamespace(to_json_string=lambda: '{"rope_theta": 1}')}},
         {"ranks": 2},
     ],

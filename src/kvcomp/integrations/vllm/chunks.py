@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ def origin(vllm_config: Any, shape: ChunkShape, model_id: str | None) -> Mapping
     """All that K and V depend on besides the tokens."""
     model = vllm_config.model_config
     configuration = model.hf_config.to_json_string()
-    return {
+    about = {
         "version": KEYS_VERSION,
         "model": model.model,
         "revision": model.revision,
@@ -53,3 +54,6 @@ def origin(vllm_config: Any, shape: ChunkShape, model_id: str | None) -> Mapping
         "ranks": vllm_config.parallel_config.tensor_parallel_size,
         "shape": [shape.layers, shape.heads, shape.tokens, shape.channels, str(shape.dtype)],
     }
+    if model.quantization and "quantization_config" not in json.loads(configuration):
+        about["quantization"] = model.quantization  # of plain weights, when they are loaded
+    return about
