@@ -493,6 +493,14 @@ def test_a_value_of_another_type_is_none(redis_url: str) -> None:
     store.close()
 
 
+def test_a_server_that_does_not_tell_sizes_refuses(tmp_path: Path) -> None:
+    """As in a cluster, or without the right to ask: nobody may take that for an empty store."""
+    with running(tmp_path, "--rename-command", "STRLEN", "") as url, closing(open_blobs(url, timeout=30)) as store:
+        store.put([(KEYS[0], [b"x"])])
+        with pytest.raises(StoreUnavailable, match="refuses"):
+            store.sizes(KEYS)
+
+
 def test_a_server_that_dies_and_comes_back(tmp_path: Path) -> None:
     with running(tmp_path) as url:
         store = open_blobs(url)

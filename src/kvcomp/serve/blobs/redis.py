@@ -57,7 +57,11 @@ class RedisBlobs:
             async with client.pipeline(transaction=False) as pipeline:
                 for key in keys:
                     pipeline.strlen(key)
-                return await pipeline.execute(raise_on_error=False)
+                found = await pipeline.execute(raise_on_error=False)
+            for answer in found:
+                if isinstance(answer, ResponseError) and not str(answer).startswith("WRONGTYPE"):
+                    raise answer  # of the server, not of what is under this key
+            return found
 
         found = self._call(action, len(keys))
         return [size if isinstance(size, int) and size > 0 else None for size in found]
