@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -499,6 +501,18 @@ def test_compiles_without_a_cache_directory(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.warns(UserWarning, match="no writable cache directory") as caught:
         assert [cpu_bits.compiled(abs)(-1), cpu_bits.compiled(abs)(-2)] == [1, 2]
     assert len(caught) == 1
+
+
+def test_compiles_where_the_disk_of_the_cache_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvcomp.kernels.cpu import bits as cpu_bits
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    kernel = cpu_bits.compiled(lambda x: x + 1, entry=True)
+    monkeypatch.setattr(kernel._cache._cache_file, "save", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        assert kernel(1) == 2
 
 
 @pytest.mark.parametrize("coding", CODINGS)

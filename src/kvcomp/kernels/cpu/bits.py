@@ -44,7 +44,7 @@ def compiled(
 ) -> Any:
     """Compile with Numba, without the GIL, and cache on disk.
 
-    Where no directory for the cache is writable, it warns once and goes without.
+    Where no directory for the cache is writable, or its disk is full, it warns and goes without.
 
     Parameters
     ----------
@@ -65,13 +65,27 @@ def compiled(
     options |= {"no_cfunc_wrapper": True, "no_cpython_wrapper": not entry, "inline": "always" if inline else "never"}
     if _cacheable:
         try:
-            return njit(cache=True, **options)(function)
+            return _going_on(njit(cache=True, **options)(function))
         except RuntimeError:  # "cannot cache function ...: no locator available"
             _cacheable = False
             warnings.warn(
                 "Numba finds no writable cache directory: the CPU kernels compile anew in each process", stacklevel=2
             )
     return njit(**options)(function)
+
+
+def _going_on(dispatcher: Any) -> Any:
+    """A function of Numba's that also works where what it compiled cannot be written to the cache."""
+    save = dispatcher._cache.save_overload
+
+    def save_if_possible(*args: Any) -> None:
+        try:
+            save(*args)
+        except OSError as error:
+            warnings.warn(f"the CPU kernels compile anew in each process: {error}", stacklevel=2)
+
+    dispatcher._cache.save_overload = save_if_possible
+    return dispatcher
 
 
 Emit = Callable[[Any, ir.IRBuilder, Sequence[ir.Value]], ir.Value | None]
