@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -177,6 +178,15 @@ def test_a_model_that_was_changed_is_another(change: Callable[[Any], None]) -> N
         with torch.inference_mode():
             model.model.layers[0].self_attn.k_proj.weight[0, 0] = 3
         assert weights_id(model) != after
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    model, found = random_model(LLAMA), []
+    for scaling in (0.5, np.float32(0.5), np.array([0.5, 0.25]), np.array([0.5, 0.125])):
+        model.model.layers[1].self_attn.scaling = scaling
+        found.append(weights_id(model))
+    assert found[0] == found[1]
+    assert len({*found}) == 3
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")

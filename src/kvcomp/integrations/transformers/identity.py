@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -189,6 +190,8 @@ class _Walk:
                 pass
             case True | int() | float() | complex() | str() | bytes() | torch.dtype() | enum.Enum():
                 self.write(f"{name} {value!r}")
+            case np.generic() | np.ndarray():
+                self.value(name, value.tolist())
             case Mapping():
                 for key in sorted(value, key=repr):
                     self.value(f"{name}.{key!r}", value[key])
