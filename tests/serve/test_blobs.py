@@ -191,6 +191,17 @@ def test_a_process_that_was_forked_has_a_connection_of_its_own(blobs: Blobs) -> 
     assert values(blobs, KEYS[:2]) == [b"parent", b"child"]
 
 
+def test_a_fork_beside_a_thread_that_calls_a_redis_is_not_stuck(redis_url: str) -> None:
+    with closing(open_blobs(redis_url, timeout=30)) as store:
+        with store.lock:  # type: ignore[attr-defined]  # as a thread has it for a moment of each call
+            child = os.fork()
+            if child == 0:
+                signal.alarm(5)
+                store.get(KEYS)
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 KILLED = """
 import os, random, signal, sys, time
 from kvcomp.serve.blobs import open_blobs

@@ -44,6 +44,7 @@ class RedisBlobs:
         parts = urlsplit(url)
         self.name = parts.hostname or parts.path or "localhost"  # not the URL, which may hold a password
         self.lock = threading.Lock()
+        _stores.add(self)
         self.process, self.advised = 0, False
         try:
             self._client().connection_pool.make_connection()
@@ -154,6 +155,16 @@ class RedisBlobs:
         if answers is not None and (not isinstance(found, list) or len(found) != answers):
             raise StoreUnavailable(f"Redis at {self.name} gives other answers than Redis does")
         return found
+
+
+def _forget_locks() -> None:
+    """In a fork: a thread may have held a lock, and is not there."""
+    for store in _stores:
+        store.lock = threading.Lock()
+
+
+_stores = weakref.WeakSet[RedisBlobs]()
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _stop(process: int, loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Any, most: float) -> None:
