@@ -202,6 +202,19 @@ def test_a_fork_beside_a_thread_that_calls_a_redis_is_not_stuck(redis_url: str) 
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_a_fork_that_gives_its_store_back_leaves_the_connections_of_its_parent(redis_url: str) -> None:
+    store = open_blobs(redis_url, timeout=5)
+    store.get(KEYS)
+    child = os.fork()
+    if child == 0:
+        del store
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert store.get(KEYS) is not None
+    store.close()
+
+
 KILLED = """
 import os, random, signal, sys, time
 from kvcomp.serve.blobs import open_blobs

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from selectors import PollSelector
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -123,7 +124,8 @@ class RedisBlobs:
     def _connect(self) -> None:
         """Start the loop and the client of this process: a fork has no such thread, and may not share connections."""
         if self.process != os.getpid():
-            self.loop, self.client = asyncio.new_event_loop(), self._client()
+            # Poll's state is this process' own: of epoll's a fork would remove the connections that it gives back.
+            self.loop, self.client = asyncio.SelectorEventLoop(PollSelector()), self._client()
             thread = threading.Thread(target=self.loop.run_forever, name="kvcomp-redis", daemon=True)
             thread.start()
             self.process = os.getpid()
