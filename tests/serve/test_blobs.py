@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
 import multiprocessing
@@ -707,6 +708,15 @@ def test_answers_that_are_no_values(answer: bytes) -> None:
         store = open_blobs(url, timeout=2)
         assert [value for value in store.get(KEYS) if value is not None] in ([], [b"OK"] * 6)
         store.close()
+
+
+def test_a_process_that_may_open_no_more_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(asyncio, "SelectorEventLoop", none_left)
+    with pytest.raises(StoreUnavailable, match="Too many open files"):
+        open_blobs("redis://127.0.0.1").get(KEYS)
 
 
 def test_nobody_listens() -> None:

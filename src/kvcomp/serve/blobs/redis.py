@@ -139,9 +139,12 @@ class RedisBlobs:
             async with asyncio.timeout(timeout):
                 return await action(client)
 
-        with self.lock:  # a loop that is closed meanwhile would take nothing
-            self._connect()
-            future = asyncio.run_coroutine_threadsafe(bounded(self.client, self.timeout), self.loop)
+        try:
+            with self.lock:  # a loop that is closed meanwhile would take nothing
+                self._connect()
+                future = asyncio.run_coroutine_threadsafe(bounded(self.client, self.timeout), self.loop)
+        except (OSError, RuntimeError) as error:  # no descriptors are left, or no threads
+            raise StoreUnavailable(f"Redis at {self.name} cannot be asked: {error}") from error
         try:
             found = future.result(self.timeout + GRACE)
         except CancelledError:
