@@ -44,6 +44,9 @@ class Plain:
     def schedule(self) -> Any:
         return SimpleNamespace()
 
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        return len(self.kv_cache_manager.block_pool.free) == BLOCKS - 1
+
     def update_from_output(self, planned: Any, found: Any) -> Any:
         return found
 
@@ -96,3 +99,11 @@ def test_an_output_that_says_nothing_takes_nothing(scheduler: Any) -> None:
     planned = scheduler.schedule()
     assert scheduler.update_from_output(planned, SimpleNamespace()) is not None
     assert step(scheduler, 0.0) == []
+
+
+def test_the_prefix_cache_can_be_reset_while_blocks_are_out_of_use(scheduler: Any) -> None:
+    """As after an update of the weights; vLLM does so only if no block is in use."""
+    step(scheduler, 0.9)
+    assert step(scheduler, 0.9)
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert step(scheduler, 0.9)

@@ -40,14 +40,23 @@ class KVCompScheduler(Scheduler):
         if self._outside > self._reserve:
             taken = self._pool.get_new_blocks(min(self._pool.get_num_free_blocks(), self._most - len(self._held)))
             self._held += taken
-        elif self._held:
-            self._pool.free_blocks(self._held)
-            self._held = []
+        else:
+            self._give_back()
         output = super().schedule(*args, **kwargs)
         setattr(output, DEAD, [block.block_id for block in taken])
         return output
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Forget what sequences may begin with, for which vLLM must have all blocks."""
+        self._give_back()
+        return bool(super().reset_prefix_cache(*args, **kwargs))
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take over what a step came to."""
         self._outside = getattr(model_runner_output, OUTSIDE, 0.0)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _give_back(self) -> None:
+        if self._held:
+            self._pool.free_blocks(self._held)
+            self._held = []
