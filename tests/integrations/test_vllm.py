@@ -496,6 +496,24 @@ def test_another_model_or_spec_finds_nothing(tmp_path: Path, other: dict[str, An
     engine.close()
 
 
+def test_after_a_reset_nothing_is_found_that_was_stored_before(tmp_path: Path) -> None:
+    """vLLM resets caches before it gets other weights: K and V of the old ones are no longer this model's."""
+    stored(str(tmp_path))
+    engine, blocks = Engine(str(tmp_path)), list(range(30))
+    assert engine.start(request("second", PROMPT), blocks) == 3 * CHUNK
+    assert engine.scheduler.reset_cache()
+    for name in ("second", "third"):  # one that was preempted for it, and a new one
+        assert engine.start(request(name, PROMPT), blocks) == 0
+    assert len(engine.step({"third": len(PROMPT)}).stores) == 3
+    while engine.scheduler._held(engine.scheduler._keys(PROMPT, None)) < 3:
+        time.sleep(0.01)
+    assert engine.start(request("fourth", PROMPT), blocks) == 3 * CHUNK
+    engine.close()
+    other = Engine(str(tmp_path))
+    assert other.start(request("fifth", PROMPT), blocks) == 3 * CHUNK
+    other.close()
+
+
 def test_a_chunk_counts_when_all_ranks_have_it(tmp_path: Path) -> None:
     engines = [Engine(str(tmp_path), {"ranks": 2, "rank": rank}) for rank in (0, 1)]
     for count, engine in enumerate(engines):

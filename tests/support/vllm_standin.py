@@ -54,6 +54,9 @@ class KVConnectorBase_V1(ABC):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return False, None
 
+    def reset_cache(self) -> bool | None:
+        return None
+
     def shutdown(self) -> None: ...  # noqa: B027
 
     @abstractmethod

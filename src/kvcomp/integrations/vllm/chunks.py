@@ -15,6 +15,13 @@ from kvcomp.store.tensors import TYPES
 KEYS_VERSION = 2  # before it, chunks of engines on a CPU had K and V mixed
 
 
+def check_parallel(parallel: Any) -> None:
+    """Raise UnsupportedModel for parallelism other than tensors'. parallel: vLLM's configuration of it."""
+    kinds = "pipeline", "prefill_context", "decode_context"
+    if any(getattr(parallel, f"{kind}_parallel_size", 1) != 1 for kind in kinds):
+        raise UnsupportedModel("this connector knows tensor parallelism only: set the other parallel sizes to 1")
+
+
 def chunk_shape(kv_cache_config: Any, tokens: int) -> ChunkShape:
     """What a chunk holds on one rank. Raises UnsupportedModel for caches that are not plain K and V."""
     groups = kv_cache_config.kv_cache_groups

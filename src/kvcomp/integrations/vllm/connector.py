@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from vllm.logger import init_logger
 from kvcomp.calibration import resolve
 from kvcomp.errors import InvalidInput, KVCompError, UnsupportedModel
 from kvcomp.integrations.transformers.models import fingerprint_of
-from kvcomp.integrations.vllm.chunks import chunk_shape, origin
+from kvcomp.integrations.vllm.chunks import check_parallel, chunk_shape, origin
 from kvcomp.integrations.vllm.layout import BlockLayout, layout_of
 from kvcomp.serve.blobs import TIMEOUT, Buffer, open_blobs
 from kvcomp.serve.breaker import CircuitBreaker
@@ -137,9 +138,7 @@ class KVCompConnector(KVConnectorBase_V1):
                 f"chunk_tokens must be a multiple of vLLM's block of {self._block} tokens, not {self._chunk!r}"
             )
         parallel = vllm_config.parallel_config
-        others = "pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"
-        if any(getattr(parallel, name, 1) != 1 for name in others):
-            raise UnsupportedModel("this connector knows tensor parallelism only: set the other parallel sizes to 1")
+        check_parallel(parallel)
         self._ranks, self._rank = parallel.tensor_parallel_size, parallel.rank
         self._shape = chunk_shape(kv_cache_config, self._chunk)
         self._about = origin(vllm_config, self._shape, extra.get("model_id"))
@@ -225,6 +224,12 @@ class KVCompConnector(KVConnectorBase_V1):
         self._prompts.pop(request.request_id, None)
         return False, None
 
+    def reset_cache(self) -> bool:
+        """Find nothing any more of what was stored: vLLM says so when it may get other weights."""
+        self._about = {**self._about, "reset": uuid4().hex}
+        self._prompts.clear()
+        return True
+
     def _plan(self, prompt: _Prompt, computed: int, scheduled: int, transfers: Transfers) -> None:
         """Add what is whole after this step and not stored."""
         prompt.settle(computed, self._chunk)
@@ -274,8 +279,7 @@ class KVCompConnector(KVConnectorBase_V1):
             if layer.ndim != 4 or tuple(layer.shape[1:]) != expected or layer.dtype != self._shape.dtype:
                 raise UnsupportedModel(
                     f"the cache of {name} is {tuple(layer.shape)} of {layer.dtype}: this connector knows (blocks, "
-                    f"{expected}) of "
-                    f"{self._shape.dtype}, which vLLM 0.32 gives for plain attention"
+                    f"{expected}) of {self._shape.dtype}, which vLLM 0.32 gives for plain attention"
                 )
         if len(kv_caches) != self._shape.layers:
             raise UnsupportedModel(f"vLLM has caches of {len(kv_caches)} layers, and said {self._shape.layers}")
