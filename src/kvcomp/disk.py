@@ -71,6 +71,11 @@ def write(path: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
         raise InvalidInput(f"{path} is a folder, a pipe or a device, which no file replaces: give another path")
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder: make it first", str(target.parent))
+    replace(target, pieces)
+
+
+def replace(target: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """The same where others may have put a link: it goes, and what it leads to stays. Raises OSError."""
     remove_abandoned(target.parent, _mark(target))
     descriptor, temporary = _create(target)
     try:

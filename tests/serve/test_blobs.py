@@ -29,6 +29,7 @@ from filelock import FileLock
 from kvcomp import disk
 from kvcomp.errors import InvalidInput, LimitExceeded, StoreUnavailable
 from kvcomp.serve.blobs import Blobs, open_blobs
+from kvcomp.serve.blobs.folder import FolderBlobs
 from redis_server import MEMORY, answering, free_port, running
 
 KEYS = [f"kvcomp:{name}" for name in "abcdef"]
@@ -388,6 +389,17 @@ def test_a_folder_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "utime", failing)
     assert values(store, KEYS[:1]) == [b"old"]
     store.touch(KEYS[:1])
+
+
+def test_a_link_in_a_folder_leads_no_value_elsewhere(tmp_path: Path) -> None:
+    """Who may write to a folder may not have others write for him where he may not."""
+    store = FolderBlobs(tmp_path / "store", limit=None, timeout=5)
+    place = store._place(KEYS[0])
+    place.parent.mkdir(parents=True)
+    place.symlink_to(tmp_path / "elsewhere")
+    assert store.put_new(KEYS[0], [b"x"])
+    assert values(store, KEYS[:1]) == [b"x"]
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace", "utime"])

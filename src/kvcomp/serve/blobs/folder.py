@@ -63,7 +63,7 @@ class FolderBlobs:
                 self._make_room(new, {self._place(key) for key in kept}, self.limit)
             for place, pieces in values:
                 place.parent.mkdir(exist_ok=True)
-                disk.write(place, pieces)
+                disk.replace(place, pieces)
 
     def put_new(self, key: str, value: Sequence[Buffer]) -> bool:
         check_keys([key])
