@@ -530,6 +530,15 @@ def test_a_chunk_counts_when_all_ranks_have_it(tmp_path: Path) -> None:
         later.close()
 
 
+def test_data_parallel_engines_share_chunks(tmp_path: Path) -> None:
+    """An external launcher's ranks count on over them."""
+    stored(str(tmp_path), rank=1)
+    other = Engine(str(tmp_path))
+    assert other.start(request("second", PROMPT), list(range(30))) == 3 * CHUNK
+    assert not other.failed
+    other.close()
+
+
 def test_a_dead_store_costs_one_deadline_and_no_request(tmp_path: Path) -> None:
     engine = Engine(f"redis://127.0.0.1:{free_port()}", {"timeout": 0.5})
     begin = time.monotonic()

@@ -139,7 +139,7 @@ class KVCompConnector(KVConnectorBase_V1):
             )
         parallel = vllm_config.parallel_config
         check_parallel(parallel)
-        self._ranks, self._rank = parallel.tensor_parallel_size, parallel.rank
+        self._ranks, self._rank = parallel.tensor_parallel_size, parallel.rank % parallel.tensor_parallel_size
         self._shape = chunk_shape(kv_cache_config, self._chunk)
         self._about = origin(vllm_config, self._shape, extra.get("model_id"))
         if getattr(config, "kv_load_failure_policy", "recompute") != "recompute":
@@ -225,7 +225,7 @@ class KVCompConnector(KVConnectorBase_V1):
         return False, None
 
     def reset_cache(self) -> bool:
-        """Find nothing any more of what was stored: vLLM says so when it may get other weights."""
+        """Find nothing any more of what was stored: weights may be other ones from now on."""
         self._about = {**self._about, "reset": uuid4().hex}
         self._prompts.clear()
         return True
