@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from numba import config
 
 import attention_cases
 from attention_cases import NUMPY, Cache, Case, make_raw, relative_error, steps_of, values_like
@@ -513,6 +515,26 @@ def test_compiles_where_the_disk_of_the_cache_is_full(monkeypatch: pytest.Monkey
     monkeypatch.setattr(kernel._cache._cache_file, "save", full)
     with pytest.warns(UserWarning, match="No space left"):
         assert kernel(1) == 2
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_compiles_where_files_of_the_cache_are_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """As a machine leaves them that goes off."""
+    from kvcomp.kernels.cpu import bits as cpu_bits
+
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    assert cpu_bits.compiled(_successor, entry=True)(1) == 2
+    (file,) = tmp_path.rglob(f"*.{suffix}")
+    whole = file.read_bytes()
+    file.write_bytes(b"")
+    assert cpu_bits.compiled(_successor, entry=True)(1) == 2
+    assert len(file.read_bytes()) == len(whole)
+
+
+def _successor(x: int) -> int:
+    return x + 1
 
 
 @pytest.mark.parametrize("coding", CODINGS)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from inspect import Parameter, Signature
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -75,8 +77,17 @@ def compiled(
 
 
 def _going_on(dispatcher: Any) -> Any:
-    """A function of Numba's that also works where what it compiled cannot be written to the cache."""
-    save = dispatcher._cache.save_overload
+    """A function of Numba's that also works where its cache is cut off, or what it compiled cannot be written there."""
+    cache = dispatcher._cache
+    load, save = cache.load_overload, cache.save_overload
+
+    def load_if_possible(*args: Any) -> Any:
+        try:
+            return load(*args)
+        except (EOFError, UnpicklingError):  # a machine that went off left an empty file, or zeros
+            with suppress(OSError):
+                cache.flush()
+            return None
 
     def save_if_possible(*args: Any) -> None:
         try:
@@ -84,7 +95,7 @@ def _going_on(dispatcher: Any) -> Any:
         except OSError as error:
             warnings.warn(f"the CPU kernels compile anew in each process: {error}", stacklevel=2)
 
-    dispatcher._cache.save_overload = save_if_possible
+    cache.load_overload, cache.save_overload = load_if_possible, save_if_possible
     return dispatcher
 
 
