@@ -427,6 +427,13 @@ def test_a_url_that_looks_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("url", ["redis:user:secret@host", "redis://:secret@[::1", "file://user:secret@host/a"])
+def test_a_url_that_is_none_shows_no_password(url: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        open_blobs(url)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("url", ["", "a\0b", b"a", None, 3, "file://"])
 def test_what_names_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: Any) -> None:
     monkeypatch.chdir(tmp_path)

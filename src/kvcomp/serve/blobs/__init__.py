@@ -39,14 +39,14 @@ def open_blobs(url: str | Path, *, limit: int | None = None, timeout: float = TI
     if isinstance(url, Path) or not colon or not (rest.startswith("//") or scheme.lower() in (*REDIS_SCHEMES, "file")):
         return FolderBlobs(_folder(url), limit, timeout)
     if not rest.startswith("//"):
-        raise InvalidInput(f"{url!r} is no URL: did you mean {scheme}://{rest.lstrip('/')}?")
+        raise InvalidInput(f"this is no URL: one begins with {scheme}://, not with {scheme}:")  # a password may follow
     try:
         parts = urlsplit(str(url))
     except ValueError as error:
-        raise InvalidInput(f"{url!r} is no URL: {error}") from None
+        raise InvalidInput(f"this is no URL: {error}") from None
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
-            raise InvalidInput(f"a file URL names a folder of this machine (file:///path), not of {parts.netloc!r}")
+            raise InvalidInput(f"a file URL names a folder of this machine (file:///path), not of {parts.hostname!r}")
         return FolderBlobs(_folder(unquote(parts.path)), limit, timeout)
     if parts.scheme not in REDIS_SCHEMES:
         raise InvalidInput(
