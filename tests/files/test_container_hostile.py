@@ -413,6 +413,16 @@ def bomb_of_books() -> bytes:
     return seal(header, sections)
 
 
+def bomb_of_heads() -> bytes:
+    """Of each of which kvcomp inspect says how many bits it takes."""
+    header, _ = unseal(SMALL)
+    header["spec"]["sinks"], header["tokens"], header["model_layers"] = 0, 0, 8
+    empty = header["layers"][0] | {"heads": 1 << 16, "sinks": 0, "recent": 0, "entries": 0, "books": 0}
+    header["layers"] = [empty | {"layer": layer, "sections": dict(empty["sections"])} for layer in range(8)]
+    of_layer = {**dict.fromkeys(NAMES, b""), "rows": b"".join(map(word, (0, 0, 0, -1, -1, 0, 0)))}
+    return seal(header, [of_layer] * 8)
+
+
 def bomb_of_sinks() -> bytes:
     """Many heads without a token, of a spec with many sinks: a store has room for all of them."""
     header, sections = unseal(SMALL)
@@ -424,7 +434,12 @@ def bomb_of_sinks() -> bytes:
 
 @pytest.mark.parametrize(
     ("make", "match"),
-    [(bomb_of_rows, "mostly empty"), (bomb_of_books, "too many"), (bomb_of_sinks, "room for 65536 sinks")],
+    [
+        (bomb_of_rows, "mostly empty"),
+        (bomb_of_books, "too many"),
+        (bomb_of_heads, "too many"),
+        (bomb_of_sinks, "room for 65536 sinks"),
+    ],
 )
 def test_bombs_take_no_memory(make: Callable[[], bytes], match: str) -> None:
     data = make()

@@ -35,7 +35,8 @@ MAX_HEADER = 1 << 20  # parsed JSON takes some twenty times its bytes
 MAX_DEPTH = 16
 MAX_DIMENSIONS, MAX_NAME = 8, 64  # of a state
 LIMITS = {"model_layers": 1 << 12, "rows": 1 << 16, "tokens": 1 << 27, "heads": 1 << 16}
-ROW_OBJECTS, BOOK_OBJECTS, FREE_OBJECTS = 1 << 10, 1 << 11, 1 << 26  # memory of Python's objects, in bytes, upwards
+# Memory of Python's objects, in bytes, upwards; of heads the commands have some.
+ROW_OBJECTS, BOOK_OBJECTS, HEAD_OBJECTS, FREE_OBJECTS = 1 << 10, 1 << 11, 1 << 8, 1 << 26
 FREE_SINKS = 1 << 28  # bytes of room for sinks that are not there yet
 
 Bytes = npt.NDArray[np.uint8]
@@ -213,14 +214,14 @@ def read_header(text: bytes, flags: int, available: int) -> Header:
         raise CorruptData(f"the spec in the header does not fit its layers: {error}") from None
     states = _read_states(content["states"], model_layers, rows, at) if with_states else ()
     at = states[-1].section.offset + states[-1].section.size if states else at
-    objects = sum(rows * ROW_OBJECTS + layer.books * BOOK_OBJECTS for layer in found)
+    objects = sum(rows * ROW_OBJECTS + x.books * BOOK_OBJECTS + x.heads * HEAD_OBJECTS for x in found)
     if at != available:
         raise CorruptData(
             f"the sections end at byte {at} behind the header, the file at {available}: it is cut off or damaged"
         )
     if objects > FREE_OBJECTS + available:
         raise LimitExceeded(
-            f"{rows} rows in {len(found)} layers with their codebooks are too many for a file of this size"
+            f"{rows} rows in {len(found)} layers with their heads and codebooks are too many for a file of this size"
         )
     if sum(rows * spec.sinks * layer.token_bytes for layer in found) > FREE_SINKS + available:
         raise LimitExceeded(f"room for {spec.sinks} sinks of {rows} rows is too much for a file of this size")
