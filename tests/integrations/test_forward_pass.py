@@ -141,6 +141,7 @@ USES: dict[str, Callable[[PreTrainedModel, KVCompCache, Path], object]] = {
     "join": lambda model, cache, folder: cache.join(filled(model)),
     "being joined": lambda model, cache, folder: filled(model).join(cache),
     "a copy": lambda model, cache, folder: deepcopy(cache),
+    "a crop": lambda model, cache, folder: cache.crop(-1),
     "other rows": lambda model, cache, folder: cache.reorder_cache(torch.tensor([0, 0])),
     "a prefix store": lambda model, cache, folder: PrefixStore(folder / "store").save(IDS, cache, model),
 }

@@ -316,11 +316,11 @@ class KVCompCache(Cache):
             tokens_to_remove = operator.index(tokens_to_remove)
         except TypeError:
             raise InvalidInput(f"tokens must be a whole number, not {tokens_to_remove!r}") from None
+        self.session.check_crop(tokens_to_remove)
         if tokens_to_remove and any(has_state(layer) for layer in self.layers):
             raise UnsupportedModel("the state of linear attention cannot go back: compute the shorter text anew")
-        for layer in self.layers:
-            if isinstance(layer, SlidingLayer):
-                layer.check_crop(tokens_to_remove)
+        for layer in (layer for layer in self.layers if isinstance(layer, SlidingLayer)):
+            layer.check_crop(tokens_to_remove)
         stock_first: list[Any] = sorted(self.layers, key=lambda layer: isinstance(layer, CompressedLayer))
         for layer in stock_first:  # which may refuse
             layer.crop(tokens_to_remove)

@@ -212,6 +212,11 @@ class Session:
             raise InvalidInput("the last forward pass did not end; its tokens are taken back: run this one again")
         self.check_whole()
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise InvalidInput as ``check_ended`` if a crop counts from the end, which layers then have elsewhere."""
+        if tokens_to_remove < 0:
+            self.check_ended()
+
     def check_whole(self) -> None:
         """Raise InvalidInput if a forward pass failed and could not be taken back."""
         if self.lost:
