@@ -131,8 +131,13 @@ def test_what_the_cache_returned_cannot_be_changed() -> None:
     model = made(tiny_config(LlamaConfig))
     cache = KVCompCache(model.config)
     logits(model, ids(), cache)
+    held: Any = cache.layers[0].values
     with pytest.raises(InvalidInput, match="aten::mul_ cannot change"):
-        cache.layers[0].values.mul_(0)  # type: ignore[union-attr]
+        held.mul_(0)
+    with pytest.raises(InvalidInput, match="aten::add cannot change"):
+        torch.add(held.clone(), 1, out=held)
+    with pytest.raises(InvalidInput, match="cannot change: they are compressed"):
+        held[:, :, :4] = 0
 
 
 @torch.no_grad()

@@ -104,13 +104,17 @@ class Handle(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.source.dense(self.part).clone()
 
+    def __setitem__(self, index: Any, value: Any) -> Never:
+        # which else writes to what a slice was decompressed to, and is lost
+        raise InvalidInput("K and V in a KVCompCache cannot change: they are compressed")
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         def dense(x: Any) -> Any:
             return x.source.dense(x.part) if isinstance(x, Handle) else x
 
-        schema = getattr(func, "_schema", None)
-        if schema is not None and schema.is_mutable and args and isinstance(args[0], Handle):
+        schema, written = getattr(func, "_schema", None), (*args[:1], (kwargs or {}).get("out"))
+        if schema is not None and schema.is_mutable and any(isinstance(x, Handle) for x in written):
             raise InvalidInput(f"{schema.name} cannot change K and V in a KVCompCache: they are compressed")
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
