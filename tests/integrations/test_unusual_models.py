@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -138,6 +139,15 @@ def test_what_the_cache_returned_cannot_be_changed() -> None:
         torch.add(held.clone(), 1, out=held)
     with pytest.raises(InvalidInput, match="cannot change: they are compressed"):
         held[:, :, :4] = 0
+
+
+def test_what_the_cache_returned_goes_to_other_libraries() -> None:
+    model = made(tiny_config(LlamaConfig))
+    cache = KVCompCache(model.config)
+    logits(model, ids(), cache)
+    held: Any = cache.layers[0].values
+    assert torch.equal(torch.from_dlpack(held), held)
+    assert torch.equal(torch.from_numpy(np.from_dlpack(held).copy()), held)
 
 
 @torch.no_grad()

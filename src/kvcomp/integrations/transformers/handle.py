@@ -108,6 +108,9 @@ class Handle(Tensor):
         # which else writes to what a slice was decompressed to, and is lost
         raise InvalidInput("K and V in a KVCompCache cannot change: they are compressed")
 
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.source.dense(self.part).__dlpack__(**kwargs)  # torch's own reads the storage there is none of
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         def dense(x: Any) -> Any:
