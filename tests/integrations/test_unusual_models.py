@@ -116,6 +116,7 @@ def test_states_outside_the_cache_cannot_be_saved(tmp_path: Path) -> None:
     [
         tiny_config(MistralConfig, sliding_window=32),
         tiny_config(DeepseekV3Config, **LATENTS, **EXPERTS),
+        tiny_config(LlamaConfig, head_dim=40),
     ],
     ids=lambda config: config.model_type,
 )

@@ -24,7 +24,7 @@ from kvcomp.evaluate.models import full_attention_layers
 from kvcomp.fit.rotation import worth_it
 from kvcomp.integrations.transformers.attention import kvcomp_attention
 from kvcomp.integrations.transformers.identity import follows_length, rope_parts
-from kvcomp.integrations.transformers.models import setting
+from kvcomp.integrations.transformers.models import head_sizes, setting
 
 NAME = "kvcomp_observe"
 OUTPUT_PROJECTIONS = "o_proj", "out_proj", "dense", "c_proj", "wo"
@@ -101,12 +101,18 @@ def check_rope(config: PreTrainedConfig) -> None:
 
 
 def calibrated_layers(config: PreTrainedConfig) -> list[int]:
-    """Those that a calibration has transforms of. Raises UnsupportedModel if there are none."""
+    """Those that a calibration has transforms of. Raises UnsupportedModel for none, and for other head sizes."""
     found = full_attention_layers(config)
     if not found or setting(config, "kv_lora_rank"):
         raise UnsupportedModel(
             f"{config.model_type} has no layer of full attention with K and V of one width to calibrate: sliding "
             "windows, states and latents have no transforms; use the preset kvcomp"
+        )
+    unfit = [size for index in found for size in head_sizes(config, index) if size % 16]
+    if unfit:
+        raise UnsupportedModel(
+            f"{config.model_type} has heads of {unfit[0]} channels, and a calibration is of a multiple of 16: "
+            "use the preset kvcomp"
         )
     return found
 

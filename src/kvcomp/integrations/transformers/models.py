@@ -49,8 +49,8 @@ def check_text_only(model: Any) -> None:
         )
 
 
-def check_layer(config: PreTrainedConfig, index: int) -> None:
-    """Raise UnsupportedModel if the heads of a layer do not fit the format."""
+def head_sizes(config: PreTrainedConfig, index: int) -> list[int]:
+    """Channels of a layer's heads of K and V, as far as the configuration says, or of its latents."""
     own = getattr(config, "per_layer_config", None)
     config = own[index] if isinstance(own, Sequence) else config
     heads, width = setting(config, "num_attention_heads"), setting(config, "hidden_size")
@@ -58,9 +58,14 @@ def check_layer(config: PreTrainedConfig, index: int) -> None:
     latent = setting(config, "kv_lora_rank")
     sizes = [latent, setting(config, "qk_rope_head_dim")] if latent else [head_dim]
     sizes += [setting(config, name) for name in ("global_head_dim", "v_head_dim") if not latent]
-    for size in sizes:
+    return [size for size in sizes if size]
+
+
+def check_layer(config: PreTrainedConfig, index: int) -> None:
+    """Raise UnsupportedModel if the heads of a layer do not fit the format."""
+    for size in head_sizes(config, index):
         try:
-            held_channels(size or 8)
+            held_channels(size)
         except InvalidInput as error:
             raise UnsupportedModel(f"{config.model_type} cannot use a KVCompCache: {error}") from None
 
