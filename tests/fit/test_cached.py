@@ -49,6 +49,17 @@ def too_large(*_: Any) -> None:
     raise LimitExceeded
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)])
+def test_the_callers_modes_change_no_calibration(
+    model: PreTrainedModel, mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = kvcomp.calibrate(model, SETTINGS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    with mode:
+        made = kvcomp.calibrate(model, SETTINGS)
+    assert made.fingerprint == expected.fingerprint
+
+
 def test_what_was_made_is_found_and_the_model_stays_as_it_is(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

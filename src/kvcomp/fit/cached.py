@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -78,7 +79,8 @@ def calibrate(
             journal = Journal(pieces(path), identity, resume=False)
         sources = [] if tokenizer is None else source_windows(tokenizer, settings)
         try:
-            with attention_setting_restored():
+            kind = model.device.type  # the caller's modes would take gradients and precision from what is measured
+            with attention_setting_restored(), torch.inference_mode(False), torch.autocast(kind, enabled=False):
                 calibrator = Calibrator(deepcopy(model).float().eval(), None, settings, journal, tell, sources)
                 made = calibrator.run("written by the model")
         except KVCompError:
