@@ -116,7 +116,7 @@ bench-rates: $(MODELS)/.ready
 	$(BIN)/python benchmarks/real_rates.py
 	$(BIN)/python benchmarks/bf16_floor.py
 
-# Tasks of lm-evaluation-harness on a real model, made from Python's documentation; half an hour.
+# Tasks of lm-evaluation-harness on a real model, made from Python's documentation; an hour.
 bench-tasks: $(MODELS)/.ready
 	$(BIN)/python benchmarks/real_tasks.py
 
