@@ -63,7 +63,10 @@ def connector(url: str, role: KVConnectorRole, rank: int = 0, ranks: int = 1, **
         model_config=SimpleNamespace(**model | other.pop("model_fields", {})),
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks, rank=rank, **other.pop("parallel_fields", {})),
         kv_transfer_config=SimpleNamespace(
-            kv_connector_extra_config={"url": url, "chunk_tokens": CHUNK, **other}, kv_load_failure_policy="recompute"
+            is_kv_producer=other.pop("produces", True),
+            is_kv_consumer=other.pop("consumes", True),
+            kv_connector_extra_config={"url": url, "chunk_tokens": CHUNK, **other},
+            kv_load_failure_policy="recompute",
         ),
     )
     return KVCompConnector(config, role, SimpleNamespace(kv_cache_groups=[group]))
@@ -197,6 +200,18 @@ def test_a_prompt_that_begins_alike_gets_what_another_engine_stored(url: str) ->
     others = [block for block in range(BLOCKS) if block not in blocks[: 2 * CHUNK // BLOCK]]
     assert all((cache[others] == 9).all() for cache in engine.caches.values())
     engine.close()
+
+
+def test_a_consumer_only_loads_and_a_producer_only_stores(tmp_path: Path) -> None:
+    blocks = list(range(30))
+    consumer, producer = Engine(str(tmp_path), {"produces": False}), Engine(str(tmp_path), {"consumes": False})
+    assert consumer.start(request("empty", PROMPT), blocks) == 0
+    assert consumer.step({"empty": len(PROMPT)}).stores == []
+    stored(str(tmp_path), consumes=False)
+    assert consumer.start(request("full", PROMPT), blocks) == 3 * CHUNK
+    assert producer.start(request("again", PROMPT), blocks) == 0
+    assert producer.step({"again": len(PROMPT)}).stores == []  # they are there
+    consumer.close(), producer.close()
 
 
 def test_blocks_that_vllm_has_are_left_alone(url: str) -> None:

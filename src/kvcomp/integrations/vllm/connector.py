@@ -137,8 +137,7 @@ class KVCompConnector(KVConnectorBase_V1):
             raise InvalidInput(
                 f"chunk_tokens must be a multiple of vLLM's block of {self._block} tokens, not {self._chunk!r}"
             )
-        parallel = vllm_config.parallel_config
-        check_parallel(parallel)
+        check_parallel(parallel := vllm_config.parallel_config)
         self._ranks, self._rank = parallel.tensor_parallel_size, parallel.rank % parallel.tensor_parallel_size
         self._shape = chunk_shape(kv_cache_config, self._chunk)
         self._about = origin(vllm_config, self._shape, extra.get("model_id"))
@@ -189,7 +188,7 @@ class KVCompConnector(KVConnectorBase_V1):
         prompt.settle(num_computed_tokens, self._chunk)
         end = min(prompt.stored, (len(tokens) - 1) // self._chunk) * self._chunk
         prompt.first = num_computed_tokens
-        found = max(0, end - num_computed_tokens)
+        found = max(0, end - num_computed_tokens) if self._kv_transfer_config.is_kv_consumer else 0
         return found, found > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -233,7 +232,8 @@ class KVCompConnector(KVConnectorBase_V1):
     def _plan(self, prompt: _Prompt, computed: int, scheduled: int, transfers: Transfers) -> None:
         """Add what is whole after this step and not stored."""
         prompt.settle(computed, self._chunk)
-        whole = min((computed + scheduled) // self._chunk, len(prompt.keys))
+        produces = self._kv_transfer_config.is_kv_producer
+        whole = min((computed + scheduled) // self._chunk, len(prompt.keys)) if produces else 0
         for chunk in range(prompt.stored, whole):
             transfers.stores.append(self._transfer(prompt, chunk))
         prompt.stored = max(prompt.stored, whole)
