@@ -29,6 +29,13 @@ def test_help_shows_a_first_command_that_can_be_typed() -> None:
     assert "kvcomp generate --compare" in result.output
 
 
+def test_help_says_defaults_and_breaks_lines_where_the_terminal_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    result = run("bench", "--help")
+    for shown in "[default: the shipped one]", "[default: all]; may be repeated", "that is wrong. The defaults take":
+        assert shown in result.output
+
+
 def test_generate_compares_with_the_uncompressed_cache_and_writes_the_figures(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     result = run("generate", "--compare", "-n", "12", "--json", str(output))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 
 import typer
@@ -29,7 +31,8 @@ for _command in (
     bench.bench,
     report.report,
 ):
-    app.command()(_command)
+    # A line break in a docstring is a space, in later paragraphs too.
+    app.command(help=re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(_command) or ""))(_command)
 
 
 def main() -> None:

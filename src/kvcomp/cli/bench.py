@@ -31,10 +31,12 @@ Numbers = list[int] | None
 
 
 def bench(
-    model: Annotated[str | None, typer.Argument(help="Model to generate with [default: the shipped one]")] = None,
+    model: Annotated[str | None, typer.Argument(help="Model to generate with \\[default: the shipped one]")] = None,
     spec: Annotated[str, typer.Option(help=f"{SPEC_NAMES}; kvcomp-klt for generate and growth")] = "kvcomp",
     calibration: CalibrationFile = None,
-    part: Annotated[list[str] | None, typer.Option(help=f"{', '.join(PARTS)} [default: all]; may be repeated")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(PARTS)} \\[default: all]; may be repeated")
+    ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="The full grid: longer contexts, more rounds, calls from rest")
     ] = False,
@@ -44,7 +46,7 @@ def bench(
     batch: Annotated[Numbers, typer.Option(help="Sequences")] = None,
     group: Annotated[Numbers, typer.Option(help="Queries a KV head (G)")] = None,
     head_dim: Annotated[Numbers, typer.Option(help="Channels of a head (D)")] = None,
-    threads: Annotated[Numbers, typer.Option(help="Threads [default: 1, and as many as torch uses]")] = None,
+    threads: Annotated[Numbers, typer.Option(help="Threads \\[default: 1, and as many as torch uses]")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="KV heads", min=1)] = None,
     prompt_tokens: Annotated[Numbers, typer.Option(help="Prompt tokens of generate; may be repeated")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate", min=2)] = None,

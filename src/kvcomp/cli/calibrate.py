@@ -25,14 +25,14 @@ def calibrate(
         typer.Option(
             "--output",
             "-o",
-            help="The .kvcal file to write [default: one in the user's cache folder]",
+            help="The .kvcal file to write \\[default: one in the user's cache folder]",
             callback=writable,
         ),
     ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
-            help="UTF-8 text like what the model will read [default: the model writes some]",
+            help="UTF-8 text like what the model will read \\[default: the model writes some]",
             exists=True,
             dir_okay=False,
         ),
@@ -45,7 +45,7 @@ def calibrate(
         typer.Option(
             min=256,
             help="Tokens that it must hold for, if positions are rotary: fewer take fewer bits "
-            "[default: as many as the model allows]",
+            "\\[default: as many as the model allows]",
         ),
     ] = None,
     device: Device = None,

@@ -24,24 +24,28 @@ SHIPPED = "tiny-lm"
 SPEC_NAMES = f"{', '.join(PRESETS)}, {', '.join(f'{name}:LEVEL' for name in CALIBRATED_CODINGS)} or a spec.json"
 
 MODEL_HELP = "Model directory, hub name, GGUF file or its folder"
-Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} [default: the shipped one]")]
+Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} \\[default: the shipped one]")]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="float32, bfloat16 or float16 [default: of the weights; float32 if a GGUF quantises]"),
+    typer.Option(
+        "--dtype", help="float32, bfloat16 or float16 \\[default: of the weights; float32 if a GGUF quantises]"
+    ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="Where the model lies: cpu, or cuda, where kvcomp is untried [default: cpu]"),
+    typer.Option("--device", help="Where the model lies: cpu, or cuda, where kvcomp is untried \\[default: cpu]"),
 ]
 TextFile = Annotated[
     Path | None,
-    typer.Option("--text", help="UTF-8 text to score [default: text the shipped model never saw, or Python's manual]"),
+    typer.Option(
+        "--text", help="UTF-8 text to score \\[default: text the shipped model never saw, or Python's manual]"
+    ),
 ]
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
-        help=f"The .kvcal file of {' and '.join(CALIBRATED_CODINGS)} [default: model.kvcal beside the model]",
+        help=f"The .kvcal file of {' and '.join(CALIBRATED_CODINGS)} \\[default: model.kvcal beside the model]",
         exists=True,
         dir_okay=False,
     ),

@@ -57,7 +57,7 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness, such as gsm8k,coqa, or .yaml files")
     ] = None,
-    task_limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task [default: all]")] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task \\[default: all]")] = None,
     seed: Seed = 0,
     output: Annotated[Path, typer.Option("--json", help="Where the results go", callback=writable)] = Path(
         "kvcomp-evaluate.json"

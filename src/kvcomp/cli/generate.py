@@ -57,7 +57,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Leave out the model's chat template")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate")] = 96,
     spec: Annotated[
-        str | None, typer.Option(help=f"{SPEC_NAMES} [default: kvcomp.json beside the model, else kvcomp]")
+        str | None, typer.Option(help=f"{SPEC_NAMES} \\[default: kvcomp.json beside the model, else kvcomp]")
     ] = None,
     calibration: CalibrationFile = None,
     budget: Annotated[

@@ -16,7 +16,7 @@ DEFAULT_RESULTS = "kvcomp-evaluate.json", "kvcomp-tune.json", "kvcomp-bench.json
 def report(
     found: Annotated[
         list[Path] | None,
-        typer.Argument(help=f"Results files [default: {', '.join(DEFAULT_RESULTS)}, as far as they are here]"),
+        typer.Argument(help=f"Results files \\[default: {', '.join(DEFAULT_RESULTS)}, as far as they are here]"),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write", callback=writable)] = Path(
         "report.html"
