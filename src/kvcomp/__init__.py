@@ -65,7 +65,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    try:
+        value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("platformdirs", "transformers"):
+            raise
+        raise ModuleNotFoundError(f"kvcomp.{name} needs {error.name}: pip install '.[hf]'", name=error.name) from None
     return value
 
 

@@ -7,10 +7,15 @@ import os
 import re
 import sys
 
-import typer
+try:
+    import typer
 
-from kvcomp.cli import bench, calibrate, evaluate, files, generate, report, tune
-from kvcomp.cli.common import say_error
+    from kvcomp.cli import bench, calibrate, evaluate, files, generate, report, tune
+    from kvcomp.cli.common import say_error
+except ModuleNotFoundError as error:
+    if error.name not in ("rich", "typer"):
+        raise
+    sys.exit("error: the command kvcomp needs typer and rich: pip install '.[cli]'")
 
 app = typer.Typer(
     no_args_is_help=True,
