@@ -108,8 +108,8 @@ bench-quality: $(BASELINES)/.ready
 models: $(MODELS)/.ready
 
 # The same measurements on real models, hours; fewer: make bench-real REAL='--dtype float32 --prompts 9 --long 3'
-bench-real: $(MODELS)/.ready
-	$(BIN)/python benchmarks/real.py $(REAL)
+bench-real: $(MODELS)/.ready $(BASELINES)/.ready
+	PYTHONPATH=$(BASELINES) $(BIN)/python benchmarks/real.py $(REAL)
 
 # Coded bits at the KL of KIVI, from rates that lie there, and what a KL in bfloat16 is made of; half an hour and ten minutes.
 bench-rates: $(MODELS)/.ready

@@ -19,7 +19,6 @@ from rich.console import Console
 from kvcomp.calibration import Calibration
 from kvcomp.cli.common import bar
 from kvcomp.cli.tables import show_evaluation
-from kvcomp.errors import InvalidInput
 from kvcomp.evaluate.evaluation import Evaluation, Plan
 from kvcomp.evaluate.methods import BASELINES, KVComp, Method, baseline, default_specs, named_spec
 from kvcomp.evaluate.models import CALIBRATION, load_model, shipped_model, text_ids
@@ -28,6 +27,7 @@ from kvcomp.results import schema as results
 from kvcomp.results.journal import Journal, pieces
 from kvcomp.spec import CALIBRATED, CodecSpec, TensorSpec
 from rates import bits_at
+from real import installed
 
 OUTPUT = Path(__file__).parent / "results" / "quality.json"
 KEY_SCALES = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2)
@@ -39,17 +39,10 @@ screen = Console()
 
 
 def methods(place: Path) -> list[Method]:
-    """Everything that can be measured here; what lacks a package is named and left out."""
+    """Everything that can be measured here."""
     found = [baseline("uncompressed"), *klt(place), *(one for one in default_specs(place) if one.name != CALIBRATED)]
     found += [KVComp(name) for name in ("kvcomp:paper", "packed", "packed:paper")]
-    for name in BASELINES:
-        if name == found[0].name:
-            continue
-        try:
-            found.append(baseline(name))
-        except InvalidInput as error:
-            screen.print(f"left out: {error}")
-    return found
+    return [*found, *installed(name for name in BASELINES if name != found[0].name)]
 
 
 def klt(place: Path) -> list[Method]:

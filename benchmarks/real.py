@@ -11,7 +11,7 @@ given.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +47,7 @@ LISTS, PASSKEYS = 4, 1  # look-up lists, and passkeys at each depth
 # Of several proportions this one took the least bits at equal KL (docs/decisions.md, "A scale for each K channel").
 CHANNEL = (0.03, 0.05), (0.05, 0.085), (0.12, 0.2), (0.2, 0.34), (0.3, 0.5), (0.4, 0.67)
 KIVI = [f"kivi-{bits}{raw}" for raw in ("", "-same-raw") for bits in (4, 3, 2)]
+PEERS = "fp8", "turboquant-4", "turboquant-3", "hqq-4", "quanto-4"  # what else a user could take
 CURVES = {
     "channel": "kvcomp$|channel",
     CALIBRATED: CALIBRATED,
@@ -64,7 +65,16 @@ def methods() -> list[Method]:
     """What is measured on every model."""
     presets = [KVComp(name) for name in ("kvcomp", "kvcomp:fine", "kvcomp:paper", "packed")]
     ours = presets + [channel(*scales) for scales in CHANNEL]
-    return [baseline("uncompressed"), *ours, *map(baseline, KIVI)]
+    return [baseline("uncompressed"), *ours, *installed([*KIVI, *PEERS])]
+
+
+def installed(names: Iterable[str]) -> Iterator[Method]:
+    """Baselines by name; what lacks a package is named and left out."""
+    for name in names:
+        try:
+            yield baseline(name)
+        except InvalidInput as error:
+            screen.print(f"left out: {error}", markup=False)  # which would drop [baselines]
 
 
 def calibrated(config: Any, files: Sequence[Path]) -> list[Method]:
