@@ -47,7 +47,7 @@ LISTS, PASSKEYS = 4, 1  # look-up lists, and passkeys at each depth
 # Of several proportions this one took the least bits at equal KL (docs/decisions.md, "A scale for each K channel").
 CHANNEL = (0.03, 0.05), (0.05, 0.085), (0.12, 0.2), (0.2, 0.34), (0.3, 0.5), (0.4, 0.67)
 KIVI = [f"kivi-{bits}{raw}" for raw in ("", "-same-raw") for bits in (4, 3, 2)]
-PEERS = "fp8", "turboquant-4", "turboquant-3", "hqq-4", "quanto-4"  # what else a user could take
+PEERS = "fp8", "turboquant-4", "turboquant-3", "quanto-4"  # what else a user could take
 CURVES = {
     "channel": "kvcomp$|channel",
     CALIBRATED: CALIBRATED,
