@@ -18,8 +18,8 @@ from kvcomp.bench import checks
 from kvcomp.cli import app
 from kvcomp.kernels.cpu import backend as cpu
 from kvcomp.results import schema as results
-from kvcomp.spec import PRESETS
-from kvcomp.store import KVStore
+from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
+from kvcomp.store import KVStore, sealed
 
 SMALL = ("--context", "320", "--batch", "2", "--group", "2", "--head-dim", "32", "--kv-heads", "2", "--rounds", "5")
 SPREAD = {"median", "quartile_1", "quartile_3"}
@@ -97,6 +97,14 @@ def test_a_window_that_dropped_tokens_is_checked_whole() -> None:
     store.seal()
     assert store.rows.dropped.all()
     assert 0 < checks.reference_error(store, torch.randn(1, 4, 1, 16)) < checks.TOLERANCE
+
+
+@pytest.mark.parametrize(("head_dim", "scale"), [(72, 0.08), (64, 0.004)], ids=["padded", "raw"])
+def test_attention_over_padded_heads_and_over_raw_blocks_is_checked(head_dim: int, scale: float) -> None:
+    spec = CodecSpec(TensorSpec("channel", scale), TensorSpec("token", scale), window=0)
+    store = sealed(spec, *bench.tensors(1, 2, 320, head_dim))
+    assert (store.memory().raw_blocks > 0) == (head_dim == 64)
+    assert 0 < checks.attention_error(store, torch.randn(1, 4, 1, head_dim)) < checks.SHORT_TOLERANCE
 
 
 def test_the_memory_is_noted_as_tokens_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvcomp.codec.dtypes import RAW
+from kvcomp.codec.page import directory_of
 from kvcomp.errors import KVCompError
+from kvcomp.kernels import reference
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
 from kvcomp.store import KVStore, sealed
 from kvcomp.store.attention import attend
 from kvcomp.store.pages import compare
+from kvcomp.store.tensors import as_array
 
 TOLERANCE = 1e-4  # of attention, relative to the largest output; both sides decode the same float32 values
 # Of 16-bit values, whose codes take factors of 16 bits: a quarter of what an output rounded to bfloat16 is off.
@@ -30,7 +34,8 @@ def attention_error(store: KVStore, q: Tensor) -> float:
     """Largest error of fused attention, over its largest output.
 
     It is held against float64 on all that the store holds, and against the reference backend on its first pages.
-    store: without padding or transform. q: float32 (batch, heads, 1, head_dim). Raises CheckFailed above a tolerance.
+    store: without left padding or a calibration, K and V of one head_dim. q: float32 (batch, heads, 1, head_dim).
+    Raises CheckFailed above a tolerance.
     """
     scaling = store.channels**-0.5
     ours = attend(store, q, scaling).double()
@@ -42,7 +47,7 @@ def attention_error(store: KVStore, q: Tensor) -> float:
             k, v = (torch.from_numpy(x[head]).double() for x in values)
             expected = torch.softmax(q[row].view(out.shape)[head].double() @ k.T * scaling, -1) @ v
             errors.append(_relative(out[head], expected))
-    return _tolerable(max(*errors, reference_error(store, q)), tolerance(store))
+    return _tolerable(max(*errors, reference_error(store, q)), store)
 
 
 def reference_error(store: KVStore, q: Tensor) -> float:
@@ -55,12 +60,7 @@ def reference_error(store: KVStore, q: Tensor) -> float:
         twin.crop(min(store.tokens, store.spec.sinks + REFERENCE_PAGES * PAGE_TOKENS))
     scaling = store.channels**-0.5
     ours = attend(twin, q, scaling).double()
-    return _tolerable(_relative(ours, attend(twin.on("reference"), q, scaling).double()), tolerance(store))
-
-
-def tolerance(store: KVStore) -> float:
-    """What attention may be off by."""
-    return SHORT_TOLERANCE if store.dtype.itemsize == 2 else TOLERANCE
+    return _tolerable(_relative(ours, attend(twin.on("reference"), q, scaling).double()), store)
 
 
 def check_codec(spec: CodecSpec, k: Tensor, v: Tensor) -> None:
@@ -81,25 +81,32 @@ def check_codec(spec: CodecSpec, k: Tensor, v: Tensor) -> None:
 
 
 def _seen(store: KVStore, row: int) -> list[npt.NDArray[np.float32]]:
-    """K and V of a row as attention sees them, float32 (heads, tokens, channels)."""
+    """K and V of a row as attention takes them, float32 (heads, tokens, channels): codes not rounded to the dtype."""
     count, sinks, begin = (int(x[row]) for x in (store.rows.count, store.rows.sink_count, store.rows.tail_begin))
-    k, v = np.empty((2, store.heads, count * PAGE_TOKENS, store.channels), np.float32)
-    if count:
-        pages = store.rows.pages[row, :count].copy()
-        store.kernels.decompress(pages, store.units, *store.books(row), k, v, store.steps)
+    k, v = (np.empty((store.heads, count * PAGE_TOKENS, held), np.float32) for held in store.held_channels)
+    for index, buffer in enumerate(store.rows.owners[row]):
+        page, part = store.rows.pages[row, index : index + 1], slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
+        modes, _ = directory_of(buffer, int(page[0]) - buffer.ctypes.data, store.heads)
+        if RAW in modes[:-1]:  # its values have the store's dtype, and a kernel would read them in that of the output
+            content, dtype = reference.page_bytes(int(page[0]), store.heads), as_array(store.tail_k).dtype
+            k[:, part], v[:, part] = reference.decode_page(content, store.layout, store.books(row), dtype, store.steps)
+        else:
+            store.kernels.decompress(page, store.units, *store.books(row), k[:, part], v[:, part], store.steps)
     tail = slice(begin - store.tail_base, store.tokens - store.tail_base)
     raw = ((store.sinks_k, store.tail_k), (store.sinks_v, store.tail_v))
-    return [
+    held = (
         np.concatenate([first[row, :, :sinks].float().numpy(), middle, last[row, :, tail].float().numpy()], axis=1)
         for middle, (first, last) in zip((k, v), raw, strict=True)
-    ]
+    )
+    return [x[:, :, : store.channels] for x in held]
 
 
 def _relative(ours: Tensor, expected: Tensor) -> float:
     return float((ours - expected).abs().max() / expected.abs().max())
 
 
-def _tolerable(error: float, most: float) -> float:
+def _tolerable(error: float, store: KVStore) -> float:
+    most = SHORT_TOLERANCE if store.dtype.itemsize == 2 else TOLERANCE
     if not error <= most:  # NaN is not tolerable
         raise CheckFailed(
             f"attention is wrong: its error is {error:.1e} of the largest output, {most:.0e} is allowed; "
