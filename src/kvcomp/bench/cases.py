@@ -262,7 +262,7 @@ class GrowthCase:
         sizes: list[tuple[int, int, int]] = []
 
         def note(tokens: int) -> None:
-            if tokens % GROWTH_STEP == 0 or tokens == self.tokens:
+            if tokens % GROWTH_STEP == 0:
                 memory = cache.memory()
                 sizes.append((cache.get_seq_length(), memory.total, memory.dense))
 
