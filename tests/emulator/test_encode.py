@@ -114,7 +114,8 @@ def test_the_same_bytes(case: Case) -> None:
         books.append((default, own) if tensor.coding == "huffman" else (None, None))
         encoders = (Encoder * 2)()
         for which, book in enumerate(books[-1]):
-            encoders[which] = describe_encoder(book, place(encoder_words(book)) if book else 0)
+            if book is not None:
+                encoders[which] = describe_encoder(book, place(encoder_words(book)))
         kept.append(encoders)
         a.tensors[i].books = ctypes.addressof(encoders)
     gpu_launch.measure(on, chosen, a)

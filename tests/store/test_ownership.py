@@ -19,7 +19,6 @@ from kvcomp.store.rows import Rows
 SOURCE = Path(str(kvcomp.__file__)).parent
 OTHERS = {  # of other classes
     ("fit/statistics.py", "sums.tokens"),
-    ("kernels/cuda/layout.py", "described.table"),
     ("integrations/vllm/worker.py", "layer.impl.pages"),
 }
 CHANGING = {  # a list or an array

@@ -78,7 +78,7 @@ def compile_now(source: str, options: tuple[str, ...]) -> tuple[bytes, str]:
     nvrtc.nvrtcGetProgramLog(program, log)
     messages = log.rstrip(b"\0 ").decode(errors="replace")
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise BackendUnavailable(f"NVRTC does not compile {source} ({result.name}):\n{messages}")
+        raise BackendUnavailable(f"NVRTC does not compile {source} ({result.name}), use backend='cpu':\n{messages}")
     cubin = b" " * _check(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
     nvrtc.nvrtcGetCUBIN(program, cubin)
     nvrtc.nvrtcDestroyProgram(program)
@@ -128,5 +128,5 @@ def _nvrtc() -> Any:
 
 def _check(nvrtc: Any, result: tuple[Any, ...]) -> Any:
     if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise BackendUnavailable(f"NVRTC fails: {result[0].name}")
+        raise BackendUnavailable(f"NVRTC fails ({result[0].name}): use backend='cpu'")
     return result[1]

@@ -130,31 +130,24 @@ def encoder_words(book: Codebook) -> npt.NDArray[np.uint32]:
     return book.lengths.astype(np.uint32) | words.astype(np.uint32) << np.uint32(8)
 
 
-def describe_encoder(book: Codebook | None, words: int) -> Encoder:
-    """Describe a book for encoding whose words lie at this address; all is zero without one."""
-    described = Encoder()
-    if book is not None:
-        described.words = words
-        begin = 0
-        for of_class in range(book.classes):
-            described.begin[of_class] = begin
-            described.first[of_class], described.levels[of_class] = book.first[of_class], book.levels[of_class]
-            described.split[of_class], described.symbols[of_class] = book.split[of_class], book.symbols(of_class)
-            begin += book.symbols(of_class) ** 2
+def describe_encoder(book: Codebook, words: int) -> Encoder:
+    """Describe a book for encoding whose words lie at this address."""
+    described, begin = Encoder(words=words), 0
+    for of_class in range(book.classes):
+        described.begin[of_class] = begin
+        described.first[of_class], described.levels[of_class] = book.first[of_class], book.levels[of_class]
+        described.split[of_class], described.symbols[of_class] = book.split[of_class], book.symbols(of_class)
+        begin += book.symbols(of_class) ** 2
     return described
 
 
-def describe_book(book: Codebook | None, table: int) -> Book:
-    """Describe a book whose table lies at this address; all is zero without one."""
-    described = Book()
-    if book is not None:
-        described.table = table
-        for of_class in range(book.classes):
-            described.first[of_class], described.split[of_class] = book.first[of_class], book.split[of_class]
-        described.bits = max(
-            int(book.lengths_of(of_class).max()) + 2 * book.split[of_class] for of_class in range(book.classes)
-        )
-        described.levels = max(book.levels)
+def describe_book(book: Codebook, table: int) -> Book:
+    """Describe a book for decoding whose table lies at this address."""
+    described = Book(table=table, levels=max(book.levels))
+    for of_class in range(book.classes):
+        described.first[of_class], described.split[of_class] = book.first[of_class], book.split[of_class]
+        longest = int(book.lengths_of(of_class).max()) + 2 * book.split[of_class]
+        described.bits = max(described.bits, longest)
     return described
 
 
@@ -384,7 +377,9 @@ def attend_build(
         chosen = build(warps, copies)
         if chosen.shared <= on.shared:
             return chosen
-    raise BackendUnavailable(f"the tables of this spec do not fit the shared memory of sm_{on.architecture}")
+    raise BackendUnavailable(
+        f"the tables of this spec do not fit the shared memory of sm_{on.architecture}: use backend='cpu'"
+    )
 
 
 def most_warps(spec: CodecSpec, channels: int, architecture: int) -> int:

@@ -68,34 +68,28 @@ class DeviceBooks:
         for row in rows:
             to[row, size * index : size * (index + 1)] = content
 
+    def _of(self, decoding: Tensor, encoding: Tensor, tables: list[list[Tensor | None]]) -> DeviceBooks:
+        """Books of other rows under the same spec."""
+        made = object.__new__(DeviceBooks)
+        made._bits, made.decoding, made.encoding, made._tables = self._bits, decoding, encoding, tables
+        return made
+
     def alone(self, row: int) -> DeviceBooks:
         """A copy of one row's books, made without waiting for the device."""
-        copied = object.__new__(DeviceBooks)
-        copied._bits = self._bits
-        copied.decoding, copied.encoding = self.decoding[row : row + 1].clone(), self.encoding[row : row + 1].clone()
-        copied._tables = [list(self._tables[row])]
-        return copied
+        decoding, encoding = (x[row : row + 1].clone() for x in (self.decoding, self.encoding))
+        return self._of(decoding, encoding, [list(self._tables[row])])
 
     @torch.inference_mode(False)
     def select(self, rows: Sequence[int], index: Tensor) -> DeviceBooks:
         """The books of these rows, which may repeat. index: the same on the device, int64."""
-        chosen = object.__new__(DeviceBooks)
-        chosen._bits = self._bits
-        chosen.decoding, chosen.encoding = self.decoding.index_select(0, index), self.encoding.index_select(0, index)
-        chosen._tables = [list(self._tables[row]) for row in rows]
-        return chosen
+        decoding, encoding = (x.index_select(0, index) for x in (self.decoding, self.encoding))
+        return self._of(decoding, encoding, [list(self._tables[row]) for row in rows])
 
     @classmethod
     def joined(cls, books: Sequence[DeviceBooks]) -> DeviceBooks:
         """The books of all rows of several batches."""
-        made = object.__new__(cls)
-        made._bits = books[0]._bits
-        made.decoding, made.encoding = (
-            torch.cat([of.decoding for of in books]),
-            torch.cat([of.encoding for of in books]),
-        )
-        made._tables = [list(row) for of in books for row in of._tables]
-        return made
+        decoding, encoding = torch.cat([of.decoding for of in books]), torch.cat([of.encoding for of in books])
+        return books[0]._of(decoding, encoding, [list(row) for of in books for row in of._tables])
 
     @property
     def held(self) -> list[Tensor]:

@@ -25,7 +25,7 @@ class LayerKernels:
 
     def __init__(self, on: Launcher, spec: CodecSpec, k: Tensor) -> None:
         _, heads, _, channels = k.shape
-        self.on, self.side = on, side_stream_of(k.device)
+        self.on, self.side, self._device = on, side_stream_of(k.device), k.device
         self.page_build = page_build(spec, channels, NAMES[k.dtype])
         key, value = (
             None if of_heads is None else torch.tensor(of_heads, dtype=torch.float32, device=k.device)
@@ -50,9 +50,9 @@ class LayerKernels:
             self._builds[key] = attend_build(*self._layer, *key[:2], self.on.machine, turned)
         return self._builds[key]
 
-    def arena(self, channels: int, device: torch.device) -> Arena:
+    def arena(self) -> Arena:
         """A new arena for pages that are sealed while decoding."""
-        return Arena(ARENA_PAGES * self.largest_page, channels, device)
+        return Arena(ARENA_PAGES * self.largest_page, self.page_build.channels, self._device)
 
 
 @lru_cache(maxsize=64)

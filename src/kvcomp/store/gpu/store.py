@@ -101,7 +101,7 @@ class GPUStore:
         twin = object.__new__(GPUStore)
         twin.__dict__.update(self.__dict__)
         if self.batch:
-            twin.arena = self.kernels.arena(self.channels, self.device)
+            twin.arena = self.kernels.arena()
         return twin
 
     def join(self, others: Sequence[GPUStore], tokens: int | None = None) -> GPUStore:
@@ -122,7 +122,7 @@ class GPUStore:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be pickled: pages are known by their addresses."""
-        raise InvalidInput("a GPUStore cannot be pickled")
+        raise InvalidInput("a GPUStore cannot be pickled: save the cache in a .kvc file")
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens at the end, raw until ``seal``.
@@ -367,7 +367,7 @@ class GPUStore:
         self.table = Table.empty(self.batch, k.device)
         if self.transform is not None:
             self.transform = self.transform.to(k.device)
-        self.arena = self.kernels.arena(self.channels, self.device)
+        self.arena = self.kernels.arena()
         tensors = self.spec.key, self.spec.value
         self.device_books = DeviceBooks(self.batch, tensors, k.device)
         for kind, tensor in enumerate(tensors):
