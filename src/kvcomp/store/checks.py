@@ -45,16 +45,15 @@ def check_tensor(name: str, x: object) -> None:
         raise InvalidInput(f"{name} must be dense, and is {'nested' if x.is_nested else x.layout}: give x.to_dense()")
 
 
-def check_shape(steps: Steps, calibrated: Transform | None, heads: int, channels: tuple[int, int]) -> None:
+def check_shape(steps: Steps, transform: Transform | None, heads: int, channels: tuple[int, int]) -> None:
     """Raise InvalidInput unless spec and calibration are for so many KV heads and channels of K and V."""
     padding(channels)
     for of_kind in steps:
         if of_kind is not None and len(of_kind) != heads:
             raise InvalidInput(f"the spec has steps for {len(of_kind)} KV heads, not {heads}")
-    of = calibrated
-    if of is not None and (of.heads, of.channels, of.channels) != (heads, *channels):
+    if transform is not None and (transform.heads, transform.channels, transform.channels) != (heads, *channels):
         raise InvalidInput(
-            f"the calibration is for {of.heads} KV heads of {of.channels} channels, "
+            f"the calibration is for {transform.heads} KV heads of {transform.channels} channels, "
             f"not {heads} of {channels[0] if channels[0] == channels[1] else channels}"
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any, Self
 
@@ -84,7 +85,7 @@ class KVStore:
     ) -> None:
         self.spec = spec
         self.sliding_window = sliding_window
-        self.calibrated = transform
+        self.given_transform = transform
         self.transform: Transform | Padding | None = transform
         self.kernels = load_backend(backend)
         self.units = spec.key.unit, spec.value.unit
@@ -113,21 +114,21 @@ class KVStore:
         tail: K and V of the last positions, which are raw. sinks: none if None. channels: of K and V without padding;
         None for those of this store. Raises InvalidInput if the calibration is of another shape.
         """
+        (batch, heads, recent, _), channels = tail[0].shape, channels or (self.channels, self.value_channels)
+        check_shape(self.steps, self.given_transform, heads, channels)
         store = object.__new__(type(self))
         vars(store).update(vars(self))
-        store._take_shape(
-            tail[0].shape[0], tail[0].shape[1], channels or (self.channels, self.value_channels), tail[0].dtype
-        )
+        store._take_shape(batch, heads, channels, tail[0].dtype)
         store.rows, store.tokens = rows, tokens
         store.tail_k, store.tail_v = tail
-        store.tail_base = tokens - tail[0].shape[2]
+        store.tail_base = tokens - recent
         if sinks is not None:
             store.sinks_k, store.sinks_v = sinks
         return store
 
     def on(self, backend: str) -> Self:
-        """The same cache read by another backend; pages are shared."""
-        twin = self.of(self._all_rows(), self.tokens, self._tail(), (self.sinks_k, self.sinks_v))
+        """An independent store with the same cache, read by another backend; pages are shared."""
+        twin = deepcopy(self)
         twin.kernels = load_backend(backend)
         return twin
 
@@ -255,7 +256,7 @@ class KVStore:
             twin = object.__new__(type(self))
             vars(twin).update(vars(self))
             return twin
-        twin = self.of(self._all_rows(), self.tokens, self._tail(), (self.sinks_k, self.sinks_v))
+        twin = self.of(self.rows.select(np.arange(self.batch)), self.tokens, self._tail())
         twin.tail_k, twin.tail_v = self.tail_k.clone(), self.tail_v.clone()
         twin.sinks_k, twin.sinks_v = self.sinks_k.clone(), self.sinks_v.clone()
         return twin
@@ -274,7 +275,7 @@ class KVStore:
     @property
     def compressed(self) -> bool:
         """Whether any row has a sealed page."""
-        return bool(self.batch and self.rows.count.any())
+        return bool(self.rows.count.any())
 
     def books(self, row: int) -> tuple[Books, Books]:
         """The default and own codebooks of K and of V of a row."""
@@ -328,9 +329,6 @@ class KVStore:
         """The first position that the next token sees."""
         return 0 if self.sliding_window is None else max(0, self.tokens + 1 - self.sliding_window)
 
-    def _all_rows(self) -> Rows:
-        return self.rows.select(np.arange(self.batch))
-
     def _tail(self) -> tuple[Tensor, Tensor]:
         held = self.tokens - self.tail_base
         return self.tail_k[:, :, :held], self.tail_v[:, :, :held]
@@ -342,12 +340,11 @@ class KVStore:
         if self.batch:
             check_more(k, v, (self.batch, self.heads, self.channels, self.value_channels), self.dtype)
         else:
-            check_shape(self.steps, self.calibrated, k.shape[1], (k.shape[3], v.shape[3]))
+            check_shape(self.steps, self.given_transform, k.shape[1], (k.shape[3], v.shape[3]))
 
     @torch.inference_mode(False)  # the buffers outlive the mode they were filled in
     def _take_shape(self, batch: int, heads: int, channels: tuple[int, int], dtype: torch.dtype) -> None:
-        """Take the shape and dtype of K and V, and make room for sinks."""
-        check_shape(self.steps, self.calibrated, heads, channels)
+        """Take the shape and dtype of K and V, as ``check_shape`` has found it, and make room for sinks."""
         self.batch, self.heads, self.dtype = batch, heads, dtype
         self.channels, self.value_channels = channels
         padded = padding(channels)

@@ -19,14 +19,9 @@ if TYPE_CHECKING:
     from kvcomp.store.gpu.store import GPUStore
 
 
-def turns(store: KVStore | GPUStore) -> bool:
-    """Whether a mean of the store's calibration turns."""
-    return isinstance(store.transform, Transform) and store.transform.key.rotation is not None
-
-
 def places(store: KVStore | GPUStore, first: int, count: int) -> Tensor | None:
-    """Places of ``count`` positions from ``first`` on, int64 (rows, count); None where they do not matter."""
-    if not turns(store):
+    """Places of ``count`` positions from ``first`` on, int64 (rows, count); None where no mean turns with them."""
+    if not isinstance(store.transform, Transform) or store.transform.key.rotation is None:
         return None
     starts = torch.from_numpy(store.starts).to(store.device)
     return torch.arange(first, first + count, device=store.device) - starts[:, None]

@@ -86,10 +86,10 @@ def in_order(
 
 
 def undone(
-    transform: Transform | Padding | None, k: Tensor, v: Tensor, padding: Sequence[int], places: Tensor | None = None
+    transform: Transform | Padding | None, k: Tensor, v: Tensor, padding: Sequence[int], places: Tensor | None
 ) -> Pair:
     """``Store.dense`` of K and V as held. padding: of each row with sealed pages, how many positions it has. places: of
-    the tokens, (rows, tokens).
+    the tokens, (rows, tokens); None where no mean turns.
     """
     if transform is None:
         return k, v
@@ -105,7 +105,7 @@ def tile(store: KVStore, row: int, first: int, last: int) -> tuple[Tensor, Tenso
     """
     shape = store.heads, (last - first) * PAGE_TOKENS
     k, v = (torch.empty((*shape, held), dtype=store.dtype, device=store.device) for held in store.held_channels)
-    pages = store.rows.pages[row, first:last].copy()
+    pages = store.rows.pages[row, first:last]
     store.kernels.decompress(pages, store.units, *store.books(row), as_array(k), as_array(v), store.steps)
     valid = torch.from_numpy(store.rows.valid[row, first:last])
     if int(valid.sum()) == k.shape[1]:

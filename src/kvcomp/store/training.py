@@ -56,6 +56,7 @@ def default_book(tensor: TensorSpec) -> Codebook | None:
 
 
 def check_books(spec: CodecSpec, books: tuple[Books, Books]) -> None:
+    """Raise InvalidInput unless these are books of a calibration that fit the spec."""
     for tensor, of_kind in zip((spec.key, spec.value), books, strict=True):
         for book in of_kind:
             if book is not None and book.classes != tensor.classes:

@@ -66,7 +66,7 @@ def to_device(
             f"the GPU kernels take one head_dim for K and V, a multiple of 16, not {of.channels} and "
             f"{of.value_channels}: use backend='cpu'"
         )
-    store = GPUStore(of.spec, of.given_books, of.calibrated, launcher)
+    store = GPUStore(of.spec, of.given_books, of.given_transform, launcher)
     with enough_memory():
         store.allocate(torch.empty((of.batch, of.heads, 0, of.channels), dtype=of.dtype, device=device))
         addresses = np.zeros((of.batch, max(store.table.capacity, int(of.rows.count.max()))), np.int64)
