@@ -155,26 +155,19 @@ def attend_tiles(
             continue
         cut = max(0, unseen - begin)
         begin, k, v = begin + cut, k[:, cut:].to(torch.float32), v[:, cut:].to(torch.float32)
-        seen = slice(begin, begin + k.shape[1])
+        end = begin + k.shape[1]
         if turning is not None:
-            waves = turning[1].waves(_numbers(begin - start, seen.stop - start, q))
+            waves = turning[1].waves(_numbers(begin - start, end - start, q))
             k = torch.cat([k, waves.expand(heads, -1, -1)], -1)
         for first in range(0, queries, TILE_QUERIES):
             part = slice(first, first + TILE_QUERIES)
             score = _matmul(grouped[:, :, part], k.mT)
             if softcap:
                 score = softcap * torch.tanh(score / softcap)
-            position = tokens - queries + first
-            if mask is not None:
-                seen_mask = mask[:, :, part, begin - unseen : seen.stop - unseen]
-                hide = seen_mask.dtype == torch.bool
-                score = score.masked_fill(~seen_mask, -torch.inf) if hide else score + seen_mask
+            if mask is None:
+                score = _causal(score, begin, tokens - queries + first, sliding_window)
             else:
-                token, at = _numbers(begin, seen.stop, q), _numbers(position, position + score.shape[2], q)[:, None]
-                if seen.stop > position + 1:
-                    score = score.masked_fill(token > at, -torch.inf)
-                if sliding_window is not None:
-                    score = score.masked_fill(token <= at - sliding_window, -torch.inf)
+                score = _masked(score, mask[:, :, part, begin - unseen : end - unseen])
             before = peak[:, :, part]
             higher = torch.maximum(before, score.amax(-1, keepdim=True))
             finite = torch.where(higher == -torch.inf, 0.0, higher)  # a query that has seen nothing yet
@@ -185,6 +178,22 @@ def attend_tiles(
     result: Tensor = out / total.clamp_min(torch.finfo(torch.float32).tiny)
     lse: Tensor = (peak + total.log()).view(q.shape[:2])
     return result.view(*q.shape[:2], -1), lse
+
+
+def _masked(score: Tensor, mask: Tensor) -> Tensor:
+    """Scores under a mask, boolean (True: sees) or additive."""
+    return score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
+
+
+def _causal(score: Tensor, begin: int, position: int, sliding_window: int | None) -> Tensor:
+    """Scores (.., queries, tokens) of what queries see, the first at ``position``, of tokens from ``begin`` on."""
+    end = begin + score.shape[3]
+    token, at = _numbers(begin, end, score), _numbers(position, position + score.shape[2], score)[:, None]
+    if end > position + 1:
+        score = score.masked_fill(token > at, -torch.inf)
+    if sliding_window is not None:
+        score = score.masked_fill(token <= at - sliding_window, -torch.inf)
+    return score
 
 
 def _exp(x: Tensor) -> Tensor:
