@@ -45,6 +45,8 @@ FREE_PLACES = 1 << 22  # places in a page table that need no pages to fill them
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
+Longs = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.uint32] | None  # of pairs, (classes, n, n)
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,15 @@ class LayerParts:
     """head_dim of K and of V, without padding."""
     dtype: str
     """A name in ``DTYPES``."""
-    start: npt.NDArray[np.int64]
+    start: Longs
     """(rows,): position of each row's first real token."""
-    dropped: npt.NDArray[np.int64]
+    dropped: Longs
     """(rows,): how many of its first tokens a sliding window has left."""
-    sink_count: npt.NDArray[np.int64]
+    sink_count: Longs
     """(rows,)"""
-    page_count: npt.NDArray[np.int64]
+    page_count: Longs
     """(rows,)"""
-    offsets: npt.NDArray[np.int64]
+    offsets: Longs
     """(entries,): where the pages of each row in turn begin in the arena."""
     valid: npt.NDArray[np.int32]
     """(entries,): how many of a page's tokens count."""
@@ -74,9 +76,9 @@ class LayerParts:
     """Pieces that follow each other: the pages without gaps, then D spare bytes. Nothing at all without pages."""
     books: Sequence[Codebook]
     """The codebooks that rows have for their own."""
-    row_books: npt.NDArray[np.int64]
+    row_books: Longs
     """(rows, 2): which of ``books`` K and V of a row have, -1 for none."""
-    counts: Sequence[Sequence[npt.NDArray[np.uint32] | None]]
+    counts: Sequence[Sequence[Counts]]
     """For each row the pair counts of K and V, (classes, n, n), where no book is trained yet."""
     sinks: tuple[Array, Array]
     """K and V, (rows, heads, tokens, D) each."""
@@ -338,13 +340,7 @@ def _check_padding(data: Bytes, begin: int, end: int) -> None:
 
 
 def _check_rows(
-    header: Header,
-    head: LayerHeader,
-    start: npt.NDArray[np.int64],
-    dropped: npt.NDArray[np.int64],
-    sink_count: npt.NDArray[np.int64],
-    page_count: npt.NDArray[np.int64],
-    valid: npt.NDArray[np.int32],
+    header: Header, head: LayerHeader, start: Longs, dropped: Longs, sink_count: Longs, page_count: Longs, valid: Array
 ) -> None:
     """Check that each row's tokens are its sinks, pages and part of the tail, so that readers stay in range."""
     wrong = (start < 0) | (start > header.tokens) | (sink_count < 0) | (sink_count > head.sinks)
@@ -376,7 +372,7 @@ def _read_books(data: bytes, count: int) -> list[Codebook]:
     return books
 
 
-def _check_books(books: Sequence[Codebook], row_books: npt.NDArray[np.int64], tensors: Sequence[TensorSpec]) -> None:
+def _check_books(books: Sequence[Codebook], row_books: Longs, tensors: Sequence[TensorSpec]) -> None:
     if ((row_books < -1) | (row_books >= len(books))).any():
         raise CorruptData("a row names a codebook that does not exist")
     for kind, tensor in enumerate(tensors):
@@ -385,14 +381,12 @@ def _check_books(books: Sequence[Codebook], row_books: npt.NDArray[np.int64], te
                 raise CorruptData("a codebook has another number of classes, or longer codes, than the spec")
 
 
-def _read_counts(
-    data: Bytes, sides: npt.NDArray[np.int64], classes: tuple[int, int]
-) -> list[list[npt.NDArray[np.uint32] | None]]:
+def _read_counts(data: Bytes, sides: Longs, classes: tuple[int, int]) -> list[list[Counts]]:
     """Pair counts (classes, n, n) of the rows and kinds whose n is not 0, one after the other."""
     if ((sides < 0) | (sides > MAX_CODES)).any() or int((sides**2 * np.array(classes)).sum()) * 4 != data.size:
         raise CorruptData("the section of pair counts has another size than the rows say")
     values, at = data.view("<u4"), 0
-    counts: list[list[npt.NDArray[np.uint32] | None]] = []
+    counts: list[list[Counts]] = []
     for row in sides.tolist():
         counts.append([])
         for n, of_kind in zip(row, classes, strict=True):

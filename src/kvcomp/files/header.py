@@ -142,10 +142,11 @@ def seal(text: bytes, flags: int = 0) -> bytes:
     """A header behind its prefix, padded."""
     plain = PREFIX.pack(MAGIC, VERSION, flags, len(text), 0)[:-8]
     head = plain + xxh3_64(plain + text).intdigest().to_bytes(8, "little") + text
-    return head + bytes(-len(head) % ALIGNMENT)
+    return head.ljust(padded(len(head)), b"\0")
 
 
 def padded(size: int) -> int:
+    """Bytes of a part of the file with the zeros behind it."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -270,8 +271,8 @@ def _read_section(place: Any, name: str, begin: int, exact: int | None) -> Secti
     """The place of a section that must begin there, and have this size if it is known."""
     if not isinstance(place, list) or len(place) != 3 or not isinstance(place[2], str):
         raise CorruptData(f"the section {name!r} needs an offset, a size and a checksum")
-    offset, size = (_number({"offset": place[0], "size": place[1]}, field, 0) for field in ("offset", "size"))
-    if offset != begin or size != (size if exact is None else exact):
+    offset, size = _whole(place[0], "offset", 0), _whole(place[1], "size", 0)
+    if offset != begin or exact not in (None, size):
         raise CorruptData(f"the section {name!r} does not lie where it must, or has another size than its contents")
     return Section(offset, size, place[2])
 
@@ -288,7 +289,7 @@ def _read_states(entries: Any, model_layers: int, rows: int, at: int) -> tuple[S
             raise CorruptData(f"a state needs a name of 1 to {MAX_NAME} characters, and a shape")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise CorruptData(f"a state in the header has the unknown dtype {dtype!r}")
-        sides = tuple(_number({"side": side}, "side", 1) for side in shape[: MAX_DIMENSIONS + 1])
+        sides = tuple(_whole(side, "side", 1) for side in shape[: MAX_DIMENSIONS + 1])
         if not 1 <= len(sides) <= MAX_DIMENSIONS or sides[0] != rows:
             raise CorruptData(f"a state has 1 to {MAX_DIMENSIONS} dimensions, the first of {rows} rows")
         if layer >= model_layers or (found and (layer, name) <= (found[-1].layer, found[-1].name)):
@@ -303,11 +304,10 @@ def _read_channels(entry: Mapping[str, Any]) -> tuple[int, int]:
     """head_dim of K and of V: one number for both, or two that differ."""
     found = entry["channels"]
     if not isinstance(found, list):
-        channels = _number(entry, "channels", 1)
-        return channels, channels
+        return (_whole(found, "channels", 1),) * 2
     if len(found) != 2 or found[0] == found[1]:
         raise CorruptData(f"channels in the header must be a number, or two that differ, not {str(found)[:40]}")
-    key, value = (_number({"channels": channels}, "channels", 1) for channels in found)
+    key, value = (_whole(channels, "channels", 1) for channels in found)
     return key, value
 
 
@@ -330,9 +330,14 @@ def _check_fields(content: Any, names: Sequence[str], what: str) -> None:
 
 
 def _number(content: Mapping[str, Any], name: str, least: int) -> int:
-    value = content[name]
+    return _whole(content[name], name, least)
+
+
+def _whole(value: Any, name: str, least: int) -> int:
+    """A whole number of the header, from ``least`` to what ``LIMITS`` says of its name."""
+    most = LIMITS.get(name, (1 << 63) - 1)
     if type(value) is not int or value < least:
         raise CorruptData(f"{name} in the header must be a whole number from {least}, not {str(value)[:40]}")
-    if value > LIMITS.get(name, (1 << 63) - 1):
-        raise LimitExceeded(f"the header claims {name} = {value}, at most {LIMITS.get(name, (1 << 63) - 1)} can be")
+    if value > most:
+        raise LimitExceeded(f"the header claims {name} = {value}, at most {most} can be")
     return value
