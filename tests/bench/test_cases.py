@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig
 from typer.testing import CliRunner, Result
 
 from kvcomp.bench import cases as bench
 from kvcomp.bench import checks
 from kvcomp.cli import app
+from kvcomp.errors import UnsupportedModel
 from kvcomp.kernels.cpu import backend as cpu
 from kvcomp.results import schema as results
 from kvcomp.spec import PRESETS, CodecSpec, TensorSpec
 from kvcomp.store import KVStore, sealed
+from tiny_models import tiny_model
 
 SMALL = ("--context", "320", "--batch", "2", "--group", "2", "--head-dim", "32", "--kv-heads", "2", "--rounds", "5")
 SPREAD = {"median", "quartile_1", "quartile_3"}
@@ -119,6 +122,13 @@ def test_the_memory_is_noted_as_tokens_are_added(tmp_path: Path, monkeypatch: py
     per_token = {dense / tokens for tokens, dense in zip(memory["tokens"], memory["uncompressed"], strict=True)}
     assert per_token == {4 * 2 * 2 * 64 * 2.0}  # layers, K and V, KV heads, channels, bytes
     assert memory["kvcomp"][-1] < memory["uncompressed"][-1]
+
+
+@pytest.mark.parametrize("part", ["generate", "growth"])
+def test_a_model_of_which_nothing_is_compressed_is_refused_by_name(part: str) -> None:
+    model = tiny_model(MistralConfig, sliding_window=32)
+    with pytest.raises(UnsupportedModel, match="no layer of this mistral model is compressed"):
+        bench.cases(bench.QUICK, (PRESETS["kvcomp"], None), [part], model, False)
 
 
 def times_in(text: str) -> bool:

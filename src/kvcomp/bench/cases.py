@@ -38,7 +38,7 @@ from kvcomp.bench import checks, dense
 from kvcomp.bench.generation import attention_error, token_times
 from kvcomp.bench.timing import REST, clock_for, fastest, in_rounds, quartiles, ratio, scaled
 from kvcomp.calibration import Calibration
-from kvcomp.errors import InvalidInput
+from kvcomp.errors import InvalidInput, UnsupportedModel
 from kvcomp.integrations.transformers import KVCompCache
 from kvcomp.integrations.transformers.models import positions, text_config
 from kvcomp.spec import PAGE_TOKENS, CodecSpec
@@ -212,7 +212,7 @@ class GenerateCase:
             "uncompressed": lambda: DynamicCache(config=self.model.config),
         }
         ticks: dict[str, list[list[float]]] = {name: [] for name in caches}
-        last: dict[str, Cache] = {}
+        last: dict[str, Any] = {}
 
         def run(name: str) -> Callable[[], None]:
             def generate() -> None:
@@ -225,13 +225,12 @@ class GenerateCase:
         error = attention_error(last["kvcomp"])
         taken = in_rounds({name: run(name) for name in caches}, grid.rounds, 4 * grid.budget, time.perf_counter)
         steps = {name: np.diff(np.array(of[-len(taken) :])) for name, of in ticks.items()}
-        ours: Any = last["kvcomp"]
         return {
             **about(self),
             "new_tokens": grid.new_tokens,
             "rounds": len(taken),
             "error": error,
-            "total_bits": ours.memory().total_bits,
+            "total_bits": last["kvcomp"].memory().total_bits,
             "first_token_seconds": {name: quartiles(of[:, 0].tolist()) for name, of in steps.items()},
             "milliseconds_per_token": {
                 name: quartiles((1e3 * of[:, 1:].mean(1)).tolist()) for name, of in steps.items()
@@ -274,7 +273,8 @@ class GrowthCase:
 def cases(grid: Grid, coding: Coding, parts: Sequence[str], model: Any, thorough: bool) -> list[Case]:
     """What the grid asks for; where ``thorough``, calls of several threads are also timed from rest.
 
-    Raises InvalidInput if the spec, or the model, does not go with it.
+    Raises InvalidInput if the spec, or the model's length, does not go with it, and UnsupportedModel if none of its
+    layers is compressed.
     """
     spec = coding[0]
     if (spec.key.layers, spec.value.layers) != (None, None) and {"attention", "codec"} & set(parts):
@@ -294,6 +294,12 @@ def cases(grid: Grid, coding: Coding, parts: Sequence[str], model: Any, thorough
         found += [AttentionCase(spec, context, batch, group, d, *mode) for d, context, batch, mode, group in axes]
     if "codec" in parts:
         found += [CodecCase(spec, CODEC_TOKENS, head_dim) for head_dim in grid.head_dims]
+    generating = {"generate", "growth"} & set(parts)
+    if generating and not KVCompCache(model.config, spec, calibration=coding[1]).compressed_layers:
+        raise UnsupportedModel(
+            f"no layer of this {model.config.model_type} model is compressed, so that nothing can be compared: "
+            "take --part attention --part codec"
+        )
     if "generate" in parts:
         room = positions(model.config) - grid.new_tokens
         prompts = [tokens for tokens in grid.prompts if tokens <= room]

@@ -12,7 +12,6 @@ from transformers import Cache, LogitsProcessor, LogitsProcessorList
 
 from kvcomp.bench import checks
 from kvcomp.integrations.transformers import KVCompCache
-from kvcomp.integrations.transformers.layer import CompressedLayer
 
 
 class _TokenTimes(LogitsProcessor):
@@ -46,8 +45,7 @@ def token_times(
     return times.ticks
 
 
-def attention_error(cache: Cache) -> float:
+def attention_error(cache: KVCompCache) -> float:
     """The worst layer's error of attention on the model's own K and V, against the reference. Raises CheckFailed."""
-    layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
-    stores = [layer.store.to_main_memory() for layer in layers]
+    stores = [layer.store.to_main_memory() for layer in cache.compressed_layers]
     return max(checks.reference_error(x, torch.randn(x.batch, x.heads, 1, x.channels)) for x in stores)
