@@ -145,20 +145,8 @@ def pack(
 
     dropped = any(parts.dropped.any() for parts in layers)
     for parts in layers:
-        table = {name: section(pieces) for name, pieces in _sections(parts, dropped).items()}
-        described.append(
-            {
-                "layer": parts.layer,
-                "heads": parts.heads,
-                "channels": parts.channels[0] if parts.channels[0] == parts.channels[1] else list(parts.channels),
-                "dtype": parts.dtype,
-                "sinks": parts.sinks[0].shape[2],
-                "recent": parts.tail[0].shape[2],
-                "entries": parts.offsets.size,
-                "books": len(parts.books),
-                "sections": table,
-            }
-        )
+        sections = {name: section(pieces) for name, pieces in _sections(parts, dropped).items()}
+        described.append({**_described(parts), "sections": sections})
     found = [
         {
             "layer": state.layer,
@@ -189,6 +177,20 @@ def pack(
     for head, parts in zip(header.layers, layers, strict=True):
         _check_rows(header, head, parts.start, parts.dropped, parts.sink_count, parts.page_count, parts.valid)
     return [memoryview(seal(text, flags)), *body]
+
+
+def _described(parts: LayerParts) -> dict[str, Any]:
+    """What the header says of a layer, but for where its sections lie."""
+    return {
+        "layer": parts.layer,
+        "heads": parts.heads,
+        "channels": parts.channels[0] if parts.channels[0] == parts.channels[1] else list(parts.channels),
+        "dtype": parts.dtype,
+        "sinks": parts.sinks[0].shape[2],
+        "recent": parts.tail[0].shape[2],
+        "entries": parts.offsets.size,
+        "books": len(parts.books),
+    }
 
 
 def _sections(parts: LayerParts, dropped: bool) -> dict[str, list[memoryview]]:
