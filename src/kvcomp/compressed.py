@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kvcomp import files
 from kvcomp.calibration import Calibration, resolve
-from kvcomp.calibration import transform as transform_bounds
-from kvcomp.calibration.transform import Transform
+from kvcomp.calibration.transform import Transform, logit_bound, value_bound
 from kvcomp.errors import InvalidInput
 from kvcomp.spec import CodecSpec
 from kvcomp.store import KVStore, Memory, sealed
@@ -110,7 +109,7 @@ class CompressedKV:
                 f"not {tuple(q.shape)}"
             )
         scaling = store.channels**-0.5 if scaling is None else scaling
-        return transform_bounds.logit_bound(q, store.held()[0], torch.tensor(store.steps[0]), transform, scaling)
+        return logit_bound(q, store.held()[0], torch.tensor(store.steps[0]), transform, scaling)
 
     def value_bound(self) -> tuple[Tensor, Tensor]:
         """A certificate: how far each value of K and V that ``decompress`` gives is off, at most.
@@ -129,8 +128,8 @@ class CompressedKV:
         (k, v), (k_steps, v_steps) = self._store.held(), (torch.tensor(of_kind) for of_kind in steps)
         places = token_places(self._store, 0, self._store.tokens)
         return (
-            transform_bounds.value_bound(k, k_steps, transform.key, places),
-            transform_bounds.value_bound(v, v_steps, transform.value),
+            value_bound(k, k_steps, transform.key, places),
+            value_bound(v, v_steps, transform.value),
         )
 
     def _certified(self) -> Transform:

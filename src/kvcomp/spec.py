@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -130,18 +131,14 @@ class TensorSpec:
 
 def _rounded_steps(steps: Any) -> tuple[tuple[float, ...], ...]:
     """Steps with 16 significant bits. Raises InvalidInput for what are no steps."""
-    if not isinstance(steps, list | tuple) or not steps:
+    layers = steps if isinstance(steps, list | tuple) else ()
+    if not layers or not all(isinstance(layer, list | tuple) and layer for layer in layers):
         raise InvalidInput("steps must be a list of layers, each a list of one step for each KV head")
-    layers = []
-    for layer in steps:
-        if not isinstance(layer, list | tuple) or not layer:
-            raise InvalidInput("steps must be a list of layers, each a list of one step for each KV head")
-        for step in layer:
-            number = isinstance(step, int | float) and not isinstance(step, bool)
-            if not number or not SCALE_RANGE[0] <= step <= SCALE_RANGE[1]:
-                raise InvalidInput(f"a step must be a number from 2^-100 to 2^100, not {step!r}")
-        layers.append(tuple(_rounded(float(step)) for step in layer))
-    return tuple(layers)
+    for step in chain.from_iterable(layers):
+        number = isinstance(step, int | float) and not isinstance(step, bool)
+        if not number or not SCALE_RANGE[0] <= step <= SCALE_RANGE[1]:
+            raise InvalidInput(f"a step must be a number from 2^-100 to 2^100, not {step!r}")
+    return tuple(tuple(_rounded(float(step)) for step in layer) for layer in layers)
 
 
 def _rounded(step: float) -> float:

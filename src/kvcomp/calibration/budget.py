@@ -106,7 +106,7 @@ def within(
             f"{tokens:,} tokens need {readable(spent)} at the coarsest levels, and the budget is {readable(budget)}: "
             "give more, or fewer tokens"
         )
-    while steps := list(_finer(chosen, bits, prices, 8 * (budget - spent))):
+    while steps := _finer(chosen, bits, prices, 8 * (budget - spent)):
         _, index, level = max(steps)
         spent += (bits[index][level] - bits[index][chosen[index]]) / 8
         chosen[index] = level

@@ -193,11 +193,9 @@ def _level(tensors: dict[str, Array], name: str, heads: int, channels: int) -> L
     if steps.shape != (2, heads) or data.ndim != 1:
         raise CorruptData(f"{name} in the calibration has shapes {steps.shape} and {data.shape}")
     try:
-        key, value = (TensorSpec("head", steps=(tuple(map(float, row)),)).steps for row in steps)
+        key, value = (TensorSpec("head", steps=(tuple(map(float, row)),)).heads or () for row in steps)
     except InvalidInput as error:
         raise CorruptData(f"{name} in the calibration: {error}") from None
-    if key is None or value is None:
-        raise CorruptData(f"{name} in the calibration has no steps")
     books: list[Codebook] = []
     at, raw = 0, data.tobytes()
     for _ in range(4):
@@ -212,4 +210,4 @@ def _level(tensors: dict[str, Array], name: str, heads: int, channels: int) -> L
         shifts.dtype != np.uint8 or shifts.shape != (2, heads, channels) or shifts.max() > MAX_SHIFT
     ):
         raise CorruptData(f"{name}.shifts in the calibration are no (2, {heads}, {channels}) up to {MAX_SHIFT}")
-    return LevelOfLayer((key[0], value[0]), ((books[0], books[1]), (books[2], books[3])), shifts)
+    return LevelOfLayer((key, value), ((books[0], books[1]), (books[2], books[3])), shifts)

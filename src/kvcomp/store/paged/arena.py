@@ -15,8 +15,6 @@ import numpy.typing as npt
 from kvcomp.errors import InvalidInput
 
 ALIGNMENT = 16  # bytes; pages lie at multiples
-
-
 OTHERS = 2  # memories of other layers that are asked, the emptiest first
 
 
