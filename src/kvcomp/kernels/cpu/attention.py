@@ -11,38 +11,12 @@ from __future__ import annotations
 import numpy as np
 
 from kvcomp.codec.dtypes import FLOAT32, RAW
-from kvcomp.kernels.cpu.bits import (
-    address_of,
-    compiled,
-    floats_at,
-    integers_at,
-    prefetch,
-    row_address,
-    take_next,
-)
-from kvcomp.kernels.cpu.decode import (
-    MOST_CLASSES,
-    K,
-    V,
-)
-from kvcomp.kernels.cpu.page import (
-    TOKENS,
-    block_at,
-    prefetch_block,
-    prefetch_token_scales,
-    table_places,
-)
+from kvcomp.kernels.cpu.bits import address_of, compiled, floats_at, integers_at, prefetch, row_address, take_next
+from kvcomp.kernels.cpu.decode import MOST_CLASSES, K, V
+from kvcomp.kernels.cpu.page import TOKENS, block_at, prefetch_block, prefetch_token_scales, table_places
 from kvcomp.kernels.cpu.products import add_raw_values, score_raw_keys
-from kvcomp.kernels.cpu.scores import (
-    add_coded_values,
-    score_coded_keys,
-)
-from kvcomp.kernels.cpu.scratch import (
-    lay_out,
-    prepare,
-    take_books,
-    take_scales,
-)
+from kvcomp.kernels.cpu.scores import add_coded_values, score_coded_keys
+from kvcomp.kernels.cpu.scratch import lay_out, prepare, take_books, take_scales
 from kvcomp.kernels.cpu.softmax import LOG2_E, LOWEST, soften, weigh
 
 PART_PAGES = 16

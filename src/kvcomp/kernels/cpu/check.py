@@ -11,15 +11,7 @@ import numpy as np
 
 from kvcomp.codec.block import LEAST_LENGTHS, MAX_BASE, MAX_DIFFERENCE_BITS, STREAMS
 from kvcomp.codec.dtypes import DEFAULT_BOOK, OWN_BOOK, PATCHED, RAW
-from kvcomp.codec.patched import (
-    HALF,
-    LEAST_CODE,
-    LEAST_OFFSET,
-    MOST_CODE,
-    PIECE_BYTES,
-    PIECE_CODES,
-    POSITION_BITS,
-)
+from kvcomp.codec.patched import HALF, LEAST_CODE, LEAST_OFFSET, MOST_CODE, PIECE_BYTES, PIECE_CODES, POSITION_BITS
 from kvcomp.codec.quantise import MAX_ZERO
 from kvcomp.kernels.cpu.bits import address_of, compiled, load_u32, load_u64
 from kvcomp.spec import PAGE_TOKENS, SCALE_RANGE

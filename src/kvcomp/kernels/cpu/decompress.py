@@ -49,23 +49,9 @@ from kvcomp.kernels.cpu.decode import (
     of_class,
 )
 from kvcomp.kernels.cpu.fixed import decode_fixed
-from kvcomp.kernels.cpu.page import (
-    TOKENS,
-    block_at,
-    book_at,
-    fixed_width,
-    prefetch_block,
-    table_places,
-)
+from kvcomp.kernels.cpu.page import TOKENS, block_at, book_at, fixed_width, prefetch_block, table_places
 from kvcomp.kernels.cpu.patched import decode_patched
-from kvcomp.kernels.cpu.scratch import (
-    lay_out,
-    prepare,
-    run_of_form,
-    take_books,
-    take_pairs,
-    take_scales,
-)
+from kvcomp.kernels.cpu.scratch import lay_out, prepare, run_of_form, take_books, take_pairs, take_scales
 
 f32, i64 = np.float32, np.int64
 FLOATS = vector(F32)

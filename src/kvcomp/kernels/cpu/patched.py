@@ -35,16 +35,7 @@ from kvcomp.kernels.cpu.bits import (
     vector,
 )
 from kvcomp.kernels.cpu.decode import K, V
-from kvcomp.kernels.cpu.fixed import (
-    GROUPS,
-    ROW,
-    SHORTS,
-    WORDS,
-    each_case,
-    multiply_pairs,
-    pair_up,
-    pairs_of,
-)
+from kvcomp.kernels.cpu.fixed import GROUPS, ROW, SHORTS, WORDS, each_case, multiply_pairs, pair_up, pairs_of
 
 i64 = np.int64
 UNPACKED_BYTES = i64(2 * PIECE_CODES)  # of a piece

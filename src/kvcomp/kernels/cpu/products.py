@@ -11,19 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from kvcomp.kernels.cpu.bits import (
-    F32,
-    FAST,
-    I64,
-    LANES,
-    at,
-    compiled,
-    emitted,
-    row_address,
-    splat,
-    vector,
-    widen,
-)
+from kvcomp.kernels.cpu.bits import F32, FAST, I64, LANES, at, compiled, emitted, row_address, splat, vector, widen
 
 i64, f32 = np.int64, np.float32
 FLOATS = vector(F32)

@@ -15,14 +15,7 @@ from numba import types
 from numba.core import cgutils
 
 from kvcomp.codec.dtypes import BFLOAT16, BLOCK, CHANNEL, DTYPES, FLOAT16, FLOAT32, TOKEN, VECTOR
-from kvcomp.codec.quantise import (
-    ARITHMETIC_SLACK,
-    HEAD_ZERO,
-    LARGEST_FLOAT16,
-    MAX_CODES,
-    MAX_LEVELS,
-    MAX_ZERO,
-)
+from kvcomp.codec.quantise import ARITHMETIC_SLACK, HEAD_ZERO, LARGEST_FLOAT16, MAX_CODES, MAX_LEVELS, MAX_ZERO
 from kvcomp.kernels.cpu.bits import (
     F16,
     F32,

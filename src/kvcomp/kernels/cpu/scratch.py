@@ -10,23 +10,8 @@ import numpy as np
 from kvcomp.codec.block import MAX_CHANNELS, STREAMS
 from kvcomp.codec.dtypes import FIXED, HEAD, TOKEN
 from kvcomp.codec.quantise import HEAD_ZERO
-from kvcomp.kernels.cpu.bits import (
-    compiled,
-    fill,
-    floats_at,
-    integers_at,
-    load_f32,
-)
-from kvcomp.kernels.cpu.decode import (
-    CLASSES,
-    FIRST,
-    FORM,
-    MOST_CLASSES,
-    K,
-    V,
-    class_of,
-    of_class,
-)
+from kvcomp.kernels.cpu.bits import compiled, fill, floats_at, integers_at, load_f32
+from kvcomp.kernels.cpu.decode import CLASSES, FIRST, FORM, MOST_CLASSES, K, V, class_of, of_class
 from kvcomp.kernels.cpu.page import (
     TOKENS,
     book_at,
