@@ -138,7 +138,7 @@ class Header:
         return Shapes(attention, linear)
 
 
-def seal(text: bytes, flags: int = 0) -> bytes:
+def seal(text: bytes, flags: int) -> bytes:
     """A header behind its prefix, padded."""
     plain = PREFIX.pack(MAGIC, VERSION, flags, len(text), 0)[:-8]
     head = plain + xxh3_64(plain + text).intdigest().to_bytes(8, "little") + text

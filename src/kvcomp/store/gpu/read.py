@@ -76,10 +76,8 @@ def turned_scores(store: GPUStore, q: Tensor) -> Tensor | None:
     z, rotation = turning
     sinks, valid = store.table.sinks, store.table.valid
     ends = sinks[:, None] + valid.cumsum(1)  # places behind pages
-    sink_chunks, chunks = (
-        -(-sinks // PAGE_TOKENS),
-        -(-store.spec.sinks // PAGE_TOKENS) - (-store.tail.room // PAGE_TOKENS),
-    )
+    sink_chunks = -(-sinks // PAGE_TOKENS)
+    chunks = -(-store.spec.sinks // PAGE_TOKENS) - (-store.tail.room // PAGE_TOKENS)
     chunk = torch.arange(chunks, device=store.device)
     of_tail = ends[:, -1:] + PAGE_TOKENS * (chunk - sink_chunks[:, None])
     raw = torch.where(chunk < sink_chunks[:, None], PAGE_TOKENS * chunk, of_tail)
