@@ -37,7 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma4_text",
         {
             "num_hidden_layers": 4, "layer_types": SLIDING * 2, "sliding_window": 32, "num_kv_shared_layers": 2,
-            "global_head_dim": 512, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8,
+            "global_head_dim": 128, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8,
         },
     ),
     "gpt-oss": ("gpt_oss", {**EXPERTS, "layer_types": SLIDING, "sliding_window": 32}),
