@@ -15,7 +15,7 @@ from transformers import MistralConfig
 from typer.testing import CliRunner, Result
 
 from kvcomp.bench import cases as bench
-from kvcomp.bench import checks
+from kvcomp.bench import checks, generation
 from kvcomp.cli import app
 from kvcomp.errors import UnsupportedModel
 from kvcomp.kernels.cpu import backend as cpu
@@ -108,6 +108,18 @@ def test_attention_over_padded_heads_and_over_raw_blocks_is_checked(head_dim: in
     store = sealed(spec, *bench.tensors(1, 2, 320, head_dim))
     assert (store.memory().raw_blocks > 0) == (head_dim == 64)
     assert 0 < checks.attention_error(store, torch.randn(1, 4, 1, head_dim)) < checks.SHORT_TOLERANCE
+
+
+def test_queries_of_a_check_fit_a_k_with_a_large_channel() -> None:
+    """Whatever is drawn: others have scores that 16-bit factors hold too coarsely, and called right kernels wrong."""
+    k, v = bench.tensors(1, 2, 320, 64)
+    k[..., 3] *= 100
+    store = sealed(PRESETS["kvcomp"], k, v)
+    for _ in range(20):
+        q = generation.queries(store)
+        scores = q @ store.dense()[0].float().mT * 64**-0.5
+        torch.testing.assert_close(scores.std(-1), torch.full((1, 2, 1), generation.SPREAD))
+        assert 0 < checks.reference_error(store, q) < checks.SHORT_TOLERANCE
 
 
 def test_the_memory_is_noted_as_tokens_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
