@@ -133,9 +133,10 @@ bench-codec: $(READY)
 bench-generate: $(READY)
 	$(BIN)/kvcomp bench $(PAPER) --full --part generate --part growth -o benchmarks/results/generate.json
 
-# The documentation site, in .site.
+# The documentation site, in .site, and the quick start as a newcomer types it.
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/pytest -m slow tests/docs
 
 tables: $(READY)
 	$(BIN)/python benchmarks/tables.py

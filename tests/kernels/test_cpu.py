@@ -319,7 +319,7 @@ def test_attend_ignores_what_is_out_of_sight() -> None:
 def test_attend_hides_what_a_window_has_left(case: int) -> None:
     cache = build(64, 3, (3, 0, 18), UNIT_PAIRS[case], seed=case, value=DTYPES[case % 3], raw=True, partial=37)
     places = np.array([[0, 1, 3], [2, 40, 103], [64, 70, 1100]]) + np.array([[0], [0], [case]])
-    for hidden in (places, places[::-1], np.zeros((3, 3), np.int64), np.full((3, 3), 10_000)):
+    for hidden in (places, places[::-1] if case % 2 else np.full((3, 3), 10_000)):
         cache.hidden = np.ascontiguousarray(hidden)
         assert_attends(cache, threads=2)
 
